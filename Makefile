@@ -1,0 +1,63 @@
+# make demo    a bundle of the reference model and a grid of its images, in demo/
+# make test    the tests, with coverage
+# make lint    ruff and mypy
+# make clean   remove what these made, .venv included
+#
+# Needs Python >= 3.10 with pip, and make. `make PYTHON=python3.12 test` chooses the interpreter that .venv is made with.
+
+PYTHON ?= python3
+PACKAGES := sg_export sg_engines sg_runtime sg_calibration
+SOURCES := $(shell find sg_export engines runtime calibration -name '*.py' -o -name '*.safetensors')
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUNDLE := demo/glyphs-bundle
+GRID := demo/glyphs.png
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(GRID)
+	@echo "One image of every class: $(CURDIR)/$(GRID)"
+	@echo "The bundle they came from: $(CURDIR)/$(BUNDLE)"
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=
+	@for package in $(PACKAGES); do \
+	    echo "coverage $$package: $$($(BIN)/python -m coverage report --format=total --include="*/$$package/*") %"; \
+	done
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(GRID): $(BUNDLE)/manifest.json
+	$(BIN)/sg-export generate $(BUNDLE) --count 62 --seed 0 --columns 16 --zoom 3 -o $@
+
+$(BUNDLE)/manifest.json: $(SOURCES) | $(VENV)/installed-demo
+	mkdir -p demo
+	$(BIN)/sg-export build --sparsity 0.5 -o $(BUNDLE) --force
+
+$(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
+	$(PIP) -e '.[export,ort]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# Debian's Python has venv but not always ensurepip; its pip can then install itself into the environment.
+$(VENV)/made:
+	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "sg-export needs Python 3.10 or newer, found " + v + ": try make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV) || { \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	touch $@

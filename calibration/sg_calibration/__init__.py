@@ -1,0 +1,1 @@
+"""ONNX graph → ONNX graph with Q/DQ nodes, for INT8 and FP8."""

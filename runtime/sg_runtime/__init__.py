@@ -1,0 +1,10 @@
+"""The torch-free runtime of sg-export: bundles to images with Sparse Guidance."""
+
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import SgError
+from sg_runtime.manifest import GuidancePlan, Level, Manifest
+from sg_runtime.pipeline import Pipeline, Plan
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["Bundle", "GuidancePlan", "Level", "Manifest", "Pipeline", "Plan", "SgError"]

@@ -1,0 +1,69 @@
+"""Opening a bundle: a directory with a manifest, whose files are checked before any is used."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sg_runtime.errors import BundleError
+from sg_runtime.files import sha256_of
+from sg_runtime.manifest import MANIFEST_FILE, FileFacts, Manifest, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
+        """Read the manifest of the bundle at `path` and check its files.
+
+        Sizes are always checked. `verify_hashes=False` leaves out the SHA-256, for large bundles on trusted disks.
+        Raises BundleError where a file is missing, altered, unlisted by a graph, or leads out of the bundle.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            found = "a file" if root.exists() else "nothing there"
+            raise BundleError(f"{root}: expected a bundle (a directory), found {found}; make one with sg-export build")
+        manifest = read_manifest(root / MANIFEST_FILE)
+        for graph in manifest.graphs:
+            if graph.file not in manifest.files:
+                raise BundleError(f"{root}: graph {graph.file} is not among the manifest's files; rebuild the bundle")
+        for present in sorted((root / "graphs").glob("*")):
+            if present.relative_to(root).as_posix() not in manifest.files:
+                raise BundleError(
+                    f"{root}: file graphs/{present.name} is not among the manifest's files; rebuild the bundle"
+                )
+        for name, facts in manifest.files.items():
+            try:
+                _check_file(root, name, facts, verify_hashes)
+            except (OSError, RuntimeError) as error:  # RuntimeError: what pathlib raises for a loop of links
+                raise BundleError(
+                    f"{root}: file {name!r} cannot be read ({error}); copy the bundle again or rebuild it"
+                ) from None
+        return cls(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the manifest."""
+        return self.path / name
+
+
+def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> None:
+    relative = PurePosixPath(name)
+    target = root / name
+    inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name and "\0" not in name
+    if not inside or not target.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{root}: file {name!r} leads out of the bundle; do not use this bundle")
+    if not target.is_file():
+        raise BundleError(f"{root}: file {name} is missing; copy the bundle again or rebuild it")
+    size = target.stat().st_size
+    if size != facts.size:
+        raise BundleError(
+            f"{root}: file {name}: expected {facts.size} bytes, found {size}; copy the bundle again or rebuild it"
+        )
+    if verify_hash and (found := sha256_of(target)) != facts.sha256:
+        raise BundleError(
+            f"{root}: file {name}: expected SHA-256 {facts.sha256[:12]}…, found {found[:12]}…; "
+            f"it was altered after the build: copy the bundle again or rebuild it"
+        )

@@ -1,0 +1,314 @@
+"""The manifest of a bundle: what was built, from what, and how to run it. Frozen data, read strictly.
+
+Reading needs pydantic, imported on first use. `manifest.schema.json` beside this file is the same as JSON Schema;
+after a change here it is written anew by
+
+    python -c "import sg_runtime.manifest as m; print(m.json_schema())" > runtime/sg_runtime/manifest.schema.json
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from sg_runtime.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST_FILE = "manifest.json"
+
+GraphKind = Literal["condition", "dense", "sparse", "guided"]
+GuidanceMode = Literal["none", "cfg", "sg"]
+Prediction = Literal["flow", "edm"]
+SamplerName = Literal["euler", "heun"]
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+_LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}
+"""Levels of a graph, by its kind."""
+
+
+class _Strict:
+    """Unknown keys and values of another type are errors."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+def _check_counts(owner: object, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(owner, name)) < least:
+            raise UsageError(f"{name}: expected at least {least}, found {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route(_Strict):
+    """Blocks `start` to `end`, both included, run on the kept tokens alone."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise UsageError(f"route {self.start}-{self.end}: expected 0 <= start <= end, both blocks included")
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Route":
+        """A route from "START-END". Raises UsageError for anything else, several routes included."""
+        if "," in text:
+            raise UsageError(f"route {text!r}: expected one route, found several, which are not supported")
+        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+        if match is None:
+            raise UsageError(f"route {text!r}: expected START-END, both blocks included, as 2-24")
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Level(_Strict):
+    """A sparsity as asked for, in [0, 1), and the number of tokens that the family's rounding keeps at it."""
+
+    sparsity: float
+    keep: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise UsageError(f"sparsity {self.sparsity:g}: expected at least 0 and less than 1")
+        _check_counts(self, 1, "keep")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts(_Strict):
+    """What the runtime and its user need to know of the network.
+
+    Class index `num_classes` means "no class". tokens is N; modulations is M, the values that a step needs of time and
+    class; parameters counts all weights.
+    """
+
+    family: str
+    prediction: Prediction
+    space: Literal["pixel", "latent"]
+    image_size: int
+    channels: int
+    patch: int
+    tokens: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    modulations: int
+    parameters: int
+    route: Route | None
+    class_names: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        sizes = ("image_size", "channels", "patch", "tokens", "width", "depth", "heads", "num_classes", "modulations")
+        _check_counts(self, 1, *sizes)
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise UsageError(f"class_names: expected {self.num_classes} names, found {len(self.class_names)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GuidancePlan(_Strict):
+    """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7.
+
+    none: the strong branch alone. cfg: the weak branch has no class, at the same sparsity. sg: the weak branch has
+    the same class, at a higher sparsity.
+    """
+
+    mode: GuidanceMode
+    strong: Level
+    weak: Level
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(GuidanceMode):
+            raise UsageError(f"guidance: expected one of {', '.join(get_args(GuidanceMode))}, found {self.mode!r}")
+        if not abs(self.scale) <= FLOAT32_MAX:
+            raise UsageError(f"scale: expected a finite float32 number, found {self.scale}")
+        strong, weak = self.strong.sparsity, self.weak.sparsity
+        if self.mode == "sg" and self.weak.keep >= self.strong.keep:
+            raise UsageError(
+                f"sg guidance: expected a weak branch sparser than the strong one, found sparsity {weak:g} "
+                f"(weak, {self.weak.keep} tokens) and {strong:g} (strong, {self.strong.keep} tokens); "
+                f"raise --sparsity or lower --strong-sparsity"
+            )
+        if self.mode != "sg" and self.weak != self.strong:
+            raise UsageError(
+                f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling(_Strict):
+    """Defaults of a run."""
+
+    sampler: SamplerName
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, 1, "steps")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts(_Strict):
+    """An input or output of a graph; a symbolic dimension is its name."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost(_Strict):
+    """Counted from the graph, for one image (or one row of `condition`): multiply-adds and the bytes of its weights."""
+
+    linear_macs: int
+    attention_macs: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFacts(_Strict):
+    """One ONNX graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided."""
+
+    kind: GraphKind
+    levels: tuple[Level, ...]
+    file: str
+    inputs: tuple[TensorFacts, ...]
+    outputs: tuple[TensorFacts, ...]
+    cost: Cost
+    parity: float | None
+    """Relative L2 distance to PyTorch on one random input, measured at build; None where no backend could run it."""
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != _LEVELS[self.kind]:
+            raise UsageError(
+                f"graph {self.file}: levels: expected {_LEVELS[self.kind]} for {self.kind}, found {len(self.levels)}"
+            )
+        if not self.outputs:
+            raise UsageError(f"graph {self.file}: outputs: expected at least one, found none")
+
+
+@dataclass(frozen=True, slots=True)
+class Source(_Strict):
+    """The checkpoint a bundle was built from.
+
+    weights: which set of the file, "bare" where it has only one. reference: the name of a model that ships with
+    sg-export, else None.
+    """
+
+    file: str
+    sha256: str
+    weights: Literal["ema", "model", "bare"]
+    reference: str | None
+
+    @property
+    def name(self) -> str:
+        """What a user calls it on the command line."""
+        return self.reference or self.file
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts(_Strict):
+    """Size in bytes and SHA-256 in lower-case hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(_Strict):
+    """A bundle. `batch` is the image count that the graphs are fixed to, None where it is symbolic."""
+
+    schema_version: Literal[1]
+    created_by: str
+    model: ModelFacts
+    guidance: GuidancePlan
+    sampling: Sampling
+    precision: Literal["fp32"]
+    opset: int
+    batch: int | None
+    condition_rows: int
+    graphs: tuple[GraphFacts, ...]
+    source: Source
+    files: dict[str, FileFacts]
+
+    def __post_init__(self) -> None:
+        _check_counts(self, 1, "condition_rows")
+        if self.batch is not None:
+            _check_counts(self, 1, "batch")
+        if self.graph("condition") is None:
+            raise UsageError("graphs: expected one of kind condition, found none")
+        for level in (self.guidance.strong, self.guidance.weak, *(lv for graph in self.graphs for lv in graph.levels)):
+            if level.keep > self.model.tokens:
+                raise UsageError(f"keep: expected at most the model's {self.model.tokens} tokens, found {level.keep}")
+
+    def graph(self, kind: GraphKind, *keep: int) -> GraphFacts | None:
+        """The graph of `kind` whose levels keep these token counts, or None."""
+        for graph in self.graphs:
+            if graph.kind == kind and tuple(level.keep for level in graph.levels) == keep:
+                return graph
+        return None
+
+    @property
+    def condition(self) -> GraphFacts:
+        """The graph that every bundle has."""
+        return next(graph for graph in self.graphs if graph.kind == "condition")
+
+
+def adapter() -> "TypeAdapter[Manifest]":
+    """Pydantic's reader and writer of manifests, which also gives the JSON Schema."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
+
+
+def json_schema() -> str:
+    """The JSON Schema of manifests, as indented JSON."""
+    import json
+
+    return json.dumps(adapter().json_schema(), indent=1, sort_keys=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest strictly.
+
+    Raises BundleError where the file is missing, is no JSON, is of another schema version, or does not fit the schema.
+    """
+    import json
+
+    from pydantic import ValidationError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: expected the manifest of a bundle, found {_reason(error)}; rebuild it") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != SCHEMA_VERSION:  # True == 1
+        raise BundleError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}; "
+            f"rebuild the bundle with this sg-export, or run it with the sg-export that built it"
+        )
+    try:
+        return adapter().validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(f"{path}: {where}: {first['msg']} ({error.error_count()} faults); rebuild it") from None
+    except UsageError as error:
+        raise BundleError(f"{path}: {error}; rebuild it") from None
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a manifest as indented JSON."""
+    path.write_bytes(adapter().dump_json(manifest, indent=1) + b"\n")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else f"no JSON ({error})"

@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from sg_runtime.files import replacing, sha256_of
+
+
+def test_replacing_of_a_block_that_succeeds_puts_the_file_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent  # one file system, so that the last step is a rename
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_replacing_of_a_block_that_fails_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_of_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**20, 2**20 + 1])
+def test_sha256_of_a_file_of_any_length_is_the_hash_of_its_bytes(tmp_path: Path, size: int) -> None:
+    """Lengths about the size of the pieces that are read."""
+    content = bytes(range(251)) * (size // 251 + 1)
+    path = tmp_path / "file"
+    path.write_bytes(content[:size])
+    assert sha256_of(path) == hashlib.sha256(content[:size]).hexdigest()

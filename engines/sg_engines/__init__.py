@@ -1,0 +1,1 @@
+"""ONNX graphs to engines that a backend runs."""

@@ -1,0 +1,26 @@
+"""Compiles token-sparse diffusion transformers to ONNX graphs and bundles for `sg_runtime`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sg_export.checkpoint import Overrides
+    from sg_export.compiler import CompileOptions, compile
+    from sg_export.loading import LoadedModel, load_model
+
+__all__ = ["CompileOptions", "LoadedModel", "Overrides", "compile", "load_model"]
+
+_HOMES = {
+    "CompileOptions": "sg_export.compiler",
+    "LoadedModel": "sg_export.loading",
+    "Overrides": "sg_export.checkpoint",
+    "compile": "sg_export.compiler",
+    "load_model": "sg_export.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, and torch with it, on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sg_export' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,163 @@
+"""What every command shares: errors as messages with exit codes, options, progress, tables."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from sg_runtime.errors import SgError, UsageError
+from sg_runtime.manifest import Route
+
+F = TypeVar("F", bound=Callable[..., Any])
+Report = Callable[[str, int, int | None], None]
+"""(stage, stages done, stages in all or None where that is not known yet)."""
+
+EXTRAS = {
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "ort",
+    "onnxscript": "export",
+    "polygraphy": "verify",
+    "safetensors": "export",
+    "torch": "export",
+}
+"""The extra that installs a library."""
+
+
+class Failure(click.ClickException):
+    """A message for the user, with the exit code of its kind."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click documents it per class, and reads it per instance
+
+
+class Command(click.Command):
+    """A command whose errors end as one message and the right exit code; `--debug` shows where they came from."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
+
+    def invoke(self, context: click.Context) -> Any:
+        debug = context.params.pop("debug")
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            raise Failure("interrupted; nothing was left half-written", 130) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            raise failure(error) from error
+
+
+def failure(error: Exception) -> Failure:
+    """The message and exit code of an error."""
+    if isinstance(error, SgError):
+        return Failure(str(error), error.exit_code)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return Failure(f"{error.name} is not installed: pip install 'sg-export[{EXTRAS[error.name]}]'", 2)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Failure("the disk is full; free some space, or write to another disk", 1)
+    if isinstance(error, OSError) and error.filename is not None:
+        return Failure(f"{error.filename}: {error.strerror}", 2)
+    return Failure(f"unexpected {type(error).__name__}: {error}; run again with --debug, and please report it", 1)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a temporary file beside `path` into a message on `path`, which the user gave."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise Failure(
+                f"{path}: the disk is full; free some space, or give an --output on another disk", 1
+            ) from error
+        raise Failure(f"{path}: cannot be written ({error.strerror or error}): give another --output", 2) from error
+
+
+class RouteType(click.ParamType[Route]):
+    """START-END, both blocks included."""
+
+    name = "START-END"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Route:
+        if isinstance(value, Route):
+            return value
+        try:
+            return Route.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, context)
+
+
+def model_options(command: F) -> F:
+    """Options that state what a checkpoint does not."""
+    options = (
+        click.option("--weights", type=click.Choice(["ema", "model"]), help="Weights to take; the EMA by default."),
+        click.option("--route", type=RouteType(), help="Blocks that run on the kept tokens, both included: 2-24."),
+        click.option(
+            "--prediction", type=click.Choice(["flow", "edm"]), help="What the network predicts, where unknown."
+        ),
+        click.option(
+            "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is not S, B, L, XL."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Report stages on standard error: as a bar on a terminal, a line each elsewhere, not at all if `quiet`."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+    else:
+        last = None
+
+        def line(stage: str, done: int, total: int | None) -> None:
+            nonlocal last
+            if stage != last:
+                click.echo(stage if total is None else f"[{done + 1}/{total}] {stage}", err=True)
+            last = stage
+
+        yield line
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns of numbers are right-aligned. Wide where standard output is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell(value)) for value in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def cell(value: object) -> str:
+    """A value as table text: floats with four digits, None as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

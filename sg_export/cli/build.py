@@ -1,0 +1,110 @@
+"""`sg-export build`."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sg_export.cli.base import Command, model_options, progress
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option(
+    "--sparsity",
+    type=float,
+    multiple=True,
+    help="Sparsity of the weak branch, the share of tokens that the route leaves out; repeatable, the first is the "
+    "default of runs.  [default: 0.5 for sg]",
+)
+@click.option(
+    "--strong-sparsity",
+    type=float,
+    multiple=True,
+    default=(0.0,),
+    show_default="0",
+    help="Sparsity of the strong branch; repeatable.",
+)
+@click.option("--scale", type=float, default=2.0, show_default=True, help="Default guidance scale.")
+@click.option(
+    "--guidance",
+    type=click.Choice(["sg", "cfg", "none"]),
+    default="sg",
+    show_default=True,
+    help="Default guidance; sg builds a guided graph for every pair of sparsities.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
+@model_options
+@click.option("--batch", type=click.IntRange(min=1), help="Fix the graphs to this many images.  [default: symbolic]")
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option("--target", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option("--opset", type=click.IntRange(min=20, max=22), default=20, show_default=True, help="ONNX opset.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="The bundle's folder.  [default: MODEL-bundle]")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+def build(
+    model: str | None,
+    sparsity: tuple[float, ...],
+    strong_sparsity: tuple[float, ...],
+    scale: float,
+    guidance: Any,
+    steps: int,
+    weights: Any,
+    route: Any,
+    prediction: Any,
+    heads: int | None,
+    batch: int | None,
+    precision: str,
+    target: str,
+    opset: int,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL into a bundle.
+
+    MODEL is a checkpoint (.pt, .pth, .safetensors) or the name of a reference model; without one, the reference model
+    glyphs is built. ONNX checks every graph, and ONNX Runtime runs it once beside PyTorch.
+
+    \b
+    Examples:
+      sg-export build --sparsity 0.5
+      sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
+    """
+    from sg_export.checkpoint import Overrides
+    from sg_export.compiler import DEFAULT_SPARSITY, CompileOptions, compile
+    from sg_export.reference import DEFAULT_REFERENCE
+    from sg_runtime.manifest import adapter
+
+    if model is None:
+        model = DEFAULT_REFERENCE
+        if not quiet:
+            click.echo(f"no MODEL given: building the reference model {model}", err=True)
+    options = CompileOptions(
+        output=output or Path(f"{Path(model).stem}-bundle"),
+        sparsity=sparsity,
+        strong_sparsity=strong_sparsity,
+        scale=scale,
+        guidance=guidance,
+        steps=steps,
+        batch=batch,
+        opset=opset,
+        weights=weights,
+        overrides=Overrides(route, heads, prediction),
+        force=force,
+    )
+    with progress(quiet) as report:
+        bundle = compile(model, options, report)
+    if as_json:
+        click.echo(adapter().dump_json(bundle.manifest, indent=1).decode())
+    elif not quiet:
+        built = {graph.levels for graph in bundle.manifest.graphs if graph.kind == "guided"}
+        weak_sparsity = (sparsity or (DEFAULT_SPARSITY,)) if guidance == "sg" else ()
+        for strong, weak in itertools.product(strong_sparsity, weak_sparsity):
+            if all((strong, weak) != (a.sparsity, b.sparsity) for a, b in built):
+                click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
+        size = sum(file.size for file in bundle.manifest.files.values())
+        click.echo(f"{bundle.path}: {len(bundle.manifest.graphs)} graphs, {size / 1e6:.1f} MB")

@@ -1,0 +1,112 @@
+"""`sg-export generate`."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sg_export.cli.base import Command, Failure, progress, writing
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="CLASS",
+    help="A class by index, or by name where the model has names (a number is always an index); repeatable, taken in "
+    "turn.  [default: all classes in turn]",
+)
+@click.option("--count", type=click.IntRange(min=1), help="Images.  [default: one per class, at most 64]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the first image; the next has the next.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]")
+@click.option("--sampler", type=click.Choice(["euler", "heun"]), help="[default: the bundle's]")
+@click.option("--guidance", type=click.Choice(["sg", "cfg", "none"]), help="[default: the bundle's]")
+@click.option("--sparsity", type=float, help="Sparsity of the weak branch, one that was built.")
+@click.option("--strong-sparsity", type=float, help="Sparsity of the strong branch, one that was built.")
+@click.option("--scale", type=float, help="Guidance scale; 1 is the strong branch alone.")
+@click.option("--batch", type=click.IntRange(min=1), help="Most images in one run of a graph.")
+@click.option("--columns", type=click.IntRange(min=1), help="Columns of the picture.  [default: nearest to a square]")
+@click.option("--zoom", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each pixel this often.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="A .png, or a .npy of float32 samples."
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+def generate(
+    bundle: Path,
+    classes: tuple[str, ...],
+    count: int | None,
+    seed: int,
+    steps: int | None,
+    sampler: Any,
+    guidance: Any,
+    sparsity: float | None,
+    strong_sparsity: float | None,
+    scale: float | None,
+    batch: int | None,
+    columns: int | None,
+    zoom: int,
+    output: Path,
+    quiet: bool,
+) -> None:
+    """Sample images from BUNDLE into one file.
+
+    An image depends on its class and seed alone, whatever is sampled beside it. Models of latents write .npy.
+
+    \b
+    Examples:
+      sg-export generate glyphs-bundle --class A --class b --count 16 --seed 0 --zoom 4 -o grid.png
+      sg-export generate xl-bundle --class 207 --count 4 -o latents.npy
+    """
+    import numpy as np
+
+    from sg_runtime.files import replacing
+    from sg_runtime.images import grid, save_png
+    from sg_runtime.pipeline import Pipeline
+
+    if output.suffix not in (".png", ".npy"):
+        raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
+    if not output.parent.is_dir():
+        raise Failure(f"{output}: expected an existing folder, found no {output.parent}: make it first", 2)
+    pipe = Pipeline.load(bundle, batch=batch)
+    model = pipe.bundle.manifest.model
+    if output.suffix == ".png" and model.space == "latent":
+        raise Failure(
+            f"{output}: expected .npy, since {bundle} samples latents and holds no decoder: "
+            f"give --output {output.with_suffix('.npy')} and decode that",
+            2,
+        )
+    chosen = [int(name) if re.fullmatch("-?[0-9]{1,9}", name) else name for name in classes]
+    chosen = chosen or list(range(model.num_classes))
+    total = count or min(len(chosen), 64)
+    labels = [chosen[k % len(chosen)] for k in range(total)]
+    seeds = [(seed + k) % 2**64 for k in range(total)]
+    plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale)
+    with progress(quiet) as report:
+        x = pipe.sample(
+            labels,
+            seeds,
+            steps=steps,
+            sampler=sampler,
+            guidance=plan,
+            progress=lambda done, total: report("sampling", done - 1, total),
+        )
+    with writing(output):
+        if output.suffix == ".npy":
+            content = io.BytesIO()
+            np.save(content, x)  # NumPy hides the system's reason where it writes to a file itself
+            with replacing(output) as temporary:
+                temporary.write_bytes(content.getbuffer())
+        else:
+            save_png(grid(pipe.decode(x), columns, zoom), output)
+    if not quiet:
+        click.echo(f"{output}: {total} images")

@@ -1,0 +1,63 @@
+"""`sg-export verify`."""
+
+import math
+from pathlib import Path
+
+import click
+
+from sg_export.cli.base import Command, Failure, print_table, progress, writing
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(), help="The bundle's checkpoint.  [default: found by its name]")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Results.  [default: BUNDLE/verify.json]")
+@click.option(
+    "--save-polygraphy",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Leave inputs and PyTorch's outputs there, and print the polygraphy commands that compare them.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+def verify(
+    bundle: Path, checkpoint: str | None, output: Path | None, save_polygraphy: Path | None, quiet: bool
+) -> None:
+    """Compare BUNDLE with its checkpoint in PyTorch, by Polygraphy.
+
+    The checkpoint is loaded anew, and must be the file that the bundle was built from. Every graph is compared at
+    times from 0.02 to 0.98, a guided graph with two separate passes; then whole runs, at equal seeds and token
+    subsets. Ends with exit code 5 where a gate fails.
+
+    \b
+    Examples:
+      sg-export verify glyphs-bundle
+      sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
+    """
+    from sg_export.verify import verify as compare
+    from sg_export.verify import write_parity
+    from sg_runtime.bundle import Bundle
+
+    with progress(quiet) as report:
+        parity = compare(bundle, checkpoint, save_polygraphy=save_polygraphy, report=report)
+    target = output or bundle / "verify.json"
+    if not quiet:
+        rows = [
+            (c.subject, c.time, c.max_abs, c.relative_l2, f"{c.cosine:.7f}", c.gate, "pass" if c.passed else "FAIL")
+            for c in parity.comparisons
+        ]
+        columns = ("graph or run", "t", "max abs", "relative L2", "cosine", "gate", "verdict")
+        print_table(f"{bundle} beside PyTorch", columns, rows)
+        for command in parity.commands:
+            click.echo(command)
+    with writing(target):
+        write_parity(parity, Bundle.open(bundle, verify_hashes=False), target)
+    if not quiet:
+        click.echo(f"results: {target}")
+    failed = [c for c in parity.comparisons if not c.passed]
+    if failed:
+        worst = max(failed, key=lambda c: math.inf if math.isnan(c.relative_l2) else c.relative_l2 / c.gate)
+        raise Failure(
+            f"{bundle}: {len(failed)} of {len(parity.comparisons)} comparisons fail; the worst, {worst.subject}: "
+            f"expected relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}; build the bundle anew",
+            5,
+        )

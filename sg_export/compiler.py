@@ -1,0 +1,282 @@
+"""From a checkpoint to a bundle: load, trace, check and pack, in a temporary folder that becomes the bundle."""
+
+import errno
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from sg_engines.ort import run_once
+from sg_export import graphs
+from sg_export.checkpoint import Overrides, Weights
+from sg_export.cost import count_cost
+from sg_export.graphs import GraphSpec
+from sg_export.loading import LoadedModel, load_model
+from sg_export.trace import DEFAULT_OPSET, OPSETS, trace
+from sg_export.weights import write_graphs
+from sg_runtime import __version__
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import ExportError, MissingExtraError, UsageError
+from sg_runtime.files import sha256_of, temporary_beside
+from sg_runtime.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    FileFacts,
+    GraphFacts,
+    GuidanceMode,
+    GuidancePlan,
+    Level,
+    Manifest,
+    Sampling,
+    write_manifest,
+)
+
+CONDITION_ROWS = 32
+"""Rows of `condition` in one run: fixed, so that a row is the same whatever is computed beside it."""
+
+MAX_BUILD_ERROR = 1e-4
+"""Relative L2 distance to PyTorch above which a graph is wrong: FP32 rounding stays far below it, a fault far above."""
+
+DEFAULT_SPARSITY = 0.5
+
+Report = Callable[[str, int, int | None], None]
+"""(stage, stages done, stages in all or None where that is not known yet)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """What to build.
+
+    output: the bundle's folder. sparsity, strong_sparsity: the rates of the weak and the strong branch, each in [0, 1);
+    the first of each is the default of runs. guidance: the default mode; "sg", the only one with a weak sparsity (0.5
+    where none is given), builds guided graphs for all pairs whose weak branch is sparser. batch: images per run, None
+    for a symbolic batch. steps: default sampling steps. weights, overrides: see `load_model`. force: replace an
+    existing bundle.
+    """
+
+    output: Path
+    sparsity: tuple[float, ...] = ()
+    strong_sparsity: tuple[float, ...] = (0.0,)
+    scale: float = 2.0
+    guidance: GuidanceMode = "sg"
+    steps: int = 40
+    batch: int | None = None
+    opset: int = DEFAULT_OPSET
+    weights: Weights | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected at least 1, found {value}")
+        if self.opset not in OPSETS:
+            raise UsageError(f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {self.opset}")
+        if not self.strong_sparsity:
+            raise UsageError("strong_sparsity: expected at least one, found none")
+        if self.guidance != "sg" and self.sparsity:
+            raise UsageError(
+                f"sparsity: {self.guidance} guidance has no sparser branch: give strong_sparsity, or guidance sg"
+            )
+
+
+def compile(
+    checkpoint: str | Path, options: CompileOptions, report: Report = lambda stage, done, total: None
+) -> Bundle:
+    """Compile a checkpoint, or a reference model by its name, into a bundle.
+
+    report: called with a line at the start of each stage. Raises UsageError for a request that cannot be served,
+    CheckpointError for an unusable checkpoint, ExportError where a graph cannot be made or does not agree with PyTorch.
+    Nothing is left behind on failure, and an existing bundle stays until its successor is whole.
+    """
+    _check_output(options.output, options.force)
+    report(f"loading {checkpoint}", 0, None)
+    loaded = load_model(checkpoint, weights=options.weights, overrides=options.overrides)
+    plan, specs = plan_build(loaded, options)
+    with _new_folder(options.output, options.force) as folder:
+        facts = _write_graphs(loaded, specs, options, folder, report)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created_by=f"sg-export {__version__}",
+            model=loaded.facts,
+            guidance=plan,
+            sampling=Sampling("euler", options.steps),
+            precision="fp32",
+            opset=options.opset,
+            batch=options.batch,
+            condition_rows=CONDITION_ROWS,
+            graphs=facts,
+            source=loaded.source,
+            files={
+                path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
+                for path in sorted((folder / "graphs").iterdir())
+            },
+        )
+        write_manifest(manifest, folder / MANIFEST_FILE)
+    return Bundle(options.output, manifest)
+
+
+def plan_build(loaded: LoadedModel, options: CompileOptions) -> tuple[GuidancePlan, list[GraphSpec]]:
+    """The bundle's guidance plan and its graphs. Raises UsageError for what the model or this version cannot do."""
+    if loaded.facts.prediction != "flow":
+        raise UsageError(
+            f"{loaded.source.file}: expected a flow model, found {loaded.facts.prediction}, "
+            f"which this version can load and inspect but not build"
+        )
+    strong = _levels(loaded, options.strong_sparsity)
+    weak = _levels(loaded, options.sparsity or (DEFAULT_SPARSITY,)) if options.guidance == "sg" else []
+    _check_distinct({*strong, *weak})
+    for level in weak:
+        if level.sparsity == 0:
+            raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")
+    plan = GuidancePlan(options.guidance, strong[0], weak[0] if weak else strong[0], float(options.scale))
+    return plan, graphs.plan_graphs(strong, weak)
+
+
+def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:
+    levels = [loaded.level(sparsity) for sparsity in sparsities]
+    _check_distinct(levels)
+    return levels
+
+
+def _check_distinct(levels: Iterable[Level]) -> None:
+    """A graph is known by the tokens that it keeps: each count may come from one sparsity alone."""
+    for a, b in itertools.combinations(sorted(levels, key=lambda level: level.sparsity), 2):
+        if a.keep == b.keep:
+            raise UsageError(
+                f"sparsities {a.sparsity:g} and {b.sparsity:g} both keep {a.keep} tokens: give one of them"
+            )
+
+
+def _write_graphs(
+    loaded: LoadedModel, specs: Sequence[GraphSpec], options: CompileOptions, folder: Path, report: Report
+) -> tuple[GraphFacts, ...]:
+    """Trace, write and check all graphs in `folder`/graphs."""
+    models: list[ir.Model] = []
+    stages = 2 * len(specs) + 1
+    for number, spec in enumerate(specs):
+        report(f"tracing {spec.name}", number, stages)
+        models.append(trace(loaded.model, spec, loaded.facts, options.batch, options.opset))
+    costs = [count_cost(model.graph) for model in models]
+    report("writing graphs and weights", len(specs), stages)
+    (folder / "graphs").mkdir()
+    paths = write_graphs(models, folder / "graphs")
+    facts = []
+    for number, (spec, path, cost) in enumerate(zip(specs, paths, costs, strict=True), len(specs) + 1):
+        report(f"checking {spec.name}", number, stages)
+        check_graph(path)
+        facts.append(
+            GraphFacts(
+                kind=spec.kind,
+                levels=spec.levels,
+                file=f"graphs/{path.name}",
+                inputs=graphs.inputs(spec, loaded.facts, options.batch),
+                outputs=graphs.outputs(spec, loaded.facts, options.batch),
+                cost=cost,
+                parity=_parity(loaded, spec, path, options.batch),
+            )
+        )
+    return tuple(facts)
+
+
+def check_graph(path: Path) -> None:
+    """ONNX's checker and strict shape inference, by path, so that weights beyond 2 GB are no matter.
+
+    Raises ExportError with ONNX's reason.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            onnx.checker.check_model(str(path), full_check=False)
+            inferred = Path(scratch) / path.name
+            onnx.shape_inference.infer_shapes_path(
+                str(path), str(inferred), check_type=True, strict_mode=True, data_prop=True
+            )
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"graph {path.name}: ONNX {onnx.__version__} refuses it: {error}") from error
+
+
+def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, batch: int | None) -> float | None:
+    """Relative L2 distance of the graph to PyTorch on one random input; None where ONNX Runtime is not installed."""
+    inputs = graphs.inputs(spec, loaded.facts, batch)
+    generator = torch.Generator().manual_seed(1)
+    values = [graphs.example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
+    try:
+        found = torch.from_numpy(run_once(path, {t.name: v.numpy() for t, v in zip(inputs, values, strict=True)})[0])
+    except MissingExtraError:
+        return None
+    with torch.no_grad():
+        wanted = graphs.GraphModule(loaded.model, spec, [t.name for t in inputs])(*values)
+    # An untrained network's output is zero.
+    distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+    if not distance <= MAX_BUILD_ERROR:
+        raise ExportError(
+            f"graph {path.name}: relative L2 distance to PyTorch: expected at most {MAX_BUILD_ERROR:g}, "
+            f"found {distance:g}; please report this with the versions that sg-export doctor prints"
+        )
+    return distance
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Raise UsageError where `output` exists and may not be replaced: without `force`, or if it is no bundle."""
+    target = output.resolve()  # "new/.." is a folder that exists
+    if not target.exists():
+        return
+    if not force:
+        raise UsageError(f"{output}: exists: give another --output, or --force to replace it")
+    empty = target.is_dir() and not any(target.iterdir())
+    if not empty and not _is_bundle(target):
+        raise UsageError(f"{output}: exists and is no bundle, so --force does not replace it: give another --output")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether the folder has a manifest that sg-export wrote, of whatever schema."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("created_by")).startswith("sg-export")
+
+
+@contextmanager
+def _new_folder(output: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place when the block succeeds, and goes when it fails.
+
+    A bundle that is there already stays, or comes back, whatever happens until its successor is in place.
+    """
+    target = output.resolve()  # "." has no name, and a link is not what gets replaced
+    temporary, old = temporary_beside(target), temporary_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ExportError(_disk_message(output, error)) from None
+        raise UsageError(f"{output}: cannot be written ({error.strerror}): give another --output") from None
+    try:
+        yield temporary
+        _check_output(output, force)  # again: another build may have ended meanwhile
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    except OSError as error:
+        raise ExportError(_disk_message(output, error)) from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_message(output: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"{output}: the disk is full; free some space, or give an --output on another disk"
+    return f"{output}: cannot be written ({error.strerror or error})"

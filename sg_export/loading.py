@@ -1,0 +1,52 @@
+"""From a checkpoint to the PyTorch model that graphs are traced from and compared with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sg_export.adapters import ADAPTERS, find_adapter
+from sg_export.checkpoint import Overrides, Weights, read_checkpoint
+from sg_export.models.sparse import SparseModel
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import Level, ModelFacts, Source
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint as a PyTorch model in FP32 and evaluation mode: `model(x, t, classes, keep)`."""
+
+    model: SparseModel
+    facts: ModelFacts
+    source: Source
+
+    def level(self, sparsity: float) -> Level:
+        """The kept token count at `sparsity` in [0, 1), by the family's rounding.
+
+        Raises UsageError for a sparsity that is out of range, keeps no token, or is not 0 and keeps all; or where the
+        model's route is unknown.
+        """
+        tokens = self.facts.tokens
+        if not 0 <= sparsity < 1:
+            raise UsageError(f"sparsity {sparsity:g}: expected at least 0 and less than 1")
+        keep = ADAPTERS[self.facts.family].kept(tokens, sparsity)
+        if sparsity > 0 and self.facts.route is None:
+            raise UsageError(
+                f"{self.source.file}: the route is unknown, so no branch can be sparse: give --route START-END, both "
+                f"blocks included; upstream's for {self.facts.depth} blocks is "
+                f"{ADAPTERS[self.facts.family].usual_route(self.facts.depth)}"
+            )
+        if keep < 1 or (keep == tokens and sparsity > 0):
+            kept = "no token" if keep < 1 else "all tokens"
+            raise UsageError(f"sparsity {sparsity:g}: keeps {kept} of {tokens}: expected one that keeps some")
+        return Level(float(sparsity), keep)
+
+
+def load_model(
+    checkpoint: str | Path, *, weights: Weights | None = None, overrides: Overrides | None = None
+) -> LoadedModel:
+    """Load a checkpoint file, or a reference model by name.
+
+    weights: "ema" or "model" where the file holds both; EMA by default. Raises CheckpointError or UsageError.
+    """
+    read = read_checkpoint(checkpoint, weights)
+    model, facts = find_adapter(read).build(read, overrides or Overrides())
+    return LoadedModel(model, facts, read.source)

@@ -1,0 +1,274 @@
+"""Parity of a bundle with its checkpoint in PyTorch, by Polygraphy: every graph over time, and whole sampling runs."""
+
+import json
+import os
+import shlex
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import polygraphy
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
+
+from sg_export import graphs, two_pass
+from sg_export.checkpoint import Overrides
+from sg_export.loading import LoadedModel, load_model
+from sg_export.reference import REFERENCES, reference_path
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import BundleError, CheckpointError
+from sg_runtime.files import replacing, sha256_of
+from sg_runtime.guidance import guide
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, SamplerName
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.sampling import SAMPLERS
+
+TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
+IMAGES = 2
+RUN_STEPS = 10
+
+GRAPH_GATE = 1e-5
+"""Relative L2 of one FP32 graph run: summation order alone gives about 1e-6 at the depth of XL/2."""
+RUN_GATE = 1e-4
+"""Relative L2 of a whole FP32 run: guidance and sampling multiply the rounding of single runs by up to some tens."""
+COSINE_GATE = 0.99999
+"""Cosine similarity that both gates imply with room; it catches a wrong sign or order at a glance."""
+
+Report = Callable[[str, int, int | None], None]
+"""(stage, stages done, stages in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed."""
+
+    subject: str
+    time: float | None
+    max_abs: float
+    relative_l2: float
+    cosine: float
+    gate: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All comparisons of a bundle, and the Polygraphy commands that repeat them where their data was saved."""
+
+    comparisons: tuple[Comparison, ...]
+    commands: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison did."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+def verify(
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    times: Sequence[float] = TIMES,
+    save_polygraphy: Path | None = None,
+    report: Report = lambda stage, done, total: None,
+) -> Parity:
+    """Compare a bundle with its checkpoint, reloaded through the adapter.
+
+    checkpoint: by default the reference model, or the file of that name beside the bundle or here. times: in (0, 1].
+    save_polygraphy: a folder for inputs and PyTorch's outputs in Polygraphy's format. Raises CheckpointError where the
+    checkpoint is missing or not the one that the bundle was built from, BundleError for a damaged bundle.
+    """
+    opened = Bundle.open(bundle)
+    loaded = reload_checkpoint(opened, checkpoint)
+    if save_polygraphy is not None:
+        save_polygraphy.mkdir(parents=True, exist_ok=True)
+    comparisons: list[Comparison] = []
+    commands: list[str] = []
+    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    runs = [
+        (guidance, sampler, fused)
+        for guidance in _guidances(opened.manifest)
+        for sampler in SAMPLERS
+        for fused in ((True, False) if guidance.mode == "sg" else (False,))
+    ]
+    stages = len(opened.manifest.graphs) + len(runs)
+    for number, graph in enumerate(opened.manifest.graphs):
+        report(f"comparing {Path(graph.file).stem}", number, stages)
+        comparisons += _compare_graph(opened, loaded, graph, times, save_polygraphy)
+        if save_polygraphy is not None:
+            commands.append(_polygraphy_command(opened, graph, save_polygraphy))
+    pipeline = Pipeline.load(bundle, verify_hashes=False)
+    for number, run in enumerate(runs, len(opened.manifest.graphs)):
+        report(f"comparing {_run_name(*run)}", number, stages)
+        comparisons.append(_compare_run(pipeline, loaded, *run))
+    return Parity(tuple(comparisons), tuple(commands))
+
+
+def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
+    """Write the comparisons with the versions they were made with as JSON."""
+    content = {
+        "bundle": bundle.path.name,
+        "source": asdict(bundle.manifest.source),
+        "passed": parity.passed,
+        "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)},
+        "threads": {"torch": torch.get_num_threads(), "machine": os.cpu_count()},
+        "comparisons": [asdict(comparison) for comparison in parity.comparisons],
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
+    """Load the checkpoint that the manifest names, with the facts that it was built with."""
+    source, model = bundle.manifest.source, bundle.manifest.model
+    if checkpoint is None:
+        candidates = [bundle.path.parent / source.file, Path(source.file)]
+        found = [path for path in candidates if path.is_file()]
+        checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give --checkpoint"
+            )
+    path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
+    if (found_hash := sha256_of(path)) != source.sha256:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
+            f"found {found_hash[:12]}…: give its checkpoint, or build a new bundle from this one"
+        )
+    weights = None if source.weights == "bare" else source.weights
+    overrides = Overrides(model.route, model.heads, model.prediction)
+    loaded = load_model(checkpoint, weights=weights, overrides=overrides)
+    if loaded.facts != model:
+        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
+    return loaded
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
+    """Polygraphy's view of our PyTorch model as one graph of the bundle; guided runs as two whole passes."""
+
+    def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
+        super().__init__(name="pytorch", prefix="pytorch")
+        self.loaded = loaded
+        self.graph = graph
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for tensor in self.graph.inputs:
+            metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        given = {name: torch.from_numpy(np.asarray(value)) for name, value in feed_dict.items()}
+        model = self.loaded.model
+        with torch.no_grad():
+            if self.graph.kind == "condition":
+                output = model.condition(given["t"], given["class"]).numpy()
+            elif self.graph.kind == "guided":
+                strong = model.predict(given["x"], given["modulations"], given.get("keep_strong"))
+                weak = model.predict(given["x"], given["modulations"], given["keep_weak"])
+                output = guide(strong.numpy(), weak.numpy(), float(given["scale"]))
+            else:
+                output = model.predict(given["x"], given["modulations"], given.get("keep")).numpy()
+        self.inference_time = 0.0
+        return OrderedDict({self.graph.outputs[0].name: output})
+
+
+def _compare_graph(
+    bundle: Bundle, loaded: LoadedModel, graph: GraphFacts, times: Sequence[float], folder: Path | None
+) -> list[Comparison]:
+    feeds = [_feed(bundle.manifest, loaded, graph, t, number) for number, t in enumerate(times)]
+    session = SessionFromOnnx(str(bundle.file(graph.file)), providers=["CPUExecutionProvider"])
+    results = Comparator.run([TorchRunner(loaded, graph), OnnxrtRunner(session, name="onnxruntime")], data_loader=feeds)
+    if folder is not None:
+        stem = Path(graph.file).stem
+        save_json(feeds, str(folder / f"{stem}-inputs.json"))
+        RunResults([results[0]]).save(str(folder / f"{stem}-outputs.json"))
+    comparisons: list[Comparison] = []
+
+    def compare(wanted: Any, found: Any) -> OrderedDict[str, bool]:
+        name = graph.outputs[0].name
+        t = times[len(comparisons)]
+        comparisons.append(compare_arrays(Path(graph.file).stem, t, wanted[name], found[name], GRAPH_GATE))
+        return OrderedDict({name: comparisons[-1].passed})
+
+    Comparator.compare_accuracy(results, compare_func=compare)
+    return comparisons
+
+
+def compare_arrays(
+    subject: str, t: float | None, wanted: NDArray[np.float32], found: NDArray[np.float32], gate: float
+) -> Comparison:
+    """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
+    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(a))
+    relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
+    cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
+    passed = relative <= gate and cosine >= COSINE_GATE
+    return Comparison(subject, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
+
+
+def _feed(manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int) -> dict[str, NDArray[Any]]:
+    """Inputs of one graph run at time t: noise, two classes (the second is "no class"), random subsets, scale 2.5."""
+    generator = torch.Generator().manual_seed(number)
+    rows = manifest.batch or IMAGES
+    sizes = {"B": rows, "S": manifest.condition_rows}
+    feed = {
+        tensor.name: graphs.example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs
+    }
+    classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
+    classes[1::4] = manifest.model.num_classes
+    if graph.kind == "condition":
+        return feed | {"t": np.full(sizes["S"], t, np.float32), "class": classes[: sizes["S"]].numpy()}
+    with torch.no_grad():
+        feed["modulations"] = loaded.model.condition(torch.full((rows,), t), classes[:rows]).numpy()
+    if graph.kind == "guided":
+        feed["scale"] = np.array(2.5, np.float32)
+    return feed
+
+
+def _guidances(manifest: Manifest) -> list[GuidancePlan]:
+    """The bundle's own plan, every other pair it has a graph for, and the strong branch alone."""
+    plan = manifest.guidance
+    pairs = [
+        GuidancePlan("sg", graph.levels[0], graph.levels[1], plan.scale)
+        for graph in manifest.graphs
+        if graph.kind == "guided"
+    ]
+    alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
+    return [plan, *(pair for pair in (*pairs, alone) if pair != plan)]
+
+
+def _compare_run(
+    pipeline: Pipeline, loaded: LoadedModel, guidance: GuidancePlan, sampler: SamplerName, fused: bool
+) -> Comparison:
+    count = loaded.facts.num_classes
+    classes, seeds = [k * 7 % count for k in range(IMAGES)], list(range(IMAGES))
+    wanted = two_pass.sample(loaded, guidance, classes, seeds, RUN_STEPS, sampler)
+    found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
+    return compare_arrays(_run_name(guidance, sampler, fused), None, wanted, found, RUN_GATE)
+
+
+def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
+    rates = f" {guidance.strong.sparsity:g}/{guidance.weak.sparsity:g}" if guidance.mode == "sg" else ""
+    where = " in the graph" if fused else " in the runtime" if guidance.mode != "none" else ""
+    return f"{RUN_STEPS} {sampler} steps, {guidance.mode}{rates}{where}"
+
+
+def _polygraphy_command(bundle: Bundle, graph: GraphFacts, folder: Path) -> str:
+    stem = Path(graph.file).stem
+    words = ["polygraphy", "run", str(bundle.file(graph.file)), "--onnxrt"]
+    words += ["--load-inputs", str(folder / f"{stem}-inputs.json")]
+    words += ["--load-outputs", str(folder / f"{stem}-outputs.json"), "--atol", "1e-4", "--rtol", "1e-4"]
+    return shlex.join(words)

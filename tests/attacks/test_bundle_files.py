@@ -1,0 +1,162 @@
+"""Bundles whose files are missing, altered or elsewhere: each is refused by name, and none is opened."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Edit = Callable[[Callable[[Any], object]], None]
+Refused = Callable[..., None]
+
+WEIGHTS = "graphs/weights.bin"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "graphs/condition.onnx", "graphs/guided-16-8.onnx"])
+def test_load_of_a_missing_file_is_refused(bundle: Path, refused: Refused, name: str) -> None:
+    (bundle / name).unlink()
+    refused(f"file {name} is missing; copy the bundle again or rebuild it")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "graphs/dense.onnx"])
+def test_load_of_a_flipped_byte_is_refused(bundle: Path, refused: Refused, name: str) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (bundle / name).write_bytes(content)
+    refused(f"file {name}: expected SHA-256", "it was altered after the build", "rebuild it")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "graphs/dense.onnx"])
+def test_load_of_a_truncated_file_is_refused(bundle: Path, refused: Refused, name: str) -> None:
+    size = (bundle / name).stat().st_size
+    os.truncate(bundle / name, size - 1)
+    refused(f"file {name}: expected {size} bytes, found {size - 1}; copy the bundle again or rebuild it")
+
+
+def test_load_of_an_empty_file_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / WEIGHTS).write_bytes(b"")
+    refused(f"file {WEIGHTS}: expected ", " bytes, found 0;")
+
+
+def test_load_of_a_longer_file_is_refused(bundle: Path, refused: Refused) -> None:
+    with (bundle / WEIGHTS).open("ab") as stream:
+        stream.write(b"more")
+    refused(f"file {WEIGHTS}: expected ", " bytes, found ")
+
+
+def test_load_of_two_files_in_each_others_place_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
+    """Sizes made to match, hashes not."""
+    first, second = bundle / "graphs/sparse-8.onnx", bundle / "graphs/sparse-12.onnx"
+    swapped = first.read_bytes(), second.read_bytes()
+    second.write_bytes(swapped[0])
+    first.write_bytes(swapped[1])
+
+    def swap_sizes(content: Any) -> None:
+        a, b = (content["files"][f"graphs/{path.name}"] for path in (first, second))
+        a["size"], b["size"] = b["size"], a["size"]
+
+    edit(swap_sizes)
+    refused("expected SHA-256")
+
+
+def test_load_of_a_folder_in_a_files_place_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / WEIGHTS).unlink()
+    (bundle / WEIGHTS).mkdir()
+    refused(f"file {WEIGHTS} is missing")
+
+
+def test_load_of_a_pipe_in_a_files_place_is_refused_without_waiting(bundle: Path, refused: Refused) -> None:
+    (bundle / WEIGHTS).unlink()
+    os.mkfifo(bundle / WEIGHTS)
+    refused(f"file {WEIGHTS} is missing")
+
+
+def add_file(name: str, like: str = WEIGHTS) -> Callable[[Any], None]:
+    """Lists a file under `name` with the size and hash of a real one."""
+
+    def add(content: Any) -> None:
+        content["files"][name] = content["files"][like]
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../weights.bin",
+        "graphs/../../weights.bin",
+        "graphs/..",
+        "..",
+        "graphs\\weights.bin",
+        "..\\weights.bin",
+        "graphs/weights.bin\0",
+    ],
+)
+def test_load_of_a_name_that_leads_out_is_refused(bundle: Path, edit: Edit, refused: Refused, name: str) -> None:
+    """Even where a file with the right bytes is at its end."""
+    shutil.copy(bundle / WEIGHTS, bundle.parent / "weights.bin")
+    edit(add_file(name))
+    refused(f"file {name!r} leads out of the bundle; do not use this bundle")
+
+
+def test_load_of_an_absolute_name_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
+    """Even where it points into the bundle."""
+    name = str(bundle / WEIGHTS)
+    edit(add_file(name))
+    refused(f"file {name!r} leads out of the bundle")
+
+
+@pytest.mark.parametrize("name", ["", ".", "graphs", "graphs/"])
+def test_load_of_a_name_that_is_a_folder_is_refused(edit: Edit, refused: Refused, name: str) -> None:
+    edit(add_file(name))
+    refused("is missing")
+
+
+def test_load_of_a_name_longer_than_any_file_is_refused(edit: Edit, refused: Refused) -> None:
+    name = "n" * 300
+    edit(add_file(name))
+    refused(f"file {name!r} cannot be read", "copy the bundle again or rebuild it")
+
+
+def test_load_of_a_link_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
+    """The bytes are right, but not the bundle's: they could change, and the bundle cannot be copied."""
+    outside = bundle.parent / "weights.bin"
+    (bundle / WEIGHTS).rename(outside)
+    (bundle / WEIGHTS).symlink_to(outside)
+    refused(f"file {WEIGHTS!r} leads out of the bundle")
+
+
+def test_load_of_a_folder_that_links_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / "graphs").rename(bundle.parent / "elsewhere")
+    (bundle / "graphs").symlink_to("../elsewhere")
+    refused("leads out of the bundle")
+
+
+def test_load_of_a_link_to_nothing_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / WEIGHTS).unlink()
+    (bundle / WEIGHTS).symlink_to("none")
+    refused(f"file {WEIGHTS} is missing")
+
+
+def test_load_of_a_link_to_itself_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / WEIGHTS).unlink()
+    (bundle / WEIGHTS).symlink_to("weights.bin")
+    refused(WEIGHTS, "copy the bundle again or rebuild it")
+
+
+def test_load_of_a_graph_that_is_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
+    """Otherwise nobody would check its bytes."""
+    edit(lambda content: content["files"].pop("graphs/dense.onnx"))
+    refused("graph graphs/dense.onnx is not among the manifest's files; rebuild the bundle")
+
+
+def test_load_of_weights_that_are_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
+    edit(lambda content: content["files"].pop(WEIGHTS))
+    refused(f"file {WEIGHTS} is not among the manifest's files; rebuild the bundle")
+
+
+def test_load_of_a_graph_outside_the_bundle_is_refused(edit: Edit, refused: Refused) -> None:
+    edit(lambda content: content["graphs"][1].update(file="../dense.onnx"))
+    refused("graph ../dense.onnx is not among the manifest's files")

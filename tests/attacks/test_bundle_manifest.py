@@ -1,0 +1,103 @@
+"""Bundles whose manifest is no manifest, or contradicts itself: each is refused, at the place of the fault."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Edit = Callable[[Callable[[Any], object]], None]
+Refused = Callable[..., None]
+
+
+def test_load_without_a_manifest_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / "manifest.json").unlink()
+    refused("manifest.json: expected the manifest of a bundle, found No such file or directory; rebuild it")
+
+
+def test_load_of_a_folder_as_manifest_is_refused(bundle: Path, refused: Refused) -> None:
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").mkdir()
+    refused("manifest.json: expected the manifest of a bundle, found Is a directory")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"PK\x03\x04",
+        b"\xff\xfe{\x00}\x00",  # UTF-16
+        b"\xef\xbb\xbf{}",  # a byte order mark
+        b"{'schema_version': 1}",
+        b"[" * 100_000,  # deeper than any parser goes
+        b'{"schema_version": ' + b"9" * 5000 + b"}",  # longer than Python reads a number
+    ],
+    ids=["empty", "half", "zip", "utf-16", "bom", "python", "deep", "long-number"],
+)
+def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    refused("manifest.json: expected the manifest of a bundle, found no JSON (", "; rebuild it")
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
+def test_load_of_json_that_is_no_manifest_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    refused("manifest.json: expected schema version 1, found None")
+
+
+@pytest.mark.parametrize("version", [0, 2, -1, "1", True, 1.0, [1], 10**30])
+def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refused, version: object) -> None:
+    edit(lambda content: content.update(schema_version=version))
+    refused(f"expected schema version 1, found {version!r}; rebuild the bundle with this sg-export")
+
+
+def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:
+    r"""`json` reads a lone surrogate, "\ud800", and writes it; no text file could hold it."""
+    edit(lambda content: content.update(created_by="\ud800"))
+    refused("manifest.json: ", "rebuild it")
+
+
+def test_load_of_an_unknown_key_is_refused(edit: Edit, refused: Refused) -> None:
+    edit(lambda content: content["model"].update(decoder="vae"))
+    refused("manifest.json: model.decoder: ", "(1 faults); rebuild it")
+
+
+def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> None:
+    edit(lambda content: content["model"].update(tokens="16"))
+    refused("manifest.json: model.tokens: ", "valid integer")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["guidance"]["weak"].update(keep=16), "expected a weak branch sparser than the strong one"),
+        (lambda c: c["guidance"]["weak"].update(keep=0), "keep: expected at least 1, found 0"),
+        (lambda c: c["guidance"]["strong"].update(keep=17), "keep: expected at most the model's 16 tokens, found 17"),
+        (lambda c: c["graphs"][-1]["levels"][0].update(keep=99), "expected at most the model's 16 tokens, found 99"),
+        (lambda c: c["guidance"].update(mode="cfg"), "cfg guidance: expected equal sparsities"),
+        (lambda c: c["guidance"].update(scale=float("nan")), "scale: expected a finite float32 number, found nan"),
+        (lambda c: c["guidance"].update(scale=float("inf")), "scale: expected a finite float32 number, found inf"),
+        (lambda c: c["guidance"]["weak"].update(sparsity=1.5), "sparsity 1.5: expected at least 0 and less than 1"),
+        (lambda c: c["model"].update(class_names=["one"]), "class_names: expected 5 names, found 1"),
+        (lambda c: c["model"]["route"].update(start=2, end=1), "route 2-1: expected 0 <= start <= end"),
+        (lambda c: c["model"].update(channels=-2), "channels: expected at least 1, found -2"),
+        (lambda c: c["model"].update(image_size=0), "image_size: expected at least 1, found 0"),
+        (lambda c: c["model"].update(num_classes=-1), "num_classes: expected at least 1, found -1"),
+        (lambda c: c["sampling"].update(steps=0), "steps: expected at least 1, found 0"),
+        (lambda c: c.update(batch=0), "batch: expected at least 1, found 0"),
+        (lambda c: c.update(batch=-3), "batch: expected at least 1, found -3"),
+        (lambda c: c.update(condition_rows=0), "condition_rows: expected at least 1, found 0"),
+        (lambda c: c["graphs"].pop(0), "graphs: expected one of kind condition, found none"),
+        (lambda c: c.update(graphs=[]), "graphs: expected one of kind condition, found none"),
+        (lambda c: c["graphs"][1].update(outputs=[]), "graphs/dense.onnx: outputs: expected at least one, found none"),
+        (lambda c: c["graphs"][1].update(levels=[]), "graphs/dense.onnx: levels: expected 1 for dense, found 0"),
+        (lambda c: c["graphs"][-1]["levels"].pop(), "levels: expected 2 for guided, found 1"),
+        (lambda c: c["graphs"][0].update(kind="dense"), "condition.onnx: levels: expected 1 for dense, found 0"),
+    ],
+)
+def test_load_of_a_manifest_that_contradicts_itself_is_refused(
+    edit: Edit, refused: Refused, change: Callable[[Any], object], message: str
+) -> None:
+    edit(change)
+    refused("manifest.json: ", message, "; rebuild it")

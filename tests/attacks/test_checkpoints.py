@@ -1,0 +1,402 @@
+"""Checkpoints that are damaged, made to do harm, or of another model: one fault each, refused with its reason."""
+
+import io
+import json
+import os
+import pickle
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save
+from torch import Tensor
+
+from sg_export.cli import main
+from sg_export.loading import load_model
+from sg_runtime.errors import CheckpointError
+
+STATED = ["--heads", "2", "--prediction", "flow", "--route", "1-1"]
+
+
+def refusal(path: Path, exit_code: int = 6, stated: list[str] = STATED) -> str:
+    """What `sg-export inspect` says of a checkpoint that it must refuse: the part after the path."""
+    result = CliRunner().invoke(main, ["inspect", str(path), *stated])
+    assert result.exit_code == exit_code, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    message = result.stderr.removeprefix("Error: ").rstrip("\n")
+    assert "\n" not in message
+    assert path.stem in message
+    return message.partition(": ")[2]
+
+
+@pytest.fixture(scope="module")
+def state(tiny: Any) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = tiny.state()
+    return result
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file: bytes as they are, anything else by torch.save."""
+
+    def write(content: Any, name: str = "model.pt") -> Path:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return path
+
+    return write
+
+
+def pickled(content: Any, *, zipped: bool = True) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+def safetensors(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+# Files that are not what their name says.
+
+
+def test_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "model.pt").endswith("(glyphs, glyphs-early), found nothing there")
+
+
+def test_checkpoint_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"model.pt: expected a checkpoint .*, found a directory$"):
+        load_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model", "model.PT", "model.onnx"])
+def test_checkpoint_of_another_suffix_is_refused(name: str, write: Callable[..., Path], state: Any) -> None:
+    message = "expected a file name that ends in .pt, .pth or .safetensors"
+    assert refusal(write(pickled(state), name)) == message
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0",
+        b"hello world\n" * 100,
+        b"PK\x03\x04",
+        b"\x80\x02",
+        b"\x80\x02.",
+        b"<html>404 Not Found</html>",
+        b"\xff" * 99,
+    ],
+    ids=["empty", "zero", "text", "zip magic", "pickle magic", "short pickle", "web page", "ones"],
+)
+def test_checkpoint_of_no_pickle_is_refused(content: bytes, suffix: str, write: Callable[..., Path]) -> None:
+    message = refusal(write(content, f"model{suffix}"))
+    assert message.startswith(("damaged or no PyTorch file (", "refused, since it holds more than tensors"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world\n" * 100, b"\xff" * 99], ids=["empty", "text", "ones"])
+def test_checkpoint_of_no_safetensors_is_refused(content: bytes, write: Callable[..., Path]) -> None:
+    message = refusal(write(content, "model.safetensors"))
+    assert message.startswith("damaged or no safetensors file (")
+    assert message.endswith("); copy it again")
+
+
+def test_checkpoint_of_the_other_format_is_refused(write: Callable[..., Path], state: Any) -> None:
+    assert refusal(write(save(state), "model.pt"))
+    assert refusal(write(pickled(state), "other.safetensors")).startswith("damaged or no safetensors file (")
+
+
+# Damage on the way.
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_checkpoint_that_is_truncated_is_refused(
+    form: str, share: float, write: Callable[..., Path], state: Any
+) -> None:
+    whole = save(state) if form == "safetensors" else pickled(state, zipped=form == "zip")
+    path = write(whole[: int(len(whole) * share)], f"model.{'safetensors' if form == 'safetensors' else 'pt'}")
+    assert refusal(path).startswith(("damaged or no ", "refused, since it holds more than tensors"))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_checkpoint_with_one_bit_flipped_ends_with_a_reason(form: str, write: Callable[..., Path]) -> None:
+    state = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
+    whole = save(state) if form == "safetensors" else pickled(state, zipped=form == "zip")
+    draw = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        # Neither is a model: what matters is that nothing else is raised on the way to saying so.
+        with pytest.raises(CheckpointError):
+            load_model(write(bytes(damaged), f"model.{'safetensors' if form == 'safetensors' else 'pt'}"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_checkpoint_that_the_system_cannot_read_is_refused(suffix: str, tmp_path: Path) -> None:
+    # A regular file by its kind, whose first bytes no process may read.
+    path = tmp_path / f"model{suffix}"
+    path.symlink_to("/proc/self/mem")
+    assert refusal(path).startswith("damaged or no ")
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"", b""),
+        (b"{", b""),
+        (b"[]", b""),
+        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', b"\0" * 8),
+        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', b"\0" * 24),
+        (b'{"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}}', b"\0" * 16),
+        (b'{"a": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}}', b"\0" * 16),
+        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}', b"\0" * 16),
+    ],
+    ids=["empty", "open", "list", "past the end", "left over", "shape", "dtype", "backwards"],
+)
+def test_checkpoint_with_a_wrong_safetensors_header_is_refused(
+    header: bytes, data: bytes, write: Callable[..., Path]
+) -> None:
+    path = write(safetensors(header, data), "model.safetensors")
+    assert refusal(path).startswith("damaged or no safetensors file (")
+
+
+def test_checkpoint_with_a_huge_safetensors_header_is_refused(write: Callable[..., Path]) -> None:
+    path = write(struct.pack("<Q", 2**62) + b"{}", "model.safetensors")
+    assert refusal(path).startswith("damaged or no safetensors file (")
+
+
+# Code.
+
+
+class Harm:
+    """Unpickling this by the rules of pickle makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_harm_is_done_by_a_reader_that_is_not_careful(tmp_path: Path) -> None:
+    torch.load(io.BytesIO(pickled(Harm(tmp_path / "marker"))), weights_only=False)
+    assert (tmp_path / "marker").is_dir()
+
+
+@pytest.mark.parametrize("place", ["beside", "inside", "alone"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_checkpoint_with_code_in_it_is_refused_and_runs_none(
+    zipped: bool, place: str, write: Callable[..., Path], state: Any, tmp_path: Path
+) -> None:
+    harm = Harm(tmp_path / "marker")
+    content = {
+        "beside": {"model_state_dict": state, "more": harm},
+        "inside": {**state, "x_embedder.proj.bias": harm},
+        "alone": harm,
+    }[place]
+    message = refusal(write(pickled(content, zipped=zipped)))
+    assert message == (
+        "refused, since it holds more than tensors and plain values and reading it would run its code, or since it is "
+        "damaged (it asks for posix.mkdir); save its state dict alone, with torch.save or as safetensors"
+    )
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_checkpoint_of_plain_pickle_with_code_is_refused_and_runs_none(
+    protocol: int, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(pickle.dumps({"a": Harm(tmp_path / "marker")}, protocol=protocol))
+    assert refusal(path).startswith(("refused, since ", "damaged or no PyTorch file ("))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_checkpoint_with_a_whole_module_in_it_is_refused(write: Callable[..., Path]) -> None:
+    assert "(it asks for torch.nn.modules.linear.Linear); save its state dict" in refusal(write(torch.nn.Linear(2, 2)))
+
+
+# Contents that are no state dict.
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(2)], "expected a dict of tensors, found list"),
+        (torch.zeros(2), "expected a dict of tensors, found Tensor"),
+        ("weights", "expected a dict of tensors, found str"),
+        ({}, "found nothing"),
+        ({"ema": {}}, "found nothing"),
+        ({"a": "b", "c": torch.zeros(1)}, "found other values: a"),
+        ({"model_state_dict": {"a": 3}}, "found other values: a"),
+        ({"a": {"b": torch.zeros(1)}}, "found other values: a"),
+        ({7: torch.zeros(1)}, "found other values: 7"),
+        ({f"k{i}": i for i in range(12)}, "found other values: k0, k1, k2, k3, k4, k5, k6, k7 and 4 more"),
+        (
+            {"a": torch.zeros(1), "module.a": torch.zeros(1)},
+            "two tensors are named a once wrapper prefixes are taken off",
+        ),
+    ],
+)
+def test_checkpoint_of_other_content_is_refused(content: Any, found: str, write: Callable[..., Path]) -> None:
+    assert refusal(write(content)).endswith(found)
+
+
+def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> None:
+    message = refusal(write({"conv_in.weight": torch.zeros(1), "pos_embed": torch.zeros(1)}))
+    assert message == (
+        "of no family that is supported: tread needs x_embedder.proj.weight, t_embedder.mlp.0.weight, "
+        "y_embedder.embedding_table.weight, blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight; "
+        "it starts with conv_in.weight, pos_embed"
+    )
+
+
+def test_checkpoint_that_names_its_family_but_is_another_is_refused(write: Callable[..., Path], state: Any) -> None:
+    path = write({name: tensor for name, tensor in state.items() if name != "pos_embed"})
+    path.with_suffix(".json").write_text(json.dumps({"family": "tread"}))
+    assert refusal(path) == "expected the tensors of a tread model, but pos_embed is missing"
+
+
+# Tensors that do not fit.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.1.attn.qkv.bias": None}, "found missing blocks.1.attn.qkv.bias (1)"),
+        ({"blocks.0.mlp.fc1.weight": None}, "found missing blocks.0.mlp.fc1.weight (1)"),
+        ({"final_layer.linear.weight": None}, "found missing final_layer.linear.weight (1)"),
+        ({"mask_token": torch.zeros(1)}, "found unknown mask_token (1)"),
+        ({"blocks.²": torch.zeros(1)}, "found unknown blocks.² (1)"),
+        ({"blocks.two.attn.qkv.bias": torch.zeros(1)}, "found unknown blocks.two.attn.qkv.bias (1)"),
+        (
+            {"final_layer.linear.bias": None, "final_layer.linear.extra": torch.zeros(1)},
+            "found missing final_layer.linear.bias (1); unknown final_layer.linear.extra (1)",
+        ),
+        (
+            {"pos_embed": torch.zeros(1, 16, 31)},
+            "pos_embed: expected floating point of shape (1, 16, 32), found torch.float32 of shape (1, 16, 31)",
+        ),
+        ({"pos_embed": torch.zeros(1, 15, 32)}, "pos_embed: expected (1, N, D) with N a square, found N = 15"),
+        ({"pos_embed": torch.zeros(16, 32)}, "pos_embed: expected (1, N, D), found (16, 32)"),
+        ({"pos_embed": torch.zeros(1, 0, 32)}, "pos_embed: expected (1, N, D), found (1, 0, 32)"),
+        (
+            {"pos_embed": torch.zeros(1, 16, 32, dtype=torch.int32)},
+            "pos_embed: expected floating point of shape (1, 16, 32), found torch.int32 of shape (1, 16, 32)",
+        ),
+        (
+            {"pos_embed": torch.zeros(1, 16, 32, dtype=torch.complex64)},
+            "pos_embed: expected floating point of shape (1, 16, 32), found torch.complex64 of shape (1, 16, 32)",
+        ),
+        (
+            {"blocks.2.attn.proj.bias": torch.zeros(32).to_sparse()},
+            "expected floating point of shape (32,), found torch.sparse_coo torch.float32 of shape (32,)",
+        ),
+        ({"x_embedder.proj.weight": torch.zeros(32, 8)}, "expected (D, C, P, P), found (32, 8)"),
+        ({"x_embedder.proj.weight": torch.zeros(32, 2, 2, 4)}, "expected square patches, found 2×4"),
+        ({"x_embedder.proj.weight": torch.zeros(32, 2, 0, 0)}, "expected (D, C, P, P), found (32, 2, 0, 0)"),
+        ({"y_embedder.embedding_table.weight": torch.tensor(1.0)}, "expected (classes + 1, D), found ()"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(0, 32)}, "expected (classes + 1, D), found (0, 32)"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(1, 32)}, "expected a class and the null, found one row"),
+        ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "expected (hidden, D), found ()"),
+        ({"final_layer.linear.weight": torch.tensor(1.0)}, "expected (rows, D), found ()"),
+        (
+            {"final_layer.linear.weight": torch.zeros(16, 32)},
+            "expected 8 rows, found 16: a learn_sigma head, which is not supported; upstream's own samplers do not "
+            "split it either",
+        ),
+        (
+            {"pos_embed": torch.full((1, 16, 32), float("nan"))},
+            "pos_embed: expected finite values, found NaN or infinity: the training diverged, or the file is damaged; "
+            "take an earlier checkpoint",
+        ),
+        ({"blocks.2.mlp.fc2.bias": torch.full((32,), float("inf"))}, "take an earlier checkpoint"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_checkpoint_with_one_tensor_off_is_refused(
+    change: dict[str, Tensor | None], message: str, write: Callable[..., Path], state: Any
+) -> None:
+    content = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
+    assert refusal(write(content)).endswith(message)
+
+
+def test_checkpoint_with_a_block_of_absurd_number_is_refused(write: Callable[..., Path], state: Any) -> None:
+    # Taking the number for the depth would make a network of a billion blocks.
+    message = refusal(write({**state, "blocks.999999999.attn.qkv.bias": torch.zeros(96)}))
+    assert "missing blocks.3." in message
+    assert message.endswith("unknown blocks.999999999.attn.qkv.bias (1)")
+
+
+# Facts.
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"heds": 2}, "heds: Unexpected keyword argument; the known keys are family, heads, route, "),
+        ({"heads": "2"}, "heads: Input should be a valid integer"),
+        ({"family": "unet"}, "family 'unet': expected one of tread"),
+        ({"class_names": ["a"]}, "class_names: expected 5 names, found 1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["sidecar", "metadata"])
+def test_checkpoint_with_a_wrong_fact_is_refused(
+    place: str, facts: dict[str, Any], message: str, write: Callable[..., Path], state: Any
+) -> None:
+    text = json.dumps(facts)
+    if place == "sidecar":
+        path = write(state)
+        path.with_suffix(".json").write_text(text)
+    else:
+        path = write(save(state, {"sg_export": text}), "model.safetensors")
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"route": "2-1"}, "expected 0 <= start <= end, both blocks included"),
+        ({"route": "1-3"}, "route 1-3: expected blocks 0 to 2"),
+        ({"route": "most"}, "expected START-END, both blocks included, as 2-24"),
+        ({"route": "0-1,2-2"}, "expected one route, found several, which are not supported"),
+        ({"heads": 5}, "heads: expected a divisor of the width 32, found 5"),
+        ({"heads": 0}, "heads: expected a divisor of the width 32, found 0"),
+        ({"heads": -2}, "heads: expected a divisor of the width 32, found -2"),
+    ],
+    ids=lambda value: "-".join(f"{key}={fact}" for key, fact in value.items()) if isinstance(value, dict) else "",
+)
+def test_checkpoint_with_a_fact_that_does_not_fit_is_refused(
+    facts: dict[str, Any], message: str, write: Callable[..., Path], state: Any
+) -> None:
+    path = write(state)
+    path.with_suffix(".json").write_text(json.dumps({"heads": 2, "prediction": "flow", **facts}))
+    result = CliRunner().invoke(main, ["inspect", str(path)])
+    assert result.exit_code == 2
+    assert result.stderr.rstrip("\n").endswith(message)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"", b"{", b"null"], ids=["binary", "empty", "open", "null"])
+def test_checkpoint_with_a_sidecar_that_is_no_json_is_refused(
+    content: bytes, write: Callable[..., Path], state: Any
+) -> None:
+    path = write(state)
+    path.with_suffix(".json").write_bytes(content)
+    assert refusal(path)
+
+
+def test_checkpoint_with_a_sidecar_that_cannot_be_read_is_refused(write: Callable[..., Path], state: Any) -> None:
+    path = write(state)
+    path.with_suffix(".json").symlink_to("/proc/self/mem")
+    assert refusal(path).startswith("expected facts on the checkpoint as JSON, cannot read it (")

@@ -1,0 +1,83 @@
+"""Fixtures that several rooms share."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sg_export.compiler import CompileOptions, compile
+from sg_export.models.dit import DiT, DiTConfig
+
+TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
+"""16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""
+
+TINY_FACTS = {"family": "tread", "heads": 2, "route": "1-1", "prediction": "flow", "selection_rate": 0.5}
+"""One block before the route, one in it, one after it."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Makes checkpoints of a small network with a random non-zero value in every place."""
+
+    config: DiTConfig
+    facts: Mapping[str, Any]
+
+    def state(self, seed: int = 1) -> dict[str, Tensor]:
+        """The network's tensors by name."""
+        spec = importlib.util.spec_from_file_location(
+            "tiny_weights", Path(__file__).parent / "sg_export/fixtures/weights.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with torch.device("meta"):
+            shapes = {name: list(tensor.shape) for name, tensor in DiT(self.config).state_dict().items()}
+        return {name: torch.from_numpy(value) for name, value in module.random_state(shapes, seed, {}).items()}
+
+    def save(self, path: Path, content: Any = None, facts: Mapping[str, Any] | None = None) -> Path:
+        """Write `content` (by default the network's tensors) as `path`, and `facts` (by default its own) with it.
+
+        The facts go into the metadata of a .safetensors and beside any other file.
+        """
+        content = self.state() if content is None else content
+        text = json.dumps(dict(self.facts if facts is None else facts))
+        if path.suffix == ".safetensors":
+            save_file(content, path, {"sg_export": text})
+        else:
+            torch.save(content, path)
+            path.with_suffix(".json").write_text(text)
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    return Tiny(TINY, TINY_FACTS)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .safetensors with all facts in its metadata."""
+    return tiny.save(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    """The tiny model, its checkpoint beside it: strong sparsities 0 and 0.25, weak 0.5, symbolic batch, six graphs."""
+    options = CompileOptions(tiny_checkpoint.parent / "tiny-bundle", sparsity=(0.5,), strong_sparsity=(0.0, 0.25))
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def glyphs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model as a bundle with strong sparsities 0 and 0.25 and weak ones 0.5 and 0.75, symbolic batch."""
+    output = tmp_path_factory.mktemp("bundles") / "glyphs"
+    options = CompileOptions(output, sparsity=(0.5, 0.75), strong_sparsity=(0.0, 0.25))
+    return compile("glyphs", options).path

@@ -1,0 +1,130 @@
+"""Running the command line: inside this process, in another, and on a disk of a given size."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sg_export.cli import main
+
+ROOT = Path(__file__).parents[3]
+ROOMS = [str(ROOT / folder) for folder in (".", "engines", "runtime", "calibration")]
+
+Run = Callable[..., Result]
+Refused = Callable[..., str]
+
+PROGRAM = """
+import signal, sys
+from importlib.machinery import PathFinder
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+blocked = set(sys.argv.pop(1).split())
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in blocked else super().find_spec(name, path, target)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+from sg_export.cli import main
+
+main(prog_name="sg-export")
+"""
+
+
+@pytest.fixture
+def cli() -> Run:
+    """Runs the command line in this process; returns click's result."""
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Run) -> Refused:
+    """Runs a command line that must end with an exit code, a message and no traceback; returns the message."""
+
+    def run(exit_code: int, *arguments: object) -> str:
+        result = cli(*arguments)
+        assert result.exit_code == exit_code, result.output
+        assert "Traceback" not in result.output
+        message = result.stderr[result.stderr.rindex("Error: ") :]
+        return message.removeprefix("Error: ").rstrip("\n")
+
+    return run
+
+
+def command(*arguments: object, blocked: Sequence[str] = ()) -> list[str]:
+    """The words of a process that runs the command line and does not find the top-level modules `blocked`."""
+    return [sys.executable, "-c", PROGRAM, " ".join(blocked), *(str(argument) for argument in arguments)]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """An environment in which this checkout is found first, and programs of this interpreter by their name."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Runs the command line in a process of its own, in `tmp_path`."""
+
+    def run(*arguments: object, blocked: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command(*arguments, blocked=blocked),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str]"]:
+    """Starts the command line in a process of its own, in `tmp_path`; its standard error is a pipe."""
+
+    def run(*arguments: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(command(*arguments), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return run
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Runs the command line where `tmp_path`/disk is a mount of its own, and lists what it leaves there.
+
+    mount: the arguments of mount before the folder. The listing is what standard output ends with, after "left:".
+    Skips where this user may make no mount.
+    """
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def run(mount: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        inside = ["unshare", "-rm", "sh", "-c"]
+        if shutil.which("unshare") is None:
+            pytest.skip("needs unshare, of util-linux")
+        tried = subprocess.run([*inside, f"mount {mount} {disk}"], capture_output=True, text=True, check=False)
+        if tried.returncode != 0:
+            pytest.skip(f"may make no mount here: {tried.stderr.strip()}")
+        script = f'mount {mount} {disk} || exit 99; "$@"; code=$?; echo left:; ls -A {disk}; exit $code'
+        return subprocess.run(
+            [*inside, script, "sh", *command(*arguments)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,192 @@
+"""`sg-export build`."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sg_runtime.bundle import Bundle
+from sg_runtime.manifest import Route
+
+# The bundle with the fewest and the most quickly traced graphs.
+SMALLEST = ("--guidance", "none", "--batch", 1)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_build_without_model_builds_the_reference_and_says_so(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("build", *SMALLEST)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(
+        "no MODEL given: building the reference model glyphs\nloading glyphs\n[1/5] tracing"
+    )
+    assert result.stdout.startswith("glyphs-bundle: 2 graphs, ")
+    assert Bundle.open("glyphs-bundle").manifest.source.reference == "glyphs"
+
+
+def test_build_in_another_process_gives_the_same_bytes(
+    process: Callable[..., Any], fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rates = ("--sparsity", 0.5, "--strong-sparsity", 0.25)
+    result = process("build", tiny_checkpoint, *rates, "--batch", 3, "-o", "again")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert content(tmp_path / "again") == content(fixed_bundle)
+
+
+def test_build_options_reach_the_bundle(cli: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "my.pt", {"model_state_dict": tiny.state(), "ema_state_dict": {}}, {})
+    stated = ("--weights", "model", "--heads", 4, "--prediction", "flow", "--route", "0-1")
+    runs = ("--scale", 3, "--steps", 9, "--opset", 21, "-o", tmp_path / "out")
+    result = cli("build", path, *SMALLEST, *stated, *runs, "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert json.loads(result.stdout) == json.loads((tmp_path / "out/manifest.json").read_bytes())
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert (manifest.source.weights, manifest.model.heads, manifest.model.route) == ("model", 4, Route(0, 1))
+    assert (manifest.guidance.mode, manifest.guidance.scale, manifest.sampling.steps) == ("none", 3.0, 9)
+    assert (manifest.opset, manifest.batch) == (21, 1)
+
+
+def test_build_of_a_pair_that_is_not_sparser_says_that_it_is_skipped(
+    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    strong = ("--strong-sparsity", 0, "--strong-sparsity", 0.5)
+    result = cli("build", tiny_checkpoint, *strong, "--batch", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.endswith("skipped the pair 0.5/0.5: its weak branch is not sparser\n")
+    names = ["condition", "dense", "sparse-8", "guided-16-8"]
+    assert [Path(graph.file).stem for graph in Bundle.open(tmp_path / "out").manifest.graphs] == names
+
+
+def test_build_without_onnxruntime_records_no_parity(
+    process: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = process("build", tiny_checkpoint, *SMALLEST, "-o", "out", blocked=["onnxruntime"])
+    assert result.returncode == 0, result.stderr
+    assert [graph.parity for graph in Bundle.open(tmp_path / "out").manifest.graphs] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1"], "sparsity 1: expected at least 0 and less than 1"),
+        (["--sparsity", "-0.5"], "sparsity -0.5: expected at least 0 and less than 1"),
+        (["--sparsity", "nan"], "sparsity nan: expected at least 0 and less than 1"),
+        (["--sparsity", "0"], "sparsity 0: keeps all tokens: expected a weak branch that leaves some out"),
+        (["--sparsity", "0.01"], "sparsity 0.01: keeps all tokens of 16: expected one that keeps some"),
+        (["--sparsity", "0.5", "--sparsity", "0.51"], "sparsities 0.5 and 0.51 both keep 8 tokens: give one of them"),
+        (["--strong-sparsity", "0.5", "--sparsity", "0.25"], "raise --sparsity or lower --strong-sparsity"),
+        (["--guidance", "cfg", "--sparsity", "0.5"], "sparsity: cfg guidance has no sparser branch"),
+        (["--scale", "inf"], "scale: expected a finite float32 number, found inf"),
+        (["--route", "2"], "route '2': expected START-END, both blocks included, as 2-24"),
+        (["--route", "all"], "route 'all': expected START-END"),
+        (["--route", "2-1"], "route 2-1: expected 0 <= start <= end, both blocks included"),
+        (["--route", "0-1,2-2"], "route '0-1,2-2': expected one route, found several, which are not supported"),
+        (["--route", "1-3"], "tiny.safetensors: route 1-3: expected blocks 0 to 2"),
+        (["--heads", "5"], "tiny.safetensors: heads: expected a divisor of the width 32, found 5"),
+        (["--heads", "0"], "0 is not in the range x>=1"),
+        (["--weights", "ema"], "holds one bare set of weights: leave out --weights ema"),
+        (["--prediction", "edm"], "expected a flow model, found edm, which this version can load and inspect but not"),
+        (["--prediction", "eps"], "'eps' is not one of 'flow', 'edm'"),
+        (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'none'"),
+        (["--precision", "fp16"], "'fp16' is not 'fp32'"),
+        (["--target", "tensorrt"], "'tensorrt' is not 'onnxruntime'"),
+        (["--steps", "-1"], "-1 is not in the range x>=1"),
+        (["--batch", "0"], "0 is not in the range x>=1"),
+        (["--opset", "19"], "19 is not in the range 20<=x<=22"),
+        (["--opset", "23"], "23 is not in the range 20<=x<=22"),
+    ],
+    ids=" ".join,
+)
+def test_build_of_a_wrong_request_ends_with_2(
+    arguments: list[str], message: str, refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert message in refused(2, "build", tiny_checkpoint, *arguments, "-o", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_if_quiet_prints_the_error_alone(cli: Callable[..., Any]) -> None:
+    result = cli("build", "--sparsity", 2, "--quiet")
+    assert (result.exit_code, result.output) == (2, "Error: sparsity 2: expected at least 0 and less than 1\n")
+
+
+def test_build_without_route_shows_upstreams_usual(refused: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "my.pt", facts={"heads": 2, "prediction": "flow"})
+    message = refused(2, "build", path, "--sparsity", 0.5, "-o", tmp_path / "out")
+    assert message.endswith("give --route START-END, both blocks included; upstream's for 3 blocks is 2-2")
+
+
+@pytest.mark.parametrize(
+    ("force", "message"),
+    [
+        ([], "exists: give another --output, or --force to replace it"),
+        (["--force"], "exists and is no bundle, so --force does not replace it: give another --output"),
+    ],
+)
+def test_build_to_a_folder_of_the_users_ends_with_2(
+    force: list[str], message: str, refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("")
+    assert refused(2, "build", tiny_checkpoint, "-o", tmp_path, *force) == f"{tmp_path}: {message}"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_build_of_a_missing_checkpoint_ends_with_6(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "found nothing there" in refused(6, "build", tmp_path / "missing.pt", "-o", tmp_path / "out")
+
+
+def test_build_that_fails_to_export_ends_with_3(refused: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
+    state = tiny.state()
+    state["t_embedder.mlp.2.weight"] *= 1e38
+    state["final_layer.adaLN_modulation.1.weight"] *= 1e10
+    path = tiny.save(tmp_path / "huge.safetensors", state)
+    assert "found nan; please report this" in refused(3, "build", path, *SMALLEST, "-o", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
+
+
+def test_build_that_is_interrupted_ends_with_130(
+    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with start("build", tiny_checkpoint, "-o", "out") as building:
+        for line in building.stderr:
+            if "tracing dense" in line:
+                break
+        time.sleep(0.1)  # into PyTorch's exporter
+        (partial,) = tmp_path.iterdir()
+        assert partial.name.startswith(f".out.{building.pid}-")
+        building.send_signal(signal.SIGINT)
+        rest = building.stderr.read()
+    assert building.returncode == 130, rest
+    assert rest == "Error: interrupted; nothing was left half-written\n"
+    assert not list(tmp_path.iterdir())
+
+
+# The weights do not fit; the weights fit but a graph does not; not even the folder can be made.
+@pytest.mark.parametrize("limit", ["size=64k", "size=276k", "nr_inodes=1"])
+def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    result = mounted(f"-t tmpfs -o {limit} none", "build", tiny_checkpoint, *SMALLEST, "-o", "disk/out")
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "Error: disk/out: the disk is full; free some space, or give an --output on another disk"
+    )
+    assert result.stdout == "left:\n"
+
+
+def test_build_on_a_read_only_disk_ends_with_2(mounted: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    result = mounted("-t tmpfs -o ro none", "build", tiny_checkpoint, *SMALLEST, "-o", "disk/out")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: disk/out: cannot be written ({os.strerror(30)}): give another --output"
+    )
+    assert result.stdout == "left:\n"

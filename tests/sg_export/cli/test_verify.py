@@ -1,0 +1,185 @@
+"""`sg-export verify`."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sg_runtime.bundle import Bundle
+from sg_runtime.files import sha256_of
+from sg_runtime.manifest import FileFacts, write_manifest
+
+
+@pytest.fixture
+def bundle(fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of a bundle, with its checkpoint beside it."""
+    shutil.copy(tiny_checkpoint, tmp_path)
+    return Path(shutil.copytree(fixed_bundle, tmp_path / "bundle"))
+
+
+def alter_weights(bundle: Path, factor: float) -> None:
+    """Scale all weights, and make the manifest fit them."""
+    weights = bundle / "graphs/weights.bin"
+    weights.write_bytes((np.fromfile(weights, np.float32) * np.float32(factor)).tobytes())
+    manifest = Bundle.open(bundle, verify_hashes=False).manifest
+    facts = FileFacts(weights.stat().st_size, sha256_of(weights))
+    write_manifest(replace(manifest, files={**manifest.files, "graphs/weights.bin": facts}), bundle / "manifest.json")
+
+
+def test_verify_prints_a_table_and_writes_the_results(cli: Callable[..., Any], bundle: Path) -> None:
+    result = cli("verify", bundle)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("[1/10] comparing condition\n[2/10] comparing sparse-12\n")
+    content = json.loads((bundle / "verify.json").read_text())
+    assert content["passed"] is True
+    # Four graphs at eight times; runs of two samplers, in the graph, in the runtime and without guidance.
+    assert len(content["comparisons"]) == 4 * 8 + 2 * 3
+    assert result.stdout.count("pass") == len(content["comparisons"])
+    assert result.stdout.endswith(f"results: {bundle}/verify.json\n")
+    for word in ("graph or run", "max abs", "relative L2", "cosine", "verdict", "guided-12-8", "0.98", "10 heun steps"):
+        assert word in result.stdout
+    # A bundle with results in it is still a bundle.
+    Bundle.open(bundle)
+
+
+def test_verify_with_output_leaves_the_bundle_alone(
+    cli: Callable[..., Any], fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = cli("verify", fixed_bundle, "--checkpoint", tiny_checkpoint, "-o", tmp_path / "parity.json", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / "parity.json").is_file()
+    assert sorted(path.name for path in fixed_bundle.iterdir()) == ["graphs", "manifest.json"]
+
+
+def test_verify_of_altered_weights_ends_with_5_and_names_the_worst(
+    cli: Callable[..., Any], refused: Callable[..., str], bundle: Path
+) -> None:
+    alter_weights(bundle, 1.005)
+    message = refused(5, "verify", bundle)
+    content = json.loads((bundle / "verify.json").read_text())
+    assert content["passed"] is False
+    failed = [comparison for comparison in content["comparisons"] if not comparison["passed"]]
+    worst = max(failed, key=lambda comparison: comparison["relative_l2"] / comparison["gate"])
+    assert message == (
+        f"{bundle}: {len(failed)} of 38 comparisons fail; the worst, {worst['subject']}: expected relative L2 at most "
+        f"{worst['gate']:g}, found {worst['relative_l2']:g}; build the bundle anew"
+    )
+    assert cli("verify", bundle).stdout.count("FAIL") == len(failed)
+
+
+def test_verify_of_weights_that_are_no_numbers_ends_with_5(refused: Callable[..., str], bundle: Path) -> None:
+    alter_weights(bundle, math.nan)
+    message = refused(5, "verify", bundle)
+    assert message.startswith(f"{bundle}: 38 of 38 comparisons fail; the worst, condition: ")
+    assert "found nan; build the bundle anew" in message
+
+
+def test_verify_of_another_checkpoint_ends_with_6(refused: Callable[..., str], bundle: Path, tiny: Any) -> None:
+    tiny.save(bundle.parent / "tiny.safetensors", tiny.state(seed=2))
+    assert "expected SHA-256 " in refused(6, "verify", bundle)
+    assert not (bundle / "verify.json").exists()
+
+
+def test_verify_without_checkpoint_ends_with_6(refused: Callable[..., str], bundle: Path) -> None:
+    (bundle.parent / "tiny.safetensors").unlink()
+    message = f"{bundle}: its checkpoint tiny.safetensors is neither beside the bundle nor here: give --checkpoint"
+    assert refused(6, "verify", bundle) == message
+    missing = bundle.parent / "missing.pt"
+    assert refused(6, "verify", bundle, "--checkpoint", missing) == (
+        f"{missing}: expected the checkpoint of {bundle}, tiny.safetensors, found nothing there"
+    )
+
+
+def test_verify_of_a_damaged_bundle_ends_with_6(refused: Callable[..., str], bundle: Path) -> None:
+    with (bundle / "graphs/weights.bin").open("r+b") as stream:
+        stream.write(b"\1\2\3\4")
+    assert "file graphs/weights.bin: expected SHA-256" in refused(6, "verify", bundle)
+
+
+def test_verify_to_an_impossible_output_shows_the_table_and_ends_with_2(cli: Callable[..., Any], bundle: Path) -> None:
+    target = bundle.parent / "none/verify.json"
+    result = cli("verify", bundle, "-o", target)
+    assert result.exit_code == 2
+    assert "guided-12-8" in result.stdout
+    assert f"Error: {target}: cannot be written (No such file or directory): give another --output" in result.stderr
+
+
+def test_verify_of_a_read_only_bundle_asks_for_another_output(
+    mounted: Callable[..., Any], bundle: Path, tmp_path: Path
+) -> None:
+    result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "Error: disk/bundle/verify.json: cannot be written (Read-only file system): give another --output"
+    )
+    result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle", "-o", "verify.json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
+
+
+@pytest.fixture(scope="module")
+def saved(
+    fixed_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """A folder whose name needs quotes, with what verify saved there, and the commands that it printed."""
+    from click.testing import CliRunner
+
+    from sg_export.cli import main
+
+    folder = tmp_path_factory.mktemp("parity") / "saved here"
+    words = ["verify", str(fixed_bundle), "--save-polygraphy", str(folder), "-o", str(folder.parent / "verify.json")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    return folder, [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
+
+
+def shell(command: str, environment: dict[str, str], cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_verify_save_polygraphy_leaves_a_pair_of_files_for_every_graph(
+    saved: tuple[Path, list[str]], fixed_bundle: Path
+) -> None:
+    folder, commands = saved
+    names = [Path(graph.file).stem for graph in Bundle.open(fixed_bundle).manifest.graphs]
+    assert len(commands) == len(names) == 4
+    files = {f"{name}-{part}.json" for name in names for part in ("inputs", "outputs")}
+    assert {path.name for path in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_verify_printed_polygraphy_command_passes(
+    number: int, saved: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    result = shell(saved[1][number], environment, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASSED" in result.stdout
+    assert "Passed: 8/8 iterations" in result.stdout
+
+
+def test_verify_printed_polygraphy_command_fails_on_other_outputs(
+    saved: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    from polygraphy.comparator import RunResults
+
+    folder, commands = saved
+    (command,) = (line for line in commands if "sparse-8.onnx" in line)
+    results = RunResults.load(str(folder / "sparse-8-outputs.json"))
+    (_, iterations), *_ = results
+    # Ten tolerances of the printed command, in one value of the last run.
+    changed = iterations[-1]["prediction"].copy()
+    changed.flat[5] += 10 * (1e-4 + 1e-4 * abs(changed.flat[5]))
+    iterations[-1]["prediction"] = changed
+    results.save(str(tmp_path / "changed.json"))
+    perturbed = command.replace(f"'{folder}/sparse-8-outputs.json'", str(tmp_path / "changed.json"))
+    assert perturbed != command
+    result = shell(perturbed, environment, tmp_path)
+    assert result.returncode != 0
+    assert "FAILED" in result.stdout

@@ -1,0 +1,169 @@
+"""Finding a checkpoint's family, and what the tread adapter makes of its tensors and facts."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sg_export.adapters import ADAPTERS, find_adapter, tread
+from sg_export.checkpoint import Checkpoint, CheckpointFacts, Overrides
+from sg_export.models.dit import DiT, DiTConfig
+from sg_runtime.errors import CheckpointError, UsageError
+from sg_runtime.manifest import Route, Source
+
+SOURCE = Source("model.pt", "0" * 64, "bare", None)
+
+
+def checkpoint(tensors: dict[str, Any], prefix: str = "", **facts: Any) -> Checkpoint:
+    return Checkpoint(SOURCE, tensors, CheckpointFacts(**facts), prefix)
+
+
+def test_find_adapter_by_keys_finds_tread(tiny: Any) -> None:
+    assert find_adapter(checkpoint(tiny.state())) is tread
+
+
+def test_find_adapter_by_name_finds_tread() -> None:
+    assert find_adapter(checkpoint({}, family="tread")) is tread
+
+
+def test_find_adapter_with_unknown_name_lists_the_known() -> None:
+    with pytest.raises(CheckpointError, match=r"^model.pt: family 'unet': expected one of tread$"):
+        find_adapter(checkpoint({}, family="unet"))
+
+
+def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> None:
+    tensors = tiny.state()
+    del tensors["pos_embed"]
+    tensors["a.conv_in.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as caught:
+        find_adapter(checkpoint(tensors))
+    assert str(caught.value) == (
+        "model.pt: of no family that is supported: tread needs pos_embed; it starts with a.conv_in.weight, "
+        "blocks.0.adaLN_modulation.1.bias, blocks.0.adaLN_modulation.1.weight, blocks.0.attn.proj.bias, "
+        "blocks.0.attn.proj.weight, blocks.0.attn.qkv.bias"
+    )
+
+
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_adapters_have_the_parts_that_callers_use(family: str) -> None:
+    adapter = ADAPTERS[family]
+    assert family == adapter.FAMILY
+    assert adapter.KEYS
+    assert all(callable(getattr(adapter, name)) for name in ("build", "kept", "usual_route"))
+
+
+@given(tokens=st.integers(1, 4096), sparsity=st.floats(0, 1, exclude_max=True))
+def test_kept_is_upstreams_rounding(tokens: int, sparsity: float) -> None:
+    kept = tread.kept(tokens, sparsity)
+    # `routing_module.py`, `Router.get_mask`: num_keep = N - int(N * mask_ratio).
+    assert kept == tokens - int(tokens * sparsity)
+    assert 1 <= kept <= tokens
+    assert tokens * (1 - sparsity) - 1e-9 <= kept < tokens * (1 - sparsity) + 1 + 1e-9  # rounding of the product
+
+
+@given(tokens=st.integers(1, 4096), rates=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2))
+def test_kept_of_higher_sparsity_is_not_more(tokens: int, rates: tuple[float, float]) -> None:
+    assert tread.kept(tokens, max(rates)) <= tread.kept(tokens, min(rates))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sparsity", "kept"),
+    # 100 * 0.29 is 28.999999999999996 in floating point: upstream leaves out 28, not 29.
+    [(100, 0.29, 72), (256, 0.3, 180), (256, 0.5, 128), (256, 0.9, 26), (256, 0.0, 256), (64, 0.99, 1)],
+)
+def test_kept_of_known_rates_is_known(tokens: int, sparsity: float, kept: int) -> None:
+    assert tread.kept(tokens, sparsity) == kept
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "patch"),
+    [(*size, patch) for size, patch in itertools.product([(384, 12, 6), (768, 12, 12), (1024, 24, 16)], [1, 2, 4, 8])]
+    + [(1152, 28, 16, 2)],
+)
+def test_infer_config_of_upstreams_sizes_gives_their_shape(width: int, depth: int, heads: int, patch: int) -> None:
+    config = DiTConfig(32, patch, 4, width, depth, heads, 4 * width, 1000)
+    with torch.device("meta"):
+        tensors = DiT(config).state_dict()
+    assert tread.infer_config("model.pt", tensors, None) == config
+
+
+def test_infer_config_of_unknown_width_asks_for_heads(tiny: Any) -> None:
+    with pytest.raises(UsageError, match=r"width 32 is none of upstream's \(384, 768, 1024, 1152\): give --heads"):
+        tread.infer_config("model.pt", tiny.state(), None)
+
+
+@pytest.mark.parametrize("heads", [5, 64, 0, -2])
+def test_infer_config_with_heads_that_do_not_divide_raises(heads: int, tiny: Any) -> None:
+    with pytest.raises(UsageError, match=f"heads: expected a divisor of the width 32, found {heads}$"):
+        tread.infer_config("model.pt", tiny.state(), heads)
+
+
+def test_usual_route_of_published_depths_is_theirs() -> None:
+    assert tread.usual_route(12) == Route(2, 8)
+    assert tread.usual_route(28) == Route(2, 24)
+
+
+@given(depth=st.integers(1, 64))
+def test_usual_route_of_any_depth_lies_in_the_network(depth: int) -> None:
+    assert tread.usual_route(depth).end < depth
+
+
+def test_build_states_the_facts(tiny: Any) -> None:
+    read = checkpoint(tiny.state(), heads=2, route="1-1", prediction="flow", class_names=tuple("abcde"))
+    model, facts = tread.build(read, Overrides())
+    shape = (facts.image_size, facts.channels, facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
+    assert shape == (8, 2, 2, 16, 32, 3, 2)
+    assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("tread", "flow", "latent", 5)
+    assert facts.modulations == 6 * 32 * 3 + 2 * 32
+    assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
+    assert facts.route == model.route == Route(1, 1)
+    assert facts.class_names == ("a", "b", "c", "d", "e")
+    assert not model.training
+
+
+def test_build_overrides_stand_before_the_checkpoints_facts(tiny: Any) -> None:
+    read = checkpoint(tiny.state(), heads=2, route="1-1", prediction="flow")
+    model, facts = tread.build(read, Overrides(Route(0, 2), 4, "edm"))
+    assert (facts.route, facts.heads, facts.prediction) == (Route(0, 2), 4, "edm")
+    assert model.route == Route(0, 2)
+
+
+@pytest.mark.parametrize(("channels", "space"), [(1, "pixel"), (3, "pixel"), (4, "latent")])
+def test_build_space_without_a_fact_follows_the_channels(channels: int, space: str) -> None:
+    tensors = DiT(DiTConfig(4, 2, channels, 8, 1, 2, 16, 3)).state_dict()
+    assert tread.build(checkpoint(tensors, heads=2, prediction="flow"), Overrides())[1].space == space
+    stated = checkpoint(tensors, heads=2, prediction="flow", space="latent")
+    assert tread.build(stated, Overrides())[1].space == "latent"
+
+
+def test_build_of_unknown_route_leaves_it_open(tiny: Any) -> None:
+    assert tread.build(checkpoint(tiny.state(), heads=2, prediction="flow"), Overrides())[1].route is None
+
+
+@pytest.mark.parametrize("end", [3, 99])
+def test_build_with_route_beyond_the_network_raises(end: int, tiny: Any) -> None:
+    with pytest.raises(UsageError, match=f"model.pt: route 1-{end}: expected blocks 0 to 2"):
+        tread.build(checkpoint(tiny.state(), heads=2, prediction="flow"), Overrides(Route(1, end)))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "hint"), [("", ""), ("module.model.", r" \(its names carry the prefix of upstream's EDM wrapper\)")]
+)
+def test_build_of_unknown_prediction_names_the_option(prefix: str, hint: str, tiny: Any) -> None:
+    with pytest.raises(
+        UsageError, match=f"the prediction type is unknown{hint}: give --prediction flow or --prediction edm"
+    ):
+        tread.build(checkpoint(tiny.state(), prefix, heads=2), Overrides())
+
+
+def test_build_of_half_precision_is_its_values_in_fp32(tiny: Any, tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        tensors = {name: tensor.to(dtype) for name, tensor in tiny.state().items()}
+        model, _ = tread.build(checkpoint(tensors, heads=2, prediction="flow"), Overrides())
+        loaded = model.network.state_dict()  # type: ignore[attr-defined]
+        assert all(loaded[name].dtype == torch.float32 for name in tensors)
+        assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in tensors.items())

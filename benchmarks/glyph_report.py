@@ -1,0 +1,182 @@
+"""What `quality_glyphs` found, as JSON, as Markdown tables and as a sheet of samples."""
+
+import json
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.glyph_judge import ClassifierFacts, Figures
+from benchmarks.glyph_metrics import AMBIGUOUS_GROUPS
+from examples.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
+
+COLUMNS = 31
+"""Images in a row of the sheet: the 62 characters take two."""
+
+ZOOM = 2
+GAP = 2
+LABEL_WIDTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: a setting, or real images where the cost is None; one entry per seed in the tuples."""
+
+    name: str
+    parameters: Mapping[str, float | str | None] | None
+    gmac_per_step: float | None
+    seconds_per_image: tuple[float, ...] | None
+    figures: tuple[Figures, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that is written. `measured` and `real` have a value per seed, `searched` and `searched_real` one."""
+
+    machine: Mapping[str, Any]
+    checkpoint: Mapping[str, str | None]
+    protocol: Mapping[str, Any]
+    read_training: ClassifierFacts
+    read_held_out: ClassifierFacts
+    measured: tuple[Row, ...]
+    real: tuple[Row, ...]
+    searched: tuple[Row, ...]
+    searched_real: tuple[Row, ...]
+    seconds: Mapping[str, float]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, which is 0 for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def to_json(report: Report) -> str:
+    """The whole report; rows gain `mean` and `deviation` of their figures."""
+    content = asdict(report)
+    for table in ("measured", "real", "searched", "searched_real"):
+        for row in content[table]:
+            summary = {name: mean_and_deviation([one[name] for one in row["figures"]]) for name in row["figures"][0]}
+            row["mean"] = {name: mean for name, (mean, _) in summary.items()}
+            row["deviation"] = {name: deviation for name, (_, deviation) in summary.items()}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The tables and how to read them."""
+    machine, checkpoint, protocol = report.machine, report.checkpoint, report.protocol
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
+    return f"""# What guidance does to `glyphs`
+
+Written by `python -m benchmarks.quality_glyphs`; all figures are in `quality_glyphs.json`, samples at equal seeds in
+`quality_glyphs.png`.
+
+* Checkpoint: {checkpoint["name"]}, SHA-256 `{checkpoint["sha256"]}`, compiled by {checkpoint["compiled_by"]}.
+* Machine: {machine["processor"]}, {machine["cores"]} cores; {versions}.
+* Sampling: {protocol["steps"]} Euler steps, {protocol["images"]} images for each setting and seed, all 62 characters in
+  equal numbers, the same image seeds in every setting.
+
+Mean ± standard deviation over {protocol["seeds"]} sampling seeds of one trained model. The rows of real
+images hold as many, and show what a perfect model of those fonts would reach.
+
+{_table(report.measured + report.real)}
+
+* **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran. The
+  conditioning runs once per class and step, before the loop, and is left out. **s per image**: a whole run, in batches
+  of {protocol["batch"]}.
+* **Accuracy**: share of images that the classifier reads as the character asked for. **Merged**: with these as one
+  class each: {", ".join(f"`{group}`" for group in AMBIGUOUS_GROUPS)}.
+* **Fréchet**: squared distance between the Gaussians of the classifier's {protocol["features"]} penultimate features
+  (Heusel et al. 2017), to the model's own training images and to distortions of the held-out fonts. Less is better.
+* **Spread**: root mean square difference between two images of the same character, in grey levels of 255. Guidance that
+  trades diversity for accuracy lowers it.
+* **Nearest**: mean distance to the nearest training image, root mean square grey levels. **Near copies**: share of
+  images that are nearer to a training image than all but 1 % of fresh distortions of the training fonts are. A model
+  that copies is nearer, and has more near copies, than the fresh distortions.
+
+The classifier was trained on distortions of the {len(TRAINING_FONTS)} training fonts alone; held out are
+{", ".join(HELD_OUT_FONTS)}.
+{_reading("the training fonts", report.read_training)}
+{_reading("the held-out fonts", report.read_held_out)}
+
+## The search
+
+{protocol["search_images"]} images for each setting, from image seeds that the table above does not use. Chosen of each
+guidance, in bold: the least Fréchet distance to the held-out fonts, in distortions that the table above does not use.
+{protocol["criterion"]}
+With so few images every distance is larger than above; compare within this table, with its own real images.
+
+{_table(report.searched + report.searched_real, {row.name for row in report.measured})}
+
+This run took {sum(report.seconds.values()) / 60:.0f} minutes ({parts}); samples kept from an earlier run cost nothing.
+"""
+
+
+def _reading(fonts: str, facts: ClassifierFacts) -> str:
+    errors = ", ".join(f"`{meant}` as `{seen}` {count}" for meant, seen, count in facts.confusions[:6])
+    return (
+        f"On {facts.images} fresh distortions of {fonts} its accuracy is {100 * facts.accuracy:.2f} %, merged "
+        f"{100 * facts.merged_accuracy:.2f} %; commonest errors: {errors or 'none'}."
+    )
+
+
+_HEADINGS = {
+    "accuracy": "accuracy",
+    "merged_accuracy": "merged",
+    "frechet_training": "Fréchet, training fonts",
+    "frechet_held_out": "Fréchet, held-out fonts",
+    "spread": "spread",
+    "nearest": "nearest",
+    "near_copies": "near copies",
+}
+_SHARES = ("accuracy", "merged_accuracy", "near_copies")
+_DIGITS = {"frechet_training": 3, "frechet_held_out": 3}
+
+
+def _table(rows: Sequence[Row], bold: Collection[str] = ()) -> str:
+    lines = [
+        f"| | GMAC per step | s per image | {' | '.join(_HEADINGS.values())} |",
+        f"|---|{'---:|' * (len(_HEADINGS) + 2)}",
+    ]
+    for row in rows:
+        cells = [f"**{row.name}**" if row.name in bold else row.name]
+        cells.append("–" if row.gmac_per_step is None else f"{row.gmac_per_step:.3f}")
+        cells.append("–" if row.seconds_per_image is None else _cell(row.seconds_per_image, 4))
+        for name in _HEADINGS:
+            values = [getattr(one, name) for one in row.figures]
+            if name in _SHARES:
+                cells.append(f"{_cell([100 * value for value in values], 2)} %")
+            else:
+                cells.append(_cell(values, _DIGITS.get(name, 2)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def sheet(samples: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Rows of samples at equal seeds, a row per setting, the rows of one set of characters together: (H, W, 1).
+
+    samples: label → images (N, 16, 16), N a multiple of `COLUMNS`, the same characters and seeds in each.
+    """
+    size = 16 * ZOOM + GAP
+    bands = min(len(images) for images in samples.values()) // COLUMNS
+    height = bands * (len(samples) * size + 2 * GAP)
+    page = Image.new("L", (LABEL_WIDTH + COLUMNS * size, height), 96)
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=12)
+    for band in range(bands):
+        for line, (label, images) in enumerate(samples.items()):
+            top = band * (len(samples) * size + 2 * GAP) + line * size
+            draw.text((4, top + size // 2), label, fill=255, font=font, anchor="lm")
+            for column, image in enumerate(images[band * COLUMNS : (band + 1) * COLUMNS]):
+                tile = Image.fromarray(image).resize((16 * ZOOM, 16 * ZOOM), Image.Resampling.NEAREST)
+                page.paste(tile, (LABEL_WIDTH + column * size, top))
+    return np.asarray(page)[..., None]

@@ -1,5 +1,6 @@
 """Reading checkpoint files: one flat dict of tensors, and the facts that tensor shapes do not tell."""
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -135,7 +136,9 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # MaskDiT's training script stores its parsed options beside the weights. A Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # PyTorch's own text advises to read the file without this check.
         asked = re.search(r"GLOBAL (\S+)", str(error))

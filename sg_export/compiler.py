@@ -5,10 +5,11 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -19,13 +20,14 @@ from sg_export import graphs
 from sg_export.checkpoint import Overrides, Weights
 from sg_export.cost import count_cost
 from sg_export.graphs import GraphSpec
-from sg_export.loading import LoadedModel, load_model
+from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.trace import DEFAULT_OPSET, OPSETS, trace
 from sg_export.weights import write_graphs
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import ExportError, MissingExtraError, UsageError
 from sg_runtime.files import sha256_of, temporary_beside
+from sg_runtime.guidance import Ramp, scale_ends
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -33,8 +35,10 @@ from sg_runtime.manifest import (
     GraphFacts,
     GuidanceMode,
     GuidancePlan,
+    Karras,
     Level,
     Manifest,
+    NetworkName,
     Sampling,
     write_manifest,
 )
@@ -47,6 +51,13 @@ MAX_BUILD_ERROR = 1e-4
 
 DEFAULT_SPARSITY = 0.5
 
+EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
+"""Defaults of NVlabs/edm (`generate.py`, `edm_sampler`), which both families' samplers share."""
+
+WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
+
+Schedule = Literal["constant", "cosine"]
+
 Report = Callable[[str, int, int | None], None]
 """(stage, stages done, stages in all or None where that is not known yet)."""
 
@@ -56,17 +67,22 @@ class CompileOptions:
     """What to build.
 
     output: the bundle's folder. sparsity, strong_sparsity: the rates of the weak and the strong branch, each in [0, 1);
-    the first of each is the default of runs. guidance: the default mode; "sg", the only one with a weak sparsity (0.5
-    where none is given), builds guided graphs for all pairs whose weak branch is sparser. batch: images per run, None
-    for a symbolic batch. steps: default sampling steps. weights, overrides: see `load_model`. force: replace an
-    existing bundle.
+    the first of each is the default of runs. guidance: the default mode; without one "sg", or "autoguidance" where
+    weak_checkpoint, an earlier checkpoint of the same run, gives the weak branch. The modes with a weak sparsity (0.5
+    where none is given) build guided graphs for the pairs that they allow. schedule: "cosine" makes the default
+    sparsities go from the first given to the last, by way of all. scale: one, or that of the first and the last step.
+    interval: the times between which guidance applies. batch: images per run, None for a symbolic batch. steps: default
+    sampling steps. weights, overrides: see `load_model`. force: replace an existing bundle.
     """
 
     output: Path
     sparsity: tuple[float, ...] = ()
     strong_sparsity: tuple[float, ...] = (0.0,)
-    scale: float = 2.0
-    guidance: GuidanceMode = "sg"
+    scale: Ramp = 2.0
+    guidance: GuidanceMode | None = None
+    weak_checkpoint: str | Path | None = None
+    schedule: Schedule = "constant"
+    interval: tuple[float, float] | None = None
     steps: int = 40
     batch: int | None = None
     opset: int = DEFAULT_OPSET
@@ -83,10 +99,20 @@ class CompileOptions:
             raise UsageError(f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {self.opset}")
         if not self.strong_sparsity:
             raise UsageError("strong_sparsity: expected at least one, found none")
-        if self.guidance != "sg" and self.sparsity:
+        if self.schedule not in get_args(Schedule):
+            raise UsageError(f"schedule: expected one of {', '.join(get_args(Schedule))}, found {self.schedule!r}")
+        if self.mode in ("none", "cfg") and self.sparsity:
             raise UsageError(
-                f"sparsity: {self.guidance} guidance has no sparser branch: give strong_sparsity, or guidance sg"
+                f"sparsity: {self.mode} guidance has no sparser branch: give strong_sparsity, or guidance sg"
             )
+        if (self.mode == "autoguidance") != (self.weak_checkpoint is not None):
+            found = "none" if self.weak_checkpoint is None else f"{self.weak_checkpoint} for {self.mode}"
+            raise UsageError(f"weak_checkpoint: expected one for autoguidance and for no other mode, found {found}")
+
+    @property
+    def mode(self) -> GuidanceMode:
+        """The guidance mode, given or implied."""
+        return self.guidance or ("sg" if self.weak_checkpoint is None else "autoguidance")
 
 
 def compile(
@@ -101,21 +127,30 @@ def compile(
     _check_output(options.output, options.force)
     report(f"loading {checkpoint}", 0, None)
     loaded = load_model(checkpoint, weights=options.weights, overrides=options.overrides)
-    plan, specs = plan_build(loaded, options)
+    weak = None
+    if options.weak_checkpoint is not None:
+        report(f"loading {options.weak_checkpoint}", 0, None)
+        weak = load_weak(options.weak_checkpoint, loaded, options.weights)
+    plan, specs = plan_build(loaded, weak, options)
     with _new_folder(options.output, options.force) as folder:
-        facts = _write_graphs(loaded, specs, options, folder, report)
+        facts = _write_graphs({"main": loaded, "weak": weak}, specs, options, folder, report)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             created_by=f"sg-export {__version__}",
             model=loaded.facts,
             guidance=plan,
-            sampling=Sampling("euler", options.steps),
+            sampling=(
+                Sampling("euler", options.steps, None)
+                if loaded.facts.prediction == "flow"
+                else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
+            ),
             precision="fp32",
             opset=options.opset,
             batch=options.batch,
             condition_rows=CONDITION_ROWS,
             graphs=facts,
             source=loaded.source,
+            weak_source=None if weak is None else weak.source,
             files={
                 path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
                 for path in sorted((folder / "graphs").iterdir())
@@ -125,21 +160,28 @@ def compile(
     return Bundle(options.output, manifest)
 
 
-def plan_build(loaded: LoadedModel, options: CompileOptions) -> tuple[GuidancePlan, list[GraphSpec]]:
+def plan_build(
+    loaded: LoadedModel, weak_loaded: LoadedModel | None, options: CompileOptions
+) -> tuple[GuidancePlan, list[GraphSpec]]:
     """The bundle's guidance plan and its graphs. Raises UsageError for what the model or this version cannot do."""
-    if loaded.facts.prediction != "flow":
-        raise UsageError(
-            f"{loaded.source.file}: expected a flow model, found {loaded.facts.prediction}, "
-            f"which this version can load and inspect but not build"
-        )
+    mode = options.mode
     strong = _levels(loaded, options.strong_sparsity)
-    weak = _levels(loaded, options.sparsity or (DEFAULT_SPARSITY,)) if options.guidance == "sg" else []
-    _check_distinct({*strong, *weak})
-    for level in weak:
-        if level.sparsity == 0:
-            raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")
-    plan = GuidancePlan(options.guidance, strong[0], weak[0] if weak else strong[0], float(options.scale))
-    return plan, graphs.plan_graphs(strong, weak)
+    weak = strong
+    if mode not in ("none", "cfg"):
+        weak = _levels(weak_loaded or loaded, options.sparsity or (DEFAULT_SPARSITY,))
+    if weak_loaded is None:
+        _check_distinct({*strong, *weak})
+    if mode in ("sg", "cfg+sg") and options.schedule == "constant":
+        for level in weak:
+            if level.sparsity == 0:
+                raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")
+
+    def last(levels: Sequence[Level]) -> Level | None:
+        return levels[-1] if options.schedule == "cosine" and len(levels) > 1 else None
+
+    scale, scale_last = scale_ends(options.scale)
+    plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
+    return plan, graphs.plan_graphs(mode, strong, weak)
 
 
 def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:
@@ -158,31 +200,43 @@ def _check_distinct(levels: Iterable[Level]) -> None:
 
 
 def _write_graphs(
-    loaded: LoadedModel, specs: Sequence[GraphSpec], options: CompileOptions, folder: Path, report: Report
+    loaded: Mapping[NetworkName, LoadedModel | None],
+    specs: Sequence[GraphSpec],
+    options: CompileOptions,
+    folder: Path,
+    report: Report,
 ) -> tuple[GraphFacts, ...]:
     """Trace, write and check all graphs in `folder`/graphs."""
-    models: list[ir.Model] = []
     stages = 2 * len(specs) + 1
+    traced: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
+    costs = []
     for number, spec in enumerate(specs):
         report(f"tracing {spec.name}", number, stages)
-        models.append(trace(loaded.model, spec, loaded.facts, options.batch, options.opset))
-    costs = [count_cost(model.graph) for model in models]
+        source = loaded[spec.network]
+        assert source is not None
+        traced[spec.network].append(trace(source.model, spec, source.facts, options.batch, options.opset))
+        costs.append(count_cost(traced[spec.network][-1].graph))
     report("writing graphs and weights", len(specs), stages)
     (folder / "graphs").mkdir()
-    paths = write_graphs(models, folder / "graphs")
+    for network, models in traced.items():
+        if models:
+            write_graphs(models, folder / "graphs", WEIGHTS_FILES[network])
     facts = []
-    for number, (spec, path, cost) in enumerate(zip(specs, paths, costs, strict=True), len(specs) + 1):
+    for number, (spec, cost) in enumerate(zip(specs, costs, strict=True), len(specs) + 1):
         report(f"checking {spec.name}", number, stages)
+        path, source = folder / "graphs" / f"{spec.name}.onnx", loaded[spec.network]
+        assert source is not None
         check_graph(path)
         facts.append(
             GraphFacts(
                 kind=spec.kind,
+                network=spec.network,
                 levels=spec.levels,
                 file=f"graphs/{path.name}",
-                inputs=graphs.inputs(spec, loaded.facts, options.batch),
-                outputs=graphs.outputs(spec, loaded.facts, options.batch),
+                inputs=graphs.inputs(spec, source.facts, options.batch),
+                outputs=graphs.outputs(spec, source.facts, options.batch),
                 cost=cost,
-                parity=_parity(loaded, spec, path, options.batch),
+                parity=_parity(source, spec, path, options.batch),
             )
         )
     return tuple(facts)
@@ -210,13 +264,16 @@ def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, batch: int | None)
     generator = torch.Generator().manual_seed(1)
     values = [graphs.example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
     try:
-        found = torch.from_numpy(run_once(path, {t.name: v.numpy() for t, v in zip(inputs, values, strict=True)})[0])
+        found = run_once(path, {t.name: v.numpy() for t, v in zip(inputs, values, strict=True)})
     except MissingExtraError:
         return None
     with torch.no_grad():
         wanted = graphs.GraphModule(loaded.model, spec, [t.name for t in inputs])(*values)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     # An untrained network's output is zero.
-    distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+    distance = max(
+        float((torch.from_numpy(f) - w).norm() / w.norm().clamp(min=1e-12)) for f, w in zip(found, wanted, strict=True)
+    )
     if not distance <= MAX_BUILD_ERROR:
         raise ExportError(
             f"graph {path.name}: relative L2 distance to PyTorch: expected at most {MAX_BUILD_ERROR:g}, "

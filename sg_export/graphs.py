@@ -1,36 +1,57 @@
 """The graphs of a bundle: what each computes, and the tensors it takes, in terms of one `SparseModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import GraphKind, Level, ModelFacts, TensorFacts
+from sg_runtime.manifest import GraphKind, GuidanceMode, Level, ModelFacts, NetworkName, TensorFacts
+
+TAIL = ("c_in", "c_skip", "c_out", "a", "b", "e")
+"""Scalars of the update: D = c_skip * x + c_out * network(c_in * x), next = a * x + b * D + e * r."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSpec:
-    """One graph to trace. `levels`: none for condition, one for dense and sparse, strong and weak for guided."""
+    """One graph to trace. `levels`: none for condition, one for dense and sparse, strong and weak for guided.
+
+    null_weak: a guided graph whose weak branch has a condition of its own, "no class".
+    """
 
     kind: GraphKind
     levels: tuple[Level, ...] = ()
+    network: NetworkName = "main"
+    null_weak: bool = False
 
     @property
     def name(self) -> str:
         """File name without suffix, from the kept token counts."""
         counts = () if self.kind in ("condition", "dense") else (str(level.keep) for level in self.levels)
-        return "-".join((self.kind, *counts))
+        prefix, suffix = ("weak",) * (self.network == "weak"), ("null",) * self.null_weak
+        return "-".join((*prefix, self.kind, *counts, *suffix))
 
 
-def plan_graphs(strong: Sequence[Level], weak: Sequence[Level]) -> list[GraphSpec]:
-    """All graphs of a bundle: condition, one per level, and one per pair whose weak branch is the sparser one."""
-    singles = sorted({*strong, *weak}, key=lambda level: -level.keep)
-    specs = [GraphSpec("condition")]
-    specs += [GraphSpec("dense" if level.sparsity == 0 else "sparse", (level,)) for level in singles]
-    specs += [GraphSpec("guided", (s, w)) for s in strong for w in weak if w.keep < s.keep]
-    return specs
+def plan_graphs(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level]) -> list[GraphSpec]:
+    """All graphs of a bundle: the condition, one graph per level, and one per pair that the mode allows.
+
+    sg and cfg+sg pair each strong level with the sparser weak ones, cfg each with itself. The weak levels of
+    autoguidance are another network's, with which nothing is shared: it has graphs of its own, and no pairs.
+    """
+    if mode == "autoguidance":
+        return [*_singles(strong, "main"), *_singles(weak, "weak")]
+    pairs = [(s, w) for s in strong for w in weak if (w.keep < s.keep if mode in ("sg", "cfg+sg") else w == s)]
+    guided = [GraphSpec("guided", pair, null_weak=mode in ("cfg", "cfg+sg")) for pair in pairs if mode != "none"]
+    return [*_singles({*strong, *weak}, "main"), *guided]
+
+
+def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
+    """The condition of a network and its single-branch graphs, densest first."""
+    ordered = sorted(levels, key=lambda level: -level.keep)
+    kinds: list[GraphKind] = ["dense" if level.sparsity == 0 else "sparse" for level in ordered]
+    branches = [GraphSpec(kind, (level,), network) for kind, level in zip(kinds, ordered, strict=True)]
+    return [GraphSpec("condition", network=network), *branches]
 
 
 def inputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
@@ -39,16 +60,20 @@ def inputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[Tenso
         return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
     images = "B" if batch is None else batch
     latent = (images, model.channels, model.image_size, model.image_size)
-    step = [TensorFacts("x", "float32", latent), TensorFacts("modulations", "float32", (images, model.modulations))]
+    rows = ("modulations", "modulations_weak") if spec.null_weak else ("modulations",)
     names = {"dense": (), "sparse": ("keep",), "guided": ("keep_strong", "keep_weak")}[spec.kind]
-    step += [
-        TensorFacts(name, "int64", (images, level.keep))
-        for name, level in zip(names, spec.levels, strict=False)
-        if level.keep < model.tokens
-    ]
-    if spec.kind == "guided":
-        step.append(TensorFacts("scale", "float32", ()))
-    return tuple(step)
+    scalars = ("scale", *TAIL) if spec.kind == "guided" else TAIL
+    return (
+        TensorFacts("x", "float32", latent),
+        *(TensorFacts(name, "float32", (images, model.modulations)) for name in rows),
+        *(
+            TensorFacts(name, "int64", (images, level.keep))
+            for name, level in zip(names, spec.levels, strict=False)
+            if level.keep < model.tokens
+        ),
+        *(TensorFacts(name, "float32", ()) for name in scalars),
+        TensorFacts("r", "float32", latent),
+    )
 
 
 def outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
@@ -56,7 +81,7 @@ def outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[Tens
     if spec.kind == "condition":
         return (TensorFacts("modulations", "float32", ("S", model.modulations)),)
     latent = ("B" if batch is None else batch, model.channels, model.image_size, model.image_size)
-    return (TensorFacts("prediction", "float32", latent),)
+    return (TensorFacts("prediction", "float32", latent), TensorFacts("next", "float32", latent))
 
 
 class GraphModule(nn.Module):
@@ -68,15 +93,24 @@ class GraphModule(nn.Module):
         self.kind = spec.kind
         self.names = tuple(names)
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         given = dict(zip(self.names, values, strict=True))
         if self.kind == "condition":
             return self.model.condition(given["t"], given["class"])
+        x, modulations = given["x"], given["modulations"]
         if self.kind == "guided":
-            return self.model.guided(
-                given["x"], given["modulations"], given.get("keep_strong"), given["keep_weak"], given["scale"]
+            output = self.model.guided(
+                given["c_in"] * x,
+                modulations,
+                given.get("keep_strong"),
+                given.get("keep_weak"),
+                given["scale"],
+                given.get("modulations_weak"),
             )
-        return self.model.predict(given["x"], given["modulations"], given.get("keep"))
+        else:
+            output = self.model.predict(given["c_in"] * x, modulations, given.get("keep"))
+        prediction = given["c_skip"] * x + given["c_out"] * output
+        return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
 
 
 def example(tensor: TensorFacts, tokens: int, sizes: dict[str, int], generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """From a checkpoint to the PyTorch model that graphs are traced from and compared with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sg_export.adapters import ADAPTERS, find_adapter
@@ -50,3 +50,20 @@ def load_model(
     read = read_checkpoint(checkpoint, weights)
     model, facts = find_adapter(read).build(read, overrides or Overrides())
     return LoadedModel(model, facts, read.source)
+
+
+def load_weak(checkpoint: str | Path, strong: LoadedModel, weights: Weights | None) -> LoadedModel:
+    """Load the weak network of autoguidance, an earlier checkpoint of the run that `strong` is from.
+
+    What a checkpoint does not state is taken from `strong`. Raises UsageError where it is another network.
+    """
+    facts = strong.facts
+    loaded = load_model(checkpoint, weights=weights, overrides=Overrides(facts.route, facts.heads, facts.prediction))
+    same = replace(loaded.facts, class_names=facts.class_names, space=facts.space)
+    if same != facts:
+        differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
+        told = "; ".join(f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing)
+        raise UsageError(
+            f"{loaded.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {told}"
+        )
+    return LoadedModel(loaded.model, facts, loaded.source)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sg_export.loading import LoadedModel
 from sg_runtime import random
-from sg_runtime.guidance import guide
-from sg_runtime.manifest import GuidancePlan, Level, SamplerName
-from sg_runtime.sampling import SAMPLERS, flow_times
+from sg_runtime.guidance import guidance_table, guide
+from sg_runtime.manifest import GuidancePlan, Karras, Level, SamplerName
+from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
 
 
 def sample(
@@ -21,36 +21,53 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     sampler: SamplerName,
+    *,
+    weak: LoadedModel | None = None,
+    levels: Sequence[Level] = (),
+    weak_levels: Sequence[Level] = (),
+    karras: Karras | None = None,
+    churn: Churn | None = None,
 ) -> NDArray[np.float32]:
     """Sample (B, C, H, W) float32 with the noise and the token subsets that the runtime draws for these seeds.
 
-    classes: indices; `num_classes` is "no class".
+    classes: indices; `num_classes` is "no class". weak: the network of the weak branch, where it is another. levels,
+    weak_levels: those that sparsities which change go by way of. karras: the noise levels of an edm model.
     """
-    facts, times = loaded.facts, flow_times(steps)
+    facts, times = loaded.facts, run_times(steps, karras)
+    run = updates(sampler, facts.prediction, times, churn)
+    table = guidance_table(
+        guidance, [u.time for u in run], [u.step for u in run], steps - 1, levels, weak_levels or levels
+    )
     strong_classes = torch.tensor(classes)
-    weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.mode == "cfg" else strong_classes
+    weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.null_weak else strong_classes
 
-    def branch(x: Tensor, labels: Tensor, level: Level, number: int, step: int, evaluation: int) -> NDArray[np.float32]:
-        t = torch.full((len(x),), float(times[step + evaluation]))
+    def predict(
+        network: LoadedModel, x: NDArray[np.float32], labels: Tensor, level: Level, branch: int, update: Update
+    ) -> NDArray[np.float32]:
+        scaling = precondition(facts.prediction, update.time)
         keep = None
         if level.keep < facts.tokens:
-            drawn = [
-                random.subset(seed, facts.tokens, level.keep, step=step, evaluation=evaluation, branch=number)
-                for seed in seeds
-            ]
-            keep = torch.from_numpy(np.stack(drawn))
+            at = {"step": update.step, "evaluation": update.evaluation, "branch": branch}
+            keep = torch.from_numpy(np.stack([random.subset(s, facts.tokens, level.keep, **at) for s in seeds]))
+        state = torch.from_numpy(x)
         with torch.no_grad():
-            prediction: NDArray[np.float32] = loaded.model(x, t, labels, keep).numpy()
+            output = network.model(scaling.c_in * state, torch.full((len(x),), scaling.t), labels, keep)
+        prediction: NDArray[np.float32] = (scaling.c_skip * state + scaling.c_out * output).numpy()
         return prediction
 
-    def velocity(x: NDArray[np.float32], step: int, evaluation: int) -> NDArray[np.float32]:
-        state = torch.from_numpy(x)
-        strong = branch(state, strong_classes, guidance.strong, random.STRONG, step, evaluation)
-        if guidance.mode == "none":
-            return strong
-        weak = branch(state, weak_classes, guidance.weak, random.WEAK, step, evaluation)
-        return guide(strong, weak, guidance.scale)
+    def advance(index: int, x: NDArray[np.float32], r: NDArray[np.float32]) -> NDArray[np.float32]:
+        update, guided = run[index], table[index]
+        prediction = predict(loaded, x, strong_classes, guided.strong, random.STRONG, update)
+        if guided.weak is not None:
+            other = predict(weak or loaded, x, weak_classes, guided.weak, random.WEAK, update)
+            prediction = guide(prediction, other, guided.scale)
+        a, b, e = (np.float32(value) for value in (update.a, update.b, update.e))
+        following: NDArray[np.float32] = a * x + b * prediction + e * r
+        return following
 
-    shape = (facts.channels, facts.image_size, facts.image_size)
-    noise = np.stack([random.normal(seed, random.INITIAL_NOISE, shape) for seed in seeds])
-    return SAMPLERS[sampler](velocity, noise, times)
+    def noise(purpose: int, step: int) -> NDArray[np.float32]:
+        shape = (facts.channels, facts.image_size, facts.image_size)
+        return np.stack([random.normal(seed, purpose, shape, step=step) for seed in seeds])
+
+    start = np.float32(times[0]) * noise(random.INITIAL_NOISE, 0)
+    return integrate(run, advance, start, lambda step: noise(random.CHURN, step))

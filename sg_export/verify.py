@@ -22,16 +22,16 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from sg_export import graphs, two_pass
-from sg_export.checkpoint import Overrides
-from sg_export.loading import LoadedModel, load_model
+from sg_export.checkpoint import Overrides, Weights
+from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import BundleError, CheckpointError
+from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.guidance import guide
-from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, SamplerName
+from sg_runtime.guidance import guide, levels
+from sg_runtime.manifest import GraphFacts, GuidanceMode, GuidancePlan, Manifest, SamplerName, Source
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.sampling import SAMPLERS
+from sg_runtime.sampling import SAMPLERS, precondition, updates
 
 TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
 IMAGES = 2
@@ -53,6 +53,7 @@ class Comparison:
     """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed."""
 
     subject: str
+    output: str
     time: float | None
     max_abs: float
     relative_l2: float
@@ -78,18 +79,22 @@ def verify(
     bundle: str | Path,
     checkpoint: str | Path | None = None,
     *,
+    weak_checkpoint: str | Path | None = None,
     times: Sequence[float] = TIMES,
     save_polygraphy: Path | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> Parity:
     """Compare a bundle with its checkpoint, reloaded through the adapter.
 
-    checkpoint: by default the reference model, or the file of that name beside the bundle or here. times: in (0, 1].
+    checkpoint, weak_checkpoint: by default the reference model, or the file of that name beside the bundle or here.
+    times: in (0, 1]; an edm model is compared at the noise levels that lie as far along its run.
     save_polygraphy: a folder for inputs and PyTorch's outputs in Polygraphy's format. Raises CheckpointError where the
     checkpoint is missing or not the one that the bundle was built from, BundleError for a damaged bundle.
     """
     opened = Bundle.open(bundle)
     loaded = reload_checkpoint(opened, checkpoint)
+    weak = reload_weak(opened, weak_checkpoint, loaded)
+    networks = {"main": loaded, "weak": weak or loaded}
     if save_polygraphy is not None:
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
@@ -99,18 +104,18 @@ def verify(
         (guidance, sampler, fused)
         for guidance in _guidances(opened.manifest)
         for sampler in SAMPLERS
-        for fused in ((True, False) if guidance.mode == "sg" else (False,))
+        for fused in ((True, False) if guidance.mode in ("sg", "cfg", "cfg+sg") else (False,))
     ]
     stages = len(opened.manifest.graphs) + len(runs)
     for number, graph in enumerate(opened.manifest.graphs):
         report(f"comparing {Path(graph.file).stem}", number, stages)
-        comparisons += _compare_graph(opened, loaded, graph, times, save_polygraphy)
+        comparisons += _compare_graph(opened, networks[graph.network], graph, times, save_polygraphy)
         if save_polygraphy is not None:
             commands.append(_polygraphy_command(opened, graph, save_polygraphy))
     pipeline = Pipeline.load(bundle, verify_hashes=False)
     for number, run in enumerate(runs, len(opened.manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
-        comparisons.append(_compare_run(pipeline, loaded, *run))
+        comparisons.append(_compare_run(pipeline, loaded, weak, *run))
     return Parity(tuple(comparisons), tuple(commands))
 
 
@@ -131,13 +136,36 @@ def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
     """Load the checkpoint that the manifest names, with the facts that it was built with."""
     source, model = bundle.manifest.source, bundle.manifest.model
+    path = _find(bundle, source, checkpoint, "--checkpoint")
+    loaded = load_model(path, weights=_weights(source), overrides=Overrides(model.route, model.heads, model.prediction))
+    if loaded.facts != model:
+        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
+    return loaded
+
+
+def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedModel) -> LoadedModel | None:
+    """Load the checkpoint of the weak network, where the bundle has one."""
+    source = bundle.manifest.weak_source
+    if source is None:
+        if checkpoint is not None:
+            raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
+        return None
+    return load_weak(_find(bundle, source, checkpoint, "--weak-checkpoint"), strong, _weights(source))
+
+
+def _weights(source: Source) -> Weights | None:
+    return None if source.weights == "bare" else source.weights
+
+
+def _find(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> str | Path:
+    """The file of `source`, or the name of the reference model that it is; its hash is that of the manifest."""
     if checkpoint is None:
         candidates = [bundle.path.parent / source.file, Path(source.file)]
         found = [path for path in candidates if path.is_file()]
         checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
         if checkpoint is None:
             raise CheckpointError(
-                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give --checkpoint"
+                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give {option}"
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
     if not path.is_file():
@@ -147,12 +175,7 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
             f"found {found_hash[:12]}…: give its checkpoint, or build a new bundle from this one"
         )
-    weights = None if source.weights == "bare" else source.weights
-    overrides = Overrides(model.route, model.heads, model.prediction)
-    loaded = load_model(checkpoint, weights=weights, overrides=overrides)
-    if loaded.facts != model:
-        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
-    return loaded
+    return checkpoint
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
@@ -172,17 +195,21 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
         given = {name: torch.from_numpy(np.asarray(value)) for name, value in feed_dict.items()}
         model = self.loaded.model
+        self.inference_time = 0.0
         with torch.no_grad():
             if self.graph.kind == "condition":
-                output = model.condition(given["t"], given["class"]).numpy()
-            elif self.graph.kind == "guided":
-                strong = model.predict(given["x"], given["modulations"], given.get("keep_strong"))
-                weak = model.predict(given["x"], given["modulations"], given["keep_weak"])
-                output = guide(strong.numpy(), weak.numpy(), float(given["scale"]))
+                return OrderedDict(modulations=model.condition(given["t"], given["class"]).numpy())
+            scaled, modulations = given["c_in"] * given["x"], given["modulations"]
+            if self.graph.kind == "guided":
+                other = given.get("modulations_weak", modulations)
+                strong = model.predict(scaled, modulations, given.get("keep_strong"))
+                weak = model.predict(scaled, other, given.get("keep_weak"))
+                output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
             else:
-                output = model.predict(given["x"], given["modulations"], given.get("keep")).numpy()
-        self.inference_time = 0.0
-        return OrderedDict({self.graph.outputs[0].name: output})
+                output = model.predict(scaled, modulations, given.get("keep"))
+            prediction = given["c_skip"] * given["x"] + given["c_out"] * output
+            following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
+        return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
 
 
 def _compare_graph(
@@ -198,17 +225,20 @@ def _compare_graph(
     comparisons: list[Comparison] = []
 
     def compare(wanted: Any, found: Any) -> OrderedDict[str, bool]:
-        name = graph.outputs[0].name
-        t = times[len(comparisons)]
-        comparisons.append(compare_arrays(Path(graph.file).stem, t, wanted[name], found[name], GRAPH_GATE))
-        return OrderedDict({name: comparisons[-1].passed})
+        t = times[len(comparisons) // len(graph.outputs)]
+        verdicts = OrderedDict()
+        for name in (tensor.name for tensor in graph.outputs):
+            subject = Path(graph.file).stem
+            comparisons.append(compare_arrays(subject, name, t, wanted[name], found[name], GRAPH_GATE))
+            verdicts[name] = comparisons[-1].passed
+        return verdicts
 
     Comparator.compare_accuracy(results, compare_func=compare)
     return comparisons
 
 
 def compare_arrays(
-    subject: str, t: float | None, wanted: NDArray[np.float32], found: NDArray[np.float32], gate: float
+    subject: str, output: str, t: float | None, wanted: NDArray[np.float32], found: NDArray[np.float32], gate: float
 ) -> Comparison:
     """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
@@ -216,11 +246,14 @@ def compare_arrays(
     relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
     cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
     passed = relative <= gate and cosine >= COSINE_GATE
-    return Comparison(subject, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
+    return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
 
 
 def _feed(manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int) -> dict[str, NDArray[Any]]:
-    """Inputs of one graph run at time t: noise, two classes (the second is "no class"), random subsets, scale 2.5."""
+    """Inputs of one graph run `t` along a run: noise, two classes (the second is "no class"), subsets, scale 2.5.
+
+    The update is that of a Heun step's second half, of a tenth of the run.
+    """
     generator = torch.Generator().manual_seed(number)
     rows = manifest.batch or IMAGES
     sizes = {"B": rows, "S": manifest.condition_rows}
@@ -229,40 +262,81 @@ def _feed(manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, 
     }
     classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
     classes[1::4] = manifest.model.num_classes
+    time = _time(manifest, t)
+    scaling = precondition(manifest.model.prediction, time)
     if graph.kind == "condition":
-        return feed | {"t": np.full(sizes["S"], t, np.float32), "class": classes[: sizes["S"]].numpy()}
+        return feed | {"t": np.full(sizes["S"], scaling.t, np.float32), "class": classes[: sizes["S"]].numpy()}
+    step = updates("heun", manifest.model.prediction, (_time(manifest, t + 0.1), time, 0.0))[1]
+    scalars = {"scale": 2.5, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
+    scalars |= {"a": step.a, "b": step.b, "e": step.e}
+    feed |= {name: np.array(value, np.float32) for name, value in scalars.items() if name in feed}
+    conditions = {"modulations": classes[:rows], "modulations_weak": torch.full((rows,), manifest.model.num_classes)}
     with torch.no_grad():
-        feed["modulations"] = loaded.model.condition(torch.full((rows,), t), classes[:rows]).numpy()
-    if graph.kind == "guided":
-        feed["scale"] = np.array(2.5, np.float32)
-    return feed
+        for name, labels in conditions.items():
+            if name in feed:
+                feed[name] = loaded.model.condition(torch.full((rows,), scaling.t), labels).numpy()
+    # A state as far from the data as the time says.
+    return feed | {name: feed[name] * np.float32(max(time, 1.0)) for name in ("x", "r")}
+
+
+def _time(manifest: Manifest, t: float) -> float:
+    """t itself, or the sigma of an edm model that lies a share `t` from the end of its run."""
+    if manifest.sampling.karras is None:
+        return t
+    low, high = manifest.sampling.karras.sigma_min, manifest.sampling.karras.sigma_max
+    rho = manifest.sampling.karras.rho
+    return float((low ** (1 / rho) + t * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
 
 
 def _guidances(manifest: Manifest) -> list[GuidancePlan]:
     """The bundle's own plan, every other pair it has a graph for, and the strong branch alone."""
     plan = manifest.guidance
-    pairs = [
-        GuidancePlan("sg", graph.levels[0], graph.levels[1], plan.scale)
+    found = [
+        GuidancePlan(_mode(graph), graph.levels[0], graph.levels[1], plan.scale)
         for graph in manifest.graphs
         if graph.kind == "guided"
     ]
     alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
-    return [plan, *(pair for pair in (*pairs, alone) if pair != plan)]
+    return [plan, *(other for other in (*found, alone) if other != plan)]
+
+
+def _mode(graph: GraphFacts) -> GuidanceMode:
+    """The guidance that a guided graph is for."""
+    if not graph.null_weak:
+        return "sg"
+    return "cfg" if graph.levels[0] == graph.levels[1] else "cfg+sg"
 
 
 def _compare_run(
-    pipeline: Pipeline, loaded: LoadedModel, guidance: GuidancePlan, sampler: SamplerName, fused: bool
+    pipeline: Pipeline,
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    guidance: GuidancePlan,
+    sampler: SamplerName,
+    fused: bool,
 ) -> Comparison:
-    count = loaded.facts.num_classes
+    manifest, count = pipeline.bundle.manifest, loaded.facts.num_classes
     classes, seeds = [k * 7 % count for k in range(IMAGES)], list(range(IMAGES))
-    wanted = two_pass.sample(loaded, guidance, classes, seeds, RUN_STEPS, sampler)
+    wanted = two_pass.sample(
+        loaded,
+        guidance,
+        classes,
+        seeds,
+        RUN_STEPS,
+        sampler,
+        weak=weak if guidance.weak_network == "weak" else None,
+        levels=levels(manifest),
+        weak_levels=levels(manifest, guidance.weak_network),
+        karras=manifest.sampling.karras,
+    )
     found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
-    return compare_arrays(_run_name(guidance, sampler, fused), None, wanted, found, RUN_GATE)
+    return compare_arrays(_run_name(guidance, sampler, fused), "samples", None, wanted, found, RUN_GATE)
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
-    rates = f" {guidance.strong.sparsity:g}/{guidance.weak.sparsity:g}" if guidance.mode == "sg" else ""
-    where = " in the graph" if fused else " in the runtime" if guidance.mode != "none" else ""
+    pair = guidance.mode not in ("none", "cfg")
+    rates = f" {guidance.strong.sparsity:g}/{guidance.weak.sparsity:g}" if pair else ""
+    where = " in one graph" if fused else " in two graphs" if guidance.mode != "none" else ""
     return f"{RUN_STEPS} {sampler} steps, {guidance.mode}{rates}{where}"
 
 

@@ -7,11 +7,11 @@ import onnx_ir as ir
 
 from sg_runtime.errors import ExportError
 
-WEIGHTS_FILE = "weights.bin"
 
-
-def write_graphs(models: Iterable[ir.Model], folder: Path, external_min_bytes: int = 1024) -> list[Path]:
-    """Write each model to `folder` as NAME.onnx, with the initializers of all in one external file beside them.
+def write_graphs(
+    models: Iterable[ir.Model], folder: Path, weights_file: str, external_min_bytes: int = 1024
+) -> list[Path]:
+    """Write each model to `folder` as NAME.onnx, with the initializers of all in one `weights_file` beside them.
 
     Initializers of one name must be the same tensor in every graph, as `sg_export.trace` makes them; each is written
     once. Those under `external_min_bytes` stay inside the graphs.
@@ -29,7 +29,7 @@ def write_graphs(models: Iterable[ir.Model], folder: Path, external_min_bytes: i
                 if known.shape != tensor.shape or known.dtype != tensor.dtype:
                     raise ExportError(f"graph {model.graph.name}: initializer {name} differs between graphs")
                 values.append(value)
-    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, WEIGHTS_FILE)
+    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights_file)
     by_name = dict(zip(tensors, external, strict=True))
     paths = []
     for value in values:

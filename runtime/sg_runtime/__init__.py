@@ -3,8 +3,10 @@
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import SgError
 from sg_runtime.manifest import GuidancePlan, Level, Manifest
-from sg_runtime.pipeline import Pipeline, Plan
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.plan import Plan
+from sg_runtime.sampling import Churn
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Bundle", "GuidancePlan", "Level", "Manifest", "Pipeline", "Plan", "SgError"]
+__all__ = ["Bundle", "Churn", "GuidancePlan", "Level", "Manifest", "Pipeline", "Plan", "SgError"]

@@ -1,12 +1,18 @@
-"""The Sparse Guidance update, and the choice of branches for a run."""
+"""The Sparse Guidance update, the choice of branches for a run, and what guides each of its evaluations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
 
 Array = NDArray[np.float32]
+Ramp = float | tuple[float, float]
+"""A value for the whole run, or the values of the first and the last step, with a cosine between them."""
 
 
 def guide(strong: Array, weak: Array, scale: float) -> Array:
@@ -18,50 +24,124 @@ def guide(strong: Array, weak: Array, scale: float) -> Array:
     return weak + np.float32(scale) * (strong - weak)
 
 
-def levels(manifest: Manifest) -> list[Level]:
-    """The sparsities that the bundle has a single-branch graph for, densest first."""
-    found = {level for graph in manifest.graphs if graph.kind in ("dense", "sparse") for level in graph.levels}
-    return sorted(found, key=lambda level: -level.keep)
+@dataclass(frozen=True, slots=True)
+class StepGuidance:
+    """What guides one evaluation. `weak` is None where the strong branch runs alone."""
+
+    strong: Level
+    weak: Level | None
+    scale: float
+
+
+def guidance_table(
+    plan: GuidancePlan,
+    times: Sequence[float],
+    steps: Sequence[int],
+    last_step: int,
+    strong_levels: Sequence[Level],
+    weak_levels: Sequence[Level],
+) -> tuple[StepGuidance, ...]:
+    """What guides each evaluation of a run, at `times`, in the sampling `steps`, 0 to `last_step`.
+
+    Sparsities that change go by way of the nearest of the levels that were built, the lower where two are as near.
+    """
+
+    def at(time: float, step: int) -> StepGuidance:
+        progress = step / last_step if last_step else 0.0
+        strong = _level_at(plan.strong, plan.strong_last, progress, strong_levels)
+        scale = plan.scale if plan.scale_last is None else cosine(plan.scale, plan.scale_last, progress)
+        outside = plan.interval is not None and not plan.interval[0] <= time <= plan.interval[1]
+        if plan.mode == "none" or outside:
+            return StepGuidance(strong, None, scale)
+        return StepGuidance(strong, _level_at(plan.weak, plan.weak_last, progress, weak_levels), scale)
+
+    return tuple(at(time, step) for time, step in zip(times, steps, strict=True))
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """From `first` at progress 0 to `last` at 1 along half a cosine (as in arXiv 2601.01608)."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _level_at(first: Level, last: Level | None, progress: float, built: Sequence[Level]) -> Level:
+    if last is None:
+        return first
+    wanted = cosine(first.sparsity, last.sparsity, progress)
+    return min(built, key=lambda level: (abs(level.sparsity - wanted), level.sparsity))
+
+
+def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
+    """The sparsities that the bundle has a single-branch graph of the network for, densest first."""
+    graphs = [graph for graph in manifest.graphs if graph.kind in ("dense", "sparse") and graph.network == network]
+    return sorted({level for graph in graphs for level in graph.levels}, key=lambda level: -level.keep)
 
 
 def choose(
     manifest: Manifest,
     *,
     mode: GuidanceMode | None = None,
-    strong_sparsity: float | None = None,
-    sparsity: float | None = None,
-    scale: float | None = None,
+    strong_sparsity: Ramp | None = None,
+    sparsity: Ramp | None = None,
+    scale: Ramp | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> GuidancePlan:
     """The bundle's guidance plan with the given parts replaced.
 
-    `sparsity` is the weak branch's. Outside sg both branches share the strong sparsity. Raises UsageError for a
-    sparsity that was not built, naming the build that would serve.
+    `sparsity` is the weak branch's; in the modes none and cfg both branches share the strong sparsity. Raises
+    UsageError for a sparsity or a mode that was not built, naming the build that would serve.
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
-    strong = plan.strong if strong_sparsity is None else _level(manifest, strong_sparsity, "--strong-sparsity")
-    if chosen != "sg":
+    if chosen == "autoguidance" and manifest.weak_source is None:
+        raise UsageError(
+            f"autoguidance: this bundle has no weak checkpoint; build it with: sg-export build {manifest.source.name} "
+            f"--weak-checkpoint PATH"
+        )
+    strong = (plan.strong, plan.strong_last)
+    if strong_sparsity is not None:
+        strong = _ends(manifest, strong_sparsity, "main", "--strong-sparsity")
+    network: NetworkName = "weak" if chosen == "autoguidance" else "main"
+    if chosen in ("none", "cfg"):
         if sparsity is not None:
             raise UsageError(f"{chosen} guidance has one sparsity: give strong_sparsity, not sparsity")
         weak = strong
     elif sparsity is not None:
-        weak = _level(manifest, sparsity, "--sparsity")
-    elif plan.mode == "sg":
-        weak = plan.weak
+        weak = _ends(manifest, sparsity, network, "--sparsity")
+    elif plan.mode not in ("none", "cfg") and plan.weak_network == network:
+        weak = (plan.weak, plan.weak_last)
     else:
-        raise UsageError(f"sg guidance: give sparsity, one of {_names(manifest)}")
-    return GuidancePlan(chosen, strong, weak, plan.scale if scale is None else float(scale))
+        raise UsageError(f"{chosen} guidance: give sparsity, one of {_names(manifest, network)}")
+    first, last = (plan.scale, plan.scale_last) if scale is None else scale_ends(scale)
+    within = plan.interval if interval is None else interval
+    return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)
 
 
-def _level(manifest: Manifest, sparsity: float, option: str) -> Level:
-    for level in levels(manifest):
+def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:
+    """The plan at another scale."""
+    first, last = scale_ends(scale)
+    return replace(plan, scale=first, scale_last=last)
+
+
+def scale_ends(scale: Ramp) -> tuple[float, float | None]:
+    """The scale of the first step, and that of the last where it changes."""
+    return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), None)
+
+
+def _ends(manifest: Manifest, sparsity: Ramp, network: NetworkName, option: str) -> tuple[Level, Level | None]:
+    first, last = sparsity if isinstance(sparsity, tuple) else (sparsity, None)
+    return _level(manifest, first, network, option), None if last is None else _level(manifest, last, network, option)
+
+
+def _level(manifest: Manifest, sparsity: float, network: NetworkName, option: str) -> Level:
+    for level in levels(manifest, network):
         if abs(level.sparsity - sparsity) < 1e-9:
             return level
+    weak = " --weak-checkpoint PATH" if network == "weak" else ""
     raise UsageError(
-        f"sparsity {sparsity:g} is not in this bundle, which has {_names(manifest)}; "
-        f"build it with: sg-export build {manifest.source.name} {option} {sparsity:g}"
+        f"sparsity {sparsity:g} is not in this bundle, which has {_names(manifest, network)}; "
+        f"build it with: sg-export build {manifest.source.name}{weak} {option} {sparsity:g}"
     )
 
 
-def _names(manifest: Manifest) -> str:
-    return ", ".join(f"{level.sparsity:g}" for level in levels(manifest))
+def _names(manifest: Manifest, network: NetworkName) -> str:
+    return ", ".join(f"{level.sparsity:g}" for level in levels(manifest, network))

@@ -20,7 +20,8 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 
 GraphKind = Literal["condition", "dense", "sparse", "guided"]
-GuidanceMode = Literal["none", "cfg", "sg"]
+GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
+NetworkName = Literal["main", "weak"]
 Prediction = Literal["flow", "edm"]
 SamplerName = Literal["euler", "heun"]
 
@@ -114,41 +115,84 @@ class ModelFacts(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class GuidancePlan(_Strict):
-    """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7.
+    """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7 and 8.
 
     none: the strong branch alone. cfg: the weak branch has no class, at the same sparsity. sg: the weak branch has
-    the same class, at a higher sparsity.
+    the same class, at a higher sparsity. cfg+sg: no class and a higher sparsity. autoguidance: the weak branch is
+    another, earlier checkpoint, with the same class, at any sparsity (Karras et al. 2024).
+
+    A sparsity or scale that has a `_last` changes along a cosine from the one in the first step to that in the last,
+    sparsities by way of those that were built. interval: lowest and highest time (t, or sigma of an edm model) between
+    which guidance applies; outside, the strong branch runs alone (Kynkäänniemi et al. 2024).
     """
 
     mode: GuidanceMode
     strong: Level
     weak: Level
     scale: float
+    strong_last: Level | None = None
+    weak_last: Level | None = None
+    scale_last: float | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(GuidanceMode):
             raise UsageError(f"guidance: expected one of {', '.join(get_args(GuidanceMode))}, found {self.mode!r}")
-        if not abs(self.scale) <= FLOAT32_MAX:
-            raise UsageError(f"scale: expected a finite float32 number, found {self.scale}")
-        strong, weak = self.strong.sparsity, self.weak.sparsity
-        if self.mode == "sg" and self.weak.keep >= self.strong.keep:
+        for scale in (self.scale, self.scale_last):
+            if scale is not None and not abs(scale) <= FLOAT32_MAX:
+                raise UsageError(f"scale: expected a finite float32 number, found {scale}")
+        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1] <= FLOAT32_MAX:
             raise UsageError(
-                f"sg guidance: expected a weak branch sparser than the strong one, found sparsity {weak:g} "
+                f"interval: expected 0 <= lowest time <= highest time, found {self.interval[0]:g} to "
+                f"{self.interval[1]:g}"
+            )
+        strong, weak = self.strong.sparsity, self.weak.sparsity
+        constant = self.strong_last is None and self.weak_last is None
+        if self.mode in ("sg", "cfg+sg") and constant and self.weak.keep >= self.strong.keep:
+            raise UsageError(
+                f"{self.mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak:g} "
                 f"(weak, {self.weak.keep} tokens) and {strong:g} (strong, {self.strong.keep} tokens); "
                 f"raise --sparsity or lower --strong-sparsity"
             )
-        if self.mode != "sg" and self.weak != self.strong:
+        if self.mode in ("none", "cfg") and (self.weak, self.weak_last) != (self.strong, self.strong_last):
             raise UsageError(
                 f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
+            )
+
+    @property
+    def null_weak(self) -> bool:
+        """Whether the weak branch has no class."""
+        return self.mode in ("cfg", "cfg+sg")
+
+    @property
+    def weak_network(self) -> NetworkName:
+        """The network of the weak branch."""
+        return "weak" if self.mode == "autoguidance" else "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Karras(_Strict):
+    """Noise levels of an edm run: evenly spaced in sigma**(1 / rho), from the highest to the lowest, then 0."""
+
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max <= FLOAT32_MAX and 0 < self.rho <= FLOAT32_MAX):
+            raise UsageError(
+                f"noise levels: expected 0 < sigma_min < sigma_max and rho > 0, found {self.sigma_min:g}, "
+                f"{self.sigma_max:g} and {self.rho:g}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling(_Strict):
-    """Defaults of a run."""
+    """Defaults of a run. `karras` is None for flow models, whose times go from 1 to 0 in even steps."""
 
     sampler: SamplerName
     steps: int
+    karras: Karras | None
 
     def __post_init__(self) -> None:
         _check_counts(self, 1, "steps")
@@ -165,11 +209,17 @@ class TensorFacts(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Cost(_Strict):
-    """Counted from the graph, for one image (or one row of `condition`): multiply-adds and the bytes of its weights."""
+    """Counted from the graph, for one image (or one row of `condition`).
+
+    linear_macs, attention_macs: multiply-adds. weight_bytes: weights as they are read, once for each operator that
+    takes them. activation_bytes: an estimate of the peak, the most that must live at once when the graph runs in
+    order without working in place.
+    """
 
     linear_macs: int
     attention_macs: int
     weight_bytes: int
+    activation_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +227,7 @@ class GraphFacts(_Strict):
     """One ONNX graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided."""
 
     kind: GraphKind
+    network: NetworkName
     levels: tuple[Level, ...]
     file: str
     inputs: tuple[TensorFacts, ...]
@@ -192,6 +243,11 @@ class GraphFacts(_Strict):
             )
         if not self.outputs:
             raise UsageError(f"graph {self.file}: outputs: expected at least one, found none")
+
+    @property
+    def null_weak(self) -> bool:
+        """Whether it is a guided graph whose weak branch has modulations, thus a condition, of its own."""
+        return any(tensor.name == "modulations_weak" for tensor in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +279,10 @@ class FileFacts(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Manifest(_Strict):
-    """A bundle. `batch` is the image count that the graphs are fixed to, None where it is symbolic."""
+    """A bundle. `batch` is the image count that the graphs are fixed to, None where it is symbolic.
+
+    weak_source: the checkpoint of the weak network, where there is one.
+    """
 
     schema_version: Literal[1]
     created_by: str
@@ -236,29 +295,40 @@ class Manifest(_Strict):
     condition_rows: int
     graphs: tuple[GraphFacts, ...]
     source: Source
+    weak_source: Source | None
     files: dict[str, FileFacts]
 
     def __post_init__(self) -> None:
         _check_counts(self, 1, "condition_rows")
         if self.batch is not None:
             _check_counts(self, 1, "batch")
-        if self.graph("condition") is None:
-            raise UsageError("graphs: expected one of kind condition, found none")
-        for level in (self.guidance.strong, self.guidance.weak, *(lv for graph in self.graphs for lv in graph.levels)):
+        for network in ("main", "weak") if self.weak_source else ("main",):
+            if self.graph("condition", network=network) is None:
+                raise UsageError(f"graphs: expected one of kind condition for the {network} network, found none")
+        if (self.sampling.karras is None) != (self.model.prediction == "flow"):
+            raise UsageError("sampling: karras: expected noise levels for edm models alone, not for flow")
+        if self.guidance.mode == "autoguidance" and self.weak_source is None:
+            raise UsageError("weak_source: expected a checkpoint for autoguidance, found none")
+        plan = self.guidance
+        ends = [end for end in (plan.strong_last, plan.weak_last) if end is not None]
+        for level in (plan.strong, plan.weak, *ends, *(lv for graph in self.graphs for lv in graph.levels)):
             if level.keep > self.model.tokens:
                 raise UsageError(f"keep: expected at most the model's {self.model.tokens} tokens, found {level.keep}")
 
-    def graph(self, kind: GraphKind, *keep: int) -> GraphFacts | None:
+    def graph(
+        self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False
+    ) -> GraphFacts | None:
         """The graph of `kind` whose levels keep these token counts, or None."""
+        wanted = (kind, keep, network, null_weak)
         for graph in self.graphs:
-            if graph.kind == kind and tuple(level.keep for level in graph.levels) == keep:
+            kept = tuple(level.keep for level in graph.levels)
+            if (graph.kind, kept, graph.network, graph.null_weak) == wanted:
                 return graph
         return None
 
-    @property
-    def condition(self) -> GraphFacts:
-        """The graph that every bundle has."""
-        return next(graph for graph in self.graphs if graph.kind == "condition")
+    def condition(self, network: NetworkName) -> GraphFacts:
+        """The condition graph of a network that the bundle has."""
+        return next(graph for graph in self.graphs if graph.kind == "condition" and graph.network == network)
 
 
 def adapter() -> "TypeAdapter[Manifest]":

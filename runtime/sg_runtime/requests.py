@@ -1,5 +1,6 @@
 """Checks of what a caller asks of a pipeline; each raises UsageError that names the value, and what was expected."""
 
+import math
 from collections.abc import Sequence
 from operator import index as as_index
 from typing import Any
@@ -34,16 +35,25 @@ def class_index(model: ModelFacts, name: int | str | None) -> int:
 
 
 def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens: int) -> Indices | None:
-    """The subset (1, B, K) of one evaluation that the caller gives as (B, K), else the drawn one."""
+    """The subset (B, K) of one evaluation that the caller gives, else the drawn one."""
     if given is None:
         return drawn
     if drawn is None:
         raise UsageError(f"{name}: the branch keeps all {tokens} tokens or is not run: expected None")
-    if given.dtype != np.int64 or given.shape != drawn.shape[1:]:
-        raise UsageError(f"{name}: expected int64 of shape {drawn.shape[1:]}, found {given.dtype} of {given.shape}")
+    if given.dtype != np.int64 or given.shape != drawn.shape:
+        raise UsageError(f"{name}: expected int64 of shape {drawn.shape}, found {given.dtype} of {given.shape}")
     if (np.diff(given, axis=1) <= 0).any() or given.min() < 0 or given.max() >= tokens:
         raise UsageError(f"{name}: expected sorted distinct token indices below {tokens} in each row")
-    return given[None]
+    return given
+
+
+def check_times(model: ModelFacts, times: Sequence[float]) -> None:
+    """Raise UsageError for a time at which the network cannot be asked."""
+    for time in times:
+        if model.prediction == "edm" and not 0 < time < math.inf:
+            raise UsageError(f"time {time:g}: expected a sigma above 0, as of an edm model")
+        if not math.isfinite(time):
+            raise UsageError(f"time {time:g}: expected a finite number")
 
 
 def check_seeds(seeds: Sequence[int], images: int) -> None:

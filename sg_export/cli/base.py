@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from sg_runtime.errors import SgError, UsageError
+from sg_runtime.guidance import Ramp
 from sg_runtime.manifest import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,6 +99,32 @@ class RouteType(click.ParamType[Route]):
             self.fail(str(error), param, context)
 
 
+class RampType(click.ParamType[Ramp]):
+    """A number, or FIRST:LAST for a cosine from the first step's to the last step's."""
+
+    name = "NUMBER|FIRST:LAST"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Ramp:
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]  # a default
+        try:
+            numbers = tuple(float(part) for part in value.split(":"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 2):
+            self.fail(f"{value!r}: expected a number, or two as FIRST:LAST", param, context)
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+INTERVAL = click.option(
+    "--interval",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Times between which guidance applies, t or sigma; outside, the strong branch runs alone.",
+)
+
+
 def model_options(command: F) -> F:
     """Options that state what a checkpoint does not."""
     options = (
@@ -107,7 +134,7 @@ def model_options(command: F) -> F:
             "--prediction", type=click.Choice(["flow", "edm"]), help="What the network predicts, where unknown."
         ),
         click.option(
-            "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is not S, B, L, XL."
+            "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is none of upstream's."
         ),
     )
     for option in reversed(options):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sg_export.cli.base import Command, model_options, progress
+from sg_export.cli.base import INTERVAL, Command, RampType, model_options, progress
 
 
 @click.command(cls=Command)
@@ -26,14 +26,33 @@ from sg_export.cli.base import Command, model_options, progress
     show_default="0",
     help="Sparsity of the strong branch; repeatable.",
 )
-@click.option("--scale", type=float, default=2.0, show_default=True, help="Default guidance scale.")
+@click.option(
+    "--scale",
+    type=RampType(),
+    default=2.0,
+    show_default="2",
+    help="Default guidance scale, or FIRST:LAST for one that changes along a cosine.",
+)
 @click.option(
     "--guidance",
-    type=click.Choice(["sg", "cfg", "none"]),
-    default="sg",
-    show_default=True,
-    help="Default guidance; sg builds a guided graph for every pair of sparsities.",
+    type=click.Choice(["sg", "cfg", "cfg+sg", "none"]),
+    help="Default guidance, for which guided graphs are built: one for every pair of sparsities that it allows.  "
+    "[default: sg]",
 )
+@click.option(
+    "--weak-checkpoint",
+    type=click.Path(),
+    metavar="PATH",
+    help="An earlier checkpoint of the same run as weak branch (AutoGuidance), at any sparsity.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="cosine: sparsities go from the first given to the last over a run, by way of all given.",
+)
+@INTERVAL
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
 @model_options
 @click.option("--batch", type=click.IntRange(min=1), help="Fix the graphs to this many images.  [default: symbolic]")
@@ -48,8 +67,11 @@ def build(
     model: str | None,
     sparsity: tuple[float, ...],
     strong_sparsity: tuple[float, ...],
-    scale: float,
+    scale: Any,
     guidance: Any,
+    weak_checkpoint: str | None,
+    schedule: Any,
+    interval: tuple[float, float] | None,
     steps: int,
     weights: Any,
     route: Any,
@@ -73,6 +95,7 @@ def build(
     Examples:
       sg-export build --sparsity 0.5
       sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
+      sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 --sparsity 0 --schedule cosine
     """
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import DEFAULT_SPARSITY, CompileOptions, compile
@@ -89,6 +112,9 @@ def build(
         strong_sparsity=strong_sparsity,
         scale=scale,
         guidance=guidance,
+        weak_checkpoint=weak_checkpoint,
+        schedule=schedule,
+        interval=interval,
         steps=steps,
         batch=batch,
         opset=opset,
@@ -101,9 +127,9 @@ def build(
     if as_json:
         click.echo(adapter().dump_json(bundle.manifest, indent=1).decode())
     elif not quiet:
-        built = {graph.levels for graph in bundle.manifest.graphs if graph.kind == "guided"}
-        weak_sparsity = (sparsity or (DEFAULT_SPARSITY,)) if guidance == "sg" else ()
-        for strong, weak in itertools.product(strong_sparsity, weak_sparsity):
+        built = [graph.levels for graph in bundle.manifest.graphs if graph.kind == "guided"]
+        wanted = itertools.product(strong_sparsity, sparsity or (DEFAULT_SPARSITY,))
+        for strong, weak in wanted if options.mode in ("sg", "cfg+sg") else ():
             if all((strong, weak) != (a.sparsity, b.sparsity) for a, b in built):
                 click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
         size = sum(file.size for file in bundle.manifest.files.values())

@@ -1,13 +1,17 @@
 """`sg-export generate`."""
 
 import io
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from sg_export.cli.base import Command, Failure, progress, writing
+from sg_export.cli.base import INTERVAL, Command, Failure, RampType, progress, writing
+from sg_runtime.manifest import GuidanceMode
+
+GUIDANCE_MODES = get_args(GuidanceMode)
 
 
 @click.command(cls=Command)
@@ -30,10 +34,16 @@ from sg_export.cli.base import Command, Failure, progress, writing
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]")
 @click.option("--sampler", type=click.Choice(["euler", "heun"]), help="[default: the bundle's]")
-@click.option("--guidance", type=click.Choice(["sg", "cfg", "none"]), help="[default: the bundle's]")
-@click.option("--sparsity", type=float, help="Sparsity of the weak branch, one that was built.")
-@click.option("--strong-sparsity", type=float, help="Sparsity of the strong branch, one that was built.")
-@click.option("--scale", type=float, help="Guidance scale; 1 is the strong branch alone.")
+@click.option("--guidance", type=click.Choice(GUIDANCE_MODES), help="[default: the bundle's]")
+@click.option("--sparsity", type=RampType(), help="Sparsity of the weak branch, one that was built.")
+@click.option("--strong-sparsity", type=RampType(), help="Sparsity of the strong branch, one that was built.")
+@click.option("--scale", type=RampType(), help="Guidance scale; 1 is the strong branch alone.")
+@INTERVAL
+@click.option("--churn", type=float, help="Noise added in every step of an edm model (S_churn).  [default: none]")
+@click.option(
+    "--churn-range", type=float, nargs=2, metavar="LOW HIGH", help="Sigmas between which it is (S_min, S_max)."
+)
+@click.option("--churn-noise", type=float, default=1.0, show_default=True, help="Its standard deviation (S_noise).")
 @click.option("--batch", type=click.IntRange(min=1), help="Most images in one run of a graph.")
 @click.option("--columns", type=click.IntRange(min=1), help="Columns of the picture.  [default: nearest to a square]")
 @click.option("--zoom", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each pixel this often.")
@@ -49,9 +59,13 @@ def generate(
     steps: int | None,
     sampler: Any,
     guidance: Any,
-    sparsity: float | None,
-    strong_sparsity: float | None,
-    scale: float | None,
+    sparsity: Any,
+    strong_sparsity: Any,
+    scale: Any,
+    interval: tuple[float, float] | None,
+    churn: float | None,
+    churn_range: tuple[float, float] | None,
+    churn_noise: float,
     batch: int | None,
     columns: int | None,
     zoom: int,
@@ -61,6 +75,7 @@ def generate(
     """Sample images from BUNDLE into one file.
 
     An image depends on its class and seed alone, whatever is sampled beside it. Models of latents write .npy.
+    A sparsity or scale given as FIRST:LAST changes along a cosine from the first step to the last.
 
     \b
     Examples:
@@ -72,6 +87,7 @@ def generate(
     from sg_runtime.files import replacing
     from sg_runtime.images import grid, save_png
     from sg_runtime.pipeline import Pipeline
+    from sg_runtime.sampling import Churn
 
     if output.suffix not in (".png", ".npy"):
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
@@ -90,7 +106,8 @@ def generate(
     total = count or min(len(chosen), 64)
     labels = [chosen[k % len(chosen)] for k in range(total)]
     seeds = [(seed + k) % 2**64 for k in range(total)]
-    plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale)
+    plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval)
+    low, high = churn_range or (0.0, math.inf)
     with progress(quiet) as report:
         x = pipe.sample(
             labels,
@@ -98,6 +115,7 @@ def generate(
             steps=steps,
             sampler=sampler,
             guidance=plan,
+            churn=None if churn is None else Churn(churn, low, high, churn_noise),
             progress=lambda done, total: report("sampling", done - 1, total),
         )
     with writing(output):

@@ -1,16 +1,22 @@
 """`sg-export verify`."""
 
+import itertools
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from sg_export.cli.base import Command, Failure, print_table, progress, writing
 
+if TYPE_CHECKING:
+    from sg_export.verify import Comparison
+
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(), help="The bundle's checkpoint.  [default: found by its name]")
+@click.option("--weak-checkpoint", type=click.Path(), help="That of its weak network.  [default: found by its name]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Results.  [default: BUNDLE/verify.json]")
 @click.option(
     "--save-polygraphy",
@@ -20,7 +26,12 @@ from sg_export.cli.base import Command, Failure, print_table, progress, writing
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
 def verify(
-    bundle: Path, checkpoint: str | None, output: Path | None, save_polygraphy: Path | None, quiet: bool
+    bundle: Path,
+    checkpoint: str | None,
+    weak_checkpoint: str | None,
+    output: Path | None,
+    save_polygraphy: Path | None,
+    quiet: bool,
 ) -> None:
     """Compare BUNDLE with its checkpoint in PyTorch, by Polygraphy.
 
@@ -38,15 +49,21 @@ def verify(
     from sg_runtime.bundle import Bundle
 
     with progress(quiet) as report:
-        parity = compare(bundle, checkpoint, save_polygraphy=save_polygraphy, report=report)
+        parity = compare(
+            bundle, checkpoint, weak_checkpoint=weak_checkpoint, save_polygraphy=save_polygraphy, report=report
+        )
     target = output or bundle / "verify.json"
     if not quiet:
+        runs = itertools.groupby(parity.comparisons, key=lambda c: (c.subject, c.time))
+        worst_outputs = [max(outputs, key=_excess) for _, outputs in runs]
         rows = [
-            (c.subject, c.time, c.max_abs, c.relative_l2, f"{c.cosine:.7f}", c.gate, "pass" if c.passed else "FAIL")
-            for c in parity.comparisons
+            (c.subject, c.time, c.output, c.max_abs, c.relative_l2, f"{c.cosine:.7f}", "pass" if c.passed else "FAIL")
+            for c in worst_outputs
         ]
-        columns = ("graph or run", "t", "max abs", "relative L2", "cosine", "gate", "verdict")
+        columns = ("graph or run", "t", "worst output", "max abs", "relative L2", "cosine", "verdict")
+        gates = sorted({c.gate for c in parity.comparisons})
         print_table(f"{bundle} beside PyTorch", columns, rows)
+        click.echo(f"gates, relative L2: {' for a graph, '.join(f'{gate:g}' for gate in gates)} for a whole run")
         for command in parity.commands:
             click.echo(command)
     with writing(target):
@@ -55,9 +72,14 @@ def verify(
         click.echo(f"results: {target}")
     failed = [c for c in parity.comparisons if not c.passed]
     if failed:
-        worst = max(failed, key=lambda c: math.inf if math.isnan(c.relative_l2) else c.relative_l2 / c.gate)
+        worst = max(failed, key=_excess)
         raise Failure(
             f"{bundle}: {len(failed)} of {len(parity.comparisons)} comparisons fail; the worst, {worst.subject}: "
             f"expected relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}; build the bundle anew",
             5,
         )
+
+
+def _excess(comparison: "Comparison") -> float:
+    """How far a distance lies beyond its gate; NaN is the farthest."""
+    return math.inf if math.isnan(comparison.relative_l2) else comparison.relative_l2 / comparison.gate

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sg_export.models.branches import Branches, join
+
 FREQUENCIES = 128
 """Cosines (and as many sines) of the timestep embedding."""
 
@@ -34,7 +36,7 @@ class DiTConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, N, D) tokens with one qkv projection."""
+    """Multi-head self-attention within each branch of packed tokens, with one qkv projection for all."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,10 +44,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, branches: Branches) -> Tensor:
+        """x (B, R, D) → (B, R, D)."""
+        return self.proj(join([self._attend(part) for part in branches.split(self.qkv(x))]))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))  # type: ignore[no-untyped-call]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -65,37 +70,47 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """Transformer block with adaLN-zero modulation, computed outside: `forward` takes its six vectors."""
+class Modulated(nn.Module):
+    """A layer with adaLN modulation: `vectors` of its `width` each, computed from the condition outside of the step."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+    def __init__(self, width: int, vectors: int, condition: int | None) -> None:
         super().__init__()
+        self.width = width
+        self.vectors = vectors
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or width, vectors * width))
+
+    @property
+    def modulations(self) -> int:
+        """The layer's share of M."""
+        return self.vectors * self.width
+
+
+class Block(Modulated):
+    """Transformer block with adaLN-zero modulation. `condition`: width of what it is computed from, where another."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, condition: int | None = None) -> None:
+        super().__init__(width, 6, condition)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, mlp_width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (B, N, D), modulation (B, 6 * D) → (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: Tensor, branches: Branches, start: int) -> Tensor:
+        """x (B, R, D) → (B, R, D), modulated from place `start` of the modulations on."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = branches.vectors(start, 6, self.width)
+        y = self.attn(branches.each(modulate, self.norm1(x), shift1, scale1), branches)
+        x = x + branches.each(torch.mul, y, gate1)
+        y = self.mlp(branches.each(modulate, self.norm2(x), shift2, scale2))
+        return x + branches.each(torch.mul, y, gate2)
 
 
-class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the linear map from tokens to patches."""
+class FinalLayer(Modulated):
+    """Modulated LayerNorm and the linear map from tokens to patches, in the parts that `Network` asks for."""
 
-    def __init__(self, width: int, patch_values: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, patch_values: int, condition: int | None = None) -> None:
+        super().__init__(width, 2, condition)
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, normed: Tensor, modulation: Tensor) -> Tensor:
-        """normed (B, N, D) after `norm_final`, modulation (B, 2 * D) → (B, N, patch * patch * C)."""
-        shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(normed, shift, scale))
 
 
 class TimestepEmbedder(nn.Module):
@@ -137,47 +152,67 @@ class PatchEmbed(nn.Module):
 
 
 class DiT(nn.Module):
-    """A class-conditional DiT in the parts of `sg_export.models.sparse.Network`."""
+    """A class-conditional DiT in the parts of `sg_export.models.sparse.Network`; dropped tokens bypass the route."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        self.depth = config.depth
-        self.modulations = (6 * config.depth + 2) * width
         self.x_embedder = PatchEmbed(config.channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.y_embedder: nn.Module = LabelEmbedder(config.num_classes, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_width) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch**2 * config.channels)
 
-    def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """All that the step needs of time and class.
+    @property
+    def stack(self) -> list[Modulated]:
+        """The layers in order, without the final one."""
+        return [*self.blocks]
 
-        t (S,) float32, classes (S,) int64 → (S, 6 * D * depth + 2 * D): six vectors per block, then two of the head.
-        """
+    @property
+    def layers(self) -> int:
+        """How many layers `layer` has."""
+        return len(self.stack)
+
+    @property
+    def modulations(self) -> int:
+        """M: the vectors of every layer in order, then those of the final one."""
+        return self._start(self.layers) + self.final_layer.modulations
+
+    def condition(self, t: Tensor, classes: Tensor) -> Tensor:
+        """All that the step needs of time and class: t (S,) float32, classes (S,) int64 → (S, M)."""
         c = self.t_embedder(t) + self.y_embedder(classes)
-        layers = [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]
-        return torch.cat([layer(c) for layer in layers], dim=-1)
+        return torch.cat([layer.adaLN_modulation(c) for layer in [*self.stack, self.final_layer]], dim=-1)
 
     def embed(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → tokens (B, N, D)."""
         return self.x_embedder(x) + self.pos_embed
 
-    def block(self, index: int, tokens: Tensor, modulations: Tensor) -> Tensor:
-        """Block `index` on tokens (B, K, D) with its slice of modulations (B, M)."""
-        size = 6 * self.config.width
-        return self.blocks[index](tokens, modulations[:, index * size : (index + 1) * size])
+    def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
+        """Layer `index` on packed tokens (B, R, D)."""
+        return self.stack[index](tokens, branches, self._start(index))
+
+    def dropped(self, tokens: Tensor) -> Tensor:
+        """The tokens (B, N, D) themselves: those that were left out come back as they were."""
+        return tokens
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """The last LayerNorm: tokens (B, N, D) → (B, N, D)."""
+        """The last LayerNorm: tokens (B, R, D) → (B, R, D)."""
         return self.final_layer.norm_final(tokens)
 
-    def head(self, normed: Tensor, modulations: Tensor) -> Tensor:
-        """normed (B, N, D), modulations (B, M) → prediction (B, C, H, W). Affine in `normed`."""
+    def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
+        """The last modulation: normed (B, R, D) → (B, R, D)."""
+        shift, scale = branches.vectors(self._start(self.layers), 2, self.final_layer.width)
+        return branches.each(modulate, normed, shift, scale)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) → output (B, C, H, W)."""
         c = self.config
-        patches = self.final_layer(normed, modulations[:, -2 * c.width :])
         side = c.image_size // c.patch
-        grid = patches.reshape(-1, side, side, c.patch, c.patch, c.channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.image_size, c.image_size)
+        patches = self.final_layer.linear(tokens).reshape(-1, side, side, c.patch, c.patch, c.channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.image_size, c.image_size)
+
+    def _start(self, index: int) -> int:
+        """The place in the modulations from which layer `index` has its own."""
+        return sum(layer.modulations for layer in self.stack[:index])

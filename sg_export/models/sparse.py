@@ -5,13 +5,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sg_export.models.branches import Branches, join
 from sg_runtime.manifest import Route
 
 
 class Network(Protocol):
-    """The parts of one family's network. D is its width, N its token count, M the size of its modulations."""
+    """The parts of one family's network. D is its width, N its token count, M the size of its modulations.
 
-    depth: int
+    Tokens may be those of several branches, packed: see `Branches`.
+    """
+
+    layers: int
     modulations: int
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
@@ -22,21 +26,29 @@ class Network(Protocol):
         """x (B, C, H, W) → tokens (B, N, D)."""
         ...
 
-    def block(self, index: int, tokens: Tensor, modulations: Tensor) -> Tensor:
-        """tokens (B, K, D), modulations (B, M) → (B, K, D)."""
+    def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
+        """tokens (B, R, D) → (B, R, D), or another width that the next layer takes."""
+        ...
+
+    def dropped(self, tokens: Tensor) -> Tensor:
+        """What stands after the route for tokens that were left out: (B, N, D) before it → (B, N, D) after it."""
         ...
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """The last normalisation, free of modulation: tokens (B, N, D) → (B, N, D)."""
+        """The last normalisation, free of modulation: tokens (B, R, D) → (B, R, D)."""
         ...
 
-    def head(self, normed: Tensor, modulations: Tensor) -> Tensor:
-        """normed (B, N, D), modulations (B, M) → prediction (B, C, H, W). Affine in `normed`."""
+    def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
+        """The last modulation: normed (B, R, D) → (B, R, D). Affine in `normed`."""
+        ...
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) → output (B, C, H, W). Affine."""
         ...
 
 
 class SparseModel(nn.Module):
-    """A network and its route: the blocks that run on the kept tokens alone. The other tokens bypass them unchanged."""
+    """A network and its route: the layers that run on the kept tokens alone."""
 
     def __init__(self, network: nn.Module, route: Route) -> None:
         super().__init__()
@@ -52,38 +64,70 @@ class SparseModel(nn.Module):
         return self.network.condition(t, classes)
 
     def predict(self, x: Tensor, modulations: Tensor, keep: Tensor | None = None) -> Tensor:
-        """One branch: x (B, C, H, W), modulations (B, M), keep (B, K) int64 or None → prediction (B, C, H, W)."""
-        tokens = self._finish(self._prefix(x, modulations), modulations, keep)
-        return self.network.head(tokens, modulations)
+        """One branch: x (B, C, H, W), modulations (B, M), keep (B, K) int64 or None → output (B, C, H, W)."""
+        normed, branches = self._normed(x, (modulations,), (keep,))
+        return self.network.project(self.network.modulate(normed, branches))
 
     def guided(
-        self, x: Tensor, modulations: Tensor, keep_strong: Tensor | None, keep_weak: Tensor, scale: Tensor
+        self,
+        x: Tensor,
+        modulations: Tensor,
+        keep_strong: Tensor | None,
+        keep_weak: Tensor | None,
+        scale: Tensor,
+        modulations_weak: Tensor | None = None,
     ) -> Tensor:
-        """Both branches and their combination, weak + scale * (strong - weak) → prediction (B, C, H, W).
+        """Both branches and their combination, weak + scale * (strong - weak) → output (B, C, H, W).
 
-        The prefix runs once. The branches meet after the last normalisation, the earliest point where that is exact:
-        what follows is affine, the same for both, and their weights, scale and 1 - scale, sum to one.
+        Every weight is used once, on the packed tokens of both. The branches meet where that is first exact: what
+        follows is affine, the same for both, and their weights, scale and 1 - scale, sum to one. With shared
+        modulations that is after the last normalisation, with `modulations_weak` after the last modulation.
         """
-        tokens = self._prefix(x, modulations)
-        strong = self._finish(tokens, modulations, keep_strong)
-        weak = self._finish(tokens, modulations, keep_weak)
-        return self.network.head(weak + scale * (strong - weak), modulations)
 
-    def _prefix(self, x: Tensor, modulations: Tensor) -> Tensor:
-        return self._run(self.network.embed(x), modulations, 0, self.route.start)
+        def combined(packed: Tensor) -> Tensor:
+            strong, weak = packed.chunk(2, dim=1)
+            return weak + scale * (strong - weak)
 
-    def _finish(self, tokens: Tensor, modulations: Tensor, keep: Tensor | None) -> Tensor:
-        """The route and all after it, up to the last normalisation: tokens (B, N, D) → (B, N, D)."""
-        after = self.route.end + 1
-        if keep is None:
-            tokens = self._run(tokens, modulations, self.route.start, after)
-        else:
-            rows = torch.arange(keep.shape[0], device=keep.device)[:, None], keep
-            kept = self._run(tokens[rows], modulations, self.route.start, after)
-            tokens = tokens.index_put(rows, kept)
-        return self.network.norm(self._run(tokens, modulations, after, self.network.depth))
+        network = self.network
+        if modulations_weak is None:
+            normed, branches = self._normed(x, (modulations,), (keep_strong, keep_weak))
+            return network.project(network.modulate(combined(normed), branches))
+        normed, branches = self._normed(x, (modulations, modulations_weak), (keep_strong, keep_weak))
+        return network.project(combined(network.modulate(normed, branches)))
 
-    def _run(self, tokens: Tensor, modulations: Tensor, start: int, stop: int) -> Tensor:
+    def _normed(
+        self, x: Tensor, modulations: tuple[Tensor, ...], keeps: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Branches]:
+        """All up to the last normalisation, for a branch per entry of `keeps`: (B, branches * N, D), packed.
+
+        Branches that share their modulations share the layers before the route.
+        """
+        network, start, stop = self.network, self.route.start, self.route.end + 1
+        embedded = network.embed(x)
+        count = embedded.shape[1]
+        prefix = Branches((count,) * len(modulations), modulations)
+        embedded = self._run(join([embedded] * len(modulations)), prefix, 0, start)
+        whole = [*prefix.split(embedded)] * (len(keeps) // len(modulations))
+
+        kept = [tokens if keep is None else tokens[_rows(keep)] for tokens, keep in zip(whole, keeps, strict=True)]
+        route = Branches(tuple(tokens.shape[1] for tokens in kept), modulations)
+        kept = [*route.split(self._run(join(kept), route, start, stop))]
+
+        suffix = Branches((count,) * len(keeps), modulations)
+        tokens = join(
+            [
+                routed if keep is None else network.dropped(before).index_put(_rows(keep), routed)
+                for before, keep, routed in zip(whole, keeps, kept, strict=True)
+            ]
+        )
+        return network.norm(self._run(tokens, suffix, stop, network.layers)), suffix
+
+    def _run(self, tokens: Tensor, branches: Branches, start: int, stop: int) -> Tensor:
         for index in range(start, stop):
-            tokens = self.network.block(index, tokens, modulations)
+            tokens = self.network.layer(index, tokens, branches)
         return tokens
+
+
+def _rows(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the kept tokens of every image: keep (B, K)."""
+    return torch.arange(keep.shape[0], device=keep.device)[:, None], keep

@@ -17,8 +17,8 @@ class Backend(Protocol):
 
     name: str
 
-    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The graph's first output for `feeds`, one array per graph input with the dtype and shape of its facts."""
+    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
+        """The graph's `output` for `feeds`, one array per graph input with the dtype and shape of its facts."""
         ...
 
 

@@ -28,18 +28,18 @@ class OrtBackend:
         self._sessions: dict[str, InferenceSession] = {}
         self._lock = threading.Lock()
 
-    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The graph's first output. Raises EngineError where ONNX Runtime cannot open or run the graph."""
+    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
+        """The graph's `output`. Raises EngineError where ONNX Runtime cannot open or run the graph."""
         with self._lock:
             session = self._sessions.get(graph.file)
             if session is None:
                 session = open_session(self._bundle.file(graph.file))
                 self._sessions[graph.file] = session
         try:
-            output: NDArray[Any] = session.run([graph.outputs[0].name], dict(feeds))[0]
+            result: NDArray[Any] = session.run([output], dict(feeds))[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise EngineError(f"{graph.file}: ONNX Runtime failed: {error}") from error
-        return output
+        return result
 
 
 def open_session(path: Path) -> "InferenceSession":

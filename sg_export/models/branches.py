@@ -1,0 +1,40 @@
+"""Branches packed along the token axis: one matrix product for all rows, attention and modulation for each branch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """How packed tokens (B, R, D) divide, and what modulates them.
+
+    counts: tokens of each branch, R in all. modulations: (B, M), one that all branches share, or one for each.
+    """
+
+    counts: tuple[int, ...]
+    modulations: tuple[Tensor, ...]
+
+    def split(self, packed: Tensor) -> Sequence[Tensor]:
+        """packed (B, R, D) → (B, count, D) for each branch."""
+        return [packed] if len(self.counts) == 1 else torch.split(packed, list(self.counts), dim=1)
+
+    def vectors(self, start: int, count: int, width: int) -> list[tuple[Tensor, ...]]:
+        """`count` vectors of `width` from place `start` of the modulations on, each (B, 1, width) per modulation."""
+        size = count * width
+        parts = [m[:, None, start : start + size].chunk(count, dim=-1) for m in self.modulations]
+        return list(zip(*parts, strict=True))
+
+    def each(self, function: Callable[..., Tensor], packed: Tensor, *vectors: tuple[Tensor, ...]) -> Tensor:
+        """`function(tokens, *vectors)` over all rows at once where the vectors are shared, else branch by branch."""
+        if len(self.modulations) == 1:
+            return function(packed, *(vector[0] for vector in vectors))
+        parts = zip(self.split(packed), *vectors, strict=True)
+        return join([function(tokens, *own) for tokens, *own in parts])
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The opposite of `Branches.split`."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

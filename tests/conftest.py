@@ -1,6 +1,5 @@
 """Fixtures that several rooms share."""
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from weights import random_state
 
 from sg_export.compiler import CompileOptions, compile
 from sg_export.models.dit import DiT, DiTConfig
@@ -31,16 +31,9 @@ class Tiny:
 
     def state(self, seed: int = 1) -> dict[str, Tensor]:
         """The network's tensors by name."""
-        spec = importlib.util.spec_from_file_location(
-            "tiny_weights", Path(__file__).parent / "sg_export/fixtures/weights.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         with torch.device("meta"):
             shapes = {name: list(tensor.shape) for name, tensor in DiT(self.config).state_dict().items()}
-        return {name: torch.from_numpy(value) for name, value in module.random_state(shapes, seed, {}).items()}
+        return {name: torch.from_numpy(value) for name, value in random_state(shapes, seed, {}).items()}
 
     def save(self, path: Path, content: Any = None, facts: Mapping[str, Any] | None = None) -> Path:
         """Write `content` (by default the network's tensors) as `path`, and `facts` (by default its own) with it.

@@ -4,16 +4,12 @@
 """
 
 import functools
-import importlib.util
-import json
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from cases import BOUND, ORDER_BOUND, Cases
 from torch import Tensor
 
 from sg_export.models import dit
@@ -21,95 +17,30 @@ from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.manifest import Route
 
-FIXTURES = Path(__file__).parent / "fixtures"
-FACTS = json.loads((FIXTURES / "tread_upstream.json").read_bytes())
-CASES = {case["name"]: case for case in FACTS["cases"]}
-RUNS = [(name, run) for name, case in CASES.items() for run in case["rounding"]]
-ROUTED = [(name, run) for name, run in RUNS if run.startswith("routed-")]
-
-# Upstream's FP32 lies up to 1.3e-6 from its own FP64 (`rounding` in the JSON). Ours may lie as far the other way, and
-# another CPU adds in another order: four times that sum. The mistakes below lie more than ten bounds away.
-BOUND = 1e-5
-
-
-def load_weights_module() -> ModuleType:
-    """`fixtures/weights.py`, by path: `tests` is no package, and some distributions install one of that name."""
-    spec = importlib.util.spec_from_file_location("tread_fixture_weights", FIXTURES / "weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-weights = load_weights_module()
-
-
-@functools.lru_cache(maxsize=1)
-def state_of(name: str) -> dict[str, Tensor]:
-    """The random weights that upstream's network of case `name` had, under upstream's names."""
-    case = CASES[name]
-    values = weights.random_state(case["shapes"], case["seed"], case["gains"])
-    return {key: torch.from_numpy(value) for key, value in values.items()}
+CASES = Cases("tread", "routed")
 
 
 def model_of(name: str) -> SparseModel:
     """Our network of case `name` with upstream's weights, every key and shape accounted for."""
-    case = CASES[name]
+    case = CASES.by_name[name]
     with torch.device("meta"):
         network = DiT(DiTConfig(**case["config"]))
     # Copies, so that a test may change its model's weights.
-    network.load_state_dict({key: value.clone() for key, value in state_of(name).items()}, strict=True, assign=True)
+    network.load_state_dict({key: value.clone() for key, value in CASES.state(name).items()}, strict=True, assign=True)
     return SparseModel(network, Route(*case["route"])).eval()
 
 
-def arrays_of(name: str) -> dict[str, Tensor]:
-    """Inputs and upstream's predictions of case `name`."""
-    with np.load(FIXTURES / "tread_upstream.npz") as stored:
-        prefix = f"{name}/"
-        return {
-            key.removeprefix(prefix): torch.from_numpy(stored[key]) for key in stored.files if key.startswith(prefix)
-        }
-
-
-def predict(model: SparseModel, arrays: dict[str, Tensor], run: str, num_classes: int) -> Tensor:
-    """Our prediction for one run: `dense`, `null` (dense, no class) or `routed-<sparsity>` with upstream's indices."""
-    classes = torch.full_like(arrays["classes"], num_classes) if run == "null" else arrays["classes"]
-    keep = arrays[run.replace("routed", "keep")] if run.startswith("routed-") else None
-    with torch.inference_mode():
-        prediction: Tensor = model(arrays["x"], arrays["t"], classes, keep)
-    return prediction
-
-
-def error(model: SparseModel, name: str, run: str) -> float:
-    """Relative error of our prediction against upstream's."""
-    arrays = arrays_of(name)
-    prediction = predict(model, arrays, run, CASES[name]["config"]["num_classes"])
-    assert prediction.shape == arrays[run].shape
-    measured: float = weights.relative_error(prediction.numpy(), arrays[run].numpy())
-    return measured
-
-
-@pytest.mark.parametrize(("name", "run"), RUNS)
+@pytest.mark.parametrize(("name", "run"), CASES.runs)
 def test_prediction_with_upstream_weights_equals_upstream(name: str, run: str) -> None:
-    assert error(model_of(name), name, run) <= BOUND
+    assert CASES.error(model_of(name), name, run) <= BOUND
 
 
-@pytest.mark.parametrize(("name", "run"), ROUTED)
+@pytest.mark.parametrize(("name", "run"), CASES.sparse_runs)
 def test_prediction_with_sorted_keep_equals_unsorted(name: str, run: str) -> None:
-    arrays = arrays_of(name)
-    keep = arrays[run.replace("routed", "keep")]
-    ascending = keep.sort(dim=1).values
-    assert not torch.equal(ascending, keep)
-    model = model_of(name)
-    unsorted = predict(model, arrays, run, CASES[name]["config"]["num_classes"])
-    arrays[run.replace("routed", "keep")] = ascending
-    result = predict(model, arrays, run, CASES[name]["config"]["num_classes"])
-    # The order of the keys is the order of sums in attention. That alone differs: 7e-7 at most where this was written.
-    assert weights.relative_error(result.numpy(), unsorted.numpy()) <= 3e-6
+    assert CASES.order_error(model_of(name), name, run) <= ORDER_BOUND
 
 
-@pytest.mark.parametrize("facts", [*CASES.values(), FACTS["full_size"]], ids=lambda facts: facts["name"])
+@pytest.mark.parametrize("facts", [*CASES.by_name.values(), CASES.facts["full_size"]], ids=lambda facts: facts["name"])
 def test_state_dict_names_and_shapes_equal_upstream(facts: dict[str, Any]) -> None:
     with torch.device("meta"):
         network = DiT(DiTConfig(**facts["config"]))
@@ -180,25 +111,25 @@ def tokens_columns_first(model: Any) -> None:
 def test_prediction_with_a_mistake_exceeds_bound(mistake: Callable[[Any], None], run: str) -> None:
     model = model_of("one-routed-block")
     mistake(model)
-    assert error(model, "one-routed-block", run) > 10 * BOUND
+    assert CASES.error(model, "one-routed-block", run) > 10 * BOUND
 
 
 def test_prediction_with_erf_gelu_exceeds_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = functools.partial(torch.nn.functional.gelu, approximate="none")
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate: exact(x))
-    assert error(model_of("one-routed-block"), "one-routed-block", "dense") > 10 * BOUND
+    assert CASES.error(model_of("one-routed-block"), "one-routed-block", "dense") > 10 * BOUND
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.norm1", "blocks.1.norm2", "blocks.2.norm1", "final_layer.norm_final"])
 def test_prediction_with_larger_epsilon_exceeds_bound(layer: str) -> None:
     model: Any = model_of("small-residual")
     model.network.get_submodule(layer).eps = 1e-5
-    assert error(model, "small-residual", "routed-0.5") > 10 * BOUND
+    assert CASES.error(model, "small-residual", "routed-0.5") > 10 * BOUND
 
 
-@pytest.mark.parametrize("key", CASES["one-routed-block"]["shapes"])
+@pytest.mark.parametrize("key", CASES.by_name["one-routed-block"]["shapes"])
 def test_prediction_with_one_tensor_changed_exceeds_bound(key: str) -> None:
     model: Any = model_of("one-routed-block")
     model.network.state_dict()[key].mul_(1.01)
     # Above all this says that no tensor of the recipe is out of the result's reach.
-    assert error(model, "one-routed-block", "routed-0.5") > BOUND
+    assert CASES.error(model, "one-routed-block", "routed-0.5") > BOUND

@@ -8,8 +8,6 @@ search has not seen. The classifier and all samples are kept in the work folder,
 
 import argparse
 import hashlib
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from benchmarks.glyph_judge import (
     real_images,
 )
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
+from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
@@ -222,7 +221,7 @@ def best(rows: Sequence[Row], grid: Sequence[Setting], guidance: GuidanceMode) -
 
 def run(pipe: Pipeline, budget: Budget, work: Path, output: Path) -> None:
     """Search, measure, and write the three results into `output`."""
-    here = machine()
+    here = machine("numpy", "torch", "onnxruntime", "pillow", "matplotlib")
     seconds: dict[str, float] = {}
     output.mkdir(parents=True, exist_ok=True)
     samples_folder = work / "samples"
@@ -280,24 +279,6 @@ def run(pipe: Pipeline, budget: Budget, work: Path, output: Path) -> None:
         for setting in chosen
     }
     save_png(sheet(shown), output / "quality_glyphs.png")
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    names = ("numpy", "torch", "onnxruntime", "pillow", "matplotlib")
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -43,8 +43,9 @@ from sg_runtime.manifest import (
     write_manifest,
 )
 
-CONDITION_ROWS = 32
-"""Rows of `condition` in one run: fixed, so that a row is the same whatever is computed beside it."""
+CONDITION_ROWS = 40
+"""Rows of `condition` in one run: fixed, so that a row is the same whatever is computed beside it, and as many as the
+default run has steps, so that its weights are read once."""
 
 MAX_BUILD_ERROR = 1e-4
 """Relative L2 distance to PyTorch above which a graph is wrong: FP32 rounding stays far below it, a fault far above."""

@@ -35,6 +35,8 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, batch: int) -> None:
         self.bundle = bundle
+        self.backend = backend
+        self.batch = batch
         self._steps = StepRunner(bundle.manifest, backend, batch)
 
     @classmethod

@@ -1,5 +1,6 @@
 """`sg-export inspect`."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from sg_export.cli.base import Command, model_options, print_table
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
     from sg_runtime.bundle import Bundle
+    from sg_runtime.manifest import GuidancePlan, Level, Manifest
 
 
 @click.command(cls=Command)
@@ -33,7 +35,13 @@ def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | N
 
         bundle = Bundle.open(path)
         if as_json:
-            click.echo(json.dumps(asdict(bundle.manifest), indent=1))
+            from sg_export.step_cost import step_costs, step_table
+
+            derived = {
+                "step_costs": [asdict(cost) for cost in step_costs(bundle.manifest)],
+                "step_guidance": [asdict(step) for step in step_table(bundle.manifest)],
+            }
+            click.echo(json.dumps(asdict(bundle.manifest) | derived, indent=1))
         else:
             _print_bundle(bundle)
     else:
@@ -77,25 +85,24 @@ def _print_checkpoint(loaded: "LoadedModel") -> None:
 
 def _print_bundle(bundle: "Bundle") -> None:
     manifest = bundle.manifest
-    plan, sampling = manifest.guidance, manifest.sampling
-    rates = f", sparsity {plan.strong.sparsity:g} strong and {plan.weak.sparsity:g} weak, scale {plan.scale:g}"
+    sampling = manifest.sampling
     size = sum(file.size for file in manifest.files.values())
     rows = [
         *_model_rows(manifest.model),
-        (
-            "guidance",
-            plan.mode + (rates if plan.mode == "sg" else f", scale {plan.scale:g}" if plan.mode == "cfg" else ""),
-        ),
+        ("guidance", _guidance(manifest.guidance)),
         ("sampling", f"{sampling.steps} {sampling.sampler} steps"),
         ("graphs", f"{manifest.precision}, opset {manifest.opset}, batch {manifest.batch or 'symbolic'}"),
         ("runs on", "ONNX Runtime, CPU"),
-        (
-            "source",
-            f"{manifest.source.file}, {manifest.source.weights} weights, SHA-256 {manifest.source.sha256[:12]}…",
+        *(
+            (name, f"{source.file}, {source.weights} weights, SHA-256 {source.sha256[:12]}…")
+            for name, source in (("source", manifest.source), ("weak source", manifest.weak_source))
+            if source is not None
         ),
         ("size", f"{size / 1e6:.1f} MB, built by {manifest.created_by}"),
     ]
     print_table("", ("", str(bundle.path)), rows)
+    _print_schedule(manifest)
+    _print_costs(manifest)
     graphs = [
         (
             Path(graph.file).stem,
@@ -103,9 +110,80 @@ def _print_bundle(bundle: "Bundle") -> None:
             graph.cost.linear_macs / 1e9,
             graph.cost.attention_macs / 1e9,
             graph.cost.weight_bytes / 1e6,
+            graph.cost.activation_bytes / 1e6,
             graph.parity,
         )
         for graph in manifest.graphs
     ]
-    columns = ("graph", "sparsity", "linear GMAC", "attention GMAC", "weights MB", "relative L2 to PyTorch")
+    columns = ("graph", "sparsity", "linear GMAC", "attention GMAC", "weights MB", "activations MB", "L2 to PyTorch")
     print_table("Graphs, per image (condition: per row)", columns, graphs)
+
+
+def _guidance(plan: "GuidancePlan") -> str:
+    """The plan in a line."""
+
+    def ramp(first: float, last: float | None) -> str:
+        return f"{first:g}" if last is None else f"{first:g} to {last:g}"
+
+    def rate(first: "Level", last: "Level | None") -> str:
+        return ramp(first.sparsity, None if last is None else last.sparsity)
+
+    parts: list[str] = [plan.mode]
+    if plan.mode not in ("none", "cfg"):
+        strong, weak = rate(plan.strong, plan.strong_last), rate(plan.weak, plan.weak_last)
+        parts.append(f"sparsity {strong} strong and {weak} weak")
+    if plan.mode != "none":
+        parts.append(f"scale {ramp(plan.scale, plan.scale_last)}")
+    if plan.interval is not None:
+        parts.append(f"between times {plan.interval[0]:g} and {plan.interval[1]:g}")
+    return ", ".join(parts)
+
+
+def _print_schedule(manifest: "Manifest") -> None:
+    """Which sparsities and scales the evaluations of a default run have, where they are not all the same."""
+    from sg_export.step_cost import step_table
+
+    table = step_table(manifest)
+    if len(set(table)) == 1:
+        return
+    rows = []
+    groups = itertools.groupby(enumerate(table), key=lambda item: (item[1].strong, item[1].weak))
+    for (strong, weak), members in groups:
+        (first, start), *others = members
+        last, end = others[-1] if others else (first, start)
+        scale = f"{start.scale:.4g}" if start.scale == end.scale else f"{start.scale:.4g} to {end.scale:.4g}"
+        rows.append(
+            (
+                f"{first}" if first == last else f"{first}-{last}",
+                f"{strong.sparsity:g}",
+                None if weak is None else f"{weak.sparsity:g}",
+                None if weak is None else scale,
+            )
+        )
+    print_table("Guidance over a default run", ("evaluations", "strong", "weak", "scale"), rows)
+
+
+def _print_costs(manifest: "Manifest") -> None:
+    from sg_export.step_cost import step_costs
+
+    costs = step_costs(manifest)
+    published = any(cost.published is not None for cost in costs)
+    rows = []
+    for cost in costs:
+        row = [
+            cost.way,
+            cost.linear_macs / 1e9,
+            cost.condition_macs / 1e9,
+            (cost.linear_macs + cost.condition_macs) / 1e9,
+            cost.attention_macs / 1e9,
+            cost.weight_bytes / 1e6,
+            cost.condition_bytes / 1e6,
+            (cost.weight_bytes + cost.condition_bytes) / 1e6,
+            cost.activation_bytes / 1e6,
+        ]
+        rows.append([*row, *([cost.published] if published else [])])
+    columns = ["", "linear", "condition", "sum", "attention", "weights", "condition", "sum", "activations"]
+    units = ["", *["GMAC"] * 4, *["MB"] * 4]
+    heads = [f"{name}\n{unit}" for name, unit in zip(columns, units, strict=True)]
+    steps = f"{manifest.sampling.steps} {manifest.sampling.sampler} steps"
+    print_table(f"Cost of an evaluation, per image, mean over {steps}", heads + ["published\nGMAC"] * published, rows)

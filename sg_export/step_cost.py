@@ -1,0 +1,134 @@
+"""What a guided step of a bundle costs, beside what the same guidance costs without it. Counted from the graphs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sg_runtime.guidance import StepGuidance, guidance_table, levels
+from sg_runtime.manifest import Cost, Level, Manifest, NetworkName, Route
+from sg_runtime.sampling import run_times, updates
+
+PUBLISHED = {
+    ("unguided", 0.0, 0.0): 114.42,
+    ("CFG", 0.0, 0.0): 228.84,
+    ("two passes", 0.5, 0.9): 97.67,
+}
+"""Linear GMAC per step of SiT-XL/2 (arXiv 2601.01608, where they are called GFLOPs), by way and sparsities."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Mean cost of one evaluation of one image, by one way of doing it.
+
+    macs are multiply-adds; bytes those of weights read and, for activations, the estimated peak. condition_*: the part
+    of `condition`, which the bundle runs once before the loop and the other ways in every pass. published: linear GMAC
+    printed for this network and setting, where there is a figure.
+    """
+
+    way: str
+    linear_macs: float
+    attention_macs: float
+    condition_macs: float
+    weight_bytes: float
+    condition_bytes: float
+    activation_bytes: float
+    published: float | None
+
+
+def step_costs(manifest: Manifest) -> list[StepCost]:
+    """The bundle's default guidance beside the strong branch alone, CFG, and two separate passes, over a default run.
+
+    The other ways are those without this compiler: every pass computes its conditioning anew.
+    """
+    table = step_table(manifest)
+    plan = manifest.guidance
+    strong = [step.strong for step in table]
+    costs = [
+        _passes(manifest, "unguided", [[("main", level)] for level in strong]),
+        _passes(manifest, "CFG", [[("main", level)] * 2 for level in strong]),
+    ]
+    if plan.mode == "none":
+        return [*costs[:1], _bundle(manifest, table)]
+    both = [
+        [("main", step.strong), *([(plan.weak_network, step.weak)] if step.weak is not None else [])] for step in table
+    ]
+    if plan.mode != "cfg":
+        costs.append(_passes(manifest, "two passes", both))
+    return [*costs, _bundle(manifest, table)]
+
+
+def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
+    """What guides each evaluation of a default run."""
+    sampling = manifest.sampling
+    run = updates(sampling.sampler, manifest.model.prediction, run_times(sampling.steps, sampling.karras))
+    return guidance_table(
+        manifest.guidance,
+        [update.time for update in run],
+        [update.step for update in run],
+        sampling.steps - 1,
+        levels(manifest),
+        levels(manifest, manifest.guidance.weak_network),
+    )
+
+
+def _passes(manifest: Manifest, way: str, steps: Sequence[Sequence[tuple[NetworkName, Level]]]) -> StepCost:
+    """Separate passes, each with its conditioning."""
+    passes = [(network, _single(manifest, network, level)) for step in steps for network, level in step]
+    conditions = [manifest.condition(network).cost for network, _ in passes]
+    count = len(steps)
+    first = steps[0]
+    return StepCost(
+        way,
+        linear_macs=sum(cost.linear_macs for _, cost in passes) / count,
+        attention_macs=sum(cost.attention_macs for _, cost in passes) / count,
+        condition_macs=sum(cost.linear_macs for cost in conditions) / count,
+        weight_bytes=sum(cost.weight_bytes for _, cost in passes) / count,
+        condition_bytes=sum(cost.weight_bytes for cost in conditions) / count,
+        activation_bytes=max(cost.activation_bytes for _, cost in passes),
+        published=_published(manifest, way, first[0][1], first[-1][1]),
+    )
+
+
+def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
+    """The bundle's own graphs; `condition` in blocks of rows before the loop."""
+    plan = manifest.guidance
+    costs: list[Cost] = []
+    for step in table:
+        keep = [level.keep for level in (step.strong, step.weak) if level is not None]
+        guided = manifest.graph("guided", *keep, null_weak=plan.null_weak) if plan.weak_network == "main" else None
+        if step.weak is None or guided is None:
+            costs.append(_single(manifest, "main", step.strong))
+            costs += [] if step.weak is None else [_single(manifest, plan.weak_network, step.weak)]
+        else:
+            costs.append(guided.cost)
+    count, rows = len(table), len(table) * (2 if plan.null_weak else 1)
+    networks: list[NetworkName] = ["main", "weak"] if plan.weak_network == "weak" else ["main"]
+    conditions = [manifest.condition(network).cost for network in networks]
+    reads = math.ceil(rows / manifest.condition_rows)
+    return StepCost(
+        "this bundle",
+        linear_macs=sum(cost.linear_macs for cost in costs) / count,
+        attention_macs=sum(cost.attention_macs for cost in costs) / count,
+        condition_macs=sum(cost.linear_macs for cost in conditions) * rows / count,
+        weight_bytes=sum(cost.weight_bytes for cost in costs) / count,
+        condition_bytes=sum(cost.weight_bytes for cost in conditions) * reads / count,
+        activation_bytes=max(cost.activation_bytes for cost in costs),
+        published=None,
+    )
+
+
+def _single(manifest: Manifest, network: NetworkName, level: Level) -> Cost:
+    """Cost of the graph of one branch, which every built level has."""
+    return next(
+        graph.cost
+        for graph in manifest.graphs
+        if graph.kind in ("dense", "sparse") and graph.network == network and graph.levels == (level,)
+    )
+
+
+def _published(manifest: Manifest, way: str, strong: Level, weak: Level) -> float | None:
+    model = manifest.model
+    shape = (model.depth, model.width, model.tokens, model.channels, model.patch)
+    if shape != (28, 1152, 256, 4, 2) or model.route != Route(2, 24):
+        return None
+    return PUBLISHED.get((way, strong.sparsity, weak.sparsity))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from sg_export.adapters import tread
+from sg_export.adapters import maskdit, tread
 from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError
@@ -11,7 +11,7 @@ from sg_runtime.manifest import ModelFacts, Route
 
 
 class Adapter(Protocol):
-    """What the module of a family holds: its name, and state-dict names that only this family has."""
+    """What the module of a family holds: its name, and state-dict names that no family after it in `ADAPTERS` has."""
 
     FAMILY: str
     KEYS: tuple[str, ...]
@@ -29,7 +29,8 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: Mapping[str, Adapter] = {tread.FAMILY: tread}
+ADAPTERS: Mapping[str, Adapter] = {maskdit.FAMILY: maskdit, tread.FAMILY: tread}
+"""By name; a family whose keys are those of another and more comes before it."""
 
 
 def find_adapter(checkpoint: Checkpoint) -> Adapter:

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, made to do harm, or of another model: one fault each, refused with its reason."""
 
+import argparse
 import io
 import json
 import os
@@ -195,7 +196,7 @@ def test_harm_is_done_by_a_reader_that_is_not_careful(tmp_path: Path) -> None:
     assert (tmp_path / "marker").is_dir()
 
 
-@pytest.mark.parametrize("place", ["beside", "inside", "alone"])
+@pytest.mark.parametrize("place", ["beside", "inside", "alone", "in options"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_checkpoint_with_code_in_it_is_refused_and_runs_none(
     zipped: bool, place: str, write: Callable[..., Path], state: Any, tmp_path: Path
@@ -205,6 +206,7 @@ def test_checkpoint_with_code_in_it_is_refused_and_runs_none(
         "beside": {"model_state_dict": state, "more": harm},
         "inside": {**state, "x_embedder.proj.bias": harm},
         "alone": harm,
+        "in options": {"ema": state, "args": argparse.Namespace(config=harm)},
     }[place]
     message = refusal(write(pickled(content, zipped=zipped)))
     assert message == (
@@ -256,8 +258,9 @@ def test_checkpoint_of_other_content_is_refused(content: Any, found: str, write:
 def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> None:
     message = refusal(write({"conv_in.weight": torch.zeros(1), "pos_embed": torch.zeros(1)}))
     assert message == (
-        "of no family that is supported: tread needs x_embedder.proj.weight, t_embedder.mlp.0.weight, "
-        "y_embedder.embedding_table.weight, blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight; "
+        "of no family that is supported: maskdit needs decoder_layer.linear.weight; tread needs "
+        "x_embedder.proj.weight, t_embedder.mlp.0.weight, y_embedder.embedding_table.weight, "
+        "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight; "
         "it starts with conv_in.weight, pos_embed"
     )
 
@@ -265,7 +268,7 @@ def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> 
 def test_checkpoint_that_names_its_family_but_is_another_is_refused(write: Callable[..., Path], state: Any) -> None:
     path = write({name: tensor for name, tensor in state.items() if name != "pos_embed"})
     path.with_suffix(".json").write_text(json.dumps({"family": "tread"}))
-    assert refusal(path) == "expected the tensors of a tread model, but pos_embed is missing"
+    assert refusal(path) == "pos_embed: expected (1, N, D), found none"
 
 
 # Tensors that do not fit.
@@ -275,8 +278,8 @@ def test_checkpoint_that_names_its_family_but_is_another_is_refused(write: Calla
     ("change", "message"),
     [
         ({"blocks.1.attn.qkv.bias": None}, "found missing blocks.1.attn.qkv.bias (1)"),
-        ({"blocks.0.mlp.fc1.weight": None}, "found missing blocks.0.mlp.fc1.weight (1)"),
-        ({"final_layer.linear.weight": None}, "found missing final_layer.linear.weight (1)"),
+        ({"blocks.0.mlp.fc1.weight": None}, "blocks.0.mlp.fc1.weight: expected (hidden, D), found none"),
+        ({"final_layer.linear.weight": None}, "final_layer.linear.weight: expected (rows, D), found none"),
         ({"mask_token": torch.zeros(1)}, "found unknown mask_token (1)"),
         ({"blocks.²": torch.zeros(1)}, "found unknown blocks.² (1)"),
         ({"blocks.two.attn.qkv.bias": torch.zeros(1)}, "found unknown blocks.two.attn.qkv.bias (1)"),
@@ -339,6 +342,116 @@ def test_checkpoint_with_a_block_of_absurd_number_is_refused(write: Callable[...
     assert message.endswith("unknown blocks.999999999.attn.qkv.bias (1)")
 
 
+# Variants of MaskDiT.
+
+
+@pytest.fixture(scope="module")
+def masked_state(tiny_masked: Any) -> dict[str, Tensor]:
+    """Tensors of the right shapes, small in a file: zeros, all the same one."""
+    return {name: zeros(*tensor.shape) for name, tensor in tiny_masked.state().items()}
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(()).expand(shape)
+
+
+NO_DECODER = (
+    "y_embedder.embedding_table.weight: expected (classes + 1, 32), found (32, 5), the form of a MaskDiT; one without "
+    "decoder_layer.linear.weight, so without a decoder, is not supported"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cls_token": zeros(1, 1, 32), "pos_embed": zeros(1, 17, 32)},
+            "cls_token: expected none, found one: a class token (pad_cls_token), which is not supported; take a "
+            "checkpoint that was trained without it",
+        ),
+        (
+            {"cls_token_embedder.weight": zeros(32, 32)},
+            "cls_token_embedder.weight: expected none, found one: conditioning on the class token (pad_cls_token), "
+            "which is not supported; take a checkpoint that was trained without it",
+        ),
+        (
+            {"feat_embedder.weight": zeros(32, 7), "feat_embedder.bias": zeros(32)},
+            "feat_embedder.weight: expected none, found one: conditioning on external features (ext_feature_dim), "
+            "which is not supported; take a checkpoint that was trained without it",
+        ),
+        (
+            {"enc_feat_embedder.weight": zeros(32, 32), "enc_feat_embedder.bias": zeros(32)},
+            "enc_feat_embedder.weight: expected none, found one: conditioning on the encoder's output "
+            "(use_encoder_feat, self_cond), which is not supported; take a checkpoint that was trained without it",
+        ),
+        (
+            {"final_layer.linear.weight": zeros(16, 512), "final_layer.linear.bias": zeros(16)},
+            "final_layer.linear.weight: expected 8 rows, found 16: a learn_sigma head, which is not supported; "
+            "upstream's own samplers do not split it either",
+        ),
+        (
+            {"y_embedder.embedding_table.weight": None},
+            "y_embedder.embedding_table.weight: expected (D, classes), found none: a model without classes, which is "
+            "not supported; take one that was trained with num_classes above 0",
+        ),
+        (
+            {"decoder_layer.linear.weight": zeros(256, 32)},
+            "decoder_layer.linear.weight: expected 512 rows, found 256: a decoder of another width than upstream's, "
+            "which is not supported",
+        ),
+        ({"decoder_layer.linear.weight": zeros(512)}, "decoder_layer.linear.weight: expected (512, D), found (512,)"),
+        ({"decoder_layer.linear.weight": None}, NO_DECODER),
+        ({"decoder_pos_embed": None}, "a maskdit model, found missing decoder_pos_embed (1)"),
+        ({"decoder_blocks.8.attn.qkv.bias": zeros(3)}, "found unknown decoder_blocks.8.attn.qkv.bias (1)"),
+        (
+            {"decoder_blocks.7.mlp.fc1.bias": zeros(2048)},
+            "decoder_blocks.7.mlp.fc1.bias: expected floating point of shape (512,), found torch.float32 of shape "
+            "(2048,)",
+        ),
+        (
+            {"mask_token": zeros(1, 1, 32)},
+            "mask_token: expected floating point of shape (1, 1, 512), found torch.float32 of shape (1, 1, 32)",
+        ),
+        (
+            {"y_embedder.embedding_table.weight": zeros(33, 5)},
+            "y_embedder.embedding_table.weight: expected floating point of shape (32, 5), found torch.float32 of "
+            "shape (33, 5)",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_checkpoint_of_maskdit_with_a_variant_or_fault_is_refused(
+    change: dict[str, Tensor | None], message: str, write: Callable[..., Path], masked_state: Any
+) -> None:
+    content = {name: tensor for name, tensor in {**masked_state, **change}.items() if tensor is not None}
+    assert refusal(write({"ema": content}), stated=["--heads", "2"]).endswith(message)
+
+
+def test_checkpoint_of_maskdit_without_decoder_is_refused(write: Callable[..., Path], masked_state: Any) -> None:
+    content = {name: tensor for name, tensor in masked_state.items() if not name.startswith(("decoder_", "mask_"))}
+    content["final_layer.linear.weight"] = zeros(8, 32)
+    content["final_layer.adaLN_modulation.1.weight"] = zeros(64, 32)
+    content["final_layer.adaLN_modulation.1.bias"] = zeros(64)
+    assert refusal(write({"ema": content})) == NO_DECODER
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"route": "1-2"}, "route 1-2: expected 0-2, the whole encoder, as masking has it: leave out the route"),
+        ({"prediction": "flow"}, "prediction flow: expected edm, as all of this family: leave out the prediction"),
+        ({"heads": None}, "width 32 is none of upstream's (384, 768, 1024, 1152, 1280): give --heads"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_checkpoint_of_maskdit_with_a_fact_that_does_not_fit_is_refused(
+    facts: dict[str, Any], message: str, write: Callable[..., Path], masked_state: Any
+) -> None:
+    path = write({"ema": masked_state})
+    path.with_suffix(".json").write_text(json.dumps({"heads": 2, **facts}))
+    assert refusal(path, exit_code=2, stated=[]) == message
+
+
 # Facts.
 
 
@@ -347,7 +460,7 @@ def test_checkpoint_with_a_block_of_absurd_number_is_refused(write: Callable[...
     [
         ({"heds": 2}, "heds: Unexpected keyword argument; the known keys are family, heads, route, "),
         ({"heads": "2"}, "heads: Input should be a valid integer"),
-        ({"family": "unet"}, "family 'unet': expected one of tread"),
+        ({"family": "unet"}, "family 'unet': expected one of maskdit, tread"),
         ({"class_names": ["a"]}, "class_names: expected 5 names, found 1"),
     ],
 )

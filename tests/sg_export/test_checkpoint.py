@@ -1,5 +1,6 @@
 """Reading checkpoints: file formats, layouts, wrapper prefixes, and the facts beside the tensors."""
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_read_checkpoint_of_each_format_gives_the_tensors(suffix: str, tmp_path:
 def test_read_checkpoint_of_legacy_format_gives_the_tensors(tmp_path: Path) -> None:
     torch.save(ONE, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
     assert value(tmp_path / "model.pt") == 1
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_read_checkpoint_with_parsed_options_beside_gives_the_tensors(zipped: bool, tmp_path: Path) -> None:
+    content = {"ema": ONE, "args": argparse.Namespace(config="a.yaml", seeds=[0, 1], cfg_scale=None)}
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    assert value(tmp_path / "model.pt") == 1
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 def test_read_checkpoint_source_names_file_and_hash(tmp_path: Path) -> None:

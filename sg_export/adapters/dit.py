@@ -1,0 +1,142 @@
+"""What the checkpoints of all DiTs have in common: the shape that their tensors tell, and the way to a model."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sg_export.checkpoint import Checkpoint, Overrides
+from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.sparse import SparseModel
+from sg_runtime.errors import CheckpointError, UsageError
+from sg_runtime.manifest import ModelFacts, Prediction, Route
+
+LABELS = "y_embedder.embedding_table.weight"
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Heads by width of S, B, L and XL (arXiv 2212.09748, table 1)."""
+
+
+def stated(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
+    """What the user states of a checkpoint, and where that is nothing, what its author does."""
+    facts = checkpoint.facts
+    return Overrides(
+        overrides.route or (Route.parse(facts.route) if facts.route else None),
+        facts.heads if overrides.heads is None else overrides.heads,
+        overrides.prediction or facts.prediction,
+    )
+
+
+def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:
+    """Shape of the tensor `name`, which must have as many sizes as are named, none of them 0.
+
+    Raises CheckpointError where it has not, or where there is no such tensor.
+    """
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None or tensor.ndim != len(sizes) or 0 in tensor.shape:
+        found = "none" if tensor is None else tuple(tensor.shape)
+        raise CheckpointError(f"{checkpoint.source.file}: {name}: expected ({', '.join(sizes)}), found {found}")
+    return tensor.shape
+
+
+def infer_config(
+    checkpoint: Checkpoint, num_classes: int, heads: int | None, known_heads: Mapping[int, int]
+) -> DiTConfig:
+    """The network's shape from its tensors.
+
+    num_classes: read from the label table, whose form is each family's own. heads: as stated; where that is nothing,
+    they come from the width by `known_heads`. Raises CheckpointError or UsageError.
+    """
+    file, tensors = checkpoint.source.file, checkpoint.tensors
+    width, channels, patch, columns = shape_of(checkpoint, "x_embedder.proj.weight", "D", "C", "P", "P")
+    if patch != columns:
+        raise CheckpointError(f"{file}: x_embedder.proj.weight: expected square patches, found {patch}×{columns}")
+    tokens = shape_of(checkpoint, "pos_embed", "1", "N", "D")[1]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(f"{file}: pos_embed: expected (1, N, D) with N a square, found N = {tokens}")
+    # Counted, not the highest number, which a damaged name could make any size.
+    blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))}
+    rows = shape_of(checkpoint, "final_layer.linear.weight", "rows", "D")[0]
+    if rows == 2 * patch**2 * channels:
+        raise CheckpointError(
+            f"{file}: final_layer.linear.weight: expected {patch**2 * channels} rows, found {rows}: "
+            f"a learn_sigma head, which is not supported; upstream's own samplers do not split it either"
+        )
+    heads = known_heads.get(width) if heads is None else heads
+    if heads is None:
+        known = ", ".join(str(width) for width in known_heads)
+        raise UsageError(f"{file}: width {width} is none of upstream's ({known}): give --heads")
+    if heads < 1 or width % heads:
+        raise UsageError(f"{file}: heads: expected a divisor of the width {width}, found {heads}")
+    return DiTConfig(
+        image_size=side * patch,
+        patch=patch,
+        channels=channels,
+        width=width,
+        depth=len(blocks),
+        heads=heads,
+        mlp_width=shape_of(checkpoint, "blocks.0.mlp.fc1.weight", "hidden", "D")[0],
+        num_classes=num_classes,
+    )
+
+
+def assemble(
+    checkpoint: Checkpoint, family: str, network: DiT, prediction: Prediction, route: Route | None, layers: Route
+) -> tuple[SparseModel, ModelFacts]:
+    """Put the checkpoint's tensors into `network`, one on the meta device, and state its facts.
+
+    route: the blocks that run on the kept tokens, where that is known. layers: the same in the network's own layers.
+    Raises CheckpointError for tensors that are missing, unknown, of another shape or not finite.
+    """
+    file, tensors, facts, config = checkpoint.source.file, checkpoint.tensors, checkpoint.facts, network.config
+    _check_tensors(file, family, tensors, network)
+    names = facts.class_names
+    if names is not None and len(names) != config.num_classes:
+        raise CheckpointError(f"{file}: class_names: expected {config.num_classes} names, found {len(names)}")
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model_facts = ModelFacts(
+        family=family,
+        prediction=prediction,
+        space=facts.space or ("pixel" if config.channels in (1, 3) else "latent"),
+        image_size=config.image_size,
+        channels=config.channels,
+        patch=config.patch,
+        tokens=config.tokens,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        num_classes=config.num_classes,
+        modulations=network.modulations,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        route=route,
+        class_names=names,
+    )
+    return SparseModel(network, layers).eval().requires_grad_(False), model_facts
+
+
+def _check_tensors(file: str, family: str, tensors: Mapping[str, Tensor], network: DiT) -> None:
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    if missing or unknown:
+        parts = [
+            f"{kind} {', '.join(names[:8])}{' …' if len(names) > 8 else ''} ({len(names)})"
+            for kind, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise CheckpointError(f"{file}: expected the tensors of a {family} model, found {'; '.join(parts)}")
+    for name, wanted in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != wanted.shape or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            layout = "" if tensor.layout == torch.strided else f"{tensor.layout} "
+            raise CheckpointError(
+                f"{file}: {name}: expected floating point of shape {tuple(wanted.shape)}, "
+                f"found {layout}{tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+        if not tensor.float().isfinite().all():
+            raise CheckpointError(
+                f"{file}: {name}: expected finite values, found NaN or infinity: the training diverged, or the file is "
+                f"damaged; take an earlier checkpoint"
+            )

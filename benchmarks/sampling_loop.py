@@ -1,0 +1,131 @@
+"""Whole runs of 40 guided Euler steps, from classes and seeds to samples: the runtime beside a PyTorch loop.
+
+    python -m benchmarks.sampling_loop --output benchmarks/results/sampling_loop.json
+
+The PyTorch loop is what one would write from the paper: two passes of the model in every step, each with its own random
+subset, and the update; eager, FP32, the same threads. Both are timed in turn; figures are medians of the rounds with
+quartiles. `glyphs` is the reference model, S/2 has random weights.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.export_size import SHAPES, write_checkpoint
+from benchmarks.machine import machine
+from sg_export import CompileOptions, LoadedModel, Overrides, compile, load_model
+from sg_export.models.dit import DiTConfig
+from sg_runtime import Pipeline
+from sg_runtime.manifest import Route
+
+STEPS, SCALE = 40, 2.0
+SETTINGS = (
+    ("glyphs", 1, (0.0, 0.5)),
+    ("glyphs", 16, (0.0, 0.5)),
+    ("glyphs", 16, (0.5, 0.9)),
+    ("S/2", 1, (0.0, 0.5)),
+    ("S/2", 1, (0.5, 0.9)),
+    ("S/2", 4, (0.5, 0.9)),
+)
+"""Model, images in a batch, sparsities of the strong and the weak branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Images per second of both, and the ratio of ours to PyTorch's: medians, and quartiles of the ratio."""
+
+    model: str
+    batch: int
+    pair: str
+    runtime_images_per_second: float
+    pytorch_images_per_second: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["glyphs", "S/2"], nargs="+", default=["glyphs", "S/2"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [
+            measure(model, batch, pair, options.rounds, Path(scratch))
+            for model, batch, pair in SETTINGS
+            if model in options.model
+        ]
+    for row in rows:
+        speed = f"{row.runtime_images_per_second:8.3f} images/s"
+        print(f"{row.model:7} B={row.batch:<3} {row.pair:8} {speed}  {row.ratio:5.2f}")
+    if options.output:
+        content = {
+            "machine": machine("numpy", "torch", "onnxruntime"),
+            "setup": {"steps": STEPS, "threads": options.threads, "rounds": options.rounds, "precision": "fp32"},
+            "rows": [asdict(row) for row in rows],
+        }
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure(name: str, batch: int, pair: tuple[float, float], rounds: int, folder: Path) -> Row:
+    """Time whole runs of both in turn; the first round warms up."""
+    checkpoint, overrides = name, Overrides()
+    if name in SHAPES:
+        width, depth, heads = SHAPES[name]
+        checkpoint = str(folder / "random.pt")
+        overrides = Overrides(route=Route(2, depth - 4), prediction="flow")
+        write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), Path(checkpoint))
+    strong, weak = pair
+    built = CompileOptions(
+        folder / "bundle", (weak,), (strong,), scale=SCALE, steps=STEPS, overrides=overrides, force=True
+    )
+    pipe = Pipeline.load(compile(checkpoint, built).path, batch=batch)
+    loaded = load_model(checkpoint, overrides=overrides)
+    classes = list(range(batch))
+    times: dict[str, list[float]] = {"runtime": [], "pytorch": []}
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        pipe.sample(classes, seeds=range(batch))
+        between = time.perf_counter()
+        pytorch_loop(loaded, classes, pair)
+        times["runtime"].append(between - began)
+        times["pytorch"].append(time.perf_counter() - between)
+    ratios = [theirs / ours for ours, theirs in zip(times["runtime"][1:], times["pytorch"][1:], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    ours, theirs = (batch / statistics.median(times[side][1:]) for side in ("runtime", "pytorch"))
+    quartiles = (round(low, 3), round(high, 3))
+    return Row(name, batch, f"{strong:g}/{weak:g}", round(ours, 4), round(theirs, 4), round(ratio, 3), quartiles)
+
+
+def pytorch_loop(loaded: LoadedModel, classes: Sequence[int], pair: tuple[float, float]) -> Tensor:
+    """40 Euler steps of rectified flow with Sparse Guidance, in two passes."""
+    facts, model = loaded.facts, loaded.model
+    counts = [loaded.level(rate).keep for rate in pair]
+    labels = torch.tensor(classes)
+    x = torch.randn(len(classes), facts.channels, facts.image_size, facts.image_size)
+
+    def subset(count: int) -> Tensor | None:
+        if count == facts.tokens:
+            return None
+        return torch.rand(len(classes), facts.tokens).argsort(dim=1)[:, :count].sort(dim=1).values
+
+    with torch.no_grad():
+        for step in range(STEPS):
+            t = torch.full((len(classes),), 1 - step / STEPS)
+            strong, weak = (model(x, t, labels, subset(count)) for count in counts)
+            x = x - (weak + SCALE * (strong - weak)) / STEPS
+    return x
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,10 @@ class LoadedModel:
     facts: ModelFacts
     source: Source
 
+    def kept(self, sparsity: float) -> int:
+        """Tokens that a branch keeps at `sparsity`, by the family's rounding."""
+        return ADAPTERS[self.facts.family].kept(self.facts.tokens, sparsity)
+
     def level(self, sparsity: float) -> Level:
         """The kept token count at `sparsity` in [0, 1), by the family's rounding.
 
@@ -27,7 +31,7 @@ class LoadedModel:
         tokens = self.facts.tokens
         if not 0 <= sparsity < 1:
             raise UsageError(f"sparsity {sparsity:g}: expected at least 0 and less than 1")
-        keep = ADAPTERS[self.facts.family].kept(tokens, sparsity)
+        keep = self.kept(sparsity)
         if sparsity > 0 and self.facts.route is None:
             raise UsageError(
                 f"{self.source.file}: the route is unknown, so no branch can be sparse: give --route START-END, both "

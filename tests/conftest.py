@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from weights import random_state
 
 from sg_export.compiler import CompileOptions, compile
 from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.maskdit import MaskDiT
 
 TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
 """16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""
@@ -28,11 +29,12 @@ class Tiny:
 
     config: DiTConfig
     facts: Mapping[str, Any]
+    network: type[DiT] = DiT
 
     def state(self, seed: int = 1) -> dict[str, Tensor]:
         """The network's tensors by name."""
         with torch.device("meta"):
-            shapes = {name: list(tensor.shape) for name, tensor in DiT(self.config).state_dict().items()}
+            shapes = {name: list(tensor.shape) for name, tensor in self.network(self.config).state_dict().items()}
         return {name: torch.from_numpy(value) for name, value in random_state(shapes, seed, {}).items()}
 
     def save(self, path: Path, content: Any = None, facts: Mapping[str, Any] | None = None) -> Path:
@@ -56,6 +58,12 @@ def tiny() -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def tiny_masked() -> Tiny:
+    """A MaskDiT with an encoder as small, but for narrower MLPs: the decoder is as wide as ever."""
+    return Tiny(replace(TINY, mlp_width=32), {"heads": 2}, MaskDiT)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .safetensors with all facts in its metadata."""
     return tiny.save(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
@@ -65,6 +73,61 @@ def tiny_checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """The tiny model, its checkpoint beside it: strong sparsities 0 and 0.25, weak 0.5, symbolic batch, six graphs."""
     options = CompileOptions(tiny_checkpoint.parent / "tiny-bundle", sparsity=(0.5,), strong_sparsity=(0.0, 0.25))
+    return compile(tiny_checkpoint, options).path
+
+
+# The bundles below have graphs of three images, which take half the time to trace.
+
+
+@pytest.fixture(scope="session")
+def tiny_edm_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
+    """The tiny network as one that denoises, for SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
+    folder = tiny_checkpoint.parent
+    checkpoint = tiny.save(folder / "tiny-edm.safetensors", facts={**tiny.facts, "prediction": "edm"})
+    return compile(checkpoint, CompileOptions(folder / "tiny-edm-bundle", (0.5,), (0.25,), batch=3)).path
+
+
+@pytest.fixture(scope="session")
+def tiny_cfg_bundle(tiny_checkpoint: Path) -> Path:
+    """The tiny model for CFG at sparsities 0 and 0.25, its checkpoint beside it."""
+    output = tiny_checkpoint.parent / "tiny-cfg-bundle"
+    options = CompileOptions(output, (), (0.0, 0.25), scale=1.5, guidance="cfg", batch=3)
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def tiny_cfg_sg_bundle(tiny_checkpoint: Path) -> Path:
+    """The tiny model for CFG + SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
+    output = tiny_checkpoint.parent / "tiny-cfg-sg-bundle"
+    options = CompileOptions(output, (0.5,), (0.25,), scale=1.5, guidance="cfg+sg", batch=3)
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def tiny_autoguidance_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
+    """The tiny model guided by other weights at strong sparsity 0, weak 0.5 and 0, both checkpoints beside it."""
+    folder = tiny_checkpoint.parent
+    weak = tiny.save(folder / "tiny-weak.safetensors", tiny.state(seed=2))
+    options = CompileOptions(folder / "tiny-autoguidance-bundle", (0.5, 0.0), weak_checkpoint=weak, batch=3)
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def tiny_cosine_bundle(tiny_checkpoint: Path) -> Path:
+    """The tiny model for SG with all that may change over a run, its checkpoint beside it.
+
+    The strong sparsity rises from 0 to 0.25, the weak one falls from 0.5 by way of 0.25 to 0, the scale falls from 3 to
+    1.5, and guidance applies from t = 0.15 to 0.9.
+    """
+    options = CompileOptions(
+        tiny_checkpoint.parent / "tiny-cosine-bundle",
+        sparsity=(0.5, 0.0),
+        strong_sparsity=(0.0, 0.25),
+        schedule="cosine",
+        scale=(3.0, 1.5),
+        interval=(0.15, 0.9),
+        batch=3,
+    )
     return compile(tiny_checkpoint, options).path
 
 

@@ -37,11 +37,13 @@ def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | N
         if as_json:
             from sg_export.step_cost import step_costs, step_table
 
-            derived = {
-                "step_costs": [asdict(cost) for cost in step_costs(bundle.manifest)],
-                "step_guidance": [asdict(step) for step in step_table(bundle.manifest)],
+            manifest = bundle.manifest
+            content = {
+                "manifest": asdict(manifest),
+                "step_costs": [asdict(cost) for cost in step_costs(manifest)],
+                "step_guidance": [asdict(step) for step in step_table(manifest)],
             }
-            click.echo(json.dumps(asdict(bundle.manifest) | derived, indent=1))
+            click.echo(json.dumps(content, indent=1))
         else:
             _print_bundle(bundle)
     else:
@@ -79,8 +81,8 @@ def _print_checkpoint(loaded: "LoadedModel") -> None:
     rows = [("checkpoint", source.file), ("weights", source.weights), ("SHA-256", source.sha256)]
     print_table("", ("", source.name), rows + _model_rows(loaded.facts))
     if loaded.facts.route is not None:
-        levels = [loaded.level(sparsity) for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9)]
-        print_table("Tokens kept", ("sparsity", "tokens"), [(level.sparsity, level.keep) for level in levels])
+        kept = [(sparsity, loaded.kept(sparsity)) for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9)]
+        print_table("Tokens kept", ("sparsity", "tokens"), kept)
 
 
 def _print_bundle(bundle: "Bundle") -> None:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sg_export.compiler import CompileOptions, compile
+from sg_export.step_cost import step_costs, step_table
 from sg_runtime.bundle import Bundle
 
 
@@ -53,7 +56,7 @@ def test_inspect_json_of_checkpoint_is_json(cli: Callable[..., Any], tiny: Any, 
     assert content["source"]["weights"] == "model"
 
 
-@pytest.mark.parametrize("bundle", ["tiny_bundle", "cfg_bundle", "glyphs_bundle"])
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_cfg_bundle", "glyphs_bundle"])
 def test_inspect_of_bundle_shows_every_graph(
     bundle: str, cli: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
@@ -65,16 +68,63 @@ def test_inspect_of_bundle_shows_every_graph(
         assert f"{graph.cost.linear_macs / 1e9:.4g}" in text
     expected = {
         "tiny_bundle": ["sg, sparsity 0 strong and 0.5 weak, scale 2", "40 euler steps", "batch symbolic"],
-        "cfg_bundle": ["cfg, scale 1.5", "7 euler steps", "batch 3"],
+        "tiny_cfg_bundle": ["cfg, scale 1.5", "40 euler steps", "batch 3"],
         "glyphs_bundle": ["glyphs", "62, A to 9", "16×16×1"],
     }[bundle]
     assert all(part in text for part in [*expected, manifest.source.sha256[:12], "ONNX Runtime"])
 
 
-def test_inspect_json_of_bundle_is_its_manifest(cli: Callable[..., Any], tiny_bundle: Path) -> None:
+def test_inspect_json_of_bundle_is_its_manifest_and_what_a_run_does(cli: Callable[..., Any], tiny_bundle: Path) -> None:
     result = cli("inspect", tiny_bundle, "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == json.loads((tiny_bundle / "manifest.json").read_bytes())
+    content = json.loads(result.stdout)
+    assert content["manifest"] == json.loads((tiny_bundle / "manifest.json").read_bytes())
+    assert [cost["way"] for cost in content["step_costs"]] == ["unguided", "CFG", "two passes", "this bundle"]
+    strong, weak = {"sparsity": 0.0, "keep": 16}, {"sparsity": 0.5, "keep": 8}
+    assert content["step_guidance"] == [{"strong": strong, "weak": weak, "scale": 2.0}] * 40
+
+
+def test_inspect_of_bundle_shows_the_cost_of_a_step(cli: Callable[..., Any], tiny_bundle: Path) -> None:
+    text = shown(cli("inspect", tiny_bundle))
+    for cost in step_costs(Bundle.open(tiny_bundle).manifest):
+        total = (cost.linear_macs + cost.condition_macs) / 1e9
+        assert f"{cost.way} {cost.linear_macs / 1e9:.4g} {cost.condition_macs / 1e9:.4g} {total:.4g}" in text
+    assert "published" not in text
+    assert "Guidance over a default run" not in text  # the same in every step
+
+
+def test_inspect_of_a_schedule_shows_the_steps_of_each_pair(cli: Callable[..., Any], tiny_cosine_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_cosine_bundle).manifest
+    text = shown(cli("inspect", tiny_cosine_bundle))
+    plan = manifest.guidance
+    assert plan.weak_last is not None
+    assert f"{plan.weak.sparsity:g} to {plan.weak_last.sparsity:g} weak" in text
+    shown_table = text[text.index("Guidance over a default run") : text.index("Cost of an evaluation")]
+    table = step_table(manifest)
+    (place,) = [k for k, step in enumerate(table) if step.strong.keep == 16 and step.weak == plan.weak and k > 0][:1]
+    assert f"{place}-" in shown_table
+    for step in table:
+        assert (
+            f" {step.strong.sparsity:g} {'-' if step.weak is None else format(step.weak.sparsity, 'g')} " in shown_table
+        )
+
+
+def test_inspect_of_an_interval_shows_where_the_strong_branch_runs_alone(
+    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = CompileOptions(tmp_path / "bundle", (0.5,), scale=(1.0, 3.0), interval=(0.3, 0.7), steps=10)
+    text = shown(cli("inspect", compile(tiny_checkpoint, options).path))
+    assert "scale 1 to 3, between times 0.3 and 0.7" in text
+    # Times 1, 0.9, 0.8 lie above the interval, 0.2 and 0.1 below.
+    assert "0-2 0 - - 3-7 0 0.5 1.5 to 2.766 8-9 0 - -" in text
+
+
+def test_inspect_of_few_tokens_shows_a_sparsity_that_keeps_none(
+    cli: Callable[..., Any], tiny_masked: Any, tmp_path: Path
+) -> None:
+    config = replace(tiny_masked.config, image_size=4)
+    few = replace(tiny_masked, config=config)
+    assert shown(cli("inspect", few.save(tmp_path / "few.pt"))).endswith("0.75 1 0.9 0")
 
 
 def test_inspect_of_nothing_ends_with_6(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ class Tiny:
         return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """PyTorch's threads gain small networks nothing, and wait for ONNX Runtime's, which spin on after a run."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny(TINY, TINY_FACTS)

@@ -43,7 +43,8 @@ def guidance_table(
 ) -> tuple[StepGuidance, ...]:
     """What guides each evaluation of a run, at `times`, in the sampling `steps`, 0 to `last_step`.
 
-    Sparsities that change go by way of the nearest of the levels that were built, the lower where two are as near.
+    Sparsities that change go by way of the nearest of their ends and the levels that were built, the lower where two
+    are as near.
     """
 
     def at(time: float, step: int) -> StepGuidance:
@@ -67,7 +68,7 @@ def _level_at(first: Level, last: Level | None, progress: float, built: Sequence
     if last is None:
         return first
     wanted = cosine(first.sparsity, last.sparsity, progress)
-    return min(built, key=lambda level: (abs(level.sparsity - wanted), level.sparsity))
+    return min((first, last, *built), key=lambda level: (abs(level.sparsity - wanted), level.sparsity))
 
 
 def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
@@ -92,21 +93,17 @@ def choose(
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
-    if chosen == "autoguidance" and manifest.weak_source is None:
-        raise UsageError(
-            f"autoguidance: this bundle has no weak checkpoint; build it with: sg-export build {manifest.source.name} "
-            f"--weak-checkpoint PATH"
-        )
+    network: NetworkName = "weak" if chosen == "autoguidance" else "main"
+    manifest.condition(network)  # raises where the network is not there
     strong = (plan.strong, plan.strong_last)
     if strong_sparsity is not None:
-        strong = _ends(manifest, strong_sparsity, "main", "--strong-sparsity")
-    network: NetworkName = "weak" if chosen == "autoguidance" else "main"
+        strong = _ends(manifest, strong_sparsity, "main", chosen, "--strong-sparsity")
     if chosen in ("none", "cfg"):
         if sparsity is not None:
             raise UsageError(f"{chosen} guidance has one sparsity: give strong_sparsity, not sparsity")
         weak = strong
     elif sparsity is not None:
-        weak = _ends(manifest, sparsity, network, "--sparsity")
+        weak = _ends(manifest, sparsity, network, chosen, "--sparsity")
     elif plan.mode not in ("none", "cfg") and plan.weak_network == network:
         weak = (plan.weak, plan.weak_last)
     else:
@@ -127,19 +124,22 @@ def scale_ends(scale: Ramp) -> tuple[float, float | None]:
     return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), None)
 
 
-def _ends(manifest: Manifest, sparsity: Ramp, network: NetworkName, option: str) -> tuple[Level, Level | None]:
+def _ends(
+    manifest: Manifest, sparsity: Ramp, network: NetworkName, mode: GuidanceMode, option: str
+) -> tuple[Level, Level | None]:
     first, last = sparsity if isinstance(sparsity, tuple) else (sparsity, None)
-    return _level(manifest, first, network, option), None if last is None else _level(manifest, last, network, option)
+    level = _level(manifest, first, network, mode, option)
+    return level, None if last is None else _level(manifest, last, network, mode, option)
 
 
-def _level(manifest: Manifest, sparsity: float, network: NetworkName, option: str) -> Level:
+def _level(manifest: Manifest, sparsity: float, network: NetworkName, mode: GuidanceMode, option: str) -> Level:
     for level in levels(manifest, network):
         if abs(level.sparsity - sparsity) < 1e-9:
             return level
-    weak = " --weak-checkpoint PATH" if network == "weak" else ""
+    how = {"sg": "", "autoguidance": " --weak-checkpoint PATH"}.get(mode, f" --guidance {mode}")
     raise UsageError(
         f"sparsity {sparsity:g} is not in this bundle, which has {_names(manifest, network)}; "
-        f"build it with: sg-export build {manifest.source.name}{weak} {option} {sparsity:g}"
+        f"build it with: sg-export build {manifest.source.name}{how} {option} {sparsity:g}"
     )
 
 

@@ -26,6 +26,8 @@ Prediction = Literal["flow", "edm"]
 SamplerName = Literal["euler", "heun"]
 
 FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_MIN = 2.0**-126
+"""The smallest float32 number above 0 of full precision."""
 
 _LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}
 """Levels of a graph, by its kind."""
@@ -179,10 +181,10 @@ class Karras(_Strict):
     rho: float
 
     def __post_init__(self) -> None:
-        if not (0 < self.sigma_min < self.sigma_max <= FLOAT32_MAX and 0 < self.rho <= FLOAT32_MAX):
+        if not (FLOAT32_MIN <= self.sigma_min < self.sigma_max <= FLOAT32_MAX and 1 <= self.rho <= FLOAT32_MAX):
             raise UsageError(
-                f"noise levels: expected 0 < sigma_min < sigma_max and rho > 0, found {self.sigma_min:g}, "
-                f"{self.sigma_max:g} and {self.rho:g}"
+                f"noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of at least 1, found "
+                f"{self.sigma_min:g}, {self.sigma_max:g} and {self.rho:g}"
             )
 
 
@@ -327,8 +329,14 @@ class Manifest(_Strict):
         return None
 
     def condition(self, network: NetworkName) -> GraphFacts:
-        """The condition graph of a network that the bundle has."""
-        return next(graph for graph in self.graphs if graph.kind == "condition" and graph.network == network)
+        """The condition graph of a network. Raises UsageError where the bundle does not have it."""
+        graph = self.graph("condition", network=network)
+        if graph is None:
+            raise UsageError(
+                f"autoguidance: this bundle has no weak checkpoint; build it with: sg-export build {self.source.name} "
+                f"--weak-checkpoint PATH"
+            )
+        return graph
 
 
 def adapter() -> "TypeAdapter[Manifest]":

@@ -1,6 +1,5 @@
 """Checks of what a caller asks of a pipeline; each raises UsageError that names the value, and what was expected."""
 
-import math
 from collections.abc import Sequence
 from operator import index as as_index
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import ModelFacts
+from sg_runtime.manifest import FLOAT32_MAX, ModelFacts
 
 Indices = NDArray[np.int64]
 
@@ -50,10 +49,10 @@ def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens
 def check_times(model: ModelFacts, times: Sequence[float]) -> None:
     """Raise UsageError for a time at which the network cannot be asked."""
     for time in times:
-        if model.prediction == "edm" and not 0 < time < math.inf:
+        if not abs(time) <= FLOAT32_MAX:
+            raise UsageError(f"time {time:g}: expected a finite float32 number")
+        if model.prediction == "edm" and time <= 0:
             raise UsageError(f"time {time:g}: expected a sigma above 0, as of an edm model")
-        if not math.isfinite(time):
-            raise UsageError(f"time {time:g}: expected a finite number")
 
 
 def check_seeds(seeds: Sequence[int], images: int) -> None:

@@ -92,7 +92,7 @@ def run_times(steps: int, karras: Karras | None) -> list[float]:
         return [1 - step / steps for step in range(steps)] + [0.0]
     high, low = karras.sigma_max ** (1 / karras.rho), karras.sigma_min ** (1 / karras.rho)
     places = [step / max(steps - 1, 1) for step in range(steps)]
-    return [(high + place * (low - high)) ** karras.rho for place in places] + [0.0]
+    return [((1 - place) * high + place * low) ** karras.rho for place in places] + [0.0]
 
 
 def updates(

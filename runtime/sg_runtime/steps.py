@@ -103,9 +103,11 @@ class StepRunner:
         assert level is not None
         graph = self.manifest.graph("dense" if keep is None else "sparse", level.keep, network=branch.network)
         if graph is None:
+            how = " --weak-checkpoint PATH" * (branch.network == "weak")
+            option = "--strong-sparsity" if branch is plan.strong else "--sparsity"
             raise UsageError(
                 f"sparsity {level.sparsity:g} has no graph of its own in this bundle; "
-                f"build it with: sg-export build {self.manifest.source.name} --sparsity {level.sparsity:g}"
+                f"build it with: sg-export build {self.manifest.source.name}{how} {option} {level.sparsity:g}"
             )
         images = {"modulations": branch.modulations[index][branch.rows], "keep": keep}
         return self._run(graph, x, plan.times[index], tail, images, {})

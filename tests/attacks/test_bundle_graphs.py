@@ -1,16 +1,25 @@
 """Bundles that are whole by their manifest, but whose graphs do not run: the fault comes out with the graph's name."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
-from sg_runtime.errors import EngineError
+from sg_runtime.errors import EngineError, UsageError
 from sg_runtime.pipeline import Pipeline
 
 Edit = Callable[[Callable[[Any], object]], None]
+
+
+@pytest.fixture
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, or of the one that a test names."""
+    whole = request.getfixturevalue(getattr(request, "param", "tiny_bundle"))
+    return Path(shutil.copytree(whole, tmp_path / "bundle"))
 
 
 def replace_file(bundle: Path, edit: Edit, name: str, content: bytes) -> None:
@@ -48,7 +57,118 @@ def test_run_of_a_model_of_another_shape_names_the_graph(bundle: Path, edit: Edi
         Pipeline.load(bundle)([0], [0], steps=1)
 
 
-def test_run_of_an_output_that_is_not_there_names_the_graph(bundle: Path, edit: Edit) -> None:
-    edit(lambda manifest: manifest["graphs"][0]["outputs"][0].update(name="none"))
-    with pytest.raises(EngineError, match=r"^graphs/condition\.onnx: ONNX Runtime failed: "):
-        Pipeline.load(bundle)([0], [0], steps=1)
+def edit_graph(edit: Edit, file: str, change: Callable[[Any], object]) -> None:
+    """Pass what the manifest says of one graph through a function."""
+    edit(lambda manifest: [change(graph) for graph in manifest["graphs"] if graph["file"] == f"graphs/{file}.onnx"])
+
+
+def drop_graph(edit: Edit, file: str) -> None:
+    """Take one graph out of the manifest's list."""
+    edit(
+        lambda manifest: manifest.update(
+            graphs=[graph for graph in manifest["graphs"] if graph["file"] != f"graphs/{file}.onnx"]
+        )
+    )
+
+
+def test_run_of_a_null_condition_that_the_graph_has_not_names_it(bundle: Path, edit: Edit) -> None:
+    """CFG + SG by a manifest whose guided graph is one of SG: never run with the class in both branches."""
+    weak = {"name": "modulations_weak", "dtype": "float32", "shape": ["B", 4]}
+    edit_graph(edit, "guided-16-8", lambda graph: graph["inputs"].append(weak))
+    edit(lambda manifest: manifest["guidance"].update(mode="cfg+sg"))
+    with pytest.raises(EngineError, match=r"^graphs/guided-16-8\.onnx: ONNX Runtime failed: ") as caught:
+        Pipeline.load(bundle).sample([0], [0], steps=1)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("bundle", ["tiny_cfg_sg_bundle"], indirect=True)
+def test_run_of_a_null_condition_that_the_manifest_hides_names_the_graph(bundle: Path, edit: Edit) -> None:
+    """SG by a manifest whose guided graph is one of CFG + SG."""
+
+    def hide(graph: Any) -> None:
+        graph["inputs"] = [tensor for tensor in graph["inputs"] if tensor["name"] != "modulations_weak"]
+
+    edit_graph(edit, "guided-12-8-null", hide)
+    edit(lambda manifest: manifest["guidance"].update(mode="sg"))
+    with pytest.raises(EngineError, match=r"^graphs/guided-12-8-null\.onnx: ONNX Runtime failed: .*modulations_weak"):
+        Pipeline.load(bundle).sample([0], [0], steps=1)
+
+
+def test_run_of_levels_that_are_not_the_graphs_names_it(bundle: Path, edit: Edit) -> None:
+    edit_graph(edit, "guided-16-8", lambda graph: graph["levels"][1].update(sparsity=0.75, keep=4))
+    edit(lambda manifest: manifest["guidance"].update(weak={"sparsity": 0.75, "keep": 4}))
+    with pytest.raises(EngineError, match=r"^graphs/guided-16-8\.onnx: ONNX Runtime failed: "):
+        Pipeline.load(bundle).sample([0], [0], steps=1)
+
+
+def test_run_of_tokens_that_the_model_has_not_names_the_graph(bundle: Path, edit: Edit) -> None:
+    """Subsets of a thousand tokens point far beyond the sixteen that there are: never read or written there."""
+    edit(lambda manifest: manifest["model"].update(tokens=1000))
+    edit(lambda manifest: manifest["guidance"].update(strong={"sparsity": 0.25, "keep": 12}))
+    pipe = Pipeline.load(bundle)
+    for fused, name in ((True, "guided-12-8"), (False, "sparse-12")):
+        with pytest.raises(EngineError, match=rf"^graphs/{name}\.onnx: ONNX Runtime failed: ") as caught:
+            pipe.sample([0], [0], steps=1, fused=fused)
+        assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("bundle", ["tiny_edm_bundle"], indirect=True)
+@pytest.mark.parametrize("batch", [2, 4])
+def test_run_of_another_batch_than_the_graphs_names_the_graph(bundle: Path, edit: Edit, batch: int) -> None:
+    edit(lambda manifest: manifest.update(batch=batch))
+    with pytest.raises(EngineError, match=r"^graphs/guided-12-8\.onnx: ONNX Runtime failed: "):
+        Pipeline.load(bundle).sample([0], [0], steps=1)
+
+
+@pytest.mark.parametrize("bundle", ["tiny_autoguidance_bundle"], indirect=True)
+def test_run_of_a_weak_network_without_its_weights_names_its_graph(bundle: Path, edit: Edit) -> None:
+    replace_file(bundle, edit, "graphs/weights-weak.bin", b"\0" * 64)
+    pipe = Pipeline.load(bundle)
+    with pytest.raises(EngineError, match=r"^weak-condition\.onnx: ONNX Runtime .* cannot open it: ") as caught:
+        pipe.sample([0], [0], steps=1)
+    assert caught.value.exit_code == 4
+    assert pipe.sample([0], [0], steps=1, guidance=pipe.guidance("none")).shape == (1, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "missing", "message"),
+    [
+        ("tiny_autoguidance_bundle", "weak-sparse-8", "--weak-checkpoint PATH --sparsity 0.5"),
+        ("tiny_autoguidance_bundle", "dense", "--strong-sparsity 0"),
+        ("tiny_cosine_bundle", "dense", "--strong-sparsity 0"),
+    ],
+    indirect=["bundle"],
+)
+def test_run_of_a_level_without_a_graph_names_the_build(bundle: Path, edit: Edit, missing: str, message: str) -> None:
+    """A bundle that lists no graph for the sparsity of its own plan: usage, since another plan may serve."""
+    drop_graph(edit, missing)
+    edit(lambda manifest: manifest["files"].pop(f"graphs/{missing}.onnx"))
+    (bundle / f"graphs/{missing}.onnx").unlink()
+    with pytest.raises(UsageError) as caught:
+        Pipeline.load(bundle).sample([0], [0], steps=2)
+    assert str(caught.value).endswith(f"build it with: sg-export build tiny.safetensors {message}")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("bundle", ["tiny_cosine_bundle"], indirect=True)
+def test_run_of_a_schedule_that_ends_where_nothing_was_built_names_the_build(bundle: Path, edit: Edit) -> None:
+    edit(lambda manifest: manifest["guidance"].update(strong_last={"sparsity": 0.75, "keep": 4}))
+    with pytest.raises(UsageError, match=r"^sparsity 0\.75 has no graph of its own in this bundle; .* 0\.75$"):
+        Pipeline.load(bundle).sample([0], [0], steps=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("condition", "modulations"), ("guided-16-8", "next"), ("guided-16-8", "prediction")]
+)
+def test_run_of_an_output_that_is_not_there_names_the_graph(bundle: Path, edit: Edit, name: str, output: str) -> None:
+    model = onnx.load(bundle / f"graphs/{name}.onnx", load_external_data=False)
+    for names in (names for node in model.graph.node for names in (node.input, node.output)):
+        names[:] = ["renamed" if tensor == output else tensor for tensor in names]
+    for value in model.graph.output:
+        value.name = "renamed" if value.name == output else value.name
+    replace_file(bundle, edit, f"graphs/{name}.onnx", model.SerializeToString())
+    pipe = Pipeline.load(bundle)
+    x = pipe.initial_noise([0])
+    calls = {"next": lambda: pipe.sample([0], [0], steps=1), "prediction": lambda: pipe.guided(x, 0.5, [0])}
+    with pytest.raises(EngineError, match=rf"^graphs/{name}\.onnx: ONNX Runtime failed: .*{output}"):
+        calls.get(output, calls["next"])()

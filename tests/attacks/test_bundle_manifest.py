@@ -1,5 +1,6 @@
 """Bundles whose manifest is no manifest, or contradicts itself: each is refused, at the place of the fault."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,13 @@ import pytest
 
 Edit = Callable[[Callable[[Any], object]], None]
 Refused = Callable[..., None]
+
+
+@pytest.fixture
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, or of the one that a test names."""
+    whole = request.getfixturevalue(getattr(request, "param", "tiny_bundle"))
+    return Path(shutil.copytree(whole, tmp_path / "bundle"))
 
 
 def test_load_without_a_manifest_is_refused(bundle: Path, refused: Refused) -> None:
@@ -88,8 +96,8 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
         (lambda c: c.update(batch=0), "batch: expected at least 1, found 0"),
         (lambda c: c.update(batch=-3), "batch: expected at least 1, found -3"),
         (lambda c: c.update(condition_rows=0), "condition_rows: expected at least 1, found 0"),
-        (lambda c: c["graphs"].pop(0), "graphs: expected one of kind condition, found none"),
-        (lambda c: c.update(graphs=[]), "graphs: expected one of kind condition, found none"),
+        (lambda c: c["graphs"].pop(0), "graphs: expected one of kind condition for the main network, found none"),
+        (lambda c: c.update(graphs=[]), "graphs: expected one of kind condition for the main network, found none"),
         (lambda c: c["graphs"][1].update(outputs=[]), "graphs/dense.onnx: outputs: expected at least one, found none"),
         (lambda c: c["graphs"][1].update(levels=[]), "graphs/dense.onnx: levels: expected 1 for dense, found 0"),
         (lambda c: c["graphs"][-1]["levels"].pop(), "levels: expected 2 for guided, found 1"),
@@ -98,6 +106,109 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
 )
 def test_load_of_a_manifest_that_contradicts_itself_is_refused(
     edit: Edit, refused: Refused, change: Callable[[Any], object], message: str
+) -> None:
+    edit(change)
+    refused("manifest.json: ", message, "; rebuild it")
+
+
+def ends(**values: Any) -> Callable[[Any], object]:
+    """Replaces parts of the guidance plan."""
+    return lambda content: content["guidance"].update(values)
+
+
+def levels(**values: Any) -> Callable[[Any], object]:
+    """Replaces noise levels."""
+    return lambda content: content["sampling"]["karras"].update(values)
+
+
+NO_LEVELS = "sampling: karras: expected noise levels for edm models alone, not for flow"
+INTERVAL = "interval: expected 0 <= lowest time <= highest time, found "
+LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of at least 1, found "
+
+
+@pytest.mark.parametrize(
+    ("bundle", "change", "message"),
+    [
+        # Guidance that the bundle has no network for
+        ("tiny_bundle", ends(mode="autoguidance"), "weak_source: expected a checkpoint for autoguidance, found none"),
+        (
+            "tiny_autoguidance_bundle",
+            lambda c: c.update(weak_source=None),
+            "weak_source: expected a checkpoint for autoguidance, found none",
+        ),
+        (
+            "tiny_autoguidance_bundle",
+            lambda c: c.update(graphs=[g for g in c["graphs"] if g["file"] != "graphs/weak-condition.onnx"]),
+            "graphs: expected one of kind condition for the weak network, found none",
+        ),
+        (
+            "tiny_autoguidance_bundle",
+            lambda c: c["graphs"][0].update(network="weak"),
+            "graphs: expected one of kind condition for the main network, found none",
+        ),
+        (
+            "tiny_bundle",
+            lambda c: c.update(weak_source=c["source"]),
+            "graphs: expected one of kind condition for the weak network, found none",
+        ),
+        ("tiny_bundle", lambda c: c["graphs"][1].update(network="third"), "graphs.1.network: "),
+        ("tiny_bundle", ends(mode="pag"), "guidance.mode: "),
+        # Sparsities
+        ("tiny_cfg_bundle", ends(mode="sg"), "sg guidance: expected a weak branch sparser than the strong one"),
+        ("tiny_cfg_sg_bundle", ends(mode="cfg"), "cfg guidance: expected equal sparsities"),
+        (
+            "tiny_cfg_bundle",
+            ends(weak_last={"sparsity": 0.25, "keep": 12}),
+            "cfg guidance: expected equal sparsities",
+        ),
+        (
+            "tiny_cosine_bundle",
+            ends(strong_last=None, weak_last=None, weak={"sparsity": 0.0, "keep": 16}),
+            "sg guidance: expected a weak branch sparser than the strong one",
+        ),
+        (
+            "tiny_cosine_bundle",
+            ends(strong_last={"sparsity": 0.25, "keep": 17}),
+            "keep: expected at most the model's 16 tokens, found 17",
+        ),
+        ("tiny_cosine_bundle", ends(weak_last={"sparsity": 0.0, "keep": 0}), "keep: expected at least 1, found 0"),
+        (
+            "tiny_cosine_bundle",
+            ends(weak_last={"sparsity": 1.0, "keep": 4}),
+            "sparsity 1: expected at least 0 and less than 1",
+        ),
+        ("tiny_cosine_bundle", ends(strong_last=0.25), "guidance.strong_last: "),
+        # Scale and interval
+        ("tiny_cosine_bundle", ends(scale_last=float("nan")), "scale: expected a finite float32 number, found nan"),
+        ("tiny_cosine_bundle", ends(scale_last=1e39), "scale: expected a finite float32 number, found 1e+39"),
+        ("tiny_cosine_bundle", ends(interval=[0.9, 0.15]), INTERVAL + "0.9 to 0.15"),
+        ("tiny_cosine_bundle", ends(interval=[-1, 0.15]), INTERVAL + "-1 to 0.15"),
+        ("tiny_cosine_bundle", ends(interval=[float("nan"), 1]), INTERVAL + "nan to 1"),
+        ("tiny_cosine_bundle", ends(interval=[0, float("inf")]), INTERVAL + "0 to inf"),
+        ("tiny_cosine_bundle", ends(interval=[0.1]), "guidance.interval.1: "),
+        # Noise levels
+        ("tiny_bundle", lambda c: c["model"].update(prediction="edm"), NO_LEVELS),
+        ("tiny_edm_bundle", lambda c: c["model"].update(prediction="flow"), NO_LEVELS),
+        ("tiny_edm_bundle", lambda c: c["sampling"].update(karras=None), NO_LEVELS),
+        (
+            "tiny_bundle",
+            lambda c: c["sampling"].update(karras={"sigma_min": 0.002, "sigma_max": 80, "rho": 7}),
+            NO_LEVELS,
+        ),
+        ("tiny_edm_bundle", levels(sigma_min=0), LEVELS + "0, 80 and 7"),
+        ("tiny_edm_bundle", levels(sigma_min=-0.002), LEVELS + "-0.002, 80 and 7"),
+        ("tiny_edm_bundle", levels(sigma_min=1e-320), LEVELS + "9.99989e-321, 80 and 7"),
+        ("tiny_edm_bundle", levels(sigma_max=0.001), LEVELS + "0.002, 0.001 and 7"),
+        ("tiny_edm_bundle", levels(sigma_max=1e300), LEVELS + "0.002, 1e+300 and 7"),
+        ("tiny_edm_bundle", levels(rho=0), LEVELS + "0.002, 80 and 0"),
+        ("tiny_edm_bundle", levels(rho=1e-9), LEVELS + "0.002, 80 and 1e-09"),
+        ("tiny_edm_bundle", levels(rho=float("nan")), LEVELS + "0.002, 80 and nan"),
+        ("tiny_edm_bundle", levels(s_churn=40), "sampling.karras.s_churn: "),
+    ],
+    indirect=["bundle"],
+)
+def test_load_of_guidance_or_noise_levels_that_cannot_be_is_refused(
+    bundle: Path, edit: Edit, refused: Refused, change: Callable[[Any], object], message: str
 ) -> None:
     edit(change)
     refused("manifest.json: ", message, "; rebuild it")

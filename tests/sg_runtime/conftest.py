@@ -1,40 +1,87 @@
-"""Fixtures of the runtime's tests: an open pipeline, graphs of a fixed batch, and bundles with an altered manifest."""
+"""Fixtures of the runtime's tests: a pipeline, bundles with an altered manifest, and what engines are asked."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from numpy.typing import NDArray
 
-from sg_export.compiler import CompileOptions, compile
+from sg_runtime.backends import Backend, open_backend
+from sg_runtime.bundle import Bundle
+from sg_runtime.manifest import GraphFacts
 from sg_runtime.pipeline import Pipeline
 
 
-@pytest.fixture(scope="session")
-def pipe(glyphs_bundle: Path) -> Pipeline:
-    """The reference model, with up to five images in one run of a graph."""
-    return Pipeline.load(glyphs_bundle, batch=5)
-
-
-@pytest.fixture(scope="session")
-def fixed_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model of latents, without class names, whose graphs are fixed to three images."""
-    output = tmp_path_factory.mktemp("bundles") / "tiny-3"
-    return compile(tiny_checkpoint, CompileOptions(output, sparsity=(0.5,), batch=3)).path
+def alter(bundle: Path, copy: Path, change: Callable[[Any], object]) -> Path:
+    """A copy of a bundle whose manifest, as parsed JSON, went through a function."""
+    shutil.copytree(bundle, copy)
+    content = json.loads((copy / "manifest.json").read_bytes())
+    change(content)
+    (copy / "manifest.json").write_text(json.dumps(content))
+    return copy
 
 
 @pytest.fixture
 def edited(tmp_path: Path, tiny_bundle: Path) -> Callable[[Callable[[Any], object]], Path]:
-    """Makes a copy of the tiny bundle whose manifest, as parsed JSON, went through a function."""
+    """Makes a copy of the tiny bundle with an altered manifest."""
+    return lambda change: alter(tiny_bundle, tmp_path / "edited", change)
 
-    def edit(change: Callable[[Any], object]) -> Path:
-        copy = tmp_path / "edited"
-        shutil.copytree(tiny_bundle, copy)
-        content = json.loads((copy / "manifest.json").read_bytes())
-        change(content)
-        (copy / "manifest.json").write_text(json.dumps(content))
-        return copy
 
-    return edit
+@pytest.fixture(scope="session")
+def pixel_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, by its manifest one of pixels, with names for its five classes; graphs of a symbolic batch."""
+    facts = {"space": "pixel", "class_names": ["A", "B", "C", "0", "9"]}
+    copy = tmp_path_factory.mktemp("bundles") / "pixels"
+    return alter(tiny_bundle, copy, lambda content: content["model"].update(facts))
+
+
+@pytest.fixture(scope="session")
+def pipe(pixel_bundle: Path) -> Pipeline:
+    """Named classes of pixels, with up to five images in one run of a graph."""
+    return Pipeline.load(pixel_bundle, batch=5)
+
+
+@dataclass
+class Run:
+    """One engine run."""
+
+    graph: GraphFacts
+    feeds: Mapping[str, NDArray[Any]]
+    output: str
+    result: NDArray[Any]
+
+    @property
+    def name(self) -> str:
+        """The graph's file name without suffix."""
+        return Path(self.graph.file).stem
+
+
+@dataclass
+class Recorder:
+    """A backend that notes every run of another."""
+
+    backend: Backend
+    name: str = "recorder"
+    runs: list[Run] = field(default_factory=list)
+
+    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
+        result = self.backend.run(graph, feeds, output)
+        self.runs.append(Run(graph, feeds, output, result))
+        return result
+
+    @property
+    def names(self) -> list[str]:
+        """The graphs that ran, in order."""
+        return [run.name for run in self.runs]
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[Path], Recorder]:
+    """Makes a recorder around the backend of a bundle; the sessions of one bundle are opened once."""
+    opened = cache(lambda path: open_backend(Bundle.open(path), "cpu"))
+    return lambda path: Recorder(opened(path))

@@ -3,13 +3,16 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from sg_runtime.backends import open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import EngineError, MissingExtraError, UsageError
+from sg_runtime.manifest import GraphFacts
 
 
 @pytest.fixture
@@ -18,15 +21,19 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def feeds(rows: int) -> dict[str, np.ndarray]:
+def feeds(rows: int) -> dict[str, NDArray[Any]]:
     return {"t": np.linspace(0, 1, rows, dtype=np.float32), "class": np.arange(rows, dtype=np.int64) % 5}
+
+
+def condition(bundle: Bundle) -> GraphFacts:
+    return bundle.manifest.condition("main")
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_open_backend_of_a_known_device_runs_on_the_cpu(bundle: Bundle, device: str) -> None:
     backend = open_backend(bundle, device)
     assert backend.name == "onnxruntime-cpu"
-    modulations = backend.run(bundle.manifest.condition, feeds(3))
+    modulations = backend.run(condition(bundle), feeds(3), "modulations")
     assert modulations.dtype == np.float32
     assert modulations.shape == (3, bundle.manifest.model.modulations)
 
@@ -47,15 +54,30 @@ def test_open_backend_without_the_library_names_the_extra(bundle: Bundle, monkey
 def test_run_of_a_graph_opens_it_once(bundle: Bundle) -> None:
     """The second run needs no file any more."""
     backend = open_backend(bundle, "cpu")
-    first = backend.run(bundle.manifest.condition, feeds(2))
+    first = backend.run(condition(bundle), feeds(2), "modulations")
     shutil.rmtree(bundle.path / "graphs")
-    np.testing.assert_array_equal(backend.run(bundle.manifest.condition, feeds(2)), first)
+    np.testing.assert_array_equal(backend.run(condition(bundle), feeds(2), "modulations"), first)
 
 
 def test_run_of_one_graph_opens_no_other(bundle: Bundle) -> None:
     (bundle.path / "graphs/dense.onnx").unlink()
     backend = open_backend(bundle, "cpu")
-    assert backend.run(bundle.manifest.condition, feeds(1)).shape[0] == 1
+    assert backend.run(condition(bundle), feeds(1), "modulations").shape[0] == 1
+
+
+def test_run_of_a_step_graph_gives_the_output_that_is_asked_for(bundle: Bundle) -> None:
+    """A prediction D, or next = a x + b D + e r; small integers, so that what the graph adds up is exact."""
+    graph = bundle.manifest.graph("dense", 16)
+    assert graph is not None
+    x, r = np.ones((2, 2, 8, 8), np.float32), np.full((2, 2, 8, 8), 8, np.float32)
+    scalars = {"c_in": 1, "c_skip": 2, "c_out": 0, "a": 3, "b": 4, "e": 0.5}
+    step = {name: np.array(value, np.float32) for name, value in scalars.items()}
+    step |= {"x": x, "r": r, "modulations": np.zeros((2, bundle.manifest.model.modulations), np.float32)}
+    backend = open_backend(bundle, "cpu")
+    assert np.unique(backend.run(graph, step, "prediction")).tolist() == [2]
+    assert np.unique(backend.run(graph, step, "next")).tolist() == [3 + 4 * 2 + 0.5 * 8]
+    with pytest.raises(EngineError, match=r"^graphs/dense\.onnx: ONNX Runtime failed: "):
+        backend.run(graph, step, "velocity")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +90,6 @@ def test_run_of_one_graph_opens_no_other(bundle: Bundle) -> None:
     ],
     ids=["missing", "dtype", "rank", "unknown"],
 )
-def test_run_of_wrong_feeds_names_the_graph(bundle: Bundle, wrong: dict[str, np.ndarray]) -> None:
+def test_run_of_wrong_feeds_names_the_graph(bundle: Bundle, wrong: dict[str, NDArray[Any]]) -> None:
     with pytest.raises(EngineError, match=r"^graphs/condition\.onnx: ONNX Runtime failed: "):
-        open_backend(bundle, "cpu").run(bundle.manifest.condition, wrong)
+        open_backend(bundle, "cpu").run(condition(bundle), wrong, "modulations")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,20 @@ import sg_runtime.manifest
 from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.manifest import (
     FLOAT32_MAX,
+    FLOAT32_MIN,
     SCHEMA_VERSION,
     Cost,
     FileFacts,
     GraphFacts,
+    GraphKind,
+    GuidanceMode,
     GuidancePlan,
+    Karras,
     Level,
     Manifest,
     ModelFacts,
+    NetworkName,
+    Prediction,
     Route,
     Sampling,
     Source,
@@ -38,10 +45,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # JSON in
 counts = st.integers(1, 2**63 - 1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 scales = st.floats(-FLOAT32_MAX, FLOAT32_MAX)
+times = st.floats(0, FLOAT32_MAX)
 sparsities = st.floats(0, 1, exclude_max=True)
 tensors = st.builds(
     TensorFacts, texts, st.sampled_from(["float32", "int64"]), st.lists(st.one_of(counts, texts), max_size=4).map(tuple)
 )
+sources = st.builds(Source, texts, texts, st.sampled_from(["ema", "model", "bare"]), st.none() | texts)
+MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg", "cfg+sg", "autoguidance")
 routes = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda pair: Route(min(pair), max(pair)))
 
 
@@ -70,46 +80,70 @@ def models(draw: st.DrawFn) -> ModelFacts:
 
 
 @st.composite
-def graphs(draw: st.DrawFn, tokens: int, kind: str) -> GraphFacts:
+def graphs(draw: st.DrawFn, tokens: int, kind: GraphKind, network: NetworkName) -> GraphFacts:
     level = st.builds(Level, sparsities, st.integers(1, tokens))
     levels = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}[kind]
+    inputs = draw(st.lists(tensors, max_size=2))
+    if kind == "guided" and draw(st.booleans()):
+        inputs.append(TensorFacts("modulations_weak", "float32", ("B", 4)))
     return GraphFacts(
         kind=kind,
+        network=network,
         levels=tuple(draw(level) for _ in range(levels)),
         file=draw(texts),
-        inputs=tuple(draw(st.lists(tensors, max_size=2))),
+        inputs=tuple(inputs),
         outputs=tuple(draw(st.lists(tensors, min_size=1, max_size=2))),
-        cost=Cost(draw(counts), draw(counts), draw(counts)),
+        cost=Cost(*(draw(counts) for _ in range(4))),
         parity=draw(st.none() | numbers),
     )
 
 
 @st.composite
 def plans(draw: st.DrawFn, tokens: int) -> GuidancePlan:
-    mode = draw(st.sampled_from(["none", "cfg", "sg"]))
-    strong = Level(draw(sparsities), draw(st.integers(2, tokens)))
-    weak = Level(draw(sparsities), draw(st.integers(1, strong.keep - 1))) if mode == "sg" else strong
-    return GuidancePlan(mode, strong, weak, draw(scales))
+    mode = draw(st.sampled_from(MODES))
+    level = st.builds(Level, sparsities, st.integers(1, tokens))
+    strong, strong_last = Level(draw(sparsities), draw(st.integers(2, tokens))), draw(st.none() | level)
+    weak, weak_last = draw(level), draw(st.none() | level)
+    if mode in ("none", "cfg"):
+        weak, weak_last = strong, strong_last
+    elif mode != "autoguidance" and strong_last is None and weak_last is None:
+        weak = replace(weak, keep=draw(st.integers(1, strong.keep - 1)))
+    interval = draw(st.none() | st.tuples(times, times).map(lambda pair: (min(pair), max(pair))))
+    return GuidancePlan(mode, strong, weak, draw(scales), strong_last, weak_last, draw(st.none() | scales), interval)
+
+
+@st.composite
+def noise_levels(draw: st.DrawFn) -> Karras:
+    low = draw(st.floats(FLOAT32_MIN, FLOAT32_MAX, exclude_max=True))
+    return Karras(low, draw(st.floats(low, FLOAT32_MAX, exclude_min=True)), draw(st.floats(1, FLOAT32_MAX)))
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     model = draw(models())
-    kinds = draw(st.lists(st.sampled_from(["dense", "sparse", "guided"]), max_size=3))
+    guidance = draw(plans(model.tokens))
+    weak_source = draw(sources if guidance.mode == "autoguidance" else st.none() | sources)
+    networks: list[NetworkName] = ["main"] if weak_source is None else ["main", "weak"]
+    branch: st.SearchStrategy[GraphKind] = st.sampled_from(["dense", "sparse", "guided"])
+    branches = draw(st.lists(st.tuples(branch, st.sampled_from(networks)), max_size=3))
+    kinds: list[tuple[GraphKind, NetworkName]] = [("condition", network) for network in networks]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=draw(texts),
         model=model,
-        guidance=draw(plans(model.tokens)),
-        sampling=Sampling(draw(st.sampled_from(["euler", "heun"])), draw(counts)),
+        guidance=guidance,
+        sampling=Sampling(
+            draw(st.sampled_from(["euler", "heun"])),
+            draw(counts),
+            draw(noise_levels()) if model.prediction == "edm" else None,
+        ),
         precision="fp32",
         opset=draw(counts),
         batch=draw(st.none() | counts),
         condition_rows=draw(counts),
-        graphs=tuple(draw(graphs(model.tokens, kind)) for kind in ["condition", *kinds]),
-        source=Source(
-            draw(texts), draw(texts), draw(st.sampled_from(["ema", "model", "bare"])), draw(st.none() | texts)
-        ),
+        graphs=tuple(draw(graphs(model.tokens, kind, network)) for kind, network in [*kinds, *branches]),
+        source=draw(sources),
+        weak_source=weak_source,
         files=draw(st.dictionaries(texts, st.builds(FileFacts, counts, texts), max_size=3)),
     )
 
@@ -122,9 +156,9 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 @pytest.fixture
-def content(glyphs_bundle: Path) -> Any:
-    """The manifest of the reference bundle as JSON, to be altered."""
-    return json.loads((glyphs_bundle / "manifest.json").read_bytes())
+def content(pixel_bundle: Path) -> Any:
+    """A manifest as JSON, to be altered."""
+    return json.loads((pixel_bundle / "manifest.json").read_bytes())
 
 
 @pytest.fixture
@@ -151,14 +185,21 @@ def test_write_manifest_of_any_manifest_reads_back_equal_and_fits_the_schema(
     validator.validate(json.loads(path.read_bytes()))
 
 
+BUNDLES = [f"tiny_{name}bundle" for name in ("", "edm_", "cfg_", "cfg_sg_", "autoguidance_", "cosine_")]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_read_manifest_of_a_real_bundle_fits_the_schema(
-    content: Any, validator: jsonschema.Draft202012Validator
+    bundle: str, request: pytest.FixtureRequest, validator: jsonschema.Draft202012Validator
 ) -> None:
-    validator.validate(content)
+    validator.validate(json.loads((request.getfixturevalue(bundle) / "manifest.json").read_bytes()))
 
 
-def test_write_manifest_of_a_real_bundle_writes_the_same_bytes(glyphs_bundle: Path, tmp_path: Path) -> None:
-    written = glyphs_bundle / "manifest.json"
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_write_manifest_of_a_real_bundle_writes_the_same_bytes(
+    bundle: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    written = request.getfixturevalue(bundle) / "manifest.json"
     write_manifest(read_manifest(written), tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == written.read_bytes()
 
@@ -167,47 +208,67 @@ def test_json_schema_of_the_code_is_the_file() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == json_schema() + "\n", sg_runtime.manifest.__doc__
 
 
-def places(content: Any) -> dict[str, Callable[[Any], Any]]:
-    """One object of each kind in a manifest, by a name."""
-    return {
-        "manifest": lambda c: c,
-        "model": lambda c: c["model"],
-        "model.route": lambda c: c["model"]["route"],
-        "guidance": lambda c: c["guidance"],
-        "guidance.strong": lambda c: c["guidance"]["strong"],
-        "sampling": lambda c: c["sampling"],
-        "graphs.0": lambda c: c["graphs"][0],
-        "graphs.0.inputs.0": lambda c: c["graphs"][0]["inputs"][0],
-        "graphs.0.cost": lambda c: c["graphs"][0]["cost"],
-        "source": lambda c: c["source"],
-        "files.graphs/weights.bin": lambda c: c["files"]["graphs/weights.bin"],
-    }
+PLACES = [
+    ("tiny_bundle", "", "files"),
+    ("tiny_bundle", "model", "class_names"),
+    ("tiny_bundle", "model.route", "end"),
+    ("tiny_bundle", "guidance", "scale"),
+    ("tiny_bundle", "guidance.strong", "keep"),
+    ("tiny_cosine_bundle", "guidance.strong_last", "sparsity"),
+    ("tiny_cosine_bundle", "guidance.weak_last", "keep"),
+    ("tiny_bundle", "sampling", "karras"),
+    ("tiny_edm_bundle", "sampling.karras", "rho"),
+    ("tiny_bundle", "graphs.0", "network"),
+    ("tiny_bundle", "graphs.0.inputs.0", "shape"),
+    ("tiny_bundle", "graphs.0.cost", "activation_bytes"),
+    ("tiny_bundle", "graphs.1.levels.0", "keep"),
+    ("tiny_bundle", "source", "reference"),
+    ("tiny_bundle", "", "weak_source"),
+    ("tiny_autoguidance_bundle", "weak_source", "sha256"),
+    ("tiny_bundle", "files.graphs/weights|bin", "size"),
+]
+"""A bundle, an object in its manifest, and a key that it needs; "|" stands for a dot that separates nothing."""
 
 
-@pytest.mark.parametrize("place", places(None))
-def test_read_manifest_of_an_unknown_key_names_its_place(
-    content: Any, read: Callable[[Any], Manifest], validator: jsonschema.Draft202012Validator, place: str
+def found_at(content: Any, place: str) -> Any:
+    """The object at a place."""
+    for part in place.split(".") if place else []:
+        content = content[int(part) if part.isdigit() else part.replace("|", ".")]
+    return content
+
+
+@pytest.mark.parametrize(("bundle", "place", "key"), PLACES)
+@pytest.mark.parametrize("fault", ["unknown", "missing"])
+def test_read_manifest_of_other_keys_names_their_place(
+    bundle: str,
+    place: str,
+    key: str,
+    fault: str,
+    request: pytest.FixtureRequest,
+    read: Callable[[Any], Manifest],
+    validator: jsonschema.Draft202012Validator,
 ) -> None:
-    places(content)[place](content)["surprise"] = 1
-    where = "surprise" if place == "manifest" else f"{place}.surprise"
+    content = json.loads((request.getfixturevalue(bundle) / "manifest.json").read_bytes())
+    if fault == "unknown":
+        key = "surprise"
+        found_at(content, place)[key] = 1
+    else:
+        del found_at(content, place)[key]
     with pytest.raises(BundleError) as caught:
         read(content)
+    where = f"{place}.{key}".removeprefix(".").replace("|", ".")
     assert f"manifest.json: {where}: " in str(caught.value)
-    assert "rebuild it" in str(caught.value)
+    assert str(caught.value).endswith("(1 faults); rebuild it")
     assert not validator.is_valid(content)
 
 
-@pytest.mark.parametrize("place", places(None))
-def test_read_manifest_of_a_missing_key_names_its_place(
-    content: Any, read: Callable[[Any], Manifest], validator: jsonschema.Draft202012Validator, place: str
+def test_read_manifest_of_a_plan_without_the_keys_of_what_changes_is_constant(
+    content: Any, read: Callable[[Any], Manifest], validator: jsonschema.Draft202012Validator
 ) -> None:
-    found = places(content)[place](content)
-    key = [key for key in found if key != "schema_version"][-1]
-    del found[key]
-    where = key if place == "manifest" else f"{place}.{key}"
-    with pytest.raises(BundleError, match=rf"{where}: .*\(1 faults\); rebuild it$"):
-        read(content)
-    assert not validator.is_valid(content)
+    for key in ("strong_last", "weak_last", "scale_last", "interval"):
+        assert content["guidance"].pop(key) is None
+    assert read(content).guidance == GuidancePlan("sg", Level(0.0, 16), Level(0.5, 8), 2.0)
+    assert validator.is_valid(content)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +279,17 @@ def test_read_manifest_of_a_missing_key_names_its_place(
         ("model.tokens", lambda c: c["model"].update(tokens=True)),
         ("guidance.scale", lambda c: c["guidance"].update(scale="2")),
         ("guidance.mode", lambda c: c["guidance"].update(mode="pag")),
+        ("guidance.scale_last", lambda c: c["guidance"].update(scale_last=[1, 2])),
+        ("guidance.weak_last", lambda c: c["guidance"].update(weak_last=0.5)),
+        ("guidance.interval", lambda c: c["guidance"].update(interval=0.5)),
+        ("guidance.interval", lambda c: c["guidance"].update(interval=[0.1])),
+        ("guidance.interval", lambda c: c["guidance"].update(interval=[0.1, 0.2, 0.3])),
+        ("guidance.interval.1", lambda c: c["guidance"].update(interval=[0.1, "0.2"])),
+        ("sampling.karras", lambda c: c["sampling"].update(karras=7)),
+        ("sampling.sampler", lambda c: c["sampling"].update(sampler="ddim")),
+        ("model.prediction", lambda c: c["model"].update(prediction="eps")),
+        ("graphs.1.network", lambda c: c["graphs"][1].update(network="strong")),
+        ("weak_source", lambda c: c.update(weak_source="tiny.safetensors")),
         ("model.class_names.3", lambda c: c["model"]["class_names"].__setitem__(3, 5)),
         ("model.route", lambda c: c["model"].update(route="1-6")),
         ("graphs.1.kind", lambda c: c["graphs"][1].update(kind="thick")),
@@ -245,14 +317,47 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     assert f"expected schema version 1, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
 
 
-def test_graph_of_a_kind_and_counts_is_found_or_none(glyphs_bundle: Path) -> None:
-    manifest = read_manifest(glyphs_bundle / "manifest.json")
-    found = manifest.graph("guided", 64, 16)
+def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle / "manifest.json")
+    found = manifest.graph("guided", 16, 8)
     assert found is not None
-    assert found.file == "graphs/guided-64-16.onnx"
-    assert manifest.graph("guided", 16, 64) is None
-    assert manifest.graph("dense", 32) is None
-    assert manifest.condition.kind == "condition"
+    assert found.file == "graphs/guided-16-8.onnx"
+    assert not found.null_weak
+    assert manifest.graph("guided", 8, 16) is None
+    assert manifest.graph("guided", 16, 8, null_weak=True) is None
+    assert manifest.graph("guided", 16, 8, network="weak") is None
+    assert manifest.graph("dense", 8) is None
+    assert manifest.condition("main").file == "graphs/condition.onnx"
+
+
+def test_graph_of_a_weak_branch_without_a_class_is_another(tiny_cfg_sg_bundle: Path) -> None:
+    manifest = read_manifest(tiny_cfg_sg_bundle / "manifest.json")
+    assert manifest.graph("guided", 12, 8) is None
+    found = manifest.graph("guided", 12, 8, null_weak=True)
+    assert found is not None
+    assert found.file == "graphs/guided-12-8-null.onnx"
+    assert found.null_weak
+
+
+def test_graph_of_another_network_is_another(tiny_autoguidance_bundle: Path) -> None:
+    manifest = read_manifest(tiny_autoguidance_bundle / "manifest.json")
+    files = [manifest.graph("dense", 16, network=network) for network in ("main", "weak")]
+    assert [graph and graph.file for graph in files] == ["graphs/dense.onnx", "graphs/weak-dense.onnx"]
+    assert manifest.condition("weak").file == "graphs/weak-condition.onnx"
+
+
+def test_condition_of_a_network_that_is_not_there_names_the_build(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_manifest(tiny_bundle / "manifest.json").condition("weak")
+    assert str(caught.value) == (
+        "autoguidance: this bundle has no weak checkpoint; "
+        "build it with: sg-export build tiny.safetensors --weak-checkpoint PATH"
+    )
+
+
+@pytest.mark.parametrize(("reference", "name"), [("glyphs", "glyphs"), (None, "file.pt")])
+def test_source_by_name_is_the_reference_or_the_file(reference: str | None, name: str) -> None:
+    assert Source("file.pt", "00", "ema", reference).name == name
 
 
 @given(routes)
@@ -286,14 +391,186 @@ def test_level_of_a_sparsity_out_of_range_is_refused(sparsity: float) -> None:
         Level(sparsity, 4)
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_level_that_keeps_no_token_is_refused(keep: int) -> None:
+    with pytest.raises(UsageError, match=f"keep: expected at least 1, found {keep}"):
+        Level(0.5, keep)
+
+
+DENSE, QUARTER, HALF = Level(0.0, 64), Level(0.25, 48), Level(0.5, 32)
+
+
 @pytest.mark.parametrize("mode", ["none", "cfg"])
-def test_guidance_plan_of_one_sparsity_refuses_two(mode: str) -> None:
-    with pytest.raises(UsageError, match=f"{mode} guidance: expected equal sparsities, found 0 .* and 0.5 "):
-        GuidancePlan(mode, Level(0.0, 64), Level(0.5, 32), 2.0)
+def test_guidance_plan_of_one_sparsity_refuses_two(mode: GuidanceMode) -> None:
+    message = rf"{mode} guidance: expected equal sparsities, found 0 \(strong\) and 0\.5 \(weak\)"
+    with pytest.raises(UsageError, match=message):
+        GuidancePlan(mode, DENSE, HALF, 2.0)
+    with pytest.raises(UsageError, match=f"{mode} guidance: expected equal sparsities"):
+        GuidancePlan(mode, DENSE, DENSE, 2.0, HALF, QUARTER)
+    with pytest.raises(UsageError, match=f"{mode} guidance: expected equal sparsities"):
+        GuidancePlan(mode, DENSE, DENSE, 2.0, HALF)
+    assert GuidancePlan(mode, DENSE, DENSE, 2.0, HALF, HALF).weak_last == HALF
 
 
-def test_guidance_plan_of_a_scale_that_is_no_number_is_refused() -> None:
-    plan = GuidancePlan("sg", Level(0.0, 64), Level(0.5, 32), 2.0)
-    for scale in (math.nan, math.inf, -math.inf, math.nextafter(FLOAT32_MAX, math.inf)):
-        with pytest.raises(UsageError, match="scale: expected a finite float32 number"):
-            replace(plan, scale=scale)
+@pytest.mark.parametrize("mode", ["sg", "cfg+sg"])
+@pytest.mark.parametrize(("strong", "weak"), [(HALF, HALF), (HALF, DENSE), (DENSE, Level(0.001, 64))])
+def test_guidance_plan_of_a_weak_branch_that_is_not_sparser_is_refused(
+    mode: GuidanceMode, strong: Level, weak: Level
+) -> None:
+    """Unless the sparsities change: then they may meet or cross."""
+    with pytest.raises(UsageError) as caught:
+        GuidancePlan(mode, strong, weak, 2.0)
+    assert str(caught.value) == (
+        f"{mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak.sparsity:g} "
+        f"(weak, {weak.keep} tokens) and {strong.sparsity:g} (strong, {strong.keep} tokens); "
+        f"raise --sparsity or lower --strong-sparsity"
+    )
+    assert GuidancePlan(mode, strong, weak, 2.0, strong_last=QUARTER).strong == strong
+    assert GuidancePlan(mode, strong, weak, 2.0, weak_last=QUARTER).strong == strong
+    assert GuidancePlan("autoguidance", strong, weak, 2.0).strong == strong
+
+
+def test_guidance_plan_of_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        GuidancePlan("pag", DENSE, HALF, 2.0)  # type: ignore[arg-type]
+    assert str(caught.value) == "guidance: expected one of none, cfg, sg, cfg+sg, autoguidance, found 'pag'"
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, math.nextafter(FLOAT32_MAX, math.inf)])
+@pytest.mark.parametrize("field", ["scale", "scale_last"])
+def test_guidance_plan_of_a_scale_that_is_no_number_is_refused(field: str, scale: float) -> None:
+    arguments: dict[str, Any] = {"scale": 2.0, field: scale}
+    with pytest.raises(UsageError, match=rf"^scale: expected a finite float32 number, found {re.escape(str(scale))}$"):
+        GuidancePlan("sg", DENSE, HALF, **arguments)
+
+
+@pytest.mark.parametrize(
+    "interval", [(0.5, 0.4), (-0.1, 0.5), (math.nan, 0.5), (0.1, math.nan), (0.1, math.inf), (-1.0, -0.5)]
+)
+def test_guidance_plan_of_an_interval_that_is_none_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(UsageError) as caught:
+        GuidancePlan("sg", DENSE, HALF, 2.0, interval=interval)
+    assert str(caught.value) == (
+        f"interval: expected 0 <= lowest time <= highest time, found {interval[0]:g} to {interval[1]:g}"
+    )
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.0), (0.5, 0.5), (0.0, FLOAT32_MAX)])
+def test_guidance_plan_of_an_interval_of_one_time_or_all_is_one(interval: tuple[float, float]) -> None:
+    assert GuidancePlan("sg", DENSE, HALF, 2.0, interval=interval).interval == interval
+
+
+@pytest.mark.parametrize(
+    ("mode", "null_weak", "network"),
+    [
+        ("none", False, "main"),
+        ("cfg", True, "main"),
+        ("sg", False, "main"),
+        ("cfg+sg", True, "main"),
+        ("autoguidance", False, "weak"),
+    ],
+)
+def test_guidance_plan_of_a_mode_knows_its_weak_branch(
+    mode: GuidanceMode, null_weak: bool, network: NetworkName
+) -> None:
+    plan = GuidancePlan(mode, DENSE, DENSE if mode in ("none", "cfg") else HALF, 2.0)
+    assert (plan.null_weak, plan.weak_network) == (null_weak, network)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rho"),
+    [
+        (0.0, 80.0, 7.0),
+        (-0.002, 80.0, 7.0),
+        (1e-45, 80.0, 7.0),
+        (80.0, 80.0, 7.0),
+        (80.0, 0.002, 7.0),
+        (0.002, math.inf, 7.0),
+        (0.002, 1e39, 7.0),
+        (0.002, 80.0, 0.0),
+        (0.002, 80.0, 0.5),  # sigma_max**(1 / rho) would overflow below some rho
+        (0.002, 80.0, -7.0),
+        (0.002, 80.0, math.inf),
+        (math.nan, 80.0, 7.0),
+        (0.002, math.nan, 7.0),
+        (0.002, 80.0, math.nan),
+    ],
+)
+def test_karras_of_levels_that_are_none_is_refused(low: float, high: float, rho: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Karras(low, high, rho)
+    assert str(caught.value) == (
+        f"noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of at least 1, found {low:g}, {high:g} "
+        f"and {rho:g}"
+    )
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_sampling_of_no_step_is_refused(steps: int) -> None:
+    with pytest.raises(UsageError, match=f"steps: expected at least 1, found {steps}"):
+        Sampling("euler", steps, None)
+
+
+def test_model_facts_of_other_names_than_classes_are_refused(tiny_bundle: Path) -> None:
+    model = read_manifest(tiny_bundle / "manifest.json").model
+    with pytest.raises(UsageError, match=r"^class_names: expected 5 names, found 1$"):
+        replace(model, class_names=("one",))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("condition", 0), ("dense", 1), ("sparse", 1), ("guided", 2)])
+def test_graph_facts_of_other_levels_than_the_kinds_are_refused(
+    tiny_bundle: Path, kind: GraphKind, expected: int
+) -> None:
+    graph = read_manifest(tiny_bundle / "manifest.json").condition("main")
+    for found in {0, 1, 2, 3} - {expected}:
+        with pytest.raises(UsageError) as caught:
+            replace(graph, kind=kind, levels=(DENSE,) * found)
+        assert str(caught.value) == (
+            f"graph graphs/condition.onnx: levels: expected {expected} for {kind}, found {found}"
+        )
+
+
+def test_graph_facts_without_an_output_are_refused(tiny_bundle: Path) -> None:
+    graph = read_manifest(tiny_bundle / "manifest.json").condition("main")
+    with pytest.raises(UsageError, match=r"^graph graphs/condition\.onnx: outputs: expected at least one, found none$"):
+        replace(graph, outputs=())
+
+
+# What a whole manifest must agree on
+
+
+@pytest.fixture
+def two_networks(tiny_autoguidance_bundle: Path) -> Manifest:
+    return read_manifest(tiny_autoguidance_bundle / "manifest.json")
+
+
+@pytest.mark.parametrize(("prediction", "karras"), [("flow", Karras(0.002, 80.0, 7.0)), ("edm", None)])
+def test_manifest_of_noise_levels_for_a_flow_or_none_for_edm_is_refused(
+    two_networks: Manifest, prediction: Prediction, karras: Karras | None
+) -> None:
+    model, sampling = replace(two_networks.model, prediction=prediction), Sampling("euler", 4, karras)
+    with pytest.raises(UsageError) as caught:
+        replace(two_networks, model=model, sampling=sampling)
+    assert str(caught.value) == "sampling: karras: expected noise levels for edm models alone, not for flow"
+
+
+def test_manifest_of_autoguidance_without_a_weak_source_is_refused(two_networks: Manifest) -> None:
+    with pytest.raises(UsageError) as caught:
+        replace(two_networks, weak_source=None)
+    assert str(caught.value) == "weak_source: expected a checkpoint for autoguidance, found none"
+
+
+@pytest.mark.parametrize("network", ["main", "weak"])
+def test_manifest_without_the_condition_of_a_network_is_refused(two_networks: Manifest, network: NetworkName) -> None:
+    kept = tuple(graph for graph in two_networks.graphs if (graph.kind, graph.network) != ("condition", network))
+    with pytest.raises(UsageError) as caught:
+        replace(two_networks, graphs=kept)
+    assert str(caught.value) == f"graphs: expected one of kind condition for the {network} network, found none"
+
+
+@pytest.mark.parametrize("field", ["strong", "weak", "strong_last", "weak_last"])
+def test_manifest_of_a_plan_that_keeps_more_than_all_tokens_is_refused(two_networks: Manifest, field: str) -> None:
+    change: dict[str, Any] = {field: Level(0.5, 17)}
+    with pytest.raises(UsageError) as caught:
+        replace(two_networks, guidance=replace(two_networks.guidance, **change))
+    assert str(caught.value) == "keep: expected at most the model's 16 tokens, found 17"

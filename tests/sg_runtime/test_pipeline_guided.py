@@ -1,7 +1,8 @@
 """Guided predictions for samplers of one's own: `Pipeline.prepare` and `Pipeline.guided`."""
 
-from collections.abc import Mapping
+import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,15 @@ import pytest
 from numpy.typing import NDArray
 
 from sg_runtime import random
-from sg_runtime.backends import Backend
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import GraphFacts, GuidancePlan
-from sg_runtime.pipeline import Pipeline, Plan
-from sg_runtime.sampling import evaluations, flow_times, heun
+from sg_runtime.manifest import GuidancePlan
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.plan import Plan
+from sg_runtime.sampling import Churn, run_times, updates
 
-CLASSES, SEEDS = ["a", None, 26], [5, 6, 7]
-TOKENS = 64
+CLASSES, SEEDS = ["B", None, 1], [5, 6, 7]
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -38,88 +39,74 @@ def plan(pipe: Pipeline, sparse: GuidancePlan) -> Plan:
     return pipe.prepare([1.0, 0.6, 0.2], CLASSES, SEEDS, guidance=sparse)
 
 
-# Plans
+@pytest.fixture(scope="module")
+def edm(tiny_edm_bundle: Path) -> Pipeline:
+    return Pipeline.load(tiny_edm_bundle)
+
+
+# Plans: what they hold is in `test_plan.py`
 
 
 def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Plan) -> None:
-    # "a" is class 26: two distinct classes.
-    assert plan.modulations.shape == (3, 2, pipe.bundle.manifest.model.modulations)
-    assert plan.modulations.dtype == np.float32
-    assert plan.strong_rows.tolist() == plan.weak_rows.tolist() == [0, 1, 0]
-    for keep, count in ((plan.keep_strong, 48), (plan.keep_weak, 32)):
-        assert keep is not None
-        assert keep.shape == (3, 3, count)
-        assert keep.dtype == np.int64
+    assert plan.weak is not None
+    for branch, count in ((plan.strong, 12), (plan.weak, 8)):
+        # "B" is class 1: two distinct classes.
+        assert branch.modulations.shape == (3, 2, pipe.bundle.manifest.model.modulations)
+        assert branch.modulations.dtype == np.float32
+        assert branch.rows.tolist() == [0, 1, 0]
+        for keep in branch.keep:
+            assert keep is not None
+            assert keep.shape == (3, count)
+            assert keep.dtype == np.int64
 
 
-def test_prepare_of_a_run_draws_the_documented_subsets(plan: Plan) -> None:
-    for branch, keep in ((random.STRONG, plan.keep_strong), (random.WEAK, plan.keep_weak)):
-        assert keep is not None
-        for step in range(3):
-            for row, seed in zip(keep[step], SEEDS, strict=True):
-                expected = random.subset(seed, TOKENS, keep.shape[2], step=step, evaluation=0, branch=branch)
+def test_prepare_of_a_run_numbers_its_evaluations(plan: Plan) -> None:
+    """By default each is a step of its own."""
+    assert plan.weak is not None
+    for branch, number in ((plan.strong, random.STRONG), (plan.weak, random.WEAK)):
+        for step, keep in enumerate(branch.keep):
+            assert keep is not None
+            for row, seed in zip(keep, SEEDS, strict=True):
+                expected = random.subset(seed, TOKENS, keep.shape[1], step=step, evaluation=0, branch=number)
                 np.testing.assert_array_equal(row, expected)
 
 
-@pytest.mark.parametrize("mode", ["none", "cfg", "sg"])
-def test_prepare_of_a_dense_strong_branch_draws_no_subset_for_it(pipe: Pipeline, mode: Any) -> None:
-    plan = pipe.prepare([1.0], CLASSES, SEEDS, guidance=pipe.guidance(mode))
-    assert plan.keep_strong is None
-    assert (plan.keep_weak is None) == (mode != "sg")
+def test_prepare_of_a_schedule_ends_it_in_the_last_step(pipe: Pipeline) -> None:
+    guidance = pipe.guidance(sparsity=(0.5, 0.25), scale=(3.0, 1.0))
+    plan = pipe.prepare([1.0, 0.6, 0.2], CLASSES, SEEDS, guidance=guidance)
+    assert plan.weak is not None
+    assert [level and level.sparsity for level in plan.weak.levels] == [0.5, 0.25, 0.25]
+    assert plan.scales == pytest.approx((3, 2, 1), rel=1e-15)
+    plan = pipe.prepare([1.0, 0.6, 0.6], CLASSES, SEEDS, guidance=guidance, counters=[(0, 0), (0, 1), (4, 0)])
+    assert plan.scales == pytest.approx((3, 3, 1), rel=1e-15)
 
 
-def test_prepare_of_a_class_alone_computes_the_same_bits(pipe: Pipeline, sparse: GuidancePlan) -> None:
-    """The conditioning of an image does not depend on the other times and classes, nor on the row it falls into."""
-    times, classes = np.linspace(1, 0.1, 7), list(range(11))  # 77 rows, over two full runs of `condition`
-    plan = pipe.prepare(times, classes, classes, guidance=sparse)
-    for i, c in ((0, 0), (3, 7), (6, 10)):
-        alone = pipe.prepare([times[i]], [c], [c], counters=[(i, 0)], guidance=sparse)
-        np.testing.assert_array_equal(alone.modulations[0, 0], plan.modulations[i, plan.strong_rows[c]])
-        assert alone.keep_weak is not None
-        assert plan.keep_weak is not None
-        np.testing.assert_array_equal(alone.keep_weak[0, 0], plan.keep_weak[i, c])
+def test_prepare_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> None:
+    guidance = pipe.guidance(scale=(3.0, 1.0))
+    assert pipe.prepare([1.0, 0.5], CLASSES, SEEDS, guidance=guidance, scale=4).scales == (4.0, 4.0)
+    assert pipe.prepare([1.0, 0.5], CLASSES, SEEDS, scale=(2.0, 1.0)).scales == (2.0, 1.0)
 
 
-class Watched:
-    """A backend that notes the graph and the rows of every run."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.name = backend.name
-        self.backend = backend
-        self.runs: list[tuple[str, int]] = []
-
-    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        self.runs.append((graph.kind, len(next(iter(feeds.values())))))
-        return self.backend.run(graph, feeds)
-
-
-@pytest.mark.parametrize("evaluations_and_classes", [(1, 1), (16, 2), (7, 11)])
-def test_prepare_of_any_run_computes_conditioning_in_runs_of_one_length(
-    pipe: Pipeline, evaluations_and_classes: tuple[int, int]
-) -> None:
-    """So that no other row count makes another machine, or another kernel, round it differently."""
-    evaluations, classes = evaluations_and_classes
-    backend = Watched(pipe.backend)
-    Pipeline(pipe.bundle, backend, 5).prepare([0.5] * evaluations, range(classes), range(classes))
-    assert backend.runs == [("condition", 32)] * -(-evaluations * classes // 32)
-
-
-def test_guided_of_many_images_runs_full_batches(pipe: Pipeline) -> None:
-    backend = Watched(pipe.backend)
-    watched = Pipeline(pipe.bundle, backend, 3)
-    watched.guided(watched.initial_noise(range(7)), 0.5, range(7))
-    assert backend.runs == [("condition", 32), ("guided", 3), ("guided", 3), ("guided", 3)]
+def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Plan, sparse: GuidancePlan) -> None:
+    """Whose precision is that of the array."""
+    other = pipe.prepare(np.array([1.0, 0.6, 0.2], np.float32), CLASSES, SEEDS, guidance=sparse)
+    assert all(type(time) is float for time in other.times)
+    np.testing.assert_array_equal(other.strong.modulations, plan.strong.modulations)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"times": []}, "times: expected at least one, found none"),
+        ({"times": [1.0, math.nan]}, "time nan: expected a finite float32 number"),
+        ({"times": [1.0, math.inf]}, "time inf: expected a finite float32 number"),
+        ({"times": [1.0, 1e39]}, r"time 1e\+39: expected a finite float32 number"),
         ({"counters": [(0, 0)]}, "counters: expected one for each of the 2 times, found 1"),
         ({"counters": [(0, 0), (-1, 0)]}, r"counters: expected \(step, evaluation\), none below 0, found \(-1, 0\)"),
         ({"counters": [(0, 0), (0.5, 0)]}, r"counter: expected a whole number, found 0\.5"),
         ({"seeds": [0]}, "seeds: expected one per class, 3, found 1"),
-        ({"classes": [0, 0, 99]}, "class 99: expected 0 to 61"),
+        ({"classes": [0, 0, 99]}, "class 99: expected 0 to 4"),
+        ({"classes": []}, "classes: expected at least one, found none"),
         ({"scale": float("nan")}, "scale: expected a finite float32 number"),
     ],
 )
@@ -128,25 +115,83 @@ def test_prepare_of_a_wrong_request_is_refused(pipe: Pipeline, arguments: dict[s
         pipe.prepare(**{"times": [1.0, 0.5], "classes": CLASSES, "seeds": SEEDS, **arguments})
 
 
+@pytest.mark.parametrize("time", [0.0, -1.0, -0.0])
+def test_prepare_of_an_edm_model_where_there_is_no_noise_is_refused(edm: Pipeline, time: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        edm.prepare([1.0, time], [0], [0])
+    assert str(caught.value) == f"time {time:g}: expected a sigma above 0, as of an edm model"
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, 1e200])
+def test_guided_of_an_edm_model_beyond_all_noise_is_refused(edm: Pipeline, time: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        edm.guided(edm.initial_noise([0]), time, [0])
+    assert str(caught.value) == f"time {time:g}: expected a finite float32 number"
+
+
 # Predictions
 
 
+# x + h D outside of the graphs rounds once more than a x + b D + e r within them.
+BY_HAND = 1e-5
+
+
 def test_guided_of_a_plan_stepped_by_hand_is_sample(pipe: Pipeline, sparse: GuidancePlan) -> None:
-    times = flow_times(4)
+    times = run_times(4, None)
     plan = pipe.prepare(times[:-1], CLASSES, SEEDS, guidance=sparse, scale=1.5)
     x = pipe.initial_noise(SEEDS)
     for i, (t, t_next) in enumerate(pairwise(times)):
-        x = x + (t_next - t) * pipe.guided(x, plan, i)
-    np.testing.assert_array_equal(x, pipe.sample(CLASSES, SEEDS, steps=4, guidance=sparse, scale=1.5))
+        x = x + np.float32(t_next - t) * pipe.guided(x, plan, i)
+    expected = pipe.sample(CLASSES, SEEDS, steps=4, guidance=sparse, scale=1.5)
+    np.testing.assert_allclose(x, expected, rtol=BY_HAND, atol=BY_HAND)
 
 
 def test_guided_of_a_plan_in_heuns_order_is_sample(pipe: Pipeline, sparse: GuidancePlan) -> None:
-    times, calls = flow_times(3), evaluations("heun", 3)
-    plan = pipe.prepare([times[step + e] for step, e in calls], CLASSES, SEEDS, counters=calls, guidance=sparse)
-    found = heun(
-        lambda x, step, e: pipe.guided(x, plan, calls.index((step, e))), pipe.initial_noise(SEEDS), flow_times(3)
+    times = run_times(3, None)
+    run = updates("heun", "flow", times)
+    plan = pipe.prepare(
+        [update.time for update in run],
+        CLASSES,
+        SEEDS,
+        counters=[(update.step, update.evaluation) for update in run],
+        guidance=sparse,
     )
-    np.testing.assert_array_equal(found, pipe.sample(CLASSES, SEEDS, steps=3, sampler="heun", guidance=sparse))
+    x = pipe.initial_noise(SEEDS)
+    third = np.float32(1 / 3)
+    for index in (0, 2):
+        first = pipe.guided(x, plan, index)
+        second = pipe.guided(x - third * first, plan, index + 1)
+        x = x - third * np.float32(0.5) * (first + second)
+    x = x - third * pipe.guided(x, plan, 4)
+    expected = pipe.sample(CLASSES, SEEDS, steps=3, sampler="heun", guidance=sparse)
+    np.testing.assert_allclose(x, expected, rtol=BY_HAND, atol=BY_HAND)
+
+
+@pytest.mark.parametrize("churn", [None, Churn(0.9, high=30.0)])
+def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: Churn | None) -> None:
+    """A sampler of one's own, straight from Karras et al. 2022, Euler's method with the runtime's noise."""
+    times = run_times(4, edm.bundle.manifest.sampling.karras)
+    raised = [1 + 0.9 / 4 if churn is not None and time <= 30 else 1.0 for time in times]
+    plan = edm.prepare([raised[i] * times[i] for i in range(4)], [0, 1, None], SEEDS)
+    x = np.float32(times[0]) * edm.initial_noise(SEEDS)
+    for i in range(4):
+        sigma = raised[i] * times[i]
+        noise = np.stack([random.normal(seed, random.CHURN, x.shape[1:], step=i) for seed in SEEDS])
+        x = x + np.float32(math.sqrt(sigma**2 - times[i] ** 2)) * noise
+        x = x + np.float32(times[i + 1] - sigma) * (x - edm.guided(x, plan, i)) / np.float32(sigma)
+    found = edm.sample([0, 1, None], SEEDS, steps=4, sampler="euler", churn=churn)
+    # Sums of numbers up to 200 lose 1e-5 in FP32, of which later steps, towards sigma 0, take away most.
+    np.testing.assert_allclose(x, found, rtol=1e-4, atol=1e-4)
+
+
+def test_guided_of_an_edm_model_is_the_denoised_image(edm: Pipeline) -> None:
+    """At a sigma near 0 the input itself: D = c_skip x + c_out F, where c_skip is 1 and c_out is sigma."""
+    x = 0.5 * edm.initial_noise(SEEDS)
+    found = edm.guided(x, 1e-4, [0, 1, None], seeds=SEEDS)
+    assert found.dtype == np.float32
+    # F is of size 1, guided.
+    np.testing.assert_allclose(found, x, atol=1e-3)
+    assert not np.array_equal(found, x)
 
 
 def test_guided_once_is_that_of_a_plan(
@@ -160,12 +205,28 @@ def test_guided_once_is_that_of_a_plan(
 def test_guided_once_with_the_drawn_subsets_given_is_the_same(
     pipe: Pipeline, x: NDArray[np.float32], plan: Plan, sparse: GuidancePlan
 ) -> None:
-    assert plan.keep_strong is not None
-    assert plan.keep_weak is not None
+    assert plan.weak is not None
     found = pipe.guided(
-        x, 0.6, CLASSES, guidance=sparse, keep_strong=plan.keep_strong[1], keep_weak=plan.keep_weak[1]
+        x, 0.6, CLASSES, guidance=sparse, keep_strong=plan.strong.keep[1], keep_weak=plan.weak.keep[1]
     )  # seeds and step are others, and have nothing left to decide
     np.testing.assert_array_equal(found, pipe.guided(x, plan, 1))
+
+
+def test_guided_once_is_at_its_step_of_a_schedule(pipe: Pipeline, x: NDArray[np.float32]) -> None:
+    """Of the bundle's default steps, 40, or beyond them at the end."""
+    ramp = pipe.guidance(sparsity=(0.5, 0.25), scale=(3.0, 1.0))
+    for step, sparsity, scale in ((0, 0.5, 3.0), (39, 0.25, 1.0), (200, 0.25, 1.0)):
+        constant = pipe.guidance(sparsity=sparsity, scale=scale)
+        found, expected = (pipe.guided(x, 0.5, CLASSES, step=step, guidance=plan) for plan in (ramp, constant))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_guided_once_outside_of_the_interval_is_the_strong_branch(pipe: Pipeline, x: NDArray[np.float32]) -> None:
+    within = pipe.guidance(interval=(0.3, 0.6))
+    for time in (0.7, 0.2):
+        alone = pipe.guided(x, time, CLASSES, guidance=pipe.guidance("none"))
+        np.testing.assert_array_equal(pipe.guided(x, time, CLASSES, guidance=within), alone)
+    np.testing.assert_array_equal(pipe.guided(x, 0.5, CLASSES, guidance=within), pipe.guided(x, 0.5, CLASSES))
 
 
 def test_guided_once_without_seeds_counts_them_from_zero(pipe: Pipeline, x: NDArray[np.float32]) -> None:
@@ -173,7 +234,7 @@ def test_guided_once_without_seeds_counts_them_from_zero(pipe: Pipeline, x: NDAr
     assert not np.array_equal(pipe.guided(x, 0.5, CLASSES), pipe.guided(x, 0.5, CLASSES, step=1))
 
 
-@pytest.mark.parametrize("mode", ["cfg", "sg"])
+@pytest.mark.parametrize("mode", ["cfg", "sg", "cfg+sg"])
 def test_guided_with_branches_combines_them(pipe: Pipeline, x: NDArray[np.float32], mode: Any) -> None:
     plan = pipe.guidance(mode, scale=1.8)
     guided, strong, weak = pipe.guided(x, 0.5, CLASSES, guidance=plan, return_branches=True)
@@ -192,6 +253,15 @@ def test_guided_without_guidance_is_the_strong_branch(pipe: Pipeline, x: NDArray
         np.testing.assert_array_equal(pipe.guided(x, 0.5, CLASSES, seeds=SEEDS, guidance=none), strong)
 
 
+def test_guided_with_branches_of_a_plan_is_that_of_one_call(
+    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, sparse: GuidancePlan
+) -> None:
+    found = pipe.guided(x, 0.6, CLASSES, seeds=SEEDS, step=1, guidance=sparse, return_branches=True)
+    of_plan: Any = pipe.guided(x, plan, 1, return_branches=True)  # type: ignore[call-overload]
+    for a, b in zip(found, of_plan, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_guided_by_cfg_combines_the_class_with_no_class(
     pipe: Pipeline, x: NDArray[np.float32], sparsity: float
@@ -199,12 +269,36 @@ def test_guided_by_cfg_combines_the_class_with_no_class(
     """Two runs by hand, on the subsets that the plan drew for its branches."""
     cfg, none = (pipe.guidance(mode, strong_sparsity=sparsity, scale=3.0) for mode in ("cfg", "none"))
     plan = pipe.prepare([0.5], CLASSES, SEEDS, guidance=cfg)
-    strong_keep, weak_keep = (None if keep is None else keep[0] for keep in (plan.keep_strong, plan.keep_weak))
-    with_class = pipe.guided(x, 0.5, CLASSES, guidance=none, keep_strong=strong_keep)
-    without = pipe.guided(x, 0.5, [None] * 3, guidance=none, keep_strong=weak_keep)
+    assert plan.weak is not None
+    with_class = pipe.guided(x, 0.5, CLASSES, guidance=none, keep_strong=plan.strong.keep[0])
+    without = pipe.guided(x, 0.5, [None] * 3, guidance=none, keep_strong=plan.weak.keep[0])
     np.testing.assert_array_equal(pipe.guided(x, plan, 0), guide(with_class, without, 3.0))
     if sparsity == 0:
         np.testing.assert_array_equal(with_class[1], without[1])  # the image that has no class
+
+
+@pytest.mark.parametrize("strong", [0.0, 0.25])
+def test_guided_by_cfg_with_sg_combines_the_class_with_no_class_and_fewer_tokens(
+    pipe: Pipeline, x: NDArray[np.float32], strong: float
+) -> None:
+    both = pipe.guidance("cfg+sg", strong_sparsity=strong, sparsity=0.5, scale=2.5)
+    plan = pipe.prepare([0.5], CLASSES, SEEDS, guidance=both)
+    assert plan.weak is not None
+    dense, half = (pipe.guidance("none", strong_sparsity=sparsity) for sparsity in (strong, 0.5))
+    with_class = pipe.guided(x, 0.5, CLASSES, guidance=dense, keep_strong=plan.strong.keep[0])
+    without = pipe.guided(x, 0.5, [None] * 3, guidance=half, keep_strong=plan.weak.keep[0])
+    np.testing.assert_array_equal(pipe.guided(x, plan, 0), guide(with_class, without, 2.5))
+
+
+def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autoguidance_bundle: Path) -> None:
+    pipe = Pipeline.load(tiny_autoguidance_bundle)
+    x = pipe.initial_noise(SEEDS)
+    plan = pipe.prepare([0.5], [1, None, 1], SEEDS)
+    assert plan.weak is not None
+    guided, strong, weak = pipe.guided(x, 0.5, [1, None, 1], keep_weak=plan.weak.keep[0], return_branches=True)
+    np.testing.assert_array_equal(guided, pipe.guided(x, plan, 0))
+    np.testing.assert_array_equal(strong, pipe.guided(x, 0.5, [1, None, 1], guidance=pipe.guidance("none")))
+    assert not np.allclose(strong, weak)
 
 
 def test_guided_of_a_state_that_is_a_view_is_the_same(pipe: Pipeline, x: NDArray[np.float32], plan: Plan) -> None:
@@ -216,7 +310,7 @@ def test_guided_of_a_state_that_is_a_view_is_the_same(pipe: Pipeline, x: NDArray
 
 
 def test_guided_of_more_images_than_a_batch_is_that_of_each(pipe: Pipeline) -> None:
-    classes, seeds = [1, 2, 3, 4, 5, 6, 7], range(7)
+    classes, seeds = [1, 2, 3, 4, 0, 1, 2], range(7)
     x = pipe.initial_noise(seeds)
     found = pipe.guided(x, 0.5, classes, seeds=seeds)
     assert found.shape == x.shape
@@ -230,23 +324,23 @@ def test_guided_of_more_images_than_a_batch_is_that_of_each(pipe: Pipeline) -> N
 
 
 def rows(*indices: int) -> NDArray[np.int64]:
-    """One row of 32 indices for each image: those given, then the next ones."""
-    row = [*indices, *range(indices[-1] + 1, indices[-1] + 33 - len(indices))]
+    """One row of 8 indices for each image: those given, then the next ones."""
+    row = [*indices, *range(indices[-1] + 1, indices[-1] + 9 - len(indices))]
     return np.array([row] * 3, dtype=np.int64)
 
 
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (rows(1, 0), "expected sorted distinct token indices below 64 in each row"),
-        (rows(0, 0), "expected sorted distinct token indices below 64"),
-        (rows(-1), "expected sorted distinct token indices below 64"),
-        (rows(33), "expected sorted distinct token indices below 64"),
-        (rows(0).astype(np.int32), r"expected int64 of shape \(3, 32\), found int32 of \(3, 32\)"),
-        (rows(0).astype(np.float64), r"expected int64 of shape \(3, 32\), found float64"),
-        (rows(0)[:, :31], r"expected int64 of shape \(3, 32\), found int64 of \(3, 31\)"),
-        (rows(0)[:2], r"expected int64 of shape \(3, 32\), found int64 of \(2, 32\)"),
-        (rows(0)[0], r"expected int64 of shape \(3, 32\), found int64 of \(32,\)"),
+        (rows(1, 0), "expected sorted distinct token indices below 16 in each row"),
+        (rows(0, 0), "expected sorted distinct token indices below 16"),
+        (rows(-1), "expected sorted distinct token indices below 16"),
+        (rows(9), "expected sorted distinct token indices below 16"),
+        (rows(0).astype(np.int32), r"expected int64 of shape \(3, 8\), found int32 of \(3, 8\)"),
+        (rows(0).astype(np.float64), r"expected int64 of shape \(3, 8\), found float64"),
+        (rows(0)[:, :7], r"expected int64 of shape \(3, 8\), found int64 of \(3, 7\)"),
+        (rows(0)[:2], r"expected int64 of shape \(3, 8\), found int64 of \(2, 8\)"),
+        (rows(0)[0], r"expected int64 of shape \(3, 8\), found int64 of \(8,\)"),
     ],
     ids=["unsorted", "twice", "negative", "too-high", "int32", "float", "short", "images", "flat"],
 )
@@ -259,7 +353,7 @@ def test_guided_of_a_wrong_subset_is_refused(
 
 def test_guided_of_one_wrong_row_among_good_ones_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     keep = rows(0)
-    keep[2, 31] = 30
+    keep[2, 7] = 6
     with pytest.raises(UsageError, match="keep_weak: expected sorted distinct"):
         pipe.guided(x, 0.5, CLASSES, keep_weak=keep)
 
@@ -269,20 +363,20 @@ def test_guided_of_a_subset_for_a_branch_without_one_is_refused(
     pipe: Pipeline, x: NDArray[np.float32], name: str, mode: Any
 ) -> None:
     subset: dict[str, Any] = {name: rows(0)}
-    with pytest.raises(UsageError, match=f"^{name}: the branch keeps all 64 tokens or is not run: expected None"):
+    with pytest.raises(UsageError, match=f"^{name}: the branch keeps all 16 tokens or is not run: expected None"):
         pipe.guided(x, 0.5, CLASSES, guidance=pipe.guidance(mode), **subset)
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((3, 1, 16, 16), np.float64),
-        ((3, 1, 16, 16), np.float16),
-        ((2, 1, 16, 16), np.float32),
-        ((3, 3, 16, 16), np.float32),
-        ((3, 16, 16), np.float32),
-        ((3, 1, 16, 17), np.float32),
-        ((0, 1, 16, 16), np.float32),
+        ((3, 2, 8, 8), np.float64),
+        ((3, 2, 8, 8), np.float16),
+        ((2, 2, 8, 8), np.float32),
+        ((3, 3, 8, 8), np.float32),
+        ((3, 8, 8), np.float32),
+        ((3, 2, 8, 9), np.float32),
+        ((0, 2, 8, 8), np.float32),
     ],
 )
 def test_guided_of_another_state_is_refused(
@@ -290,9 +384,20 @@ def test_guided_of_another_state_is_refused(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         pipe.guided(np.zeros(shape, dtype=dtype), plan, 0)
-    assert str(caught.value) == (
-        f"x: expected float32 of shape (3, 1, 16, 16), found {np.dtype(dtype)} of shape {shape}"
-    )
+    assert str(caught.value) == (f"x: expected float32 of shape (3, 2, 8, 8), found {np.dtype(dtype)} of shape {shape}")
+
+
+@pytest.mark.parametrize("index", [2.0, "1", None])
+def test_guided_of_an_evaluation_that_is_no_number_is_refused(
+    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, index: Any
+) -> None:
+    with pytest.raises(UsageError, match=f"^evaluation: expected a whole number, found {index!r}$"):
+        pipe.guided(x, plan, index)
+
+
+def test_guided_once_at_a_step_below_zero_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
+    with pytest.raises(UsageError, match=r"^step: expected at least 0, found -1$"):
+        pipe.guided(x, 0.5, CLASSES, step=-1)
 
 
 @pytest.mark.parametrize("index", [3, -1])
@@ -312,5 +417,7 @@ def test_guided_of_a_plan_takes_nothing_that_the_plan_settles(
 
 
 def test_guided_with_branches_of_one_branch_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    with pytest.raises(UsageError, match="return_branches: expected guidance with two branches, found mode none"):
+    with pytest.raises(
+        UsageError, match="return_branches: expected guidance with two branches, found the strong one alone"
+    ):
         pipe.guided(x, 0.5, CLASSES, guidance=pipe.guidance("none"), return_branches=True)

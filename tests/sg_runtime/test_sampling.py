@@ -1,12 +1,20 @@
-"""The samplers on an equation whose solution is known: rectified flow from noise to a normal distribution.
+"""The samplers on equations whose solutions are known, and beside the papers' algorithms written out.
 
-For data x ~ N(mu, s²) and noise z ~ N(0, 1), z_t = (1 - t) x + t z is normal with mean (1 - t) mu and variance
+flow: for data x ~ N(mu, s²) and noise z ~ N(0, 1), z_t = (1 - t) x + t z is normal with mean (1 - t) mu and variance
 V(t) = (1 - t)² s² + t². The velocity is a conditional mean of normal variables, linear in z_t:
 
     v(z_t, t) = E[z - x | z_t] = -mu + cov(z - x, z_t) / V (z_t - (1 - t) mu),  cov(z - x, z_t) = t - (1 - t) s²
 
 As V'(t) = 2 cov(z - x, z_t), the flow from z_1 = c is z_t = (1 - t) mu + sqrt(V(t)) c: it ends in z_0 = mu + s c.
+
+edm: for the same data, D(x, sigma) = E[data | x] = mu + s² / (s² + sigma²) (x - mu), and dx/dsigma = (x - D) / sigma
+is solved by x = mu + c sqrt(s² + sigma²).
 """
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,107 +22,507 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sg_runtime.manifest import SamplerName
-from sg_runtime.sampling import SAMPLERS, evaluations, flow_times
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import Karras, Prediction, SamplerName
+from sg_runtime.sampling import (
+    SAMPLERS,
+    SIGMA_DATA,
+    Churn,
+    Update,
+    integrate,
+    precondition,
+    run_times,
+    updates,
+)
 
 MU, S = 0.7, 0.4
-Float64 = NDArray[np.float64]
+EDM = Karras(0.002, 80.0, 7.0)
+PREDICTIONS: tuple[Prediction, ...] = ("flow", "edm")
+
+Array = NDArray[np.floating[Any]]
+Predict = Callable[[Array, float], Array]
 
 few = settings(deadline=None, max_examples=50)
+karras = st.builds(Karras, st.floats(0.02, 0.5), st.floats(1, 80), st.floats(1, 10))
+churns = st.builds(
+    Churn, st.floats(0, 40), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 5.0, math.inf]), st.floats(0, 1.1)
+)
 
 
-def exact_velocity(z: Float64, t: float) -> Float64:
-    """v(z_t, t), derived above."""
-    variance = (1 - t) ** 2 * S**2 + t**2
-    return -MU + (t - (1 - t) * S**2) / variance * (z - (1 - t) * MU)
+def solve(run: Sequence[Update], predict: Predict, x: Array, noise: Callable[[int], Array] | None = None) -> Array:
+    """Take x along `run` with D = predict(x, time)."""
+
+    def advance(index: int, x: Array, r: Array) -> Array:
+        update = run[index]
+        following: Array = update.a * x + update.b * predict(x, update.time) + update.e * r
+        return following
+
+    return integrate(run, advance, x, noise)
 
 
-def error_of(sampler: SamplerName, steps: int) -> float:
-    """Largest distance to the exact end of the flow, in float64 throughout."""
-    times = np.linspace(1, 0, steps + 1)
-    start = np.linspace(-2, 2, 9)
-    end = SAMPLERS[sampler](lambda z, step, e: exact_velocity(z, times[step + e]), start, times)
-    assert end.dtype == np.float64
-    return float(np.abs(end - (MU + S * start)).max())
+def noises(seed: int, like: Array) -> Callable[[int], Array]:
+    """Normal numbers by step."""
+    return lambda step: np.random.default_rng([seed, step]).standard_normal(like.shape).astype(like.dtype)
 
 
-def test_exact_velocity_along_the_flow_is_its_derivative() -> None:
-    """The derivation above holds: a central difference of the flow, whose error is of order 1e-10 in float64."""
-    c, h = np.linspace(-2, 2, 9), 1e-5
+# Known solutions
 
-    def flow(t: float) -> Float64:
-        return (1 - t) * MU + np.sqrt((1 - t) ** 2 * S**2 + t**2) * c
 
-    for t in (0.1, 0.5, 0.9):
-        slope = (flow(t + h) - flow(t - h)) / (2 * h)
-        np.testing.assert_allclose(exact_velocity(flow(t), t), slope, atol=1e-8)
+def gaussian(prediction: Prediction, x: Array, time: float) -> Array:
+    """The exact prediction, derived above."""
+    if prediction == "edm":
+        return MU + S**2 / (S**2 + time**2) * (x - MU)
+    variance = (1 - time) ** 2 * S**2 + time**2
+    return -MU + (time - (1 - time) * S**2) / variance * (x - (1 - time) * MU)
+
+
+def solution(prediction: Prediction, time: float) -> Array:
+    """The exact states at `time` of nine runs, derived above."""
+    c = np.linspace(-2, 2, 9)
+    if prediction == "edm":
+        return MU + c * math.sqrt(S**2 + time**2)
+    return (1 - time) * MU + c * math.sqrt((1 - time) ** 2 * S**2 + time**2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_gaussian_along_its_solution_is_the_derivative(prediction: Prediction) -> None:
+    """The derivations above hold: a central difference, whose error is of order 1e-10 in float64."""
+    h = 1e-5
+    for time in (0.1, 0.5, 0.9):
+        x = solution(prediction, time)
+        slope = (solution(prediction, time + h) - solution(prediction, time - h)) / (2 * h)
+        found = gaussian(prediction, x, time)
+        np.testing.assert_allclose(found if prediction == "flow" else (x - found) / time, slope, atol=1e-8)
+
+
+def error_of(prediction: Prediction, sampler: SamplerName, steps: int) -> float:
+    """Largest distance to the exact solution, in float64 throughout.
+
+    A flow run is compared at its end. An edm run is compared at sigma_min, where its last update starts: that one jumps
+    to 0 in whatever number of steps, with an error of its own.
+    """
+    times = run_times(steps, None if prediction == "flow" else EDM)
+    run, end = updates(sampler, prediction, times), 0.0
+    if prediction == "edm":
+        run, end = run[:-1], times[-2]
+    found = solve(run, lambda x, time: gaussian(prediction, x, time), solution(prediction, times[0]))
+    assert found.dtype == np.float64
+    return float(np.abs(found - solution(prediction, end)).max())
 
 
 @pytest.mark.parametrize(("sampler", "least", "most"), [("euler", 0.9, 1.1), ("heun", 1.8, 2.2)])
-def test_sampler_on_a_known_flow_converges_at_its_order(sampler: SamplerName, least: float, most: float) -> None:
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_updates_on_a_known_solution_converge_at_their_order(
+    prediction: Prediction, sampler: SamplerName, least: float, most: float
+) -> None:
     """Twice the steps halve Euler's error and quarter Heun's, whose last step, one of Euler's, costs no order.
 
     The bounds leave room for the next order, which is still some percent of the error at these step counts.
     """
-    errors = [error_of(sampler, steps) for steps in (100, 200, 400, 800)]
+    errors = [error_of(prediction, sampler, steps) for steps in (100, 200, 400, 800)]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (orders > least).all(), orders
     assert (orders < most).all(), orders
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_updates_of_the_last_edm_step_end_near_the_solution(sampler: SamplerName) -> None:
+    """From sigma_min, one step of Euler goes to D: off by (sigma_min / s)² / 2 of the exact end's spread."""
+    found = solve(
+        updates(sampler, "edm", [EDM.sigma_min, 0.0]),
+        lambda x, time: gaussian("edm", x, time),
+        solution("edm", EDM.sigma_min),
+    )
+    # |c| <= 2, times s; the next order is smaller by a factor of about 1e5.
+    np.testing.assert_allclose(found, solution("edm", 0.0), atol=1.01 * 2 * S * (EDM.sigma_min / S) ** 2 / 2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_updates_of_more_steps_go_less_astray(prediction: Prediction, sampler: SamplerName) -> None:
+    errors = [error_of(prediction, sampler, steps) for steps in (5, 10, 20, 40)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("amount", [10.0, 40.0])
+def test_updates_with_churn_keep_the_distribution(amount: float) -> None:
+    """New noise in every step, and yet N(mu, s²) at the end: 20 000 runs from the exact start."""
+    times = run_times(64, EDM)
+    rng = np.random.default_rng(0)
+    start = MU + math.sqrt(S**2 + EDM.sigma_max**2) * rng.standard_normal(20_000)
+    quiet, noisy = (
+        solve(updates("heun", "edm", times, churn), lambda x, time: gaussian("edm", x, time), start, noises(1, start))
+        for churn in (None, Churn(amount))
+    )
+    assert abs(np.corrcoef(quiet, noisy)[0, 1]) < 0.5, "churn forgets much of the start"
+    # Four standard errors of a mean, s / sqrt(n), and of a deviation, s / sqrt(2 n), and 4 % for coarse steps.
+    assert abs(noisy.mean() - MU) < 4 * S / math.sqrt(20_000)
+    assert abs(noisy.std() - S) < 4 * S / math.sqrt(40_000) + 0.04 * S
+
+
+# The papers' algorithms, written out
+
+
+def velocity(x: Array, time: float) -> Array:
+    """Neither linear nor constant in anything."""
+    slope: Array = np.sin(3 * x + time) - time * x
+    return slope
+
+
+def denoised(x: Array, time: float) -> Array:
+    """Neither linear nor constant in anything."""
+    data: Array = 0.5 * np.tanh(x / (1 + time)) + 0.1 * time / (1 + time)
+    return data
+
+
+def classic(sampler: SamplerName, times: Sequence[float], x: Array) -> Array:
+    """Euler's and Heun's methods on dx/dt = velocity; Heun's corrector is left out where it would look at t = 0."""
+    for t, t_next in pairwise(times):
+        first = velocity(x, t)
+        reached = x + (t_next - t) * first
+        if sampler == "heun" and t_next > 0:
+            second = velocity(reached, t_next)
+            reached = x + (t_next - t) * 0.5 * (first + second)
+        x = reached
+    return x
+
+
+def algorithm_2(
+    sampler: SamplerName, sigmas: Sequence[float], x: Array, noise: Callable[[int], Array], churn: Churn
+) -> Array:
+    """Karras et al. 2022, algorithm 2, in the paper's letters; without its lines 9 to 11 it is Euler's method."""
+    n = len(sigmas) - 1
+    for i in range(n):
+        t_i, t_next = sigmas[i], sigmas[i + 1]
+        within = churn.low <= t_i and t_i <= churn.high
+        gamma_i = min(churn.amount / n, 2**0.5 - 1) if within else 0.0
+        t_hat = (1 + gamma_i) * t_i
+        x_hat = x + (t_hat**2 - t_i**2) ** 0.5 * churn.noise * noise(i)
+        d_i = (x_hat - denoised(x_hat, t_hat)) / t_hat
+        x = x_hat + (t_next - t_hat) * d_i
+        if sampler == "heun" and t_next != 0:
+            d_prime = (x - denoised(x, t_next)) / t_next
+            x = x_hat + (t_next - t_hat) * (d_i / 2 + d_prime / 2)
+    return x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@few
+@given(st.integers(1, 40))
+def test_updates_of_a_flow_agree_with_the_classic_method(sampler: SamplerName, steps: int) -> None:
+    times, x = run_times(steps, None), np.linspace(-2, 2, 9)
+    found = solve(updates(sampler, "flow", times), velocity, x)
+    # 80 evaluations at most of numbers of size 1, each rounding in float64; the flow spreads that by e**4 at most.
+    np.testing.assert_allclose(found, classic(sampler, times, x), rtol=0, atol=80 * 2**-52 * math.e**4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@few
+@given(st.integers(1, 20), karras, churns, st.integers(0, 2**32))
+def test_updates_of_an_edm_run_agree_with_algorithm_2(
+    sampler: SamplerName, steps: int, levels: Karras, churn: Churn, seed: int
+) -> None:
+    """With and without churn, in all of the run or between two noise levels, at any standard deviation."""
+    times = run_times(steps, levels)
+    x = levels.sigma_max * np.linspace(-2, 2, 9)
+    noise = noises(seed, x)
+    found = solve(updates(sampler, "edm", times, churn), denoised, x, noise)
+    expected = algorithm_2(sampler, times, x, noise, churn)
+    # A rounding of x, 160 * 2**-53, can grow by a step from 80 to 0.02, a factor of 4000; few steps leave x as large.
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-9)
+
+
+def test_updates_with_upstreams_numbers_agree_with_algorithm_2() -> None:
+    """The settings that NVlabs/edm publishes for ImageNet-64: 256 steps, S_churn 40, S_min 0.05, S_max 50, 1.003."""
+    churn = Churn(40, 0.05, 50, 1.003)
+    times = run_times(256, EDM)
+    x = 80 * np.linspace(-2, 2, 9)
+    run = updates("heun", "edm", times, churn)
+    found = solve(run, denoised, x, noises(3, x))
+    np.testing.assert_allclose(found, algorithm_2("heun", times, x, noises(3, x), churn), rtol=1e-10, atol=1e-9)
+    noisy = [u for u in run if u.noise]
+    assert {u.step for u in noisy} == {step for step, time in enumerate(times) if 0.05 <= time <= 50}
+    assert all(u.time == pytest.approx(times[u.step] * (1 + 40 / 256), rel=1e-15) for u in noisy)
+
+
+def test_updates_with_much_churn_add_no_more_than_the_paper_allows() -> None:
+    """gamma is at most sqrt(2) - 1, so that the new noise has no more variance than what was there."""
+    (only,) = updates("euler", "edm", [3.0, 0.0], Churn(1e6))
+    assert only.time == pytest.approx(3 * math.sqrt(2), rel=1e-15)
+    assert only.noise == pytest.approx(3.0, rel=1e-14)
+
+
+@pytest.mark.parametrize(("low", "high", "noisy"), [(1.0, 3.0, {1, 2, 3}), (1.5, 2.5, {2}), (5.0, 9.0, set())])
+def test_updates_with_churn_between_levels_are_noisy_there_alone(low: float, high: float, noisy: set[int]) -> None:
+    """Both levels included."""
+    run = updates("heun", "edm", [4.0, 3.0, 2.0, 1.0, 0.0], Churn(0.4, low, high))
+    assert {update.step for update in run if update.noise} == noisy
+    assert all(update.evaluation == 0 for update in run if update.noise)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"amount": -1.0},
+        {"amount": math.inf},
+        {"amount": math.nan},
+        {"amount": 1.0, "low": -0.1},
+        {"amount": 1.0, "low": 2.0, "high": 1.0},
+        {"amount": 1.0, "high": math.nan},
+        {"amount": 1.0, "noise": -1.0},
+        {"amount": 1.0, "noise": math.inf},
+        {"amount": 1.0, "noise": math.nan},
+    ],
+)
+def test_churn_out_of_range_is_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=r"^churn: expected an amount and noise of at least 0 and low <= high, found "):
+        Churn(**arguments)
+
+
+def test_churn_out_of_range_names_what_was_found() -> None:
+    with pytest.raises(UsageError) as caught:
+        Churn(-1, 2, 1, 1.003)
+    assert str(caught.value) == (
+        "churn: expected an amount and noise of at least 0 and low <= high, found amount -1, noise 1.003, 2 to 1"
+    )
+
+
+# Invariants
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @few
 @given(st.integers(1, 60), st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=5))
-def test_sampler_on_a_straight_flow_is_exact(sampler: SamplerName, steps: int, slope: list[float]) -> None:
-    velocity = np.array(slope, dtype=np.float32)
-    end = SAMPLERS[sampler](lambda x, step, e: velocity, np.zeros_like(velocity), flow_times(steps))
+def test_updates_of_a_straight_flow_are_exact(sampler: SamplerName, steps: int, slope: list[float]) -> None:
+    straight = np.array(slope, dtype=np.float32)
+    run = updates(sampler, "flow", run_times(steps, None))
+    end = solve(run, lambda x, time: straight, np.zeros_like(straight))
     assert end.dtype == np.float32
-    # Each of up to 60 additions rounds a value of at most 8 by half a unit in the last place, 2**-22.
-    np.testing.assert_allclose(end, -velocity, atol=60 * 2**-22)
+    # Each of up to 119 updates rounds a few numbers of at most 8 by half a unit in the last place, 2**-22.
+    np.testing.assert_allclose(end, -straight, rtol=0, atol=4 * 119 * 2**-22)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@few
+@given(st.integers(1, 60), karras, st.lists(st.floats(-8, 8), min_size=1, max_size=5))
+def test_updates_of_an_edm_run_to_one_image_end_there(
+    sampler: SamplerName, steps: int, levels: Karras, image: list[float]
+) -> None:
+    """Where D is the same image everywhere, every solution is a straight line in sigma to it."""
+    target = np.array(image)
+    run = updates(sampler, "edm", run_times(steps, levels))
+    end = solve(run, lambda x, time: target, target + levels.sigma_max)
+    # As beside algorithm 2: roundings of 88 * 2**-53 that a step can blow up 4000 times.
+    np.testing.assert_allclose(end, target, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@few
+@given(st.integers(1, 60), karras, st.floats(0, 40))
+def test_updates_of_an_edm_run_leave_a_denoised_state_where_it_is(
+    sampler: SamplerName, steps: int, levels: Karras, amount: float
+) -> None:
+    """D = x is a fixed point: the weights of each update, with r = x, sum to 1."""
+    run = updates(sampler, "edm", run_times(steps, levels), Churn(amount))
+    for update in run:
+        # a and b cancel; each is at most 4000, as sigma_max / sigma_min, and rounded in its last place.
+        assert update.a + update.b + update.e == pytest.approx(1, rel=0, abs=4000 * 2**-51)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @few
 @given(st.integers(1, 60))
-def test_evaluations_of_any_step_count_are_the_calls_made(sampler: SamplerName, steps: int) -> None:
-    calls: list[tuple[int, int]] = []
-
-    def velocity(x: Float64, step: int, evaluation: int) -> Float64:
-        calls.append((step, evaluation))
-        return x
-
-    SAMPLERS[sampler](velocity, np.ones(1, dtype=np.float32), flow_times(steps))
-    assert calls == evaluations(sampler, steps)
-    assert len(calls) == {"euler": steps, "heun": 2 * steps - 1}[sampler]
+def test_updates_of_a_flow_leave_a_still_state_where_it_is(sampler: SamplerName, steps: int) -> None:
+    """v = 0: what x and r weigh sums to 1, exactly, as Heun's halves do."""
+    assert {update.a + update.e for update in updates(sampler, "flow", run_times(steps, None))} == {1.0}
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_evaluations_at_their_times_see_the_state_of_that_time(sampler: SamplerName) -> None:
-    """Evaluation e of step i is at time i + e: on z_t = t the state is the time itself."""
-    times = np.linspace(1, 0, 5)
+@few
+@given(st.integers(1, 60), st.floats(0, 40))
+def test_updates_of_any_step_count_ask_at_the_expected_times(
+    sampler: SamplerName, prediction: Prediction, steps: int, amount: float
+) -> None:
+    """The first evaluation of a step at its start, raised by churn; the second, but in the last step, at its end."""
+    times = run_times(steps, None if prediction == "flow" else EDM)
+    churn = Churn(amount, 1.0, 20.0) if prediction == "edm" else None
+    run = updates(sampler, prediction, times, churn)
+    assert len(run) == {"euler": steps, "heun": 2 * steps - 1}[sampler]
+    second = [(step, 1) for step in range(steps - 1)] if sampler == "heun" else []
+    assert [(u.step, u.evaluation) for u in run] == sorted([(step, 0) for step in range(steps)] + second)
+    for update in run:
+        if update.evaluation:
+            assert update.time == times[update.step + 1]
+            assert update.noise == 0
+        else:
+            start = times[update.step]
+            assert update.time == start or (churn is not None and 1 <= start <= 20)
+            assert start <= update.time <= start * math.sqrt(2) * (1 + 2**-52)
+            # The noise is what takes the variance from one sigma² to the other.
+            assert start**2 + update.noise**2 == pytest.approx(update.time**2, rel=1e-12)
+        assert update.time > 0, "no model was trained at 0"
 
-    def velocity(x: Float64, step: int, evaluation: int) -> Float64:
-        # Sums of quarters are exact.
-        np.testing.assert_array_equal(x, times[step + evaluation])
+
+def test_integrate_of_two_heun_steps_hands_over_the_start_of_each() -> None:
+    run = updates("heun", "flow", run_times(2, None))
+    seen: list[tuple[int, float, float]] = []
+
+    def advance(index: int, x: Array, r: Array) -> Array:
+        seen.append((index, float(x[0]), float(r[0])))
+        return x + 1
+
+    assert integrate(run, advance, np.zeros(1)).tolist() == [3]
+    assert seen == [(0, 0, 0), (1, 1, 0), (2, 2, 2)]
+
+
+def test_integrate_with_noise_starts_each_step_after_it() -> None:
+    """And asks for the noise of the steps that have some, alone."""
+    run = updates("heun", "edm", [4.0, 2.0, 1.0, 0.0], Churn(1.2, 1.5, 2.5))
+    asked: list[int] = []
+    states: list[tuple[float, float]] = []
+
+    def noise(step: int) -> Array:
+        asked.append(step)
         return np.ones(1)
 
-    np.testing.assert_array_equal(SAMPLERS[sampler](velocity, np.ones(1), times), 0)
+    def advance(index: int, x: Array, r: Array) -> Array:
+        states.append((float(x[0]), float(r[0])))
+        return x
+
+    integrate(run, advance, np.zeros(1), noise)
+    added = run[2].noise
+    assert added == pytest.approx(2 * math.sqrt(1.4**2 - 1), rel=1e-15)
+    assert asked == [1]
+    assert states == [(0, 0), (0, 0), (added, added), (added, added), (added, added)]
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampler_of_a_given_state_leaves_it_as_it_was(sampler: SamplerName) -> None:
+def test_integrate_of_a_given_state_leaves_it_as_it_was(sampler: SamplerName, prediction: Prediction) -> None:
     start = np.ones(3, dtype=np.float32)
-    SAMPLERS[sampler](lambda x, step, e: x, start, flow_times(3))
+    run = updates(sampler, prediction, [2.0, 1.0, 0.0], Churn(1.0) if prediction == "edm" else None)
+    end = solve(run, lambda x, time: 0.5 * x, start, noises(0, start))
     np.testing.assert_array_equal(start, 1)
+    assert end.dtype == np.float32
+
+
+# Times
 
 
 @few
 @given(st.integers(1, 1000))
-def test_flow_times_of_any_step_count_fall_evenly_from_one_to_zero(steps: int) -> None:
-    times = flow_times(steps)
-    assert times.dtype == np.float32
-    assert times.shape == (steps + 1,)
-    assert times[0] == 1
-    assert times[-1] == 0
-    # Each time is rounded to float32 by at most 2**-25.
-    np.testing.assert_allclose(np.diff(times.astype(np.float64)), -1 / steps, atol=2**-24)
+def test_run_times_of_a_flow_fall_evenly_from_one_to_zero(steps: int) -> None:
+    times = run_times(steps, None)
+    assert len(times) == steps + 1
+    assert (times[0], times[-1]) == (1, 0)
+    # Two times of at most 1, each rounded by half a unit in the last place.
+    np.testing.assert_allclose(np.diff(times), -1 / steps, rtol=0, atol=2**-52)
+
+
+@few
+@given(st.integers(2, 300), karras)
+def test_run_times_of_noise_levels_are_the_papers(steps: int, levels: Karras) -> None:
+    """Karras et al. 2022, eq. 5: straight in sigma**(1/rho), both ends included, then 0."""
+    times = run_times(steps, levels)
+    low, high = levels.sigma_min, levels.sigma_max
+    i = np.arange(steps)
+    root = 1 / levels.rho
+    expected = (high**root + i / (steps - 1) * (low**root - high**root)) ** levels.rho
+    # The power multiplies the rounding of a sum, a difference of numbers up to 80, by rho.
+    np.testing.assert_allclose(times, [*expected, 0], rtol=1e-12)
+    assert times[0] == pytest.approx(high, rel=1e-13)
+    assert times[-2] == pytest.approx(low, rel=1e-12)
+    assert times == sorted(set(times), reverse=True)
+
+
+def test_run_times_of_upstreams_defaults_are_the_known_ones() -> None:
+    """The 18 steps of NVlabs/edm's `edm_sampler`, worked out with a pocket calculator's precision."""
+    times = run_times(18, EDM)
+    assert len(times) == 19
+    # (80**(1/7) + 9/17 (0.002**(1/7) - 80**(1/7)))**7 = (1.870133 - 9/17 * 1.458567)**7
+    assert times[9] == pytest.approx((1.870133 - 9 / 17 * 1.458567) ** 7, rel=1e-4)
+    assert [times[0], times[-2], times[-1]] == pytest.approx([80.0, 0.002, 0.0])
+
+
+@pytest.mark.parametrize("rho", [1.0, 7.0, 1e3])
+def test_run_times_of_one_step_go_from_the_highest_level_to_zero(rho: float) -> None:
+    first, last = run_times(1, Karras(0.002, 80.0, rho))
+    assert first == pytest.approx(80.0, rel=1e-12)
+    assert last == 0
+
+
+@pytest.mark.parametrize("levels", [Karras(2.0**-126, 3e38, 1.0), Karras(2.0**-126, 3e38, 3e38), EDM])
+def test_run_times_of_extreme_levels_are_positive_numbers(levels: Karras) -> None:
+    """Whatever a manifest may hold, no time is 0 but the last, and none overflows."""
+    *times, last = run_times(7, levels)
+    assert all(0 < time < math.inf for time in times)
+    assert last == 0
+
+
+# Preconditioning
+
+
+@few
+@given(st.floats(-1, 2))
+def test_precondition_of_a_flow_changes_nothing(time: float) -> None:
+    scaling = precondition("flow", time)
+    assert (scaling.t, scaling.c_in, scaling.c_skip, scaling.c_out) == (time, 1, 0, 1)
+
+
+def test_precondition_at_the_datas_deviation_shares_evenly() -> None:
+    scaling = precondition("edm", 0.5)
+    assert scaling.t == math.log(0.5) / 4
+    assert scaling.c_in == pytest.approx(math.sqrt(2), rel=1e-15)
+    assert scaling.c_skip == 0.5
+    assert scaling.c_out == pytest.approx(0.5 / math.sqrt(2), rel=1e-15)
+
+
+def test_precondition_without_noise_returns_the_input() -> None:
+    """sigma → 0: D = x, and the network sees data of unit variance."""
+    scaling = precondition("edm", 1e-9)
+    # Deviations are of the order of sigma²/sigma_data², below the resolution of float64.
+    assert scaling.c_skip == 1
+    assert scaling.c_in == 1 / SIGMA_DATA
+    assert scaling.c_out == pytest.approx(1e-9, rel=1e-15)
+
+
+def test_precondition_of_noise_alone_returns_the_network() -> None:
+    """sigma → ∞: D = sigma_data * F, and the network sees noise of unit variance."""
+    scaling = precondition("edm", 1e9)
+    assert scaling.c_skip == pytest.approx(0.25e-18, rel=1e-15)
+    assert scaling.c_in == pytest.approx(1e-9, rel=1e-15)
+    assert scaling.c_out == pytest.approx(SIGMA_DATA, rel=1e-15)
+
+
+sigmas = st.floats(1e-3, 1e3)
+
+
+@few
+@given(sigmas)
+def test_precondition_at_any_sigma_gives_the_network_unit_variance(sigma: float) -> None:
+    """Of its input, data + sigma z, and of its training target, (data - c_skip (data + sigma z)) / c_out."""
+    scaling = precondition("edm", sigma)
+    # A few roundings in float64; the target's first term, (1 - c_skip)², cancels where c_skip is near 1.
+    assert scaling.c_in**2 * (SIGMA_DATA**2 + sigma**2) == pytest.approx(1, rel=1e-14)
+    target = (1 - scaling.c_skip) ** 2 * SIGMA_DATA**2 + scaling.c_skip**2 * sigma**2
+    assert target / scaling.c_out**2 == pytest.approx(1, rel=1e-12)
+
+
+@few
+@given(sigmas, st.floats(-100, 100))
+def test_precondition_of_a_silent_network_denoises_gaussian_data(sigma: float, x: float) -> None:
+    """For data ~ N(0, sigma_data²) the best D is c_skip x: the network has nothing to add."""
+    best = SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2) * x
+    assert precondition("edm", sigma).c_skip * x == pytest.approx(best, rel=1e-14)
+
+
+@few
+@given(sigmas, st.floats(-10, 10), st.floats(-10, 10))
+def test_precondition_of_the_noise_as_output_finds_the_data(sigma: float, data: float, z: float) -> None:
+    """A network that knows the target, F = (data - c_skip x) / c_out, makes D = data."""
+    scaling = precondition("edm", sigma)
+    x = data + sigma * z
+    output = (data - scaling.c_skip * x) / scaling.c_out
+    # Rounding of numbers of at most |x| <= 10010.
+    assert scaling.c_skip * x + scaling.c_out * output == pytest.approx(data, rel=0, abs=1e-11)

@@ -107,7 +107,7 @@ def choose(
     elif plan.mode not in ("none", "cfg") and plan.weak_network == network:
         weak = (plan.weak, plan.weak_last)
     else:
-        raise UsageError(f"{chosen} guidance: give sparsity, one of {_names(manifest, network)}")
+        raise UsageError(f"{chosen}: give sparsity, one of {_names(manifest, network)}")
     first, last = (plan.scale, plan.scale_last) if scale is None else scale_ends(scale)
     within = plan.interval if interval is None else interval
     return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)

@@ -205,7 +205,12 @@ class Pipeline:
         )
 
     @overload
-    def guided(self, x: Array, plan: Plan, index: int, /) -> Array: ...
+    def guided(self, x: Array, plan: Plan, index: int, /, *, return_branches: Literal[False] = False) -> Array: ...
+
+    @overload
+    def guided(
+        self, x: Array, plan: Plan, index: int, /, *, return_branches: Literal[True]
+    ) -> tuple[Array, Array, Array]: ...
 
     @overload
     def guided(

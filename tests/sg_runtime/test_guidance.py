@@ -258,7 +258,7 @@ def test_choose_of_sg_where_it_is_not_the_default_needs_a_sparsity(manifest: Man
         for wanted in ("sg", "cfg+sg"):
             with pytest.raises(UsageError) as caught:
                 choose(plain, mode=wanted)
-            assert str(caught.value) == f"{wanted} guidance: give sparsity, one of 0, 0.25, 0.5"
+            assert str(caught.value) == f"{wanted}: give sparsity, one of 0, 0.25, 0.5"
         assert choose(plain, mode="sg", sparsity=0.5) == GuidancePlan("sg", DENSE, HALF, 2.0)
 
 
@@ -266,14 +266,14 @@ def test_choose_of_sg_where_the_weak_branch_is_another_network_needs_a_sparsity(
     """The plan's weak sparsity is not one of the main network."""
     with pytest.raises(UsageError) as caught:
         choose(two_networks, mode="sg")
-    assert str(caught.value) == "sg guidance: give sparsity, one of 0"
+    assert str(caught.value) == "sg: give sparsity, one of 0"
 
 
 def test_choose_of_autoguidance_where_it_is_not_the_default_needs_a_sparsity(two_networks: Manifest) -> None:
     plain = replace(two_networks, guidance=GuidancePlan("none", DENSE, DENSE, 2.0))
     with pytest.raises(UsageError) as caught:
         choose(plain, mode="autoguidance")
-    assert str(caught.value) == "autoguidance guidance: give sparsity, one of 0, 0.5"
+    assert str(caught.value) == "autoguidance: give sparsity, one of 0, 0.5"
 
 
 BUILD = "build it with: sg-export build glyphs"

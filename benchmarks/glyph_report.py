@@ -17,9 +17,7 @@ from examples.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
 COLUMNS = 31
 """Images in a row of the sheet: the 62 characters take two."""
 
-ZOOM = 2
 GAP = 2
-LABEL_WIDTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,7 @@ class Row:
     """One line of a table: a setting, or real images where the cost is None; one entry per seed in the tuples."""
 
     name: str
-    parameters: Mapping[str, float | str | None] | None
+    parameters: Mapping[str, object] | None
     gmac_per_step: float | None
     seconds_per_image: tuple[float, ...] | None
     figures: tuple[Figures, ...]
@@ -35,10 +33,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that is written. `measured` and `real` have a value per seed, `searched` and `searched_real` one."""
+    """Everything that is written. `measured` and `real` have a value per seed, `searched` and `searched_real` one.
+
+    checkpoints: name, SHA-256 and weights of "main" and of "weak", the one that AutoGuidance has beside it.
+    """
 
     machine: Mapping[str, Any]
-    checkpoint: Mapping[str, str | None]
+    checkpoints: Mapping[str, Mapping[str, str | None]]
+    compiled_by: str
     protocol: Mapping[str, Any]
     read_training: ClassifierFacts
     read_held_out: ClassifierFacts
@@ -67,7 +69,8 @@ def to_json(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     """The tables and how to read them."""
-    machine, checkpoint, protocol = report.machine, report.checkpoint, report.protocol
+    machine, protocol = report.machine, report.protocol
+    main, weak = (f"{source['name']}, SHA-256 `{source['sha256']}`" for source in report.checkpoints.values())
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     return f"""# What guidance does to `glyphs`
@@ -75,19 +78,21 @@ def to_markdown(report: Report) -> str:
 Written by `python -m benchmarks.quality_glyphs`; all figures are in `quality_glyphs.json`, samples at equal seeds in
 `quality_glyphs.png`.
 
-* Checkpoint: {checkpoint["name"]}, SHA-256 `{checkpoint["sha256"]}`, compiled by {checkpoint["compiled_by"]}.
+* Checkpoint: {main}, compiled by {report.compiled_by}; weak branch of AutoGuidance: {weak}.
 * Machine: {machine["processor"]}, {machine["cores"]} cores; {versions}.
 * Sampling: {protocol["steps"]} Euler steps, {protocol["images"]} images for each setting and seed, all 62 characters in
-  equal numbers, the same image seeds in every setting.
+  equal numbers, the same image seeds in every setting. Every mode on a bundle that was built for it.
+* Names: strong/weak sparsity and scale ω. 0→0.6 goes along a cosine from the first step to the last, by way of the
+  nearest sparsity that was built.
 
 Mean ± standard deviation over {protocol["seeds"]} sampling seeds of one trained model. The rows of real
 images hold as many, and show what a perfect model of those fonts would reach.
 
 {_table(report.measured + report.real)}
 
-* **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran. The
-  conditioning runs once per class and step, before the loop, and is left out. **s per image**: a whole run, in batches
-  of {protocol["batch"]}.
+* **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran, the
+  mean over the run. The conditioning runs once per class and step, before the loop, and is left out. **s per image**: a
+  whole run, in batches of {protocol["batch"]}.
 * **Accuracy**: share of images that the classifier reads as the character asked for. **Merged**: with these as one
   class each: {", ".join(f"`{group}`" for group in AMBIGUOUS_GROUPS)}.
 * **Fréchet**: squared distance between the Gaussians of the classifier's {protocol["features"]} penultimate features
@@ -161,22 +166,24 @@ def _cell(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
-def sheet(samples: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def sheet(samples: Mapping[str, NDArray[np.uint8]], columns: int = COLUMNS, zoom: int = 2) -> NDArray[np.uint8]:
     """Rows of samples at equal seeds, a row per setting, the rows of one set of characters together: (H, W, 1).
 
-    samples: label → images (N, 16, 16), N a multiple of `COLUMNS`, the same characters and seeds in each.
+    samples: label → images (N, 16, 16), N a multiple of `columns`, the same characters and seeds in each.
     """
-    size = 16 * ZOOM + GAP
-    bands = min(len(images) for images in samples.values()) // COLUMNS
-    height = bands * (len(samples) * size + 2 * GAP)
-    page = Image.new("L", (LABEL_WIDTH + COLUMNS * size, height), 96)
+    size = 16 * zoom + GAP
+    font = ImageFont.load_default(size=10 + zoom)
+    ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left = int(max(ruler.multiline_textbbox((0, 0), label, font=font)[2] for label in samples)) + 12
+    bands = min(len(images) for images in samples.values()) // columns
+    height = bands * (len(samples) * size + 2 * GAP) - 3 * GAP
+    page = Image.new("L", (left + columns * size - GAP, height), 96)
     draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(size=12)
     for band in range(bands):
         for line, (label, images) in enumerate(samples.items()):
             top = band * (len(samples) * size + 2 * GAP) + line * size
             draw.text((4, top + size // 2), label, fill=255, font=font, anchor="lm")
-            for column, image in enumerate(images[band * COLUMNS : (band + 1) * COLUMNS]):
-                tile = Image.fromarray(image).resize((16 * ZOOM, 16 * ZOOM), Image.Resampling.NEAREST)
-                page.paste(tile, (LABEL_WIDTH + column * size, top))
+            for column, image in enumerate(images[band * columns : (band + 1) * columns]):
+                tile = Image.fromarray(image).resize((16 * zoom, 16 * zoom), Image.Resampling.NEAREST)
+                page.paste(tile, (left + column * size, top))
     return np.asarray(page)[..., None]

@@ -1,15 +1,16 @@
-"""What guidance does to the samples of the reference model `glyphs`: unguided, CFG and Sparse Guidance side by side.
+"""What guidance does to the samples of the reference model `glyphs`: every mode side by side, and none.
 
     python -m benchmarks.quality_glyphs --output benchmarks/results --work runs/quality_glyphs
 
 A search over scales and sparsities on a small budget comes first; its winners are measured in full on seeds that the
-search has not seen. The classifier and all samples are kept in the work folder, so a run that was stopped goes on.
+search has not seen. Each mode runs on a bundle that was built for it. The classifier and all samples are kept in the
+work folder, so a run that was stopped goes on.
 """
 
 import argparse
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,10 +32,12 @@ from benchmarks.glyph_judge import (
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
 from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
+from sg_export.step_cost import step_costs
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
+from sg_runtime.guidance import Ramp
 from sg_runtime.images import save_png
-from sg_runtime.manifest import GuidanceMode
+from sg_runtime.manifest import GuidanceMode, GuidancePlan
 
 BATCH = 124
 """Images in one engine run: two of each character."""
@@ -51,35 +54,81 @@ CRITERION = (
 )
 
 
+Rates = float | tuple[float, ...]
+"""A sparsity, or those that a cosine goes by, from the first step's to the last step's."""
+
+COSINE = (0.0, 0.2, 0.4, 0.6)
+"""The paper's schedule goes from one end of it to the other, by these levels here."""
+
+WEAK_CHECKPOINT = "glyphs-early"
+
+LABELS: Mapping[GuidanceMode, str] = {
+    "none": "unguided",
+    "cfg": "CFG",
+    "sg": "SG",
+    "cfg+sg": "CFG + SG",
+    "autoguidance": "AutoGuidance + SG",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the samples of one row are made. Without guidance the scale is 1; `sparsity`, the weak branch's, is SG's."""
+    """How the samples of one row are made. Unguided, the scale is 1; `sparsity` is the weak branch's, if it has one."""
 
     guidance: GuidanceMode
     scale: float = 1.0
-    strong_sparsity: float = 0.0
-    sparsity: float | None = None
+    strong_sparsity: Rates = 0.0
+    sparsity: Rates | None = None
 
     @property
     def name(self) -> str:
         """For a table."""
+        label = LABELS[self.guidance]
         if self.guidance == "none":
-            return "unguided"
-        rates = "" if self.sparsity is None else f" {self.strong_sparsity:g}/{self.sparsity:g}"
-        return f"{self.guidance.upper()}{rates}, ω = {self.scale:g}"
+            return label
+        rates = "" if self.sparsity is None else f" {_range(self.strong_sparsity)}/{_range(self.sparsity)}"
+        return f"{label}{rates}, ω = {self.scale:g}"
+
+    def plan(self, pipe: Pipeline) -> GuidancePlan:
+        """The guidance of a run on a bundle of this mode."""
+        return pipe.guidance(
+            self.guidance,
+            scale=self.scale,
+            strong_sparsity=_ramp(self.strong_sparsity),
+            sparsity=None if self.sparsity is None else _ramp(self.sparsity),
+        )
+
+
+def _levels(rates: Rates) -> tuple[float, ...]:
+    return rates if isinstance(rates, tuple) else (rates,)
+
+
+def _ramp(rates: Rates) -> Ramp:
+    return (rates[0], rates[-1]) if isinstance(rates, tuple) else rates
+
+
+def _range(rates: Rates) -> str:
+    return f"{rates[0]:g}→{rates[-1]:g}" if isinstance(rates, tuple) else f"{rates:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Every pair of (strong, weak) sparsities at every scale, in one mode."""
+
+    guidance: GuidanceMode
+    scales: tuple[float, ...]
+    pairs: tuple[tuple[Rates, Rates | None], ...] = ((0.0, None),)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Sizes of a run. Images are counted per character; pairs are (strong, weak) sparsities."""
+    """Sizes of a run. Images are counted per character."""
 
     steps: int
     blocks: tuple[int, ...]
     measured: int
     searched: int
-    cfg_scales: tuple[float, ...]
-    sg_scales: tuple[float, ...]
-    sg_pairs: tuple[tuple[float, float], ...]
+    searches: tuple[Search, ...]
     classifier_variants: int
     classifier_epochs: int
     reference_variants: int
@@ -87,9 +136,12 @@ class Budget:
     @property
     def grid(self) -> tuple[Setting, ...]:
         """All settings of the search."""
-        cfg = [Setting("cfg", scale) for scale in self.cfg_scales]
-        sg = [Setting("sg", scale, strong, weak) for strong, weak in self.sg_pairs for scale in self.sg_scales]
-        return (*cfg, *sg)
+        return tuple(
+            Setting(search.guidance, scale, strong, weak)
+            for search in self.searches
+            for strong, weak in search.pairs
+            for scale in search.scales
+        )
 
 
 FULL = Budget(
@@ -97,64 +149,58 @@ FULL = Budget(
     blocks=(1, 2, 3),
     measured=34,
     searched=6,
-    cfg_scales=(1.1, 1.25, 1.5, 2.0, 3.0, 4.0),
-    sg_scales=(1.25, 1.5, 2.0, 3.0, 4.0),
-    # the paper advises a clear gap between the two sparsities
-    sg_pairs=((0.0, 0.5), (0.0, 0.75), (0.0, 0.9), (0.25, 0.75), (0.25, 0.9)),
+    searches=(
+        Search("cfg", (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)),
+        # the paper advises a clear gap between the two sparsities
+        Search("sg", (1.25, 1.5, 2.0, 3.0, 4.0), ((0.0, 0.5), (0.0, 0.75), (0.0, 0.9), (0.25, 0.75), (0.25, 0.9))),
+        Search("cfg+sg", (1.25, 1.5, 2.0), ((0.0, 0.5), (0.0, 0.75), (0.25, 0.75))),
+        # constant rates that are also the cosine's: others would give it more levels than it is to go by
+        Search("autoguidance", (1.5, 2.0, 3.0), ((0.0, 0.0), (0.0, 0.6), (COSINE, COSINE[::-1]))),
+    ),
     classifier_variants=64,
     classifier_epochs=5,
     reference_variants=64,  # the training fonts' images are then the model's training set
 )
-"""2,108 images for each setting and seed: twenty minutes to half an hour on two cores."""
+"""2,108 images for each setting and seed: forty minutes to an hour on two cores."""
 
 QUICK = Budget(
     steps=2,
     blocks=(1, 2),
     measured=2,
     searched=2,
-    cfg_scales=(1.5,),
-    sg_scales=(1.5,),
-    sg_pairs=((0.0, 0.75),),
+    searches=(
+        Search("cfg", (1.5,)),
+        Search("sg", (1.5,), ((0.0, 0.75),)),
+        Search("cfg+sg", (1.5,), ((0.0, 0.75),)),
+        Search("autoguidance", (1.5,), (((0.0, 0.6), (0.6, 0.0)),)),
+    ),
     classifier_variants=4,
     classifier_epochs=2,
     reference_variants=4,
 )
-"""Seconds, to see that all parts work; the figures mean nothing."""
+"""A few minutes, most of them compilation, to see that all parts work; the figures mean nothing."""
 
 
 def generate(
     pipe: Pipeline, setting: Setting, classes: Sequence[int], seeds: Sequence[int], steps: int
 ) -> NDArray[np.uint8]:
     """Sample one image per class and seed with Euler steps: (B, 16, 16), ink 255 on 0."""
-    plan = pipe.guidance(
-        setting.guidance,
-        scale=setting.scale,
-        strong_sparsity=setting.strong_sparsity,
-        sparsity=setting.sparsity,
-    )
-    images: NDArray[np.uint8] = pipe(classes, seeds, steps=steps, sampler="euler", guidance=plan)
+    images: NDArray[np.uint8] = pipe(classes, seeds, steps=steps, sampler="euler", guidance=setting.plan(pipe))
     return images[..., 0]
 
 
-def step_gmac(pipe: Pipeline, setting: Setting) -> float:
-    """Linear multiply-adds of one step for one image, in 1e9, as the manifest counts them for the graphs that run."""
+def step_gmac(pipe: Pipeline, setting: Setting, steps: int) -> float:
+    """Linear multiply-adds of the graphs that run in a step for one image, in 1e9: the mean of `steps` Euler steps."""
     manifest = pipe.bundle.manifest
-    plan = pipe.guidance(
-        setting.guidance, strong_sparsity=setting.strong_sparsity, sparsity=setting.sparsity, scale=setting.scale
-    )
-    fused = manifest.graph("guided", plan.strong.keep, plan.weak.keep) if plan.mode == "sg" else None
-    if fused is not None:
-        return fused.cost.linear_macs / 1e9
-    levels = [plan.strong] if plan.mode == "none" else [plan.strong, plan.weak]
-    graphs = [manifest.graph("dense", level.keep) or manifest.graph("sparse", level.keep) for level in levels]
-    return sum(graph.cost.linear_macs for graph in graphs if graph is not None) / 1e9
+    run = replace(manifest, guidance=setting.plan(pipe), sampling=replace(manifest.sampling, steps=steps))
+    return step_costs(run)[-1].linear_macs / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Samples of settings from one bundle, kept in `folder`: made once per checkpoint, setting, seeds and steps."""
+    """Samples from the bundle of a setting's mode, kept in `folder`: made once per bundle, setting, seeds and steps."""
 
-    pipe: Pipeline
+    pipes: Mapping[GuidanceMode, Pipeline]
     folder: Path
     steps: int
 
@@ -168,20 +214,21 @@ class Sampler:
         if path.exists():
             with np.load(path) as kept:
                 return kept["images"], classes, float(kept["seconds_per_image"])
-        labels = classes.tolist()
+        labels, pipe = classes.tolist(), self.pipes[setting.guidance]
         seeds = [(block << 32) + index for index in range(count)]
-        generate(self.pipe, setting, labels[:BATCH], seeds[:BATCH], steps=1)  # opens the sessions
+        generate(pipe, setting, labels[:1], seeds[:1], self.steps)  # opens the sessions
         began = time.perf_counter()
-        images = generate(self.pipe, setting, labels, seeds, self.steps)
+        images = generate(pipe, setting, labels, seeds, self.steps)
         pace = (time.perf_counter() - began) / count
         with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, images=images, seconds_per_image=pace)
         return images, classes, pace
 
     def _key(self, setting: Setting, count: int, block: int) -> str:
-        rates = f"{setting.strong_sparsity:g}-{setting.sparsity or 0:g}"
-        files = sorted((name, facts.sha256) for name, facts in self.pipe.bundle.manifest.files.items())
-        made_by = hashlib.sha256(f"{files} {self.pipe.batch} {version('sg-export')}".encode()).hexdigest()[:12]
+        rates = "-".join(_range(rate).replace("→", "to") for rate in (setting.strong_sparsity, setting.sparsity or 0.0))
+        pipe = self.pipes[setting.guidance]
+        files = sorted((name, facts.sha256) for name, facts in pipe.bundle.manifest.files.items())
+        made_by = hashlib.sha256(f"{files} {pipe.batch} {version('sg-export')}".encode()).hexdigest()[:12]
         return f"{setting.guidance}-{setting.scale:g}-{rates}-n{count}-block{block}-steps{self.steps}-{made_by}"
 
     def row(self, setting: Setting, per_class: int, blocks: Sequence[int], judge: Judge) -> Row:
@@ -192,11 +239,12 @@ class Sampler:
             figures.append(judge.figures(images, classes))
             paces.append(pace)
             print(
-                f"{setting.name:24} block {block}  {pace:.4f} s/image  accuracy {figures[-1].accuracy:.4f}  "
+                f"{setting.name:38} block {block}  {pace:.4f} s/image  accuracy {figures[-1].accuracy:.4f}  "
                 f"Fréchet {figures[-1].frechet_training:.2f} training, {figures[-1].frechet_held_out:.2f} held out",
                 flush=True,
             )
-        return Row(setting.name, asdict(setting), step_gmac(self.pipe, setting), tuple(paces), tuple(figures))
+        cost = step_gmac(self.pipes[setting.guidance], setting, self.steps)
+        return Row(setting.name, asdict(setting), cost, tuple(paces), tuple(figures))
 
 
 def real_rows(per_class: int, blocks: Sequence[int], judge: Judge) -> tuple[Row, ...]:
@@ -219,13 +267,19 @@ def best(rows: Sequence[Row], grid: Sequence[Setting], guidance: GuidanceMode) -
     return min((pair for pair in candidates if pair[1].guidance == guidance), key=lambda pair: pair[0])[1]
 
 
-def run(pipe: Pipeline, budget: Budget, work: Path, output: Path) -> None:
-    """Search, measure, and write the three results into `output`."""
+def run(budget: Budget, work: Path, output: Path) -> None:
+    """Compile, search, measure, and write the three results into `output`."""
     here = machine("numpy", "torch", "onnxruntime", "pillow", "matplotlib")
     seconds: dict[str, float] = {}
     output.mkdir(parents=True, exist_ok=True)
     samples_folder = work / "samples"
     samples_folder.mkdir(parents=True, exist_ok=True)
+    with _timed("compilation", seconds):
+        pipes = {
+            search.guidance: Pipeline.load(compiled(search, work / "bundles" / search.guidance), batch=BATCH)
+            for search in budget.searches
+        }
+        pipes["none"] = pipes["cfg"]  # every bundle has the same graph of a dense branch
     with _timed("classifier", seconds):
         classifier = cached_classifier(work, budget.classifier_variants, budget.classifier_epochs)
         variants = max(1, budget.reference_variants // 4)
@@ -234,32 +288,31 @@ def run(pipe: Pipeline, budget: Budget, work: Path, output: Path) -> None:
     with _timed("references", seconds):
         judge = Judge.of(classifier, budget.reference_variants, MEASURE_SEED)
         scout = replace(judge, held_out=held_out_gaussian(classifier, budget.reference_variants, SEARCH_SEED))
-    sampler = Sampler(pipe, samples_folder, budget.steps)
+    sampler = Sampler(pipes, samples_folder, budget.steps)
     with _timed("search", seconds):
         searched = tuple(sampler.row(setting, budget.searched, [SEARCH_BLOCK], scout) for setting in budget.grid)
         searched_real = real_rows(budget.searched, [SEARCH_BLOCK], scout)
-    winners = [best(searched, budget.grid, guidance) for guidance in ("cfg", "sg")]
+    winners = [best(searched, budget.grid, search.guidance) for search in budget.searches]
     chosen = [Setting("none"), *winners]
     with _timed("measurement", seconds):
         measured = tuple(sampler.row(setting, budget.measured, budget.blocks, judge) for setting in chosen)
         real = real_rows(budget.measured, budget.blocks, judge)
 
-    manifest = pipe.bundle.manifest
-    source = manifest.source
+    manifest = pipes["autoguidance"].bundle.manifest
     report = Report(
         machine=here,
-        checkpoint={
-            "name": source.name,
-            "sha256": source.sha256,
-            "weights": source.weights,
-            "compiled_by": manifest.created_by,
+        checkpoints={
+            branch: {"name": source.name, "sha256": source.sha256, "weights": source.weights}
+            for branch, source in (("main", manifest.source), ("weak", manifest.weak_source))
+            if source is not None
         },
+        compiled_by=manifest.created_by,
         protocol={
             **asdict(budget),
             "images": budget.measured * len(CLASS_NAMES),
             "search_images": budget.searched * len(CLASS_NAMES),
             "seeds": len(budget.blocks),
-            "batch": pipe.batch,
+            "batch": BATCH,
             "features": FEATURES,
             "criterion": CRITERION,
         },
@@ -273,9 +326,8 @@ def run(pipe: Pipeline, budget: Budget, work: Path, output: Path) -> None:
     )
     _write(output / "quality_glyphs.json", to_json(report))
     _write(output / "quality_glyphs.md", to_markdown(report))
-    labels = {"none": "unguided", "cfg": "CFG", "sg": "SG"}
     shown = {
-        labels[setting.guidance]: sampler.samples(setting, budget.measured, budget.blocks[0])[0][: 4 * COLUMNS]
+        LABELS[setting.guidance]: sampler.samples(setting, budget.measured, budget.blocks[0])[0][: 4 * COLUMNS]
         for setting in chosen
     }
     save_png(sheet(shown), output / "quality_glyphs.png")
@@ -294,29 +346,31 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def compiled(budget: Budget, output: Path) -> Path:
-    """Compile the reference model with every sparsity of the budget; returns the bundle's folder."""
+def compiled(search: Search, output: Path) -> Path:
+    """Compile the reference model for the mode and the sparsities of a search; returns the bundle's folder."""
     import sg_export
 
-    strong = tuple(dict.fromkeys(pair[0] for pair in budget.sg_pairs))
-    weak = tuple(dict.fromkeys(pair[1] for pair in budget.sg_pairs))
-    bundle = sg_export.compile(
-        "glyphs", sg_export.CompileOptions(output=output, sparsity=weak, strong_sparsity=strong, force=True)
+    strong = dict.fromkeys(level for rates, _ in search.pairs for level in _levels(rates))
+    weak = dict.fromkeys(level for _, rates in search.pairs if rates is not None for level in _levels(rates))
+    options = sg_export.CompileOptions(
+        output,
+        sparsity=tuple(weak),
+        strong_sparsity=tuple(strong),
+        guidance=search.guidance,
+        weak_checkpoint=WEAK_CHECKPOINT if search.guidance == "autoguidance" else None,
+        force=True,
     )
-    return bundle.path
+    return sg_export.compile("glyphs", options).path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results; quick: WORK)")
     parser.add_argument("--work", type=Path, default=Path("runs/quality_glyphs"), help="folder of what is kept")
-    parser.add_argument("--bundle", type=Path, help="a bundle with the sparsities of the search (default: compile one)")
     parser.add_argument("--quick", action="store_true", help="a tiny budget that only shows that all parts work")
     options = parser.parse_args()
     budget, results = (QUICK, options.work) if options.quick else (FULL, Path("benchmarks/results"))
-    options.work.mkdir(parents=True, exist_ok=True)
-    bundle = options.bundle or compiled(budget, options.work / "bundle")
-    run(Pipeline.load(bundle, batch=BATCH), budget, options.work, options.output or results)
+    run(budget, options.work, options.output or results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.export_size import SHAPES, write_checkpoint
+from benchmarks.guided_step import PAUSE
 from benchmarks.machine import machine
 from sg_export import CompileOptions, LoadedModel, Overrides, compile, load_model
 from sg_export.models.dit import DiTConfig
@@ -92,14 +93,17 @@ def measure(name: str, batch: int, pair: tuple[float, float], rounds: int, folde
     pipe = Pipeline.load(compile(checkpoint, built).path, batch=batch)
     loaded = load_model(checkpoint, overrides=overrides)
     classes = list(range(batch))
-    times: dict[str, list[float]] = {"runtime": [], "pytorch": []}
+    sides: dict[str, Callable[[], object]] = {
+        "runtime": lambda: pipe.sample(classes, seeds=range(batch)),
+        "pytorch": lambda: pytorch_loop(loaded, classes, pair),
+    }
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds + 1):
-        began = time.perf_counter()
-        pipe.sample(classes, seeds=range(batch))
-        between = time.perf_counter()
-        pytorch_loop(loaded, classes, pair)
-        times["runtime"].append(between - began)
-        times["pytorch"].append(time.perf_counter() - between)
+        for side, run in sides.items():
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            run()
+            times[side].append(time.perf_counter() - began)
     ratios = [theirs / ours for ours, theirs in zip(times["runtime"][1:], times["pytorch"][1:], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     ours, theirs = (batch / statistics.median(times[side][1:]) for side in ("runtime", "pytorch"))

@@ -100,14 +100,14 @@ def choose(
         strong = _ends(manifest, strong_sparsity, "main", chosen, "--strong-sparsity")
     if chosen in ("none", "cfg"):
         if sparsity is not None:
-            raise UsageError(f"{chosen} guidance has one sparsity: give strong_sparsity, not sparsity")
+            raise UsageError(f"{chosen} guidance has one sparsity: give the strong one, not the weak one")
         weak = strong
     elif sparsity is not None:
         weak = _ends(manifest, sparsity, network, chosen, "--sparsity")
     elif plan.mode not in ("none", "cfg") and plan.weak_network == network:
         weak = (plan.weak, plan.weak_last)
     else:
-        raise UsageError(f"{chosen}: give sparsity, one of {_names(manifest, network)}")
+        raise UsageError(_without_sparsity(manifest, chosen, strong[0], network))
     first, last = (plan.scale, plan.scale_last) if scale is None else scale_ends(scale)
     within = plan.interval if interval is None else interval
     return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)
@@ -140,6 +140,18 @@ def _level(manifest: Manifest, sparsity: float, network: NetworkName, mode: Guid
     raise UsageError(
         f"sparsity {sparsity:g} is not in this bundle, which has {_names(manifest, network)}; "
         f"build it with: sg-export build {manifest.source.name}{how} {option} {sparsity:g}"
+    )
+
+
+def _without_sparsity(manifest: Manifest, mode: GuidanceMode, strong: Level, network: NetworkName) -> str:
+    """What to do where a mode needs a weak sparsity, none was given, and the bundle has no default."""
+    usable = [level for level in levels(manifest, network) if network == "weak" or level.keep < strong.keep]
+    if usable:
+        return f"{mode}: give the weak sparsity, one of {', '.join(f'{level.sparsity:g}' for level in usable)}"
+    how = "" if mode == "sg" else f" --guidance {mode}"
+    return (
+        f"{mode}: expected a branch sparser than {strong.sparsity:g}, found none in this bundle; "
+        f"build it with: sg-export build {manifest.source.name}{how} --sparsity G"
     )
 
 

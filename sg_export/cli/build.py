@@ -23,15 +23,13 @@ from sg_export.cli.base import INTERVAL, Command, RampType, model_options, progr
     type=float,
     multiple=True,
     default=(0.0,),
-    show_default="0",
-    help="Sparsity of the strong branch; repeatable.",
+    help="Sparsity of the strong branch; repeatable.  [default: 0]",
 )
 @click.option(
     "--scale",
     type=RampType(),
     default=2.0,
-    show_default="2",
-    help="Default guidance scale, or FIRST:LAST for one that changes along a cosine.",
+    help="Default guidance scale, or FIRST:LAST for one that changes along a cosine.  [default: 2]",
 )
 @click.option(
     "--guidance",

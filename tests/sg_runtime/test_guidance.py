@@ -252,13 +252,16 @@ def test_choose_of_a_sparsity_with_rounding_in_it_finds_the_level(manifest: Mani
     assert choose(manifest, sparsity=0.1 + 0.4 + 1e-12).weak == HALF
 
 
+BUILD = "build it with: sg-export build glyphs"
+
+
 def test_choose_of_sg_where_it_is_not_the_default_needs_a_sparsity(manifest: Manifest) -> None:
     for mode in ("none", "cfg"):
         plain = replace(manifest, guidance=GuidancePlan(mode, DENSE, DENSE, 2.0))
         for wanted in ("sg", "cfg+sg"):
             with pytest.raises(UsageError) as caught:
                 choose(plain, mode=wanted)
-            assert str(caught.value) == f"{wanted}: give sparsity, one of 0, 0.25, 0.5"
+            assert str(caught.value) == f"{wanted}: give the weak sparsity, one of 0.25, 0.5"
         assert choose(plain, mode="sg", sparsity=0.5) == GuidancePlan("sg", DENSE, HALF, 2.0)
 
 
@@ -266,17 +269,20 @@ def test_choose_of_sg_where_the_weak_branch_is_another_network_needs_a_sparsity(
     """The plan's weak sparsity is not one of the main network."""
     with pytest.raises(UsageError) as caught:
         choose(two_networks, mode="sg")
-    assert str(caught.value) == "sg: give sparsity, one of 0"
+    assert str(caught.value) == (
+        "sg: expected a branch sparser than 0, found none in this bundle; "
+        "build it with: sg-export build tiny.safetensors --sparsity G"
+    )
+    with pytest.raises(UsageError) as caught:
+        choose(two_networks, mode="cfg+sg")
+    assert str(caught.value).endswith("build tiny.safetensors --guidance cfg+sg --sparsity G")
 
 
 def test_choose_of_autoguidance_where_it_is_not_the_default_needs_a_sparsity(two_networks: Manifest) -> None:
     plain = replace(two_networks, guidance=GuidancePlan("none", DENSE, DENSE, 2.0))
     with pytest.raises(UsageError) as caught:
         choose(plain, mode="autoguidance")
-    assert str(caught.value) == "autoguidance: give sparsity, one of 0, 0.5"
-
-
-BUILD = "build it with: sg-export build glyphs"
+    assert str(caught.value) == "autoguidance: give the weak sparsity, one of 0, 0.5"
 
 
 @pytest.mark.parametrize(
@@ -303,8 +309,8 @@ BUILD = "build it with: sg-export build glyphs"
             {"mode": "autoguidance"},
             f"autoguidance: this bundle has no weak checkpoint; {BUILD} --weak-checkpoint PATH",
         ),
-        ({"mode": "none", "sparsity": 0.5}, "none guidance has one sparsity: give strong_sparsity, not sparsity"),
-        ({"mode": "cfg", "sparsity": 0.5}, "cfg guidance has one sparsity: give strong_sparsity, not sparsity"),
+        ({"mode": "none", "sparsity": 0.5}, "none guidance has one sparsity: give the strong one, not the weak one"),
+        ({"mode": "cfg", "sparsity": 0.5}, "cfg guidance has one sparsity: give the strong one, not the weak one"),
         (
             {"strong_sparsity": 0.5},
             "sg guidance: expected a weak branch sparser than the strong one, found sparsity 0.5 (weak, 8 tokens) and "

@@ -131,7 +131,7 @@ def compile(
     weak = None
     if options.weak_checkpoint is not None:
         report(f"loading {options.weak_checkpoint}", 0, None)
-        weak = load_weak(options.weak_checkpoint, loaded, options.weights)
+        weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
     plan, specs = plan_build(loaded, weak, options)
     with _new_folder(options.output, options.force) as folder:
         facts = _write_graphs({"main": loaded, "weak": weak}, specs, options, folder, report)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sg_export.adapters import ADAPTERS, find_adapter
+from sg_export.adapters.dit import stated
 from sg_export.checkpoint import Overrides, Weights, read_checkpoint
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import UsageError
@@ -56,18 +57,24 @@ def load_model(
     return LoadedModel(model, facts, read.source)
 
 
-def load_weak(checkpoint: str | Path, strong: LoadedModel, weights: Weights | None) -> LoadedModel:
+def load_weak(
+    checkpoint: str | Path, strong: LoadedModel, weights: Weights | None, overrides: Overrides | None = None
+) -> LoadedModel:
     """Load the weak network of autoguidance, an earlier checkpoint of the run that `strong` is from.
 
-    What a checkpoint does not state is taken from `strong`. Raises UsageError where it is another network.
+    overrides: what the user states of both. What neither they nor the checkpoint state is taken from `strong`. Raises
+    UsageError where it is another network.
     """
-    facts = strong.facts
-    loaded = load_model(checkpoint, weights=weights, overrides=Overrides(facts.route, facts.heads, facts.prediction))
-    same = replace(loaded.facts, class_names=facts.class_names, space=facts.space)
+    facts, read = strong.facts, read_checkpoint(checkpoint, weights)
+    given = stated(read, overrides or Overrides())
+    heads = facts.heads if given.heads is None else given.heads
+    completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
+    model, own = find_adapter(read).build(read, completed)
+    same = replace(own, class_names=facts.class_names, space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
         told = "; ".join(f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing)
         raise UsageError(
-            f"{loaded.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {told}"
+            f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {told}"
         )
-    return LoadedModel(loaded.model, facts, loaded.source)
+    return LoadedModel(model, facts, read.source)

@@ -121,9 +121,11 @@ def verify(
 
 def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
     """Write the comparisons with the versions they were made with as JSON."""
+    weak_source = bundle.manifest.weak_source
     content = {
         "bundle": bundle.path.name,
         "source": asdict(bundle.manifest.source),
+        "weak_source": None if weak_source is None else asdict(weak_source),
         "passed": parity.passed,
         "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)},
         "threads": {"torch": torch.get_num_threads(), "machine": os.cpu_count()},
@@ -137,7 +139,7 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     """Load the checkpoint that the manifest names, with the facts that it was built with."""
     source, model = bundle.manifest.source, bundle.manifest.model
     path = _find(bundle, source, checkpoint, "--checkpoint")
-    loaded = load_model(path, weights=_weights(source), overrides=Overrides(model.route, model.heads, model.prediction))
+    loaded = load_model(path, weights=_weights(source), overrides=_stated(bundle))
     if loaded.facts != model:
         raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
     return loaded
@@ -150,7 +152,14 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
         if checkpoint is not None:
             raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
         return None
-    return load_weak(_find(bundle, source, checkpoint, "--weak-checkpoint"), strong, _weights(source))
+    path = _find(bundle, source, checkpoint, "--weak-checkpoint")
+    return load_weak(path, strong, _weights(source), _stated(bundle))
+
+
+def _stated(bundle: Bundle) -> Overrides:
+    """What was known of the model when the bundle was built."""
+    model = bundle.manifest.model
+    return Overrides(model.route, model.heads, model.prediction)
 
 
 def _weights(source: Source) -> Weights | None:
@@ -297,7 +306,14 @@ def _guidances(manifest: Manifest) -> list[GuidancePlan]:
         if graph.kind == "guided"
     ]
     alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
-    return [plan, *(other for other in (*found, alone) if other != plan)]
+    return [plan, *(other for other in (*found, alone) if (other.mode, _rates(other)) != (plan.mode, _rates(plan)))]
+
+
+def _rates(guidance: GuidancePlan) -> str:
+    """Strong and weak sparsity as a user writes them, FIRST:LAST where they change; one where both are the same."""
+    ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
+    shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
+    return "/".join(shown[:1] if guidance.mode in ("none", "cfg") else shown)
 
 
 def _mode(graph: GraphFacts) -> GuidanceMode:
@@ -334,10 +350,8 @@ def _compare_run(
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
-    pair = guidance.mode not in ("none", "cfg")
-    rates = f" {guidance.strong.sparsity:g}/{guidance.weak.sparsity:g}" if pair else ""
     where = " in one graph" if fused else " in two graphs" if guidance.mode != "none" else ""
-    return f"{RUN_STEPS} {sampler} steps, {guidance.mode}{rates}{where}"
+    return f"{RUN_STEPS} {sampler} steps, {guidance.mode} {_rates(guidance)}{where}"
 
 
 def _polygraphy_command(bundle: Bundle, graph: GraphFacts, folder: Path) -> str:

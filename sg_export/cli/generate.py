@@ -106,6 +106,8 @@ def generate(
     total = count or min(len(chosen), 64)
     labels = [chosen[k % len(chosen)] for k in range(total)]
     seeds = [(seed + k) % 2**64 for k in range(total)]
+    if churn is None and (churn_range is not None or churn_noise != 1):
+        raise Failure("--churn-range and --churn-noise are of the noise that --churn adds: give that, too", 2)
     plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval)
     low, high = churn_range or (0.0, math.inf)
     with progress(quiet) as report:

@@ -1,10 +1,31 @@
 """Fixtures of the compiler's tests."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from weights import random_state
 
+from sg_export.adapters import maskdit as maskdit_adapter
 from sg_export.compiler import CompileOptions, compile
+from sg_export.loading import LoadedModel
+from sg_export.models import maskdit
+from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.maskdit import MaskDiT
+from sg_export.models.sparse import SparseModel
+from sg_runtime.manifest import ModelFacts, Route, Source
+
+MakeModel = Callable[..., LoadedModel]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: networks this small are no faster on two, and twenty times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -14,10 +35,55 @@ def fixed_bundle(tiny_checkpoint: Path) -> Path:
     return compile(tiny_checkpoint, options).path
 
 
+def shrink_decoder(patch: pytest.MonkeyPatch) -> None:
+    """Give MaskDiT a decoder of 2 blocks of width 24 with 3 heads: upstream's alone would be 100 MB."""
+    for name, value in (("DECODER_WIDTH", 24), ("DECODER_DEPTH", 2), ("DECODER_HEADS", 3)):
+        patch.setattr(maskdit, name, value)
+    patch.setattr(maskdit_adapter, "DECODER_WIDTH", 24)
+
+
+@pytest.fixture
+def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small MaskDiT has a small decoder, too."""
+    shrink_decoder(monkeypatch)
+
+
 @pytest.fixture(scope="session")
-def cfg_bundle(tiny_checkpoint: Path) -> Path:
-    """The tiny model for CFG at sparsity 0.25, its checkpoint beside it; graphs of three images."""
-    options = CompileOptions(
-        tiny_checkpoint.parent / "cfg-bundle", guidance="cfg", strong_sparsity=(0.25,), batch=3, scale=1.5, steps=7
-    )
-    return compile(tiny_checkpoint, options).path
+def make_model() -> MakeModel:
+    """Makes a model of a network's class, shape and route, with a random non-zero value in every place.
+
+    Without a seed it is on PyTorch's meta device. A MaskDiT is masked in the whole of its encoder, whatever the route,
+    and its decoder is small.
+    """
+
+    def make(network_class: type[DiT], config: DiTConfig, route: Route, seed: int | None = 1) -> LoadedModel:
+        masked = network_class is MaskDiT
+        with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+            shrink_decoder(patch)
+            network = network_class(config)
+        state = network.state_dict()
+        if seed is not None:
+            values = random_state({name: list(tensor.shape) for name, tensor in state.items()}, seed, {})
+            network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
+        facts = ModelFacts(
+            family="maskdit" if masked else "tread",
+            prediction="edm" if masked else "flow",
+            space="latent",
+            image_size=config.image_size,
+            channels=config.channels,
+            patch=config.patch,
+            tokens=config.tokens,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            num_classes=config.num_classes,
+            modulations=network.modulations,
+            parameters=sum(tensor.numel() for tensor in state.values()),
+            route=Route(0, config.depth - 1) if masked else route,
+            class_names=None,
+        )
+        layers = Route(0, config.depth) if masked else route
+        model = SparseModel(network, layers).eval().requires_grad_(False)
+        return LoadedModel(model, facts, Source("random.pt", "0" * 64, "bare", None))
+
+    return make

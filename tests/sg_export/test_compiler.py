@@ -2,22 +2,22 @@
 
 import hashlib
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 import sg_export.compiler
-from sg_export.compiler import CompileOptions, check_graph, compile, plan_build
+from sg_export.compiler import CompileOptions, check_graph, compile
 from sg_export.loading import LoadedModel, load_model
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, ExportError, UsageError
-from sg_runtime.manifest import FileFacts, GuidancePlan, Level, Route, Sampling
+from sg_runtime.manifest import FileFacts, GuidancePlan, Karras, Level, Manifest, Route, Sampling
 from sg_runtime.pipeline import Pipeline
 
 FULL, MOST, HALF = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8)
@@ -53,11 +53,12 @@ def test_compile_states_what_was_decided(tiny_bundle: Path, tiny_checkpoint: Pat
     assert manifest.created_by == f"sg-export {__version__}"
     assert manifest.model == loaded.facts
     assert manifest.guidance == GuidancePlan("sg", FULL, HALF, 2.0)
-    assert manifest.sampling == Sampling("euler", 40)
-    assert (manifest.precision, manifest.opset, manifest.batch, manifest.condition_rows) == ("fp32", 20, None, 32)
+    assert manifest.sampling == Sampling("euler", 40, None)
+    assert (manifest.precision, manifest.opset, manifest.batch, manifest.condition_rows) == ("fp32", 20, None, 40)
     assert manifest.source.file == tiny_checkpoint.name
     assert manifest.source.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
     assert (manifest.source.weights, manifest.source.reference) == ("bare", None)
+    assert manifest.weak_source is None
 
 
 def test_compile_stores_kept_tokens_as_integers(tiny_bundle: Path) -> None:
@@ -86,13 +87,63 @@ def test_compile_of_reference_model_names_it(glyphs_bundle: Path) -> None:
     ]
 
 
-def test_compile_for_cfg_has_the_strong_branch_alone(cfg_bundle: Path) -> None:
-    manifest = Bundle.open(cfg_bundle).manifest
-    assert manifest.guidance == GuidancePlan("cfg", MOST, MOST, 1.5)
-    assert [graph.kind for graph in manifest.graphs] == ["condition", "sparse"]
-    assert (manifest.batch, manifest.sampling.steps) == (3, 7)
-    sizes = {tensor.shape[0] for graph in manifest.graphs[1:] for tensor in (*graph.inputs, *graph.outputs)}
-    assert sizes == {3}
+def names(manifest: Manifest) -> list[str]:
+    return [Path(graph.file).stem for graph in manifest.graphs]
+
+
+def test_compile_for_cfg_guides_each_sparsity_by_itself(tiny_cfg_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_cfg_bundle).manifest
+    assert manifest.guidance == GuidancePlan("cfg", FULL, FULL, 1.5)
+    assert names(manifest) == ["condition", "dense", "sparse-12", "guided-16-16-null", "guided-12-12-null"]
+    assert [graph.null_weak for graph in manifest.graphs] == [False, False, False, True, True]
+    sizes = {t.shape[0] for graph in manifest.graphs[1:] for t in (*graph.inputs, *graph.outputs) if t.shape}
+    assert (manifest.batch, sizes) == (3, {3})
+
+
+def test_compile_for_cfg_and_sg_has_weak_branches_without_class(tiny_cfg_sg_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_cfg_sg_bundle).manifest
+    assert manifest.guidance == GuidancePlan("cfg+sg", MOST, HALF, 1.5)
+    assert names(manifest) == ["condition", "sparse-12", "sparse-8", "guided-12-8-null"]
+
+
+def test_compile_with_weak_checkpoint_has_two_networks(tiny_autoguidance_bundle: Path, tiny_checkpoint: Path) -> None:
+    manifest = Bundle.open(tiny_autoguidance_bundle).manifest
+    assert manifest.guidance == GuidancePlan("autoguidance", FULL, HALF, 2.0)
+    strong, weak = ["condition", "dense"], ["weak-condition", "weak-dense", "weak-sparse-8"]
+    assert names(manifest) == [*strong, *weak]
+    assert [graph.network for graph in manifest.graphs] == ["main"] * 2 + ["weak"] * 3
+    assert manifest.weak_source is not None
+    assert (manifest.source.file, manifest.weak_source.file) == ("tiny.safetensors", "tiny-weak.safetensors")
+    weak_checkpoint = tiny_checkpoint.with_name("tiny-weak.safetensors")
+    assert manifest.weak_source.sha256 == hashlib.sha256(weak_checkpoint.read_bytes()).hexdigest()
+    assert all(graph.parity is not None and 0 < graph.parity < 1e-5 for graph in manifest.graphs)
+
+
+def test_compile_with_weak_checkpoint_writes_a_file_of_weights_for_each(
+    tiny_autoguidance_bundle: Path, tiny: Any
+) -> None:
+    found = content(tiny_autoguidance_bundle)
+    assert found.keys() - Bundle.open(tiny_autoguidance_bundle).manifest.files.keys() == {"manifest.json"}
+    assert {"graphs/weights.bin", "graphs/weights-weak.bin"} <= found.keys()
+    assert len(found["graphs/weights.bin"]) == len(found["graphs/weights-weak.bin"])
+    for prefix, seed in (("", 1), ("weak-", 2)):
+        tensors = onnx.load(tiny_autoguidance_bundle / f"graphs/{prefix}dense.onnx").graph.initializer
+        (stored,) = (onnx.numpy_helper.to_array(t) for t in tensors if t.name == "blocks.1.mlp.fc1.weight.T")
+        assert np.array_equal(stored.T, tiny.state(seed)["blocks.1.mlp.fc1.weight"].numpy())
+
+
+def test_compile_of_an_edm_model_samples_by_heun(tiny_edm_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_edm_bundle).manifest
+    assert manifest.model.prediction == "edm"
+    assert manifest.sampling == Sampling("heun", 40, Karras(0.002, 80.0, 7.0))
+    assert manifest.guidance == GuidancePlan("sg", MOST, HALF, 2.0)
+
+
+def test_compile_with_schedule_states_both_ends(tiny_cosine_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_cosine_bundle).manifest
+    assert manifest.guidance == GuidancePlan("sg", FULL, HALF, 3.0, MOST, FULL, 1.5, (0.15, 0.9))
+    # Sparsities that cross have no pair: their branches are run by graphs of their own.
+    assert names(manifest) == ["condition", "dense", "sparse-12", "sparse-8", "guided-16-8", "guided-12-8"]
 
 
 def test_compile_reports_every_stage_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -233,12 +284,6 @@ def test_compile_to_an_output_that_appears_meanwhile_raises(tiny_checkpoint: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("opset", [19, 23])
-def test_compile_options_of_another_opset_raise(opset: int, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"opset: expected 20 to 22, found {opset}"):
-        CompileOptions(tmp_path, opset=opset)
-
-
 def test_compile_of_a_graph_that_differs_from_pytorch_raises(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,74 +306,30 @@ def test_compile_of_a_network_that_overflows_raises(tiny: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "strong", "weak", "names"),
+    ("change", "told"),
     [
-        ({}, FULL, HALF, ["condition", "dense", "sparse-8", "guided-16-8"]),
-        ({"strong_sparsity": (0.25,)}, MOST, HALF, ["condition", "sparse-12", "sparse-8", "guided-12-8"]),
-        (
-            {"sparsity": (0.5, 0.25), "strong_sparsity": (0, 0.5)},
-            FULL,
-            HALF,
-            ["condition", "dense", "sparse-12", "sparse-8", "guided-16-8", "guided-16-12"],
-        ),
-        ({"guidance": "cfg"}, FULL, FULL, ["condition", "dense"]),
-        ({"guidance": "none", "strong_sparsity": (0.5, 0)}, HALF, HALF, ["condition", "dense", "sparse-8"]),
-    ],
-    ids=["default", "sparse strong", "pairs", "cfg", "none"],
-)
-def test_plan_build_of_rates_gives_plan_and_graphs(
-    options: dict[str, Any], strong: Level, weak: Level, names: list[str], loaded: LoadedModel
-) -> None:
-    plan, specs = plan_build(loaded, CompileOptions(Path("out"), **options))
-    assert plan == GuidancePlan(options.get("guidance", "sg"), strong, weak, 2.0)
-    assert [spec.name for spec in specs] == names
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sparsity": (0.5, 0.51)}, "sparsities 0.5 and 0.51 both keep 8 tokens: give one of them"),
-        ({"sparsity": (0.5, 0.5)}, "sparsities 0.5 and 0.5 both keep 8 tokens"),
-        ({"strong_sparsity": (0.0, 0.25, 0.26)}, "sparsities 0.25 and 0.26 both keep 12 tokens"),
-        ({"strong_sparsity": (0.0, 0.25), "sparsity": (0.5, 0.26)}, "sparsities 0.25 and 0.26 both keep 12 tokens"),
-        ({"sparsity": (0.25,), "strong_sparsity": (0.5,)}, "expected a weak branch sparser than the strong one"),
-        ({"sparsity": (0.5,), "strong_sparsity": (0.5,)}, "found sparsity 0.5 (weak, 8 tokens) and 0.5 (strong"),
-        ({"sparsity": (0.0,)}, "sparsity 0: keeps all tokens: expected a weak branch that leaves some out"),
-        ({"sparsity": (0.01,)}, "sparsity 0.01: keeps all tokens of 16: expected one that keeps some"),
-        ({"sparsity": (1.0,)}, "sparsity 1: expected at least 0 and less than 1"),
-        ({"strong_sparsity": (-0.5,)}, "sparsity -0.5: expected at least 0 and less than 1"),
-        ({"strong_sparsity": (math.nan,)}, "sparsity nan: expected at least 0 and less than 1"),
-        ({"scale": math.inf}, "scale: expected a finite float32 number, found inf"),
-        ({"scale": math.nan}, "scale: expected a finite float32 number, found nan"),
+        ({"depth": 2}, "depth: expected 3, found 2; modulations: expected 640, found 448; parameters: "),
+        ({"width": 64}, "width: expected 32, found 64; modulations: expected 640, found 1280; parameters: "),
+        ({"num_classes": 7}, "num_classes: expected 5, found 7; parameters: "),
     ],
 )
-def test_plan_build_of_a_request_that_cannot_be_served_says_why(
-    options: dict[str, Any], message: str, loaded: LoadedModel
+def test_compile_with_weak_checkpoint_of_another_network_names_what_differs(
+    change: dict[str, int], told: str, tiny: Any, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    other = replace(tiny, config=replace(tiny.config, **change))
+    weak = other.save(tmp_path / "other.safetensors")
     with pytest.raises(UsageError) as caught:
-        plan_build(loaded, CompileOptions(Path("out"), **options))
-    assert message in str(caught.value)
+        compile(tiny_checkpoint, CompileOptions(tmp_path / "out", weak_checkpoint=weak))
+    assert str(caught.value).startswith(
+        f"other.safetensors: expected an earlier checkpoint of the network in tiny.safetensors; {told}"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
-def test_plan_build_of_edm_model_raises(loaded: LoadedModel) -> None:
-    edm = replace(loaded, facts=replace(loaded.facts, prediction="edm"))
-    with pytest.raises(UsageError, match="expected a flow model, found edm, which this version can load and inspect"):
-        plan_build(edm, CompileOptions(Path("out")))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
-        ({"steps": -3}, "steps: expected at least 1, found -3"),
-        ({"strong_sparsity": ()}, "strong_sparsity: expected at least one, found none"),
-        ({"guidance": "cfg", "sparsity": (0.5,)}, "sparsity: cfg guidance has no sparser branch: give strong_sparsity"),
-        ({"guidance": "none", "sparsity": (0.5,)}, "sparsity: none guidance has no sparser branch"),
-    ],
-)
-def test_compile_options_out_of_range_raise(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        CompileOptions(Path("out"), **options)
+def test_compile_with_missing_weak_checkpoint_makes_no_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing.pt: expected a checkpoint .* found nothing there"):
+        compile(tiny_checkpoint, CompileOptions(tmp_path / "out", weak_checkpoint=tmp_path / "missing.pt"))
+    assert not list(tmp_path.iterdir())
 
 
 def write_model(path: Path, nodes: list[onnx.NodeProto], rows: int = 2) -> Path:

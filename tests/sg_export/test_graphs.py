@@ -1,6 +1,8 @@
 """What graphs a bundle has, and the tensors of each."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from sg_export.loading import LoadedModel, load_model
 from sg_runtime.manifest import Level, ModelFacts, TensorFacts
 
 FULL, MOST, HALF, FEW = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
-X = TensorFacts("x", "float32", ("B", 2, 8, 8))
-MODULATIONS = TensorFacts("modulations", "float32", ("B", 640))
-PREDICTION = TensorFacts("prediction", "float32", ("B", 2, 8, 8))
-SCALE = TensorFacts("scale", "float32", ())
+X, R = (TensorFacts(name, "float32", ("B", 2, 8, 8)) for name in "xr")
+MODULATIONS, MODULATIONS_WEAK = (
+    TensorFacts(name, "float32", ("B", 640)) for name in ("modulations", "modulations_weak")
+)
+SCALE, *SCALARS = (TensorFacts(name, "float32", ()) for name in ("scale", "c_in", "c_skip", "c_out", "a", "b", "e"))
+TAIL = [*SCALARS, R]
+PREDICTION, NEXT = (TensorFacts(name, "float32", ("B", 2, 8, 8)) for name in ("prediction", "next"))
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +43,66 @@ def keep(name: str, count: int) -> TensorFacts:
         (GraphSpec("dense", (FULL,)), "dense"),
         (GraphSpec("sparse", (HALF,)), "sparse-8"),
         (GraphSpec("guided", (MOST, FEW)), "guided-12-4"),
+        (GraphSpec("guided", (MOST, FEW), null_weak=True), "guided-12-4-null"),
+        (GraphSpec("guided", (FULL, FULL), null_weak=True), "guided-16-16-null"),
+        (GraphSpec("condition", network="weak"), "weak-condition"),
+        (GraphSpec("dense", (FULL,), "weak"), "weak-dense"),
+        (GraphSpec("sparse", (HALF,), "weak"), "weak-sparse-8"),
     ],
 )
-def test_name_holds_kind_and_kept_tokens(spec: GraphSpec, name: str) -> None:
+def test_name_holds_network_kind_kept_tokens_and_null(spec: GraphSpec, name: str) -> None:
     assert spec.name == name
 
 
-def test_plan_graphs_of_sg_has_singles_and_rising_pairs() -> None:
-    names = [spec.name for spec in plan_graphs([FULL, HALF], [MOST, FEW])]
-    singles = ["condition", "dense", "sparse-12", "sparse-8", "sparse-4"]
-    assert names == [*singles, "guided-16-12", "guided-16-4", "guided-8-4"]
+@pytest.mark.parametrize(
+    ("mode", "strong", "weak", "singles", "guided"),
+    [
+        ("sg", [FULL, HALF], [MOST, FEW], ["dense", 12, 8, 4], ["16-12", "16-4", "8-4"]),
+        ("sg", [FULL, HALF], [HALF, FEW], ["dense", 8, 4], ["16-8", "16-4", "8-4"]),
+        ("sg", [HALF, FULL], [FEW, HALF], ["dense", 8, 4], ["8-4", "16-4", "16-8"]),
+        ("sg", [HALF], [FULL, HALF], ["dense", 8], []),
+        ("cfg+sg", [FULL, MOST], [HALF], ["dense", 12, 8], ["16-8-null", "12-8-null"]),
+        ("cfg+sg", [FULL, HALF], [HALF, FULL], ["dense", 8], ["16-8-null"]),
+        ("cfg", [FULL, HALF], [FULL, HALF], ["dense", 8], ["16-16-null", "8-8-null"]),
+        ("none", [HALF, FULL], [HALF, FULL], ["dense", 8], []),
+    ],
+)
+def test_plan_graphs_of_one_network_has_singles_and_the_pairs_of_the_mode(
+    mode: Any, strong: list[Level], weak: list[Level], singles: list[str | int], guided: list[str]
+) -> None:
+    names = [spec.name for spec in plan_graphs(mode, strong, weak)]
+    expected = [single if single == "dense" else f"sparse-{single}" for single in singles]
+    assert names == ["condition", *expected, *(f"guided-{pair}" for pair in guided)]
 
 
-def test_plan_graphs_of_level_in_both_branches_has_it_once() -> None:
-    names = [spec.name for spec in plan_graphs([FULL, HALF], [HALF, FEW])]
-    assert names == ["condition", "dense", "sparse-8", "sparse-4", "guided-16-8", "guided-16-4", "guided-8-4"]
-
-
-def test_plan_graphs_without_weak_branch_has_singles_alone() -> None:
-    assert [spec.name for spec in plan_graphs([HALF], [])] == ["condition", "sparse-8"]
+def test_plan_graphs_of_two_networks_has_the_singles_of_each() -> None:
+    specs = plan_graphs("autoguidance", [FULL, MOST], [HALF, FULL])
+    strong, weak = ["condition", "dense", "sparse-12"], ["weak-condition", "weak-dense", "weak-sparse-8"]
+    assert [spec.name for spec in specs] == [*strong, *weak]
+    assert [spec.network for spec in specs] == ["main"] * 3 + ["weak"] * 3
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (GraphSpec("condition"), (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))),
-        (GraphSpec("dense", (FULL,)), (X, MODULATIONS)),
-        (GraphSpec("sparse", (HALF,)), (X, MODULATIONS, keep("keep", 8))),
-        (GraphSpec("guided", (FULL, HALF)), (X, MODULATIONS, keep("keep_weak", 8), SCALE)),
+        (GraphSpec("condition"), [TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",))]),
+        (GraphSpec("dense", (FULL,)), [X, MODULATIONS, *TAIL]),
+        (GraphSpec("sparse", (HALF,), "weak"), [X, MODULATIONS, keep("keep", 8), *TAIL]),
+        (GraphSpec("guided", (FULL, HALF)), [X, MODULATIONS, keep("keep_weak", 8), SCALE, *TAIL]),
         (
             GraphSpec("guided", (MOST, HALF)),
-            (X, MODULATIONS, keep("keep_strong", 12), keep("keep_weak", 8), SCALE),
+            [X, MODULATIONS, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
         ),
+        (
+            GraphSpec("guided", (MOST, HALF), null_weak=True),
+            [X, MODULATIONS, MODULATIONS_WEAK, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
+        ),
+        (GraphSpec("guided", (FULL, FULL), null_weak=True), [X, MODULATIONS, MODULATIONS_WEAK, SCALE, *TAIL]),
     ],
     ids=lambda value: value.name if isinstance(value, GraphSpec) else "",
 )
-def test_inputs_of_each_kind_are_the_designs(
-    spec: GraphSpec, expected: tuple[TensorFacts, ...], facts: ModelFacts
-) -> None:
-    assert graphs.inputs(spec, facts, None) == expected
+def test_inputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[TensorFacts], facts: ModelFacts) -> None:
+    assert graphs.inputs(spec, facts, None) == tuple(expected)
     fixed = [TensorFacts(t.name, t.dtype, tuple(3 if size == "B" else size for size in t.shape)) for t in expected]
     # The rows of condition are its caller's, whatever the images per run.
     assert graphs.inputs(spec, facts, 3) == tuple(fixed)
@@ -85,19 +111,18 @@ def test_inputs_of_each_kind_are_the_designs(
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (GraphSpec("condition"), TensorFacts("modulations", "float32", ("S", 640))),
-        (GraphSpec("sparse", (HALF,)), PREDICTION),
-        (GraphSpec("guided", (FULL, HALF)), PREDICTION),
+        (GraphSpec("condition"), [TensorFacts("modulations", "float32", ("S", 640))]),
+        (GraphSpec("sparse", (HALF,)), [PREDICTION, NEXT]),
+        (GraphSpec("guided", (FULL, HALF)), [PREDICTION, NEXT]),
     ],
     ids=lambda value: value.name if isinstance(value, GraphSpec) else "",
 )
-def test_outputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: TensorFacts, facts: ModelFacts) -> None:
-    assert graphs.outputs(spec, facts, None) == (expected,)
+def test_outputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[TensorFacts], facts: ModelFacts) -> None:
+    assert graphs.outputs(spec, facts, None) == tuple(expected)
 
 
 def test_outputs_of_fixed_batch_have_it(facts: ModelFacts) -> None:
-    (output,) = graphs.outputs(GraphSpec("dense", (FULL,)), facts, 3)
-    assert output.shape == (3, 2, 8, 8)
+    assert [tensor.shape for tensor in graphs.outputs(GraphSpec("dense", (FULL,)), facts, 3)] == [(3, 2, 8, 8)] * 2
 
 
 def test_example_of_indices_is_sorted_and_distinct() -> None:
@@ -115,20 +140,39 @@ def test_example_of_times_lies_between_noise_and_image() -> None:
     assert values.max() < 1
 
 
-@pytest.mark.parametrize("strong", [FULL, MOST], ids=["dense", "sparse"])
-def test_forward_of_guided_is_the_combination_of_two_passes(strong: Level, loaded: LoadedModel) -> None:
-    spec = GraphSpec("guided", (strong, FEW))
-    inputs = graphs.inputs(spec, loaded.facts, 2)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GraphSpec("dense", (FULL,)),
+        GraphSpec("sparse", (HALF,)),
+        GraphSpec("guided", (FULL, FEW)),
+        GraphSpec("guided", (MOST, FEW)),
+        GraphSpec("guided", (MOST, FEW), null_weak=True),
+        GraphSpec("guided", (MOST, MOST), null_weak=True),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: GraphSpec, loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = {tensor.name: graphs.example(tensor, 16, {}, generator) for tensor in inputs}
-    values["modulations"] = loaded.model.condition(torch.tensor([0.3, 0.7]), torch.tensor([1, 5]))
-    guided = GraphModule(loaded.model, spec, list(values))(*values.values())
-    strong_pass = loaded.model.predict(values["x"], values["modulations"], values.get("keep_strong"))
-    weak_pass = loaded.model.predict(values["x"], values["modulations"], values["keep_weak"])
-    expected = weak_pass + values["scale"] * (strong_pass - weak_pass)
+    values = {tensor.name: graphs.example(tensor, 16, {}, generator) for tensor in graphs.inputs(spec, loaded.facts, 2)}
+    t = torch.tensor([0.3, 0.7])
+    values["modulations"] = loaded.model.condition(t, torch.tensor([1, 2]))
+    if spec.null_weak:
+        values["modulations_weak"] = loaded.model.condition(t, torch.tensor([5, 5]))
+    v = SimpleNamespace(**values)
+    prediction, following = GraphModule(loaded.model, spec, list(values))(*values.values())
+    if spec.kind == "guided":
+        strong = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep_strong"))
+        weak = loaded.model.predict(v.c_in * v.x, values.get("modulations_weak", v.modulations), v.keep_weak)
+        output = weak + v.scale * (strong - weak)
+        assert (strong - weak).norm() / output.norm() > 0.01
+    else:
+        output = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep"))
+    wanted = v.c_skip * v.x + v.c_out * output
     # Combining before the head instead of after it changes the order of sums: some FP32 steps, 1.2e-7 each.
-    assert (guided - expected).norm() / expected.norm() < 2e-6
-    assert (strong_pass - weak_pass).norm() / expected.norm() > 0.01
+    assert (prediction - wanted).norm() / wanted.norm() < 2e-6
+    wanted = v.a * v.x + v.b * wanted + v.e * v.r
+    assert (following - wanted).norm() / wanted.norm() < 2e-6
 
 
 def test_forward_of_condition_is_that_of_the_model(loaded: LoadedModel) -> None:

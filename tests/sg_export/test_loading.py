@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sg_export
 from sg_export.adapters import tread
 from sg_export.checkpoint import Overrides
-from sg_export.loading import LoadedModel, load_model
+from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import Level, Route
 
@@ -35,7 +35,7 @@ def test_load_model_output_depends_on_every_argument(loaded: LoadedModel) -> Non
     t, classes, keep = torch.tensor([0.2, 0.8]), torch.tensor([0, 4]), torch.arange(8).repeat(2, 1)
     base = loaded.model(x, t, classes, keep)
     assert base.shape == x.shape
-    changed = [(x + 1, t, classes, keep), (x, t + 0.1, classes, keep), (x, t, classes + 1, keep)]
+    changed: list[tuple[Any, ...]] = [(x + 1, t, classes, keep), (x, t + 0.1, classes, keep), (x, t, classes + 1, keep)]
     changed += [(x, t, classes, keep + 8), (x, t, classes, None)]
     assert all(not torch.equal(base[:1], loaded.model(*arguments)[:1]) for arguments in changed)
 
@@ -97,6 +97,53 @@ def test_level_without_route_shows_upstreams_usual(depth: int, usual: str, loade
         "tiny.safetensors: the route is unknown, so no branch can be sparse: give --route START-END, both blocks "
         f"included; upstream's for {depth} blocks is {usual}"
     )
+
+
+def test_load_weak_has_its_own_weights_and_the_strong_models_facts(
+    tiny: Any, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    # An earlier file of the run, with nothing beside it.
+    path = tiny.save(tmp_path / "early.pt", {"model_state_dict": tiny.state(1), "ema_state_dict": tiny.state(2)}, {})
+    weak = load_weak(path, loaded, None)
+    assert weak.facts == loaded.facts
+    assert (weak.source.file, weak.source.weights) == ("early.pt", "ema")
+    bias = "network.final_layer.linear.bias"
+    assert torch.equal(weak.model.state_dict()[bias], tiny.state(2)["final_layer.linear.bias"])
+    assert torch.equal(load_weak(path, loaded, "model").model.state_dict()[bias], loaded.model.state_dict()[bias])
+
+
+def test_load_weak_takes_the_strong_models_names_of_classes(tiny: Any, loaded: LoadedModel, tmp_path: Path) -> None:
+    named = replace(loaded, facts=replace(loaded.facts, class_names=tuple("abcde"), space="pixel"))
+    path = tiny.save(tmp_path / "early.safetensors", facts={**tiny.facts, "class_names": list("vwxyz")})
+    assert load_weak(path, named, None).facts == named.facts
+
+
+# What the files state of themselves differs: they are of two runs, though their tensors have the same shapes.
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"prediction": "edm"}, "prediction: expected flow, found edm"),
+        ({"heads": 4}, "heads: expected 2, found 4"),
+        ({"route": "0-1", "heads": 4}, "heads: expected 2, found 4; route: expected 1-1, found 0-1"),
+    ],
+)
+def test_load_weak_of_another_run_names_what_differs(
+    stated: dict[str, Any], told: str, tiny: Any, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    path = tiny.save(tmp_path / "early.safetensors", facts={**tiny.facts, **stated})
+    with pytest.raises(UsageError) as caught:
+        load_weak(path, loaded, None)
+    assert str(caught.value) == (
+        f"early.safetensors: expected an earlier checkpoint of the network in tiny.safetensors; {told}"
+    )
+
+
+def test_load_weak_with_overrides_states_them_of_both(tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    overrides = Overrides(Route(0, 2), 4, "edm")
+    strong = load_model(tiny_checkpoint, overrides=overrides)
+    weak = load_weak(tiny.save(tmp_path / "early.safetensors"), strong, None, overrides)
+    assert weak.facts == strong.facts
+    assert (weak.facts.route, weak.facts.heads, weak.facts.prediction) == (Route(0, 2), 4, "edm")
 
 
 def test_load_model_by_reference_name_is_the_shipped_model() -> None:

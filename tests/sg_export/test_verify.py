@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import polygraphy
 import pytest
 import torch
 
+from sg_export.compiler import CompileOptions, compile
 from sg_export.verify import (
     GRAPH_GATE,
     RUN_GATE,
@@ -22,12 +24,14 @@ from sg_export.verify import (
     Parity,
     compare_arrays,
     reload_checkpoint,
+    reload_weak,
     verify,
     write_parity,
 )
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import BundleError, CheckpointError
-from sg_runtime.manifest import write_manifest
+from sg_runtime.errors import BundleError, CheckpointError, UsageError
+from sg_runtime.files import sha256_of
+from sg_runtime.manifest import FileFacts, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -49,67 +53,119 @@ def test_verify_compares_every_graph_over_time(glyphs_parity: tuple[Parity, list
     assert (min(TIMES), max(TIMES)) == (0.02, 0.98)
     parity, _ = glyphs_parity
     graphs = [comparison for comparison in parity.comparisons if comparison.time is not None]
-    names = [Path(graph.file).stem for graph in Bundle.open(glyphs_bundle).manifest.graphs]
-    assert [(c.subject, c.time) for c in graphs] == list(itertools.product(names, TIMES))
+    expected = [
+        (Path(graph.file).stem, t, output.name)
+        for graph in Bundle.open(glyphs_bundle).manifest.graphs
+        for t in TIMES
+        for output in graph.outputs
+    ]
+    assert [(c.subject, c.time, c.output) for c in graphs] == expected
+    assert {output for *_, output in expected} == {"modulations", "prediction", "next"}
     assert {comparison.gate for comparison in graphs} == {GRAPH_GATE}
     # Two programs that add in different orders: all equal would mean that one was compared with itself.
     assert all(comparison.max_abs > 0 for comparison in graphs)
 
 
+def runs(parity: Parity) -> list[str]:
+    """The names of whole runs, without sampler and place: each stands for all of these."""
+    found = [comparison.subject for comparison in parity.comparisons if comparison.time is None]
+    names = list(dict.fromkeys(name.split("steps, ")[1].split(" in ")[0] for name in found))
+    expected = []
+    for name, sampler in itertools.product(names, ("euler", "heun")):
+        places = {"none": [""], "autoguidance": [" in two graphs"]}.get(
+            name.split()[0], [" in one graph", " in two graphs"]
+        )
+        expected += [f"10 {sampler} steps, {name}{place}" for place in places]
+    assert found == expected
+    return names
+
+
 def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     parity, _ = glyphs_parity
-    runs = [comparison for comparison in parity.comparisons if comparison.time is None]
     pairs = [f"sg {strong}/{weak}" for strong in ("0", "0.25") for weak in ("0.5", "0.75")]
-    expected = [
-        f"10 {sampler} steps, {pair} in the {where}"
-        for pair, sampler, where in itertools.product(pairs, ("euler", "heun"), ("graph", "runtime"))
-    ]
-    assert [run.subject for run in runs] == [*expected, "10 euler steps, none", "10 heun steps, none"]
-    assert {run.gate for run in runs} == {RUN_GATE}
+    assert runs(parity) == [*pairs, "none 0"]
+    whole = [comparison for comparison in parity.comparisons if comparison.time is None]
+    assert {(run.output, run.gate) for run in whole} == {("samples", RUN_GATE)}
 
 
 def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     _, stages = glyphs_parity
     assert stages[0] == ("comparing condition", 0, 27)
     assert [done for _, done, _ in stages] == list(range(27))
-    assert stages[-1][0] == "comparing 10 heun steps, none"
+    assert stages[-1][0] == "comparing 10 heun steps, none 0"
 
 
-def test_verify_of_cfg_bundle_compares_its_runs(cfg_bundle: Path) -> None:
-    parity = verify(cfg_bundle, times=(0.5,))
+# By bundle: the graphs, and the runs beside that of the bundle's own plan.
+@pytest.mark.parametrize(
+    ("name", "graphs", "expected"),
+    [
+        (
+            "tiny_cfg",
+            ["condition", "dense", "sparse-12", "guided-16-16-null", "guided-12-12-null"],
+            ["cfg 0", "cfg 0.25", "none 0"],
+        ),
+        (
+            "tiny_cfg_sg",
+            ["condition", "sparse-12", "sparse-8", "guided-12-8-null"],
+            ["cfg+sg 0.25/0.5", "none 0.25"],
+        ),
+        (
+            "tiny_autoguidance",
+            ["condition", "dense", "weak-condition", "weak-dense", "weak-sparse-8"],
+            ["autoguidance 0/0.5", "none 0"],
+        ),
+        (
+            "tiny_cosine",
+            ["condition", "dense", "sparse-12", "sparse-8", "guided-16-8", "guided-12-8"],
+            ["sg 0:0.25/0.5:0", "sg 0/0.5", "sg 0.25/0.5", "none 0"],
+        ),
+        ("tiny_edm", ["condition", "sparse-12", "sparse-8", "guided-12-8"], ["sg 0.25/0.5", "none 0.25"]),
+    ],
+)
+def test_verify_of_every_mode_passes_in_graphs_and_runs(
+    name: str, graphs: list[str], expected: list[str], request: pytest.FixtureRequest
+) -> None:
+    parity = verify(request.getfixturevalue(f"{name}_bundle"), times=(0.02, 0.98))
+    assert parity.passed, [comparison for comparison in parity.comparisons if not comparison.passed]
+    assert list(dict.fromkeys(c.subject for c in parity.comparisons if c.time is not None)) == graphs
+    assert runs(parity) == expected
+
+
+def test_verify_of_a_plan_without_guidance_runs_it_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = compile(tiny_checkpoint, CompileOptions(tmp_path / "out", guidance="none", batch=1)).path
+    parity = verify(bundle, tiny_checkpoint, times=(0.5,))
     assert parity.passed
-    assert [comparison.subject for comparison in parity.comparisons] == [
-        "condition",
-        "sparse-12",
-        *(f"10 {sampler} steps, cfg in the runtime" for sampler in ("euler", "heun")),
-        *(f"10 {sampler} steps, none" for sampler in ("euler", "heun")),
-    ]
+    assert runs(parity) == ["none 0"]
 
 
-def altered(bundle: Path, copy: Path, tensor: str, factor: float) -> Path:
-    """A copy of a bundle with one weight scaled, and a manifest that fits it."""
-    import onnx
+@pytest.mark.usefixtures("small_decoder")
+def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> None:
+    checkpoint = tiny_masked.save(tmp_path / "masked.safetensors")
+    options = CompileOptions(tmp_path / "out", (0.5,), (0.25,), guidance="cfg+sg", batch=1)
+    parity = verify(compile(checkpoint, options).path, times=(0.5,))
+    assert parity.passed, [comparison for comparison in parity.comparisons if not comparison.passed]
+    assert runs(parity) == ["cfg+sg 0.25/0.5", "none 0.25"]
 
-    from sg_runtime.files import sha256_of
-    from sg_runtime.manifest import FileFacts
 
+def altered(bundle: Path, copy: Path, tensor: str, factor: float, file: str = "weights.bin") -> Path:
+    """A copy of a bundle with one weight in a file of them scaled, and a manifest that fits it."""
     shutil.copytree(bundle, copy)
     graphs = [onnx.load(path, load_external_data=False) for path in (copy / "graphs").glob("*.onnx")]
     (entries,) = {
         tuple((entry.key, entry.value) for entry in initializer.external_data)
         for graph in graphs
         for initializer in graph.graph.initializer
-        if initializer.name == tensor
+        if initializer.name == tensor and initializer.external_data[0].value == file
     }
     offset, length = (int(dict(entries)[key]) for key in ("offset", "length"))
-    weights = copy / "graphs/weights.bin"
+    weights = copy / "graphs" / file
     content = bytearray(weights.read_bytes())
     values = np.frombuffer(content, np.float32, length // 4, offset)
     values *= np.float32(factor)
     weights.write_bytes(content)
     manifest = Bundle.open(copy, verify_hashes=False).manifest
     facts = FileFacts(weights.stat().st_size, sha256_of(weights))
-    write_manifest(replace(manifest, files={**manifest.files, "graphs/weights.bin": facts}), copy / "manifest.json")
+    write_manifest(replace(manifest, files={**manifest.files, f"graphs/{file}": facts}), copy / "manifest.json")
     return copy
 
 
@@ -131,6 +187,35 @@ def test_verify_of_altered_weights_fails_the_graphs_that_have_them(
     failed = {comparison.subject for comparison in parity.comparisons if not comparison.passed}
     runs = {comparison.subject for comparison in parity.comparisons if comparison.time is None}
     assert failed == failing | runs
+
+
+def test_verify_of_altered_weak_weights_fails_the_weak_graphs(
+    tiny_autoguidance_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tensor = "blocks.1.mlp.fc2.weight.T"
+    bundle = altered(tiny_autoguidance_bundle, tmp_path / "bundle", tensor, 1.005, "weights-weak.bin")
+    weak = tiny_checkpoint.with_name("tiny-weak.safetensors")
+    parity = verify(bundle, tiny_checkpoint, weak_checkpoint=weak, times=(0.3,))
+    failed = {comparison.subject for comparison in parity.comparisons if not comparison.passed}
+    guided = {f"10 {sampler} steps, autoguidance 0/0.5 in two graphs" for sampler in ("euler", "heun")}
+    assert failed == {"weak-dense", "weak-sparse-8"} | guided
+
+
+def test_verify_compares_the_update_of_each_graph(fixed_bundle: Path, tmp_path: Path) -> None:
+    """A graph whose r is not taken has a right prediction and a wrong next."""
+    copy = Path(shutil.copytree(fixed_bundle, tmp_path / "bundle"))
+    path = copy / "graphs/sparse-8.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (memory,) = (node for node in model.graph.node if "e" in node.input)
+    memory.input[list(memory.input).index("r")] = "x"
+    path.write_bytes(model.SerializeToString())
+    manifest = Bundle.open(copy, verify_hashes=False).manifest
+    files = {**manifest.files, "graphs/sparse-8.onnx": FileFacts(path.stat().st_size, sha256_of(path))}
+    write_manifest(replace(manifest, files=files), copy / "manifest.json")
+    shutil.copy(fixed_bundle.parent / "tiny.safetensors", tmp_path)
+    parity = verify(copy, times=(0.3,))
+    assert ("sparse-8", "next") in {(c.subject, c.output) for c in parity.comparisons if not c.passed}
+    assert ("sparse-8", "prediction") in {(c.subject, c.output) for c in parity.comparisons if c.passed}
 
 
 def test_reload_checkpoint_finds_the_file_beside_the_bundle(fixed_bundle: Path) -> None:
@@ -172,20 +257,53 @@ def test_reload_checkpoint_beside_another_manifest_raises(fixed_bundle: Path) ->
         reload_checkpoint(replace(bundle, manifest=other), None)
 
 
+def test_reload_weak_finds_the_file_beside_the_bundle(tiny_autoguidance_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_autoguidance_bundle)
+    strong = reload_checkpoint(bundle, None)
+    weak = reload_weak(bundle, None, strong)
+    assert weak is not None
+    assert weak.source == bundle.manifest.weak_source
+    assert weak.facts == strong.facts
+
+
+def test_reload_weak_of_another_file_raises(
+    tiny_autoguidance_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(tiny_autoguidance_bundle)
+    strong = reload_checkpoint(bundle, None)
+    with pytest.raises(CheckpointError, match=r"tiny.safetensors: expected SHA-256 \w{12}…, from which .* was built"):
+        reload_weak(bundle, tiny_checkpoint, strong)
+    with pytest.raises(CheckpointError, match=r"missing.pt: expected the checkpoint of .*, tiny-weak.safetensors, fou"):
+        reload_weak(bundle, tmp_path / "missing.pt", strong)
+    moved = Bundle.open(shutil.copytree(tiny_autoguidance_bundle, tmp_path / "bundle"))
+    with pytest.raises(CheckpointError, match=r"tiny-weak.safetensors is neither .* nor here: give --weak-checkpoint$"):
+        reload_weak(moved, None, strong)
+
+
+def test_reload_weak_where_there_is_none(fixed_bundle: Path, tiny_checkpoint: Path) -> None:
+    bundle = Bundle.open(fixed_bundle)
+    strong = reload_checkpoint(bundle, None)
+    assert reload_weak(bundle, None, strong) is None
+    with pytest.raises(UsageError, match=r"fixed-bundle: has no weak network: leave out --weak-checkpoint$"):
+        reload_weak(bundle, tiny_checkpoint, strong)
+
+
 def test_write_parity_holds_what_was_measured(fixed_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(fixed_bundle)
-    good = Comparison("dense", 0.5, 1e-6, 2e-7, 1.0, 1e-5, True)
+    good = Comparison("dense", "next", 0.5, 1e-6, 2e-7, 1.0, 1e-5, True)
     write_parity(Parity((good, replace(good, time=None, passed=False)), ()), bundle, tmp_path / "verify.json")
     assert [path.name for path in tmp_path.iterdir()] == ["verify.json"]
     content = json.loads((tmp_path / "verify.json").read_text())
     assert content["passed"] is False
     assert content["bundle"] == "fixed-bundle"
     assert content["source"]["sha256"] == bundle.manifest.source.sha256
+    assert content["weak_source"] is None
     assert content["versions"] == {
         module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)
     }
     assert content["comparisons"][0] == {
         "subject": "dense",
+        "output": "next",
         "time": 0.5,
         "max_abs": 1e-6,
         "relative_l2": 2e-7,
@@ -196,8 +314,14 @@ def test_write_parity_holds_what_was_measured(fixed_bundle: Path, tmp_path: Path
     assert content["comparisons"][1]["time"] is None
 
 
+def test_write_parity_of_two_networks_names_both_checkpoints(tiny_autoguidance_bundle: Path, tmp_path: Path) -> None:
+    write_parity(Parity((), ()), Bundle.open(tiny_autoguidance_bundle), tmp_path / "verify.json")
+    content = json.loads((tmp_path / "verify.json").read_text())
+    assert [content[key]["file"] for key in ("source", "weak_source")] == ["tiny.safetensors", "tiny-weak.safetensors"]
+
+
 def compare(wanted: list[float], found: list[float], gate: float = 1e-5) -> Comparison:
-    return compare_arrays("a", 0.5, np.array(wanted, np.float32), np.array(found, np.float32), gate)
+    return compare_arrays("a", "next", 0.5, np.array(wanted, np.float32), np.array(found, np.float32), gate)
 
 
 def test_compare_arrays_measures_by_hand() -> None:

@@ -68,9 +68,13 @@ def command(*arguments: object, blocked: Sequence[str] = ()) -> list[str]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """An environment in which this checkout is found first, and programs of this interpreter by their name."""
+    """An environment in which this checkout is found first, and programs of this interpreter by their name.
+
+    PyTorch has one thread there, as in this process.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS), "PATH": path, "PYTHONUNBUFFERED": "1"}
+    settings = {"PATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS), **settings}
 
 
 @pytest.fixture

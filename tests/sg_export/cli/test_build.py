@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Route
+from sg_runtime.manifest import GuidancePlan, Level, Route, Sampling
 
 # The bundle with the fewest and the most quickly traced graphs.
 SMALLEST = ("--guidance", "none", "--batch", 1)
@@ -47,14 +47,15 @@ def test_build_in_another_process_gives_the_same_bytes(
 def test_build_options_reach_the_bundle(cli: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "my.pt", {"model_state_dict": tiny.state(), "ema_state_dict": {}}, {})
     stated = ("--weights", "model", "--heads", 4, "--prediction", "flow", "--route", "0-1")
-    runs = ("--scale", 3, "--steps", 9, "--opset", 21, "-o", tmp_path / "out")
+    runs = ("--scale", 3, "--interval", 0.25, 0.75, "--steps", 9, "--opset", 21, "-o", tmp_path / "out")
     result = cli("build", path, *SMALLEST, *stated, *runs, "--json", "--quiet")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert json.loads(result.stdout) == json.loads((tmp_path / "out/manifest.json").read_bytes())
     manifest = Bundle.open(tmp_path / "out").manifest
     assert (manifest.source.weights, manifest.model.heads, manifest.model.route) == ("model", 4, Route(0, 1))
-    assert (manifest.guidance.mode, manifest.guidance.scale, manifest.sampling.steps) == ("none", 3.0, 9)
+    assert manifest.guidance == GuidancePlan("none", Level(0.0, 16), Level(0.0, 16), 3.0, interval=(0.25, 0.75))
+    assert manifest.sampling == Sampling("euler", 9, None)
     assert (manifest.opset, manifest.batch) == (21, 1)
 
 
@@ -67,6 +68,23 @@ def test_build_of_a_pair_that_is_not_sparser_says_that_it_is_skipped(
     assert result.stderr.endswith("skipped the pair 0.5/0.5: its weak branch is not sparser\n")
     names = ["condition", "dense", "sparse-8", "guided-16-8"]
     assert [Path(graph.file).stem for graph in Bundle.open(tmp_path / "out").manifest.graphs] == names
+
+
+def test_build_of_a_schedule_names_the_pairs_that_it_skips(
+    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rates = ("--strong-sparsity", 0, "--strong-sparsity", 0.5, "--sparsity", 0.5, "--sparsity", 0)
+    result = cli("build", tiny_checkpoint, *rates, "--schedule", "cosine", "--batch", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped")]
+    assert skipped == [
+        f"skipped the pair {pair}: its weak branch is not sparser" for pair in ("0/0", "0.5/0.5", "0.5/0")
+    ]
+    manifest = Bundle.open(tmp_path / "out").manifest
+    full, half = Level(0.0, 16), Level(0.5, 8)
+    assert manifest.guidance == GuidancePlan("sg", full, half, 2.0, half, full)
+    names = ["condition", "dense", "sparse-8", "guided-16-8"]
+    assert [Path(graph.file).stem for graph in manifest.graphs] == names
 
 
 def test_build_without_onnxruntime_records_no_parity(
@@ -97,9 +115,15 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--heads", "5"], "tiny.safetensors: heads: expected a divisor of the width 32, found 5"),
         (["--heads", "0"], "0 is not in the range x>=1"),
         (["--weights", "ema"], "holds one bare set of weights: leave out --weights ema"),
-        (["--prediction", "edm"], "expected a flow model, found edm, which this version can load and inspect but not"),
+        (["--scale", "2:x"], "'2:x': expected a number, or two as FIRST:LAST"),
+        (["--scale", "3:inf"], "scale: expected a finite float32 number, found inf"),
+        (["--schedule", "linear"], "'linear' is not one of 'constant', 'cosine'"),
+        (["--schedule", "cosine", "--sparsity", "0"], "raise --sparsity or lower --strong-sparsity"),
+        (["--interval", "0.9", "0.1"], "interval: expected 0 <= lowest time <= highest time, found 0.9 to 0.1"),
+        (["--interval", "0.9"], "Invalid value for '--interval': '-o' is not a valid float."),
+        (["--guidance", "autoguidance"], "'autoguidance' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
         (["--prediction", "eps"], "'eps' is not one of 'flow', 'edm'"),
-        (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'none'"),
+        (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
         (["--precision", "fp16"], "'fp16' is not 'fp32'"),
         (["--target", "tensorrt"], "'tensorrt' is not 'onnxruntime'"),
         (["--steps", "-1"], "-1 is not in the range x>=1"),
@@ -113,6 +137,37 @@ def test_build_of_a_wrong_request_ends_with_2(
     arguments: list[str], message: str, refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     assert message in refused(2, "build", tiny_checkpoint, *arguments, "-o", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["sg", "cfg", "cfg+sg", "none"])
+def test_build_with_weak_checkpoint_for_another_mode_ends_with_2(
+    mode: str, refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    words = ("--weak-checkpoint", tiny_checkpoint, "--guidance", mode, "-o", tmp_path / "out")
+    assert refused(2, "build", tiny_checkpoint, *words) == (
+        f"weak_checkpoint: expected one for autoguidance and for no other mode, found {tiny_checkpoint} for {mode}"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_with_weak_checkpoint_of_another_network_ends_with_2(
+    refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    message = refused(2, "build", tiny_checkpoint, "--weak-checkpoint", "glyphs-early", "-o", tmp_path / "out")
+    assert message.startswith(
+        "glyphs-early.safetensors: expected an earlier checkpoint of the network in tiny.safetensors; image_size: "
+    )
+    assert message.endswith("; route: expected 1-1, found 1-6")
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_with_missing_weak_checkpoint_ends_with_6(
+    refused: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing.pt"
+    message = refused(6, "build", tiny_checkpoint, "--weak-checkpoint", missing, "-o", tmp_path / "out")
+    assert message.startswith(f"{missing}: expected a checkpoint")
     assert not list(tmp_path.iterdir())
 
 

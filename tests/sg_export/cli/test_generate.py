@@ -16,6 +16,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import FileFacts, write_manifest
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.sampling import Churn
 
 FAST = ("--steps", 1)
 
@@ -73,6 +74,13 @@ def test_generate_of_the_last_seed_goes_on_with_the_first(samples: Callable[...,
         (["--guidance", "none"], {"mode": "none"}),
         (["--guidance", "cfg", "--scale", 1.5], {"mode": "cfg", "scale": 1.5}),
         (["--sparsity", 0.75, "--strong-sparsity", 0.25], {"strong_sparsity": 0.25, "sparsity": 0.75}),
+        (["--guidance", "cfg+sg", "--sparsity", 0.75], {"mode": "cfg+sg", "sparsity": 0.75}),
+        (["--scale", "3:1"], {"scale": (3.0, 1.0)}),
+        (
+            ["--sparsity", "0.75:0", "--strong-sparsity", "0:0.75"],
+            {"strong_sparsity": (0.0, 0.75), "sparsity": (0.75, 0.0)},
+        ),
+        (["--interval", 0.1, 0.6], {"interval": (0.1, 0.6)}),
     ],
 )
 def test_generate_guidance_options_reach_the_pipeline(
@@ -81,6 +89,46 @@ def test_generate_guidance_options_reach_the_pipeline(
     pipe = Pipeline.load(glyphs_bundle)
     expected = pipe.sample([1], [0], steps=2, sampler="heun", guidance=pipe.guidance(**settings))
     assert np.array_equal(samples("--class", 1, *arguments, "--steps", 2, "--sampler", "heun"), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "churn"),
+    [
+        ([], None),
+        (["--churn", 2], Churn(2.0)),
+        (["--churn", 2, "--churn-range", 0.1, 50, "--churn-noise", 1.1], Churn(2.0, 0.1, 50.0, 1.1)),
+    ],
+)
+def test_generate_churn_options_reach_the_pipeline(
+    arguments: list[Any], churn: Churn | None, cli: Callable[..., Any], tiny_edm_bundle: Path, tmp_path: Path
+) -> None:
+    words = ("--class", 1, "--count", 3, "--steps", 3, *arguments, "-o", tmp_path / "x.npy")
+    result = cli("generate", tiny_edm_bundle, *words)
+    assert result.exit_code == 0, result.output
+    pipe = Pipeline.load(tiny_edm_bundle)
+    found, expected = np.load(tmp_path / "x.npy"), pipe.sample([1] * 3, [0, 1, 2], steps=3, churn=churn)
+    assert np.array_equal(found, expected)
+    if churn is not None:
+        assert not np.allclose(found, pipe.sample([1] * 3, [0, 1, 2], steps=3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--churn", "-1"], "churn: expected an amount and noise of at least 0 and low <= high, found amount -1"),
+        (["--churn", "nan"], "churn: expected an amount and noise of at least 0 and low <= high, found amount nan"),
+        (["--churn", "1", "--churn-range", "2", "1"], "amount 1, noise 1, 2 to 1"),
+        (["--churn", "1", "--churn-noise", "-1"], "amount 1, noise -1, 0 to inf"),
+        (["--churn-range", "1", "2"], "--churn-range and --churn-noise are of the noise that --churn adds: give that"),
+        (["--churn-noise", "1.1"], "--churn-range and --churn-noise are of the noise that --churn adds: give that"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_of_wrong_churn_ends_with_2(
+    arguments: list[str], message: str, refused: Callable[..., str], tiny_edm_bundle: Path, tmp_path: Path
+) -> None:
+    assert message in refused(2, "generate", tiny_edm_bundle, *arguments, "-o", tmp_path / "x.npy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_png_is_a_grid(cli: Callable[..., Any], glyphs_bundle: Path, tmp_path: Path) -> None:
@@ -129,8 +177,21 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
         (["--count", "0"], "0 is not in the range x>=1"),
         (["--seed", "-1"], "-1 is not in the range 0<=x<=18446744073709551615"),
         (["--sampler", "ddim"], "'ddim' is not one of 'euler', 'heun'"),
-        (["--sparsity", "0.9"], "0.9"),
+        (["--sparsity", "0.9"], "sparsity 0.9 is not in this bundle, which has 0, 0.25, 0.5, 0.75; build it with: "),
+        (
+            ["--sparsity", "0.5:0.9"],
+            "sparsity 0.9 is not in this bundle, which has 0, 0.25, 0.5, 0.75; build it with: ",
+        ),
+        (["--strong-sparsity", "0.1:0"], "sparsity 0.1 is not in this bundle"),
+        (["--sparsity", "0.5:0:1"], "'0.5:0:1': expected a number, or two as FIRST:LAST"),
+        (["--sparsity", "half"], "'half': expected a number, or two as FIRST:LAST"),
+        (["--guidance", "cfg", "--sparsity", "0.5"], "cfg guidance has one sparsity: give the strong one"),
+        (["--guidance", "autoguidance"], "autoguidance: this bundle has no weak checkpoint; build it with: sg-export "),
         (["--scale", "nan"], "scale: expected a finite float32 number, found nan"),
+        (["--scale", "3:nan"], "scale: expected a finite float32 number, found nan"),
+        (["--scale", "3:"], "'3:': expected a number, or two as FIRST:LAST"),
+        (["--interval", "0.9", "0.1"], "interval: expected 0 <= lowest time <= highest time, found 0.9 to 0.1"),
+        (["--churn", "1"], "churn: expected an edm model, found one of flow prediction"),
     ],
     ids=" ".join,
 )

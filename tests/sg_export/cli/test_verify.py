@@ -39,11 +39,23 @@ def test_verify_prints_a_table_and_writes_the_results(cli: Callable[..., Any], b
     assert result.stderr.startswith("[1/10] comparing condition\n[2/10] comparing sparse-12\n")
     content = json.loads((bundle / "verify.json").read_text())
     assert content["passed"] is True
-    # Four graphs at eight times; runs of two samplers, in the graph, in the runtime and without guidance.
-    assert len(content["comparisons"]) == 4 * 8 + 2 * 3
-    assert result.stdout.count("pass") == len(content["comparisons"])
+    # Four graphs at eight times, three of them with two outputs; runs of two samplers, in one graph, in two and without
+    # guidance. A row has the worst output.
+    assert len(content["comparisons"]) == (1 + 3 * 2) * 8 + 2 * 3
+    assert result.stdout.count("pass") == 4 * 8 + 2 * 3
+    assert "gates, relative L2: 1e-05 for a graph, 0.0001 for a whole run" in result.stdout
     assert result.stdout.endswith(f"results: {bundle}/verify.json\n")
-    for word in ("graph or run", "max abs", "relative L2", "cosine", "verdict", "guided-12-8", "0.98", "10 heun steps"):
+    for word in (
+        "graph or run",
+        "worst output",
+        "max abs",
+        "relative L2",
+        "cosine",
+        "verdict",
+        "guided-12-8",
+        "0.98",
+        "10 heun steps",
+    ):
         assert word in result.stdout
     # A bundle with results in it is still a bundle.
     Bundle.open(bundle)
@@ -68,16 +80,17 @@ def test_verify_of_altered_weights_ends_with_5_and_names_the_worst(
     failed = [comparison for comparison in content["comparisons"] if not comparison["passed"]]
     worst = max(failed, key=lambda comparison: comparison["relative_l2"] / comparison["gate"])
     assert message == (
-        f"{bundle}: {len(failed)} of 38 comparisons fail; the worst, {worst['subject']}: expected relative L2 at most "
+        f"{bundle}: {len(failed)} of 62 comparisons fail; the worst, {worst['subject']}: expected relative L2 at most "
         f"{worst['gate']:g}, found {worst['relative_l2']:g}; build the bundle anew"
     )
-    assert cli("verify", bundle).stdout.count("FAIL") == len(failed)
+    rows = {(comparison["subject"], comparison["time"]) for comparison in failed}
+    assert cli("verify", bundle).stdout.count("FAIL") == len(rows)
 
 
 def test_verify_of_weights_that_are_no_numbers_ends_with_5(refused: Callable[..., str], bundle: Path) -> None:
     alter_weights(bundle, math.nan)
     message = refused(5, "verify", bundle)
-    assert message.startswith(f"{bundle}: 38 of 38 comparisons fail; the worst, condition: ")
+    assert message.startswith(f"{bundle}: 62 of 62 comparisons fail; the worst, condition: ")
     assert "found nan; build the bundle anew" in message
 
 
@@ -94,6 +107,43 @@ def test_verify_without_checkpoint_ends_with_6(refused: Callable[..., str], bund
     missing = bundle.parent / "missing.pt"
     assert refused(6, "verify", bundle, "--checkpoint", missing) == (
         f"{missing}: expected the checkpoint of {bundle}, tiny.safetensors, found nothing there"
+    )
+
+
+@pytest.fixture
+def two_networks(tiny_autoguidance_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of a bundle with two networks, with its checkpoints beside it."""
+    for name in ("tiny.safetensors", "tiny-weak.safetensors"):
+        shutil.copy(tiny_autoguidance_bundle.parent / name, tmp_path)
+    return Path(shutil.copytree(tiny_autoguidance_bundle, tmp_path / "bundle"))
+
+
+def test_verify_without_weak_checkpoint_ends_with_6(refused: Callable[..., str], two_networks: Path) -> None:
+    moved = two_networks.with_name("elsewhere.safetensors")
+    two_networks.with_name("tiny-weak.safetensors").rename(moved)
+    assert refused(6, "verify", two_networks) == (
+        f"{two_networks}: its checkpoint tiny-weak.safetensors is neither beside the bundle nor here: "
+        f"give --weak-checkpoint"
+    )
+    missing = two_networks.with_name("missing.pt")
+    assert refused(6, "verify", two_networks, "--weak-checkpoint", missing) == (
+        f"{missing}: expected the checkpoint of {two_networks}, tiny-weak.safetensors, found nothing there"
+    )
+
+
+def test_verify_of_altered_weak_checkpoint_ends_with_6(
+    refused: Callable[..., str], two_networks: Path, tiny: Any
+) -> None:
+    tiny.save(two_networks.with_name("tiny-weak.safetensors"), tiny.state(seed=3))
+    assert "tiny-weak.safetensors: expected SHA-256 " in refused(6, "verify", two_networks)
+    assert not (two_networks / "verify.json").exists()
+
+
+def test_verify_with_weak_checkpoint_that_it_has_no_use_for_ends_with_2(
+    refused: Callable[..., str], bundle: Path, tiny_checkpoint: Path
+) -> None:
+    assert refused(2, "verify", bundle, "--weak-checkpoint", tiny_checkpoint) == (
+        f"{bundle}: has no weak network: leave out --weak-checkpoint"
     )
 
 
@@ -125,17 +175,15 @@ def test_verify_of_a_read_only_bundle_asks_for_another_output(
 
 
 @pytest.fixture(scope="module")
-def saved(
-    fixed_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[str]]:
+def saved(tiny_cfg_sg_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder whose name needs quotes, with what verify saved there, and the commands that it printed."""
     from click.testing import CliRunner
 
     from sg_export.cli import main
 
     folder = tmp_path_factory.mktemp("parity") / "saved here"
-    words = ["verify", str(fixed_bundle), "--save-polygraphy", str(folder), "-o", str(folder.parent / "verify.json")]
-    result = CliRunner().invoke(main, words)
+    words = ["verify", tiny_cfg_sg_bundle, "--save-polygraphy", folder, "-o", folder.parent / "verify.json"]
+    result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return folder, [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
 
@@ -145,10 +193,10 @@ def shell(command: str, environment: dict[str, str], cwd: Path) -> "subprocess.C
 
 
 def test_verify_save_polygraphy_leaves_a_pair_of_files_for_every_graph(
-    saved: tuple[Path, list[str]], fixed_bundle: Path
+    saved: tuple[Path, list[str]], tiny_cfg_sg_bundle: Path
 ) -> None:
     folder, commands = saved
-    names = [Path(graph.file).stem for graph in Bundle.open(fixed_bundle).manifest.graphs]
+    names = [Path(graph.file).stem for graph in Bundle.open(tiny_cfg_sg_bundle).manifest.graphs]
     assert len(commands) == len(names) == 4
     files = {f"{name}-{part}.json" for name in names for part in ("inputs", "outputs")}
     assert {path.name for path in folder.iterdir()} == files
@@ -162,6 +210,18 @@ def test_verify_printed_polygraphy_command_passes(
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PASSED" in result.stdout
     assert "Passed: 8/8 iterations" in result.stdout
+
+
+def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
+    cli: Callable[..., Any], tiny_autoguidance_bundle: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
+    result = cli("verify", tiny_autoguidance_bundle, *words)
+    assert result.exit_code == 0, result.output
+    (command,) = (line for line in result.stdout.splitlines() if "weak-sparse-8.onnx" in line)
+    done = shell(command, environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Passed: 8/8 iterations" in done.stdout
 
 
 def test_verify_printed_polygraphy_command_fails_on_other_outputs(

@@ -27,7 +27,6 @@ class Row:
     name: str
     parameters: Mapping[str, object] | None
     gmac_per_step: float | None
-    seconds_per_image: tuple[float, ...] | None
     figures: tuple[Figures, ...]
 
 
@@ -91,8 +90,7 @@ images hold as many, and show what a perfect model of those fonts would reach.
 {_table(report.measured + report.real)}
 
 * **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran, the
-  mean over the run. The conditioning runs once per class and step, before the loop, and is left out. **s per image**: a
-  whole run, in batches of {protocol["batch"]}.
+  mean over the run. The conditioning runs once per class and step, before the loop, and is left out.
 * **Accuracy**: share of images that the classifier reads as the character asked for. **Merged**: with these as one
   class each: {", ".join(f"`{group}`" for group in AMBIGUOUS_GROUPS)}.
 * **Fréchet**: squared distance between the Gaussians of the classifier's {protocol["features"]} penultimate features
@@ -144,13 +142,12 @@ _DIGITS = {"frechet_training": 3, "frechet_held_out": 3}
 
 def _table(rows: Sequence[Row], bold: Collection[str] = ()) -> str:
     lines = [
-        f"| | GMAC per step | s per image | {' | '.join(_HEADINGS.values())} |",
-        f"|---|{'---:|' * (len(_HEADINGS) + 2)}",
+        f"| | GMAC per step | {' | '.join(_HEADINGS.values())} |",
+        f"|---|{'---:|' * (len(_HEADINGS) + 1)}",
     ]
     for row in rows:
         cells = [f"**{row.name}**" if row.name in bold else row.name]
         cells.append("–" if row.gmac_per_step is None else f"{row.gmac_per_step:.3f}")
-        cells.append("–" if row.seconds_per_image is None else _cell(row.seconds_per_image, 4))
         for name in _HEADINGS:
             values = [getattr(one, name) for one in row.figures]
             if name in _SHARES:

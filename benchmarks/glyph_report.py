@@ -28,6 +28,8 @@ class Row:
     parameters: Mapping[str, object] | None
     gmac_per_step: float | None
     figures: tuple[Figures, ...]
+    kept: bool = False
+    """Whether it is from an earlier run of the same protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ images hold as many, and show what a perfect model of those fonts would reach.
 
 {_table(report.measured + report.real)}
 
+* †: kept from an earlier run of this script: the same checkpoint, seeds and classifier, the graphs of that time.
 * **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran, the
   mean over the run. The conditioning runs once per class and step, before the loop, and is left out.
 * **Accuracy**: share of images that the classifier reads as the character asked for. **Merged**: with these as one
@@ -146,7 +149,7 @@ def _table(rows: Sequence[Row], bold: Collection[str] = ()) -> str:
         f"|---|{'---:|' * (len(_HEADINGS) + 1)}",
     ]
     for row in rows:
-        cells = [f"**{row.name}**" if row.name in bold else row.name]
+        cells = [(f"**{row.name}**" if row.name in bold else row.name) + (" †" if row.kept else "")]
         cells.append("–" if row.gmac_per_step is None else f"{row.gmac_per_step:.3f}")
         for name in _HEADINGS:
             values = [getattr(one, name) for one in row.figures]

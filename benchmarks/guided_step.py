@@ -1,10 +1,10 @@
 """One guided step: our guided graph beside what one would run without it.
 
     python -m benchmarks.guided_step --model S/2 B/2 --output benchmarks/results/guided_step.json
-    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 --output …
+    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 --output FILE
 
 All sides of a setting are timed in turn, round by round, in one process with the same threads; a ratio is the median of
-the rounds' ratios to our time, with quartiles. Random weights, FP32, route from block 2 to the fifth from the end, one
+the rounds' ratios to our time, with quartiles. Random weights, FP32, route 2-9 of S/2 and B/2 and 2-24 of XL/2, one
 class per image. What each side does in one step, from the latent to the next one:
 
 ours      the guided graph, and its share of `condition`: one row per image
@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ from sg_runtime.manifest import GraphFacts, Manifest, Route
 Array = NDArray[Any]
 Side = Callable[[], object]
 SIDES = ("ours", "separate", "onnx", "eager", "compiled", "cfg")
-PAIRS = ((0.0, 0.5), (0.5, 0.9))
+PAIRS = {"0/0.5": (0.0, 0.5), "0.5/0.9": (0.5, 0.9)}
+ROUTES = {"S/2": Route(2, 9), "B/2": Route(2, 9), "L/2": Route(2, 20), "XL/2": Route(2, 24)}
 SCALE, STEP, TIME = 2.0, -1 / 40, 0.6
 PAUSE = 0.05
 """Seconds before a side is timed: the threads of the one before it still spin for a while."""
@@ -102,6 +103,7 @@ class Setting:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, nargs="+", default=["S/2"])
+    parser.add_argument("--pair", choices=PAIRS, nargs="+", default=list(PAIRS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=31)
@@ -112,7 +114,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.model:
-            loaded, bundles = prepare(name, Path(scratch))
+            loaded, bundles = prepare(name, [PAIRS[pair] for pair in options.pair], Path(scratch))
             for (strong, weak), bundle in bundles.items():
                 for batch in options.batch:
                     generator, shape = np.random.default_rng(0), loaded.facts
@@ -133,17 +135,17 @@ def main() -> None:
         options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def prepare(name: str, folder: Path) -> tuple[LoadedModel, dict[tuple[float, float], Bundle]]:
+def prepare(
+    name: str, pairs: Sequence[tuple[float, float]], folder: Path
+) -> tuple[LoadedModel, dict[tuple[float, float], Bundle]]:
     """Random weights of the named size, and a bundle for every pair."""
     width, depth, heads = SHAPES[name]
     checkpoint = folder / "random.pt"
     write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), checkpoint)
-    overrides = Overrides(route=Route(2, depth - 4), prediction="flow")
+    overrides = Overrides(route=ROUTES[name], prediction="flow")
     bundles = {}
-    for strong, weak in PAIRS:
-        built = CompileOptions(
-            folder / f"{strong:g}-{weak:g}", (weak,), (strong,) if strong else (0.0,), overrides=overrides, force=True
-        )
+    for strong, weak in pairs:
+        built = CompileOptions(folder / f"{strong:g}-{weak:g}", (weak,), (strong,), overrides=overrides, force=True)
         bundles[strong, weak] = compile(checkpoint, built)
     return load_model(checkpoint, overrides=overrides), bundles
 

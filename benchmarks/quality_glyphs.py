@@ -9,6 +9,7 @@ work folder, so a run that was stopped goes on.
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from benchmarks.glyph_judge import (
     MEASURE_SEED,
     SEARCH_SEED,
     ClassifierFacts,
+    Figures,
     Judge,
     cached_classifier,
     held_out_gaussian,
@@ -148,12 +150,12 @@ FULL = Budget(
     steps=20,
     blocks=(1, 2, 3),
     measured=34,
-    searched=4,
+    searched=6,
     searches=(
         Search("cfg", (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)),
         # the paper advises a clear gap between the two sparsities
         Search("sg", (1.25, 1.5, 2.0, 3.0, 4.0), ((0.0, 0.5), (0.0, 0.75), (0.0, 0.9), (0.25, 0.75), (0.25, 0.9))),
-        Search("cfg+sg", (1.25, 1.5, 2.0), ((0.0, 0.5), (0.0, 0.75), (0.25, 0.75))),
+        Search("cfg+sg", (1.5, 2.0), ((0.0, 0.5), (0.0, 0.75), (0.25, 0.75))),
         # constant rates that are also the cosine's: others would give it more levels than it is to go by
         Search("autoguidance", (1.5, 2.0, 3.0), ((0.0, 0.0), (0.0, 0.6), (COSINE, COSINE[::-1]))),
     ),
@@ -258,7 +260,34 @@ def best(rows: Sequence[Row], grid: Sequence[Setting], guidance: GuidanceMode) -
     return min((pair for pair in candidates if pair[1].guidance == guidance), key=lambda pair: pair[0])[1]
 
 
-def run(budget: Budget, work: Path, output: Path) -> None:
+def kept_rows(path: Path, checkpoint: str, reader: ClassifierFacts, budget: Budget) -> dict[tuple[str, str], Row]:
+    """Rows of an earlier result, by (table, setting), that this run would measure again in the same way.
+
+    That is with the same checkpoint, seeds, number of images, steps and classifier.
+    """
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_bytes())
+    source = content["checkpoint"] if "checkpoint" in content else content["checkpoints"]["main"]
+    same = [(source["sha256"], checkpoint), (content["read_held_out"], json.loads(json.dumps(asdict(reader))))]
+    same += [(content["protocol"][name], getattr(budget, name)) for name in ("steps", "measured", "searched")]
+    same += [(content["protocol"]["blocks"], list(budget.blocks))]
+    if any(earlier != now for earlier, now in same):
+        return {}
+    return {
+        (table, row["name"]): Row(
+            row["name"],
+            row["parameters"],
+            row["gmac_per_step"],
+            tuple(Figures(**figures) for figures in row["figures"]),
+            kept=True,
+        )
+        for table in ("measured", "searched")
+        for row in content[table]
+    }
+
+
+def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
     """Compile, search, measure, and write the three results into `output`."""
     here = machine("numpy", "torch", "onnxruntime", "pillow", "matplotlib")
     seconds: dict[str, float] = {}
@@ -280,16 +309,23 @@ def run(budget: Budget, work: Path, output: Path) -> None:
         judge = Judge.of(classifier, budget.reference_variants, MEASURE_SEED)
         scout = replace(judge, held_out=held_out_gaussian(classifier, budget.reference_variants, SEARCH_SEED))
     sampler = Sampler(pipes, samples_folder, budget.steps)
+    manifest, results = pipes["autoguidance"].bundle.manifest, output / "quality_glyphs.json"
+    kept = kept_rows(results, manifest.source.sha256, read_held_out, budget) if keep else {}
     with _timed("search", seconds):
-        searched = tuple(sampler.row(setting, budget.searched, [SEARCH_BLOCK], scout) for setting in budget.grid)
+        searched = tuple(
+            kept.get(("searched", setting.name)) or sampler.row(setting, budget.searched, [SEARCH_BLOCK], scout)
+            for setting in budget.grid
+        )
         searched_real = real_rows(budget.searched, [SEARCH_BLOCK], scout)
     winners = [best(searched, budget.grid, search.guidance) for search in budget.searches]
     chosen = [Setting("none"), *winners]
     with _timed("measurement", seconds):
-        measured = tuple(sampler.row(setting, budget.measured, budget.blocks, judge) for setting in chosen)
+        measured = tuple(
+            kept.get(("measured", setting.name)) or sampler.row(setting, budget.measured, budget.blocks, judge)
+            for setting in chosen
+        )
         real = real_rows(budget.measured, budget.blocks, judge)
 
-    manifest = pipes["autoguidance"].bundle.manifest
     report = Report(
         machine=here,
         checkpoints={
@@ -314,11 +350,10 @@ def run(budget: Budget, work: Path, output: Path) -> None:
         searched_real=searched_real,
         seconds=seconds,
     )
-    _write(output / "quality_glyphs.json", to_json(report))
+    _write(results, to_json(report))
     _write(output / "quality_glyphs.md", to_markdown(report))
     shown = {
-        LABELS[setting.guidance]: sampler.samples(setting, budget.measured, budget.blocks[0])[0][: 4 * COLUMNS]
-        for setting in chosen
+        LABELS[setting.guidance]: sampler.samples(setting, 2, budget.blocks[0])[0][: 4 * COLUMNS] for setting in chosen
     }
     save_png(sheet(shown), output / "quality_glyphs.png")
 
@@ -358,9 +393,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results; quick: WORK)")
     parser.add_argument("--work", type=Path, default=Path("runs/quality_glyphs"), help="folder of what is kept")
     parser.add_argument("--quick", action="store_true", help="a tiny budget that only shows that all parts work")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep rows that the output folder has from the same seeds and classifier"
+    )
     options = parser.parse_args()
     budget, results = (QUICK, options.work) if options.quick else (FULL, Path("benchmarks/results"))
-    run(budget, options.work, options.output or results)
+    run(budget, options.work, options.output or results, options.keep)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,7 @@ def test_to_json_rows_gain_mean_and_deviation() -> None:
 def test_to_markdown_names_checkpoints_rows_and_the_chosen() -> None:
     text = to_markdown(report())
     assert "Checkpoint: late, SHA-256 `aa`, compiled by sg-export; weak branch of AutoGuidance: early" in text
-    assert (
-        "| unguided | 0.125 | 50.00 ± 0.00 % | 75.00 ± 0.00 % | 1.000 ± 0.000 | 2.000 ± 1.414 |"
-        in text
-    )
+    assert "| unguided | 0.125 | 50.00 ± 0.00 % | 75.00 ± 0.00 % | 1.000 ± 0.000 | 2.000 ± 1.414 |" in text
     assert "| real | – | – |" in text
     assert "| **SG** | 0.125 |" in text
     assert "| SG other | 0.125 |" in text

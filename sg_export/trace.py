@@ -56,6 +56,8 @@ def trace(model: SparseModel, spec: GraphSpec, facts: ModelFacts, batch: int | N
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
             )
     except Exception as error:  # PyTorch's exporter raises many kinds
+        if _was_interrupt(error):
+            raise KeyboardInterrupt from None
         raise ExportError(f"graph {spec.name}: PyTorch {torch.__version__} cannot export it: {error}") from error
     assert exported is not None
     graph_model = exported.model
@@ -150,15 +152,29 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts], outputs: Se
         value.shape = ir.Shape(facts.shape)
 
 
+def _was_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came as PyTorch read an argument, which it then tells as the text of a TypeError."""
+    while error is not None:
+        if "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warnings on its own deprecated parts, and on torchvision, which is not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without PyTorch's warnings on its own deprecated parts, and on torchvision, which is not needed.
+
+    And without its log of an exception, which the one who catches that tells.
+    """
+    wanted = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    levels = {name: logging.getLogger(name).level for name in wanted}
+    for name, level in wanted.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,7 +1,9 @@
 """Fixtures of the compiler's tests."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,19 @@ def fixed_bundle(tiny_checkpoint: Path) -> Path:
     return compile(tiny_checkpoint, options).path
 
 
+@pytest.fixture(scope="session")
+def quick(tiny: Any) -> Any:
+    """Makes checkpoints of the tiny network with one block, the route: those that are traced the most quickly."""
+    return replace(tiny, config=replace(tiny.config, depth=1), facts={**tiny.facts, "route": "0-0"})
+
+
+@pytest.fixture(scope="session")
+def quick_checkpoint(quick: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of them."""
+    path: Path = quick.save(tmp_path_factory.mktemp("checkpoints") / "quick.safetensors")
+    return path
+
+
 def shrink_decoder(patch: pytest.MonkeyPatch) -> None:
     """Give MaskDiT a decoder of 2 blocks of width 24 with 3 heads: upstream's alone would be 100 MB."""
     for name, value in (("DECODER_WIDTH", 24), ("DECODER_DEPTH", 2), ("DECODER_HEADS", 3)):
@@ -52,19 +67,17 @@ def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_model() -> MakeModel:
     """Makes a model of a network's class, shape and route, with a random non-zero value in every place.
 
-    Without a seed it is on PyTorch's meta device. A MaskDiT is masked in the whole of its encoder, whatever the route,
-    and its decoder is small.
+    A MaskDiT is masked in the whole of its encoder, whatever the route, and its decoder is small.
     """
 
-    def make(network_class: type[DiT], config: DiTConfig, route: Route, seed: int | None = 1) -> LoadedModel:
+    def make(network_class: type[DiT], config: DiTConfig, route: Route, seed: int = 1) -> LoadedModel:
         masked = network_class is MaskDiT
         with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
             shrink_decoder(patch)
             network = network_class(config)
         state = network.state_dict()
-        if seed is not None:
-            values = random_state({name: list(tensor.shape) for name, tensor in state.items()}, seed, {})
-            network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
+        values = random_state({name: list(tensor.shape) for name, tensor in state.items()}, seed, {})
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
         facts = ModelFacts(
             family="maskdit" if masked else "tread",
             prediction="edm" if masked else "flow",

@@ -146,11 +146,11 @@ def test_compile_with_schedule_states_both_ends(tiny_cosine_bundle: Path) -> Non
     assert names(manifest) == ["condition", "dense", "sparse-12", "sparse-8", "guided-16-8", "guided-12-8"]
 
 
-def test_compile_reports_every_stage_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_compile_reports_every_stage_once(quick_checkpoint: Path, tmp_path: Path) -> None:
     stages: list[tuple[str, int, int | None]] = []
-    bundle = compile(tiny_checkpoint, smallest(tmp_path / "out"), lambda *stage: stages.append(stage))
+    bundle = compile(quick_checkpoint, smallest(tmp_path / "out"), lambda *stage: stages.append(stage))
     assert stages == [
-        (f"loading {tiny_checkpoint}", 0, None),
+        (f"loading {quick_checkpoint}", 0, None),
         ("tracing condition", 0, 5),
         ("tracing dense", 1, 5),
         ("writing graphs and weights", 2, 5),
@@ -162,34 +162,34 @@ def test_compile_reports_every_stage_once(tiny_checkpoint: Path, tmp_path: Path)
     assert Pipeline.load(bundle.path).sample([0], [0], steps=1).shape == (1, 2, 8, 8)
 
 
-def test_compile_of_an_untrained_network_succeeds(tiny: Any, tmp_path: Path) -> None:
+def test_compile_of_an_untrained_network_succeeds(quick: Any, tmp_path: Path) -> None:
     # Upstream starts adaLN and the head at zero, so that all outputs are zero.
-    state = tiny.state()
+    state = quick.state()
     for name, tensor in state.items():
         if "adaLN" in name or name.startswith("final_layer"):
             tensor.zero_()
-    bundle = compile(tiny.save(tmp_path / "start.safetensors", state), smallest(tmp_path / "out"))
+    bundle = compile(quick.save(tmp_path / "start.safetensors", state), smallest(tmp_path / "out"))
     assert [graph.parity for graph in bundle.manifest.graphs] == [0.0, 0.0]
 
 
-def test_compile_with_force_replaces_the_bundle_behind_a_link(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_compile_with_force_replaces_the_bundle_behind_a_link(quick_checkpoint: Path, tmp_path: Path) -> None:
     old, link = tmp_path / "old", tmp_path / "link"
     old.mkdir()
     link.symlink_to(old)
     (old / "manifest.json").write_text('{"created_by": "sg-export 0"}')
     (old / "more").write_text("")
-    compile(tiny_checkpoint, smallest(link, force=True))
+    compile(quick_checkpoint, smallest(link, force=True))
     assert link.is_symlink()
     assert sorted(path.name for path in old.iterdir()) == ["graphs", "manifest.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
 
 
 def test_compile_with_force_fills_an_empty_working_folder(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert compile(tiny_checkpoint, smallest(Path(), force=True)).path == Path()
+    assert compile(quick_checkpoint, smallest(Path(), force=True)).path == Path()
     assert (tmp_path / "here/manifest.json").is_file()
 
 
@@ -230,7 +230,7 @@ def test_compile_of_a_checkpoint_it_cannot_read_makes_no_folder(tmp_path: Path) 
 
 @pytest.mark.parametrize(("stage", "existing"), [("tracing dense", False), ("checking dense", True)])
 def test_compile_that_is_interrupted_leaves_what_was_there(
-    stage: str, existing: bool, tiny_checkpoint: Path, tmp_path: Path
+    stage: str, existing: bool, quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     def report(at: str, done: int, total: int | None) -> None:
         if at == stage:
@@ -242,12 +242,12 @@ def test_compile_that_is_interrupted_leaves_what_was_there(
         (tmp_path / "out").mkdir()
         (tmp_path / "out/manifest.json").write_text('{"created_by": "sg-export 0"}')
     with pytest.raises(KeyboardInterrupt):
-        compile(tiny_checkpoint, smallest(tmp_path / "out", force=existing), report)
+        compile(quick_checkpoint, smallest(tmp_path / "out", force=existing), report)
     assert content(tmp_path) == ({"out/manifest.json": b'{"created_by": "sg-export 0"}'} if existing else {})
 
 
 def test_compile_interrupted_while_it_takes_the_place_brings_the_old_bundle_back(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest.json").write_text('{"created_by": "sg-export 0"}')
@@ -263,43 +263,43 @@ def test_compile_interrupted_while_it_takes_the_place_brings_the_old_bundle_back
 
     monkeypatch.setattr(Path, "rename", rename_once)
     with pytest.raises(KeyboardInterrupt):
-        compile(tiny_checkpoint, smallest(tmp_path / "out", force=True))
+        compile(quick_checkpoint, smallest(tmp_path / "out", force=True))
     assert content(tmp_path) == {"out/manifest.json": b'{"created_by": "sg-export 0"}'}
 
 
-def test_compile_to_a_folder_named_by_a_detour_raises(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_compile_to_a_folder_named_by_a_detour_raises(quick_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/data").write_text("precious")
     with pytest.raises(UsageError, match="exists: give another --output"):
-        compile(tiny_checkpoint, smallest(tmp_path / "mine/absent/.."))
+        compile(quick_checkpoint, smallest(tmp_path / "mine/absent/.."))
     assert (tmp_path / "mine/data").read_text() == "precious"
 
 
-def test_compile_to_an_output_that_appears_meanwhile_raises(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_compile_to_an_output_that_appears_meanwhile_raises(quick_checkpoint: Path, tmp_path: Path) -> None:
     def report(at: str, done: int, total: int | None) -> None:
         (tmp_path / "out").mkdir(exist_ok=True)
 
     with pytest.raises(UsageError, match="exists: give another --output"):
-        compile(tiny_checkpoint, smallest(tmp_path / "out"), report)
+        compile(quick_checkpoint, smallest(tmp_path / "out"), report)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_compile_of_a_graph_that_differs_from_pytorch_raises(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sg_export.compiler, "MAX_BUILD_ERROR", 0.0)
     with pytest.raises(
         ExportError, match=r"graph condition.onnx: relative L2 distance to PyTorch: expected at most 0, found .*e-0"
     ):
-        compile(tiny_checkpoint, smallest(tmp_path / "out"))
+        compile(quick_checkpoint, smallest(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
-def test_compile_of_a_network_that_overflows_raises(tiny: Any, tmp_path: Path) -> None:
-    state = tiny.state()
+def test_compile_of_a_network_that_overflows_raises(quick: Any, tmp_path: Path) -> None:
+    state = quick.state()
     state["t_embedder.mlp.2.weight"] *= 1e38
     state["final_layer.adaLN_modulation.1.weight"] *= 1e10
-    path = tiny.save(tmp_path / "huge.safetensors", state)
+    path = quick.save(tmp_path / "huge.safetensors", state)
     with pytest.raises(ExportError, match=r"graph condition.onnx: .* found nan"):
         compile(path, smallest(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]

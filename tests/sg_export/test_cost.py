@@ -1,6 +1,9 @@
 """Costs counted from a graph beside what a DiT costs by its shape, and beside the published figures of SiT-XL/2."""
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from sg_export.cost import count_cost
-from sg_export.graphs import GraphSpec
-from sg_export.loading import LoadedModel
-from sg_export.models.dit import DiT, DiTConfig
-from sg_export.trace import DEFAULT_OPSET, trace
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Cost, Level, Manifest, Route
+from sg_runtime.manifest import Cost, Manifest
+
+SCRIPT = Path(__file__).with_name("xl_costs.py")
+ROOT = SCRIPT.parents[2]
 
 D, N, M, C, PATCH, DEPTH = 32, 16, 128, 2, 2, 3
 EMBED_AND_HEAD = 2 * N * D * C * PATCH**2
@@ -157,25 +159,27 @@ def test_count_cost_activations_of_inputs_that_nothing_reads_stay() -> None:
     assert count_cost(graph).activation_bytes == 16 + 400 + 16
 
 
-# SiT-XL/2 as published, routed from block 2 to 24; arXiv 2601.01608.
-XL = DiTConfig(image_size=32, patch=2, channels=4, width=1152, depth=28, heads=16, mlp_width=4608, num_classes=1000)
-XL_ROUTE = Route(2, 24)
-DENSE, HALF, FEW = Level(0.0, 256), Level(0.5, 128), Level(0.9, 26)
+XL_WIDTH, XL_TOKENS, XL_ROUTED, XL_PATCH_VALUES = 1152, 256, 23, 4 * 2**2
 GIGA = 1e9
 
 
 @pytest.fixture(scope="module")
-def xl(make_model: Callable[..., LoadedModel]) -> dict[str, Cost]:
-    """Costs of its graphs for one image, traced on the meta device: no weight is ever made."""
-    loaded = make_model(DiT, XL, XL_ROUTE, seed=None)
-    specs = [GraphSpec("condition"), GraphSpec("sparse", (HALF,))]
-    specs += [GraphSpec("guided", pair) for pair in ((HALF, FEW), (DENSE, HALF))]
-    return {s.name: count_cost(trace(loaded.model, s, loaded.facts, 1, DEFAULT_OPSET).graph) for s in specs}
+def xl() -> dict[str, Cost]:
+    """Costs of the graphs of SiT-XL/2 that are compared below, traced by two processes at a time."""
+    rooms = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "engines"))
+    environment = {**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"}
+    shares = [("condition", "guided-128-26"), ("sparse-128", "guided-256-128")]
+    processes = [
+        subprocess.Popen([sys.executable, SCRIPT, *names], env=environment, stdout=subprocess.PIPE, text=True)
+        for names in shares
+    ]
+    found = [json.loads(process.communicate()[0]) for process in processes]
+    return {name: Cost(**cost) for costs in found for name, cost in costs.items()}
 
 
 def branch_macs(xl: dict[str, Cost], keep: int) -> int:
     """A single-branch step that keeps `keep` tokens in the 23 blocks of the route."""
-    return xl["sparse-128"].linear_macs + 23 * 12 * XL.width**2 * (keep - 128)
+    return xl["sparse-128"].linear_macs + XL_ROUTED * 12 * XL_WIDTH**2 * (keep - 128)
 
 
 def test_xl_branches_cost_what_is_published(xl: dict[str, Cost]) -> None:
@@ -198,7 +202,7 @@ def test_xl_guided_step_shares_the_prefix_and_the_conditioning(
     # for each branch.
     assert step - 0.02 < macs / GIGA <= step
     assert with_condition - 0.02 < (macs + xl["condition"].linear_macs) / GIGA <= with_condition
-    once = 2 * 12 * XL.width**2 * 256 + 2 * 256 * XL.width * 4 * 2**2
+    once = 2 * 12 * XL_WIDTH**2 * XL_TOKENS + 2 * XL_TOKENS * XL_WIDTH * XL_PATCH_VALUES
     assert macs == branch_macs(xl, strong) + branch_macs(xl, weak) - once
 
 

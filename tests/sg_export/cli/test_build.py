@@ -60,10 +60,10 @@ def test_build_options_reach_the_bundle(cli: Callable[..., Any], tiny: Any, tmp_
 
 
 def test_build_of_a_pair_that_is_not_sparser_says_that_it_is_skipped(
-    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    cli: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     strong = ("--strong-sparsity", 0, "--strong-sparsity", 0.5)
-    result = cli("build", tiny_checkpoint, *strong, "--batch", 1, "-o", tmp_path / "out")
+    result = cli("build", quick_checkpoint, *strong, "--batch", 1, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stderr.endswith("skipped the pair 0.5/0.5: its weak branch is not sparser\n")
     names = ["condition", "dense", "sparse-8", "guided-16-8"]
@@ -71,10 +71,10 @@ def test_build_of_a_pair_that_is_not_sparser_says_that_it_is_skipped(
 
 
 def test_build_of_a_schedule_names_the_pairs_that_it_skips(
-    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    cli: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     rates = ("--strong-sparsity", 0, "--strong-sparsity", 0.5, "--sparsity", 0.5, "--sparsity", 0)
-    result = cli("build", tiny_checkpoint, *rates, "--schedule", "cosine", "--batch", 1, "-o", tmp_path / "out")
+    result = cli("build", quick_checkpoint, *rates, "--schedule", "cosine", "--batch", 1, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped")]
     assert skipped == [
@@ -88,9 +88,9 @@ def test_build_of_a_schedule_names_the_pairs_that_it_skips(
 
 
 def test_build_without_onnxruntime_records_no_parity(
-    process: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    process: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
-    result = process("build", tiny_checkpoint, *SMALLEST, "-o", "out", blocked=["onnxruntime"])
+    result = process("build", quick_checkpoint, *SMALLEST, "-o", "out", blocked=["onnxruntime"])
     assert result.returncode == 0, result.stderr
     assert [graph.parity for graph in Bundle.open(tmp_path / "out").manifest.graphs] == [None, None]
 
@@ -201,19 +201,19 @@ def test_build_of_a_missing_checkpoint_ends_with_6(refused: Callable[..., str], 
     assert "found nothing there" in refused(6, "build", tmp_path / "missing.pt", "-o", tmp_path / "out")
 
 
-def test_build_that_fails_to_export_ends_with_3(refused: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
-    state = tiny.state()
+def test_build_that_fails_to_export_ends_with_3(refused: Callable[..., str], quick: Any, tmp_path: Path) -> None:
+    state = quick.state()
     state["t_embedder.mlp.2.weight"] *= 1e38
     state["final_layer.adaLN_modulation.1.weight"] *= 1e10
-    path = tiny.save(tmp_path / "huge.safetensors", state)
+    path = quick.save(tmp_path / "huge.safetensors", state)
     assert "found nan; please report this" in refused(3, "build", path, *SMALLEST, "-o", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
 
 
 def test_build_that_is_interrupted_ends_with_130(
-    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with start("build", tiny_checkpoint, "-o", "out") as building:
+    with start("build", quick_checkpoint, "-o", "out") as building:
         for line in building.stderr:
             if "tracing dense" in line:
                 break
@@ -228,9 +228,9 @@ def test_build_that_is_interrupted_ends_with_130(
 
 
 # The weights do not fit; the weights fit but a graph does not; not even the folder can be made.
-@pytest.mark.parametrize("limit", ["size=64k", "size=276k", "nr_inodes=1"])
-def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any], tiny_checkpoint: Path) -> None:
-    result = mounted(f"-t tmpfs -o {limit} none", "build", tiny_checkpoint, *SMALLEST, "-o", "disk/out")
+@pytest.mark.parametrize("limit", ["size=64k", "size=128k", "nr_inodes=1"])
+def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any], quick_checkpoint: Path) -> None:
+    result = mounted(f"-t tmpfs -o {limit} none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
     assert result.returncode == 3, result.stderr
     assert result.stderr.splitlines()[-1] == (
         "Error: disk/out: the disk is full; free some space, or give an --output on another disk"
@@ -238,8 +238,8 @@ def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any
     assert result.stdout == "left:\n"
 
 
-def test_build_on_a_read_only_disk_ends_with_2(mounted: Callable[..., Any], tiny_checkpoint: Path) -> None:
-    result = mounted("-t tmpfs -o ro none", "build", tiny_checkpoint, *SMALLEST, "-o", "disk/out")
+def test_build_on_a_read_only_disk_ends_with_2(mounted: Callable[..., Any], quick_checkpoint: Path) -> None:
+    result = mounted("-t tmpfs -o ro none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1] == (
         f"Error: disk/out: cannot be written ({os.strerror(30)}): give another --output"

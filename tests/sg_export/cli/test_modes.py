@@ -67,15 +67,14 @@ def mode(request: pytest.FixtureRequest) -> Mode:
 
 
 @pytest.fixture(scope="module")
-def built(mode: Mode, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of a mode, of one block and for one image at a time, with its checkpoints beside it."""
+def built(mode: Mode, quick: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a mode, for one image at a time, with its checkpoints beside it."""
     from click.testing import CliRunner
 
     from sg_export.cli import main
 
     folder = tmp_path_factory.mktemp("modes")
-    small = replace(tiny, config=replace(tiny.config, depth=1), facts={**tiny.facts, "route": "0-0"})
-    checkpoint, weak = small.save(folder / STRONG), small.save(folder / WEAK, small.state(seed=2))
+    checkpoint, weak = quick.save(folder / STRONG), quick.save(folder / WEAK, quick.state(seed=2))
     words = [weak if word == WEAK else word for word in mode.words]
     settings = ["--batch", 1, "--steps", 3, "--quiet", "-o", folder / "bundle"]
     result = CliRunner().invoke(main, [str(word) for word in ("build", checkpoint, *words, *settings)])

@@ -1,6 +1,7 @@
 """What `glyph_report` writes of made-up figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,9 +59,16 @@ def test_to_markdown_names_checkpoints_rows_and_the_chosen() -> None:
     text = to_markdown(report())
     assert "Checkpoint: late, SHA-256 `aa`, compiled by sg-export; weak branch of AutoGuidance: early" in text
     assert "| unguided | 0.125 | 50.00 ± 0.00 % | 75.00 ± 0.00 % | 1.000 ± 0.000 | 2.000 ± 1.414 |" in text
-    assert "| real | – | – |" in text
+    assert "| real | – | 50.00" in text
     assert "| **SG** | 0.125 |" in text
     assert "| SG other | 0.125 |" in text
+
+
+def test_to_markdown_marks_rows_of_an_earlier_run() -> None:
+    given = report()
+    kept = replace(given, measured=(replace(given.measured[0], kept=True), given.measured[1]))
+    assert "| unguided † | 0.125 |" in to_markdown(kept)
+    assert "unguided †" not in to_markdown(given)
 
 
 def test_sheet_has_a_row_per_setting_in_every_band() -> None:

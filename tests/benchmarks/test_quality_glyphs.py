@@ -1,5 +1,7 @@
 """The grid, the costs and the kept samples of `quality_glyphs`; its figures are tested with the metrics."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -7,9 +9,21 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from benchmarks.glyph_judge import Figures
+from benchmarks.glyph_judge import ClassifierFacts, Figures
 from benchmarks.glyph_report import Row
-from benchmarks.quality_glyphs import COSINE, FULL, LABELS, QUICK, Budget, Sampler, Setting, best, compiled, step_gmac
+from benchmarks.quality_glyphs import (
+    COSINE,
+    FULL,
+    LABELS,
+    QUICK,
+    Budget,
+    Sampler,
+    Setting,
+    best,
+    compiled,
+    kept_rows,
+    step_gmac,
+)
 from examples.glyphs import CLASS_NAMES
 from sg_export.compiler import CompileOptions
 from sg_runtime import Pipeline
@@ -106,3 +120,22 @@ def test_best_of_a_mode_is_nearest_to_the_held_out_fonts() -> None:
     rows = [Row("", None, None, (Figures(0.9, 0.9, 1.0, distance, 1.0, 1.0, 0.0),)) for distance in (0.1, 0.5, 0.4)]
     assert best(rows, grid, "sg") == grid[2]
     assert best(rows, grid, "cfg") == grid[0]
+
+
+def test_kept_rows_are_those_of_the_same_checkpoint_classifier_and_protocol(tmp_path: Path) -> None:
+    reader, path = ClassifierFacts(100, 0.99, 1.0, (("O", "0", 3),)), tmp_path / "earlier.json"
+    row = Row("SG", {"scale": 2.0}, 0.1, (Figures(0.9, 0.9, 1.0, 2.0, 3.0, 4.0, 0.0),))
+    content = {
+        "checkpoints": {"main": {"sha256": "aa"}},
+        "read_held_out": asdict(reader),
+        "protocol": asdict(QUICK),
+        "measured": [asdict(row)],
+        "searched": [],
+    }
+    path.write_text(json.dumps(content))
+    assert kept_rows(path, "aa", reader, QUICK) == {("measured", "SG"): replace(row, kept=True)}
+    assert kept_rows(path, "bb", reader, QUICK) == {}
+    assert kept_rows(path, "aa", replace(reader, accuracy=0.98), QUICK) == {}
+    assert kept_rows(path, "aa", reader, replace(QUICK, measured=3)) == {}
+    assert kept_rows(path, "aa", reader, replace(QUICK, blocks=(4,))) == {}
+    assert kept_rows(tmp_path / "none.json", "aa", reader, QUICK) == {}

@@ -139,15 +139,20 @@ def prepare(
     name: str, pairs: Sequence[tuple[float, float]], folder: Path
 ) -> tuple[LoadedModel, dict[tuple[float, float], Bundle]]:
     """Random weights of the named size, and a bundle for every pair."""
-    width, depth, heads = SHAPES[name]
-    checkpoint = folder / "random.pt"
-    write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), checkpoint)
-    overrides = Overrides(route=ROUTES[name], prediction="flow")
+    checkpoint, overrides = random_checkpoint(name, folder)
     bundles = {}
     for strong, weak in pairs:
         built = CompileOptions(folder / f"{strong:g}-{weak:g}", (weak,), (strong,), overrides=overrides, force=True)
         bundles[strong, weak] = compile(checkpoint, built)
     return load_model(checkpoint, overrides=overrides), bundles
+
+
+def random_checkpoint(name: str, folder: Path) -> tuple[Path, Overrides]:
+    """A checkpoint of the named size with random weights, written to `folder`, and what it does not state."""
+    width, depth, heads = SHAPES[name]
+    checkpoint = folder / "random.pt"
+    write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), checkpoint)
+    return checkpoint, Overrides(route=ROUTES[name], prediction="flow")
 
 
 def measure(name: str, setting: Setting, wanted: list[str], rounds: int) -> list[Row]:

@@ -19,13 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.export_size import SHAPES, write_checkpoint
-from benchmarks.guided_step import PAUSE
+from benchmarks.guided_step import PAUSE, random_checkpoint
 from benchmarks.machine import machine
 from sg_export import CompileOptions, LoadedModel, Overrides, compile, load_model
-from sg_export.models.dit import DiTConfig
 from sg_runtime import Pipeline
-from sg_runtime.manifest import Route
 
 STEPS, SCALE = 40, 2.0
 SETTINGS = (
@@ -80,12 +77,7 @@ def main() -> None:
 
 def measure(name: str, batch: int, pair: tuple[float, float], rounds: int, folder: Path) -> Row:
     """Time whole runs of both in turn; the first round warms up."""
-    checkpoint, overrides = name, Overrides()
-    if name in SHAPES:
-        width, depth, heads = SHAPES[name]
-        checkpoint = str(folder / "random.pt")
-        overrides = Overrides(route=Route(2, depth - 4), prediction="flow")
-        write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), Path(checkpoint))
+    checkpoint, overrides = (name, Overrides()) if name == "glyphs" else random_checkpoint(name, folder)
     strong, weak = pair
     built = CompileOptions(
         folder / "bundle", (weak,), (strong,), scale=SCALE, steps=STEPS, overrides=overrides, force=True

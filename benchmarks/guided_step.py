@@ -1,7 +1,9 @@
 """One guided step: our guided graph beside what one would run without it.
 
     python -m benchmarks.guided_step --model S/2 B/2 --output benchmarks/results/guided_step.json
-    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 --output FILE
+    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 --output …
+
+An output that is there already, of the same machine and libraries, keeps its rows of other models.
 
 All sides of a setting are timed in turn, round by round, in one process with the same threads; a ratio is the median of
 the rounds' ratios to our time, with quartiles. Random weights, FP32, route 2-9 of S/2 and B/2 and 2-24 of XL/2, one
@@ -16,7 +18,6 @@ cfg       classifier-free guidance with our dense step graph at twice the batch,
 """
 
 import argparse
-import functools
 import json
 import statistics
 import tempfile
@@ -54,12 +55,13 @@ PAUSE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of one side in one setting, and the ratio of its time to ours: median and quartiles."""
+    """Milliseconds of one side in one setting, and the ratio of its time to ours: medians and quartiles of rounds."""
 
     model: str
     pair: str
     batch: int
     side: str
+    rounds: int
     median_ms: float
     quartiles_ms: tuple[float, float]
     ratio: float
@@ -128,11 +130,14 @@ def main() -> None:
     if options.output:
         facts = machine("numpy", "torch", "onnxruntime") | {
             "threads": options.threads,
-            "rounds": options.rounds,
             "precision": "fp32",
         }
-        content = {"machine": facts, "rows": [asdict(row) for row in rows]}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        known = json.loads(options.output.read_text()) if options.output.exists() else {}
+        kept = known["rows"] if known.get("machine") == facts else []
+        kept = [row for row in kept if row["model"] not in options.model]
+        options.output.write_text(
+            json.dumps({"machine": facts, "rows": kept + [asdict(r) for r in rows]}, indent=1) + "\n"
+        )
 
 
 def prepare(
@@ -176,7 +181,7 @@ def measure(name: str, setting: Setting, wanted: list[str], rounds: int) -> list
     rows = []
     for side, series in final.items():
         ratios = [theirs / own for theirs, own in zip(series, final["ours"], strict=True)]
-        rows.append(Row(name, pair, batch, side, *_median(series), *_median(ratios)))
+        rows.append(Row(name, pair, batch, side, rounds, *_median(series), *_median(ratios)))
     return rows
 
 
@@ -189,7 +194,7 @@ def condition_share(setting: Setting, rounds: int) -> float:
     """Milliseconds of `condition` for one row per image, as a run pays them: whole blocks of rows."""
     manifest = setting.bundle.manifest
     rows = manifest.condition_rows
-    session = setting.session(setting.bundle.file(manifest.condition("main").file))
+    session = setting.session(setting.bundle.onnx(manifest.condition("main")))
     feeds = {"t": np.linspace(0, 1, rows, dtype=np.float32), "class": np.zeros(rows, np.int64)}
     times = []
     for _ in range(rounds + 1):
@@ -232,7 +237,7 @@ def ours(setting: Setting) -> Side:
     keeps = [setting.loaded.level(rate).keep for rate in (setting.strong, setting.weak)]
     graph = manifest.graph("guided", *keeps)
     assert graph is not None
-    session = setting.session(setting.bundle.file(graph.file))
+    session = setting.session(setting.bundle.onnx(graph))
     strong, weak = setting.keeps
     feeds = tail(setting.x, STEP, setting.x) | given({"keep_strong": strong, "keep_weak": weak})
     feeds |= {"modulations": modulations(setting, setting.classes), "scale": np.array(SCALE, np.float32)}
@@ -244,7 +249,7 @@ def separate(setting: Setting) -> Side:
     manifest, rows = setting.bundle.manifest, modulations(setting, setting.classes)
     runs = []
     for rate, keep in zip((setting.strong, setting.weak), setting.keeps, strict=True):
-        session = setting.session(setting.bundle.file(graph_of(manifest, setting.loaded, rate).file))
+        session = setting.session(setting.bundle.onnx(graph_of(manifest, setting.loaded, rate)))
         runs.append((session, given({"modulations": rows, "keep": keep})))
     (strong, strong_feeds), (weak, weak_feeds) = runs
 
@@ -301,20 +306,18 @@ def eager(setting: Setting) -> Side:
 
 
 def compiled(setting: Setting) -> Side:
-    """PyTorch under torch.compile, compiled anew for every shape before it is timed."""
-    return two_passes(setting, compiled_model(setting.loaded))
+    """PyTorch under torch.compile, compiled anew for every shape before it is timed.
 
-
-@functools.cache
-def compiled_model(loaded: LoadedModel) -> Callable[..., Tensor]:
-    """One compiled model for all settings."""
-    return torch.compile(loaded.model, dynamic=False)
+    And for every setting, as PyTorch runs a function uncompiled from its ninth shape on.
+    """
+    torch.compiler.reset()
+    return two_passes(setting, torch.compile(setting.loaded.model, dynamic=False))
 
 
 def cfg(setting: Setting) -> Side:
     """Classifier-free guidance as it is usually run: one dense graph, conditioned and unconditioned in one batch."""
     manifest, count = setting.bundle.manifest, len(setting.x)
-    session = setting.session(setting.bundle.file(graph_of(manifest, setting.loaded, 0.0).file))
+    session = setting.session(setting.bundle.onnx(graph_of(manifest, setting.loaded, 0.0)))
     classes = np.concatenate([setting.classes, np.full(count, setting.loaded.facts.num_classes)])
     rows = modulations(setting, classes)
 

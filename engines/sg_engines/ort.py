@@ -10,12 +10,13 @@ from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import EngineError
 
 
-def run_once(graph: Path, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+def run_once(graph: Path, feeds: Mapping[str, NDArray[Any]], content: bytes | None = None) -> list[NDArray[Any]]:
     """Open the graph at `graph`, run it on `feeds`, and return its outputs in order.
 
+    content: a model to run in its place, with the weights beside it.
     Raises EngineError where ONNX Runtime cannot open or run it, MissingExtraError where it is not installed.
     """
-    session = open_session(graph)
+    session = open_session(graph, content)
     try:
         outputs: list[NDArray[Any]] = session.run(None, dict(feeds))
     except Exception as error:  # ONNX Runtime's exceptions share no base class

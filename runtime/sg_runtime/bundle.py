@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from sg_runtime.errors import BundleError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import MANIFEST_FILE, FileFacts, Manifest, read_manifest
+from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,12 @@ class Bundle:
             found = "a file" if root.exists() else "nothing there"
             raise BundleError(f"{root}: expected a bundle (a directory), found {found}; make one with sg-export build")
         manifest = read_manifest(root / MANIFEST_FILE)
-        for graph in manifest.graphs:
-            if graph.file not in manifest.files:
-                raise BundleError(f"{root}: graph {graph.file} is not among the manifest's files; rebuild the bundle")
-        for present in sorted((root / "graphs").glob("*")):
-            if present.relative_to(root).as_posix() not in manifest.files:
-                raise BundleError(
-                    f"{root}: file graphs/{present.name} is not among the manifest's files; rebuild the bundle"
-                )
+        for file in (*(graph.file for graph in manifest.graphs), *(engine.file for engine in manifest.engines)):
+            if file is not None and file not in manifest.files:
+                raise BundleError(f"{root}: {file} is not among the manifest's files; rebuild the bundle")
+        for present in sorted(path for folder in ("graphs", "engines") for path in (root / folder).glob("*")):
+            if (name := present.relative_to(root).as_posix()) not in manifest.files:
+                raise BundleError(f"{root}: file {name} is not among the manifest's files; rebuild the bundle")
         for name, facts in manifest.files.items():
             try:
                 _check_file(root, name, facts, verify_hashes)
@@ -47,6 +45,15 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a file of the manifest."""
         return self.path / name
+
+    def onnx(self, graph: GraphFacts) -> Path:
+        """Path of a graph's ONNX file. Raises BundleError where engines alone hold the graph."""
+        if graph.file is None:
+            raise BundleError(
+                f"{self.path}: expected ONNX graphs, found engines alone; build it anew with --keep-onnx, or "
+                f"--target onnxruntime"
+            )
+        return self.path / graph.file
 
 
 def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> None:

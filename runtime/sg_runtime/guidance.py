@@ -72,8 +72,8 @@ def _level_at(first: Level, last: Level | None, progress: float, built: Sequence
 
 
 def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
-    """The sparsities that the bundle has a single-branch graph of the network for, densest first."""
-    graphs = [graph for graph in manifest.graphs if graph.kind in ("dense", "sparse") and graph.network == network]
+    """The sparsities that the bundle has graphs of the network for, densest first."""
+    graphs = [graph for graph in manifest.graphs if graph.network == network]
     return sorted({level for graph in graphs for level in graph.levels}, key=lambda level: -level.keep)
 
 

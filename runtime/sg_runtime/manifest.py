@@ -16,13 +16,16 @@ from sg_runtime.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_FILE = "manifest.json"
 
 GraphKind = Literal["condition", "dense", "sparse", "guided"]
 GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
 NetworkName = Literal["main", "weak"]
 Prediction = Literal["flow", "edm"]
+HalfPrecision = Literal["fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
 SamplerName = Literal["euler", "heun"]
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -226,12 +229,16 @@ class Cost(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts(_Strict):
-    """One ONNX graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided."""
+    """One graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided.
 
+    file: its ONNX file, which graphs of other levels may share, or None where engines alone hold it.
+    """
+
+    name: str
     kind: GraphKind
     network: NetworkName
     levels: tuple[Level, ...]
-    file: str
+    file: str | None
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
     cost: Cost
@@ -241,15 +248,55 @@ class GraphFacts(_Strict):
     def __post_init__(self) -> None:
         if len(self.levels) != _LEVELS[self.kind]:
             raise UsageError(
-                f"graph {self.file}: levels: expected {_LEVELS[self.kind]} for {self.kind}, found {len(self.levels)}"
+                f"graph {self.name}: levels: expected {_LEVELS[self.kind]} for {self.kind}, found {len(self.levels)}"
             )
         if not self.outputs:
-            raise UsageError(f"graph {self.file}: outputs: expected at least one, found none")
+            raise UsageError(f"graph {self.name}: outputs: expected at least one, found none")
 
     @property
     def null_weak(self) -> bool:
         """Whether it is a guided graph whose weak branch has modulations, thus a condition, of its own."""
         return any(tensor.name == "modulations_weak" for tensor in self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile(_Strict):
+    """The shapes of one optimization profile, min = opt = max: images (or rows of condition), and kept tokens."""
+
+    batch: int
+    keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_counts(self, 1, "batch")
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}" + (f" keeping {'/'.join(map(str, self.keep))} tokens" if self.keep else "")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts(_Strict):
+    """One engine: the graphs of a kind, network and weak condition, at the shapes of its profiles.
+
+    version: of the library that built it and that alone reads it. compute_capabilities: of the GPUs that it was built
+    for, 86 for 8.6. fused_attention: kernels found in it. build_seconds, build_memory_bytes (the peak of the process
+    that built it): measured when it was built, by this build or the one that put it into the cache.
+    """
+
+    kind: GraphKind
+    network: NetworkName
+    null_weak: bool
+    file: str
+    library: EngineLibrary
+    version: str
+    compute_capabilities: tuple[int, ...]
+    profiles: tuple[Profile, ...]
+    fused_attention: int | None
+    build_seconds: float
+    build_memory_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.profiles or not self.compute_capabilities:
+            raise UsageError(f"engine {self.file}: expected at least one profile and compute capability, found none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,21 +328,24 @@ class FileFacts(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Manifest(_Strict):
-    """A bundle. `batch` is the image count that the graphs are fixed to, None where it is symbolic.
+    """A bundle. `batch` is the image count that the ONNX graphs are fixed to, None where it is symbolic.
 
+    precision: of the products of all graphs, but for those of `fp32_layers`, modules by their names in the checkpoint.
     weak_source: the checkpoint of the weak network, where there is one.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
     sampling: Sampling
-    precision: Literal["fp32"]
+    precision: Precision
+    fp32_layers: tuple[str, ...]
     opset: int
     batch: int | None
     condition_rows: int
     graphs: tuple[GraphFacts, ...]
+    engines: tuple[EngineFacts, ...]
     source: Source
     weak_source: Source | None
     files: dict[str, FileFacts]
@@ -326,6 +376,15 @@ class Manifest(_Strict):
             kept = tuple(level.keep for level in graph.levels)
             if (graph.kind, kept, graph.network, graph.null_weak) == wanted:
                 return graph
+        return None
+
+    def engine(self, graph: GraphFacts, batch: int) -> tuple[EngineFacts, int] | None:
+        """The engine that runs `graph` on `batch` images, and the number of its profile for that; or None."""
+        wanted = Profile(batch, tuple(level.keep for level in graph.levels))
+        for engine in self.engines:
+            same = (engine.kind, engine.network, engine.null_weak) == (graph.kind, graph.network, graph.null_weak)
+            if same and wanted in engine.profiles:
+                return engine, engine.profiles.index(wanted)
         return None
 
     def condition(self, network: NetworkName) -> GraphFacts:

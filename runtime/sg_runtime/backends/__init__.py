@@ -6,8 +6,9 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.manifest import GraphFacts
+from sg_runtime.rebuild import build_command
 
 __all__ = ["Backend", "open_backend"]
 
@@ -23,9 +24,29 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, device: str) -> Backend:
-    """The backend for `device`: "auto" or "cpu". Raises UsageError for another, MissingExtraError without a library."""
+    """The backend for `device`: "auto" or "cpu".
+
+    Raises UsageError for another device, MissingExtraError without a library, BundleError for a bundle that cannot run
+    here.
+    """
     if device not in ("auto", "cpu"):
         raise UsageError(f"device {device!r}: expected auto or cpu, the devices that this version runs on")
+    manifest = bundle.manifest
+    if any(graph.file is None for graph in manifest.graphs):
+        if device == "auto":
+            from sg_runtime.backends.trt import check_engines
+
+            check_engines(bundle)
+        raise BundleError(
+            f"{bundle.path}: holds engines, which this version builds and checks, but does not run yet; "
+            f"build with --keep-onnx, or for the CPU: "
+            f"{build_command(manifest, str(bundle.path), target='onnxruntime')}"
+        )
+    if manifest.precision == "bf16":
+        raise BundleError(
+            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
+            f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+        )
     from sg_runtime.backends.ort import OrtBackend
 
     return OrtBackend(bundle)

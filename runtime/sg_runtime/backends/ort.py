@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +19,24 @@ PROVIDERS = ["CPUExecutionProvider"]
 
 
 class OrtBackend:
-    """Sessions of ONNX Runtime, one per graph, opened when first run."""
+    """Sessions of ONNX Runtime, one per ONNX file, opened when first run."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, open_graph: "Callable[[Path], InferenceSession] | None" = None) -> None:
+        """open_graph: in place of `open_session`."""
         require("onnxruntime", "ort")
         self.name = "onnxruntime-cpu"
         self._bundle = bundle
-        self._sessions: dict[str, InferenceSession] = {}
+        self._open = open_graph or open_session
+        self._sessions: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
 
     def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
         """The graph's `output`. Raises EngineError where ONNX Runtime cannot open or run the graph."""
         with self._lock:
-            session = self._sessions.get(graph.file)
+            path = self._bundle.onnx(graph)
+            session = self._sessions.get(path)
             if session is None:
-                session = open_session(self._bundle.file(graph.file))
-                self._sessions[graph.file] = session
+                session = self._sessions[path] = self._open(path)
         try:
             result: NDArray[Any] = session.run([output], dict(feeds))[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -42,12 +44,17 @@ class OrtBackend:
         return result
 
 
-def open_session(path: Path) -> "InferenceSession":
-    """A session over the graph at `path`. Raises EngineError where ONNX Runtime does not take it."""
+def open_session(path: Path, content: bytes | None = None) -> "InferenceSession":
+    """A session over the graph at `path`, or over the model `content` with the weights beside `path`.
+
+    Raises EngineError where ONNX Runtime does not take it.
+    """
     ort = require("onnxruntime", "ort")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
+    if content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(str(path), options, providers=PROVIDERS)
+        return ort.InferenceSession(str(path) if content is None else content, options, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(f"{path.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error

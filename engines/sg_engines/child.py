@@ -1,0 +1,145 @@
+"""A build in a process of its own, so that a crash, a lack of memory or Ctrl-C takes nothing else with it.
+
+The child, `python -m sg_engines.child`, reads one request as JSON and writes events as lines of JSON.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sg_engines.trt import EnginePlan, Progress, build_engine
+from sg_runtime.errors import EngineError
+from sg_runtime.manifest import EngineLibrary
+
+LESS_MEMORY = "build fewer sparsities or batch sizes at once (--sparsity, --batch), or give a smaller --workspace"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFigures:
+    """What a build took: wall time, and the peak memory of its process."""
+
+    seconds: float
+    memory_bytes: int
+
+
+def build_in_child(
+    library: EngineLibrary, graph: Path, plan: EnginePlan, output: Path, progress: Progress
+) -> BuildFigures:
+    """Run `build_engine` in a child process.
+
+    Raises EngineError with the child's reason, or what is likely where it died without one.
+    """
+    request = {"library": library, "graph": str(graph), "output": str(output), "plan": _plan_content(plan)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as words,
+        _running([sys.executable, "-m", "sg_engines.child"], words, environment) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        final: dict[str, Any] = {}
+        try:
+            child.stdin.write(json.dumps(request))
+            child.stdin.close()
+            for line in child.stdout:
+                event = json.loads(line)
+                if "phase" in event:
+                    progress(event["phase"], event["done"], event["steps"])
+                else:
+                    final = event
+        except BrokenPipeError:
+            pass  # it died; its exit code tells
+        code = child.wait()
+        words.seek(0)
+        last_words = words.readlines()[-5:]
+    if "error" in final:
+        raise EngineError(final["error"])
+    if code != 0 or not final:
+        raise EngineError(f"{graph.name}: the process that built it {_died(code, last_words)}")
+    return BuildFigures(time.monotonic() - began, final["memory_bytes"])
+
+
+def _died(code: int, last_words: list[str]) -> str:
+    if code == -signal.SIGKILL:
+        return f"was killed, as the system does when memory runs out: {LESS_MEMORY}"
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"{how}: {' '.join(line.strip() for line in last_words) or 'it said nothing'}"
+
+
+@contextmanager
+def _running(command: list[str], errors: IO[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block, whatever ends that; what it says on standard error goes to `errors`."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment) as child:
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                child.kill()
+
+
+def _plan_content(plan: EnginePlan) -> dict[str, Any]:
+    content = dataclasses.asdict(plan)
+    return content | {"timing_cache": None if plan.timing_cache is None else str(plan.timing_cache)}
+
+
+def _plan(content: dict[str, Any]) -> EnginePlan:
+    cache = content["timing_cache"]
+    return EnginePlan(
+        tuple({name: tuple(shape) for name, shape in profile.items()} for profile in content["profiles"]),
+        tuple(content["compute_capabilities"]),
+        content["workspace"],
+        None if cache is None else Path(cache),
+    )
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the library prints is no event
+    request = json.load(sys.stdin)
+    try:
+        build_engine(
+            importlib.import_module(request["library"]),
+            Path(request["graph"]),
+            _plan(request["plan"]),
+            Path(request["output"]),
+            lambda phase, done, steps: _tell(events, {"phase": phase, "done": done, "steps": steps}),
+        )
+    except MemoryError:
+        _tell(events, {"error": f"{Path(request['graph']).name}: memory ran out: {LESS_MEMORY}"})
+    except (EngineError, OSError) as error:
+        _tell(events, {"error": str(error)})
+    else:
+        _tell(events, {"memory_bytes": _peak_memory()})
+
+
+def _tell(events: IO[str], event: dict[str, Any]) -> None:
+    events.write(json.dumps(event) + "\n")
+    events.flush()
+
+
+def _peak_memory() -> int:
+    """Bytes of this program's largest resident set; Linux counts in `getrusage` that of the program that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,45 @@
+"""Which GPUs an engine can be built for, and in which types their matrix products can be."""
+
+from collections.abc import Iterable, Mapping
+
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import EngineLibrary
+
+_FROM_AMPERE = frozenset({"fp32", "fp16", "bf16"})
+
+RTX_PRODUCTS: Mapping[int, frozenset[str]] = {
+    75: frozenset({"fp16"}),
+    80: _FROM_AMPERE,
+    86: _FROM_AMPERE,
+    89: _FROM_AMPERE | {"fp8"},
+    120: _FROM_AMPERE | {"fp8"},
+    121: _FROM_AMPERE | {"fp8"},
+}
+"""Types of matrix products that TensorRT-RTX builds, by compute capability (86 for 8.6).
+
+75: found by building (TensorRT-RTX 1.7). FP8: NVIDIA's support matrix; the library itself builds it for older targets
+that have no such instructions.
+"""
+
+
+def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], products: Iterable[str]) -> None:
+    """Raise UsageError unless `library` builds for these GPUs a graph with matrix products of these types."""
+    wanted = sorted(set(products))
+    for number in compute_capabilities:
+        if library == "tensorrt":
+            raise UsageError(
+                f"--sm {number}: TensorRT builds for the GPU that it runs on: leave out --sm, or give "
+                f"--target tensorrt-rtx"
+            )
+        known = RTX_PRODUCTS.get(number)
+        if known is None:
+            raise UsageError(
+                f"--sm {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for a datacenter GPU "
+                f"such as H100 (90) use --target tensorrt there, or --target onnxruntime"
+            )
+        if missing := [product for product in wanted if product not in known]:
+            able = [str(sm) for sm, types in RTX_PRODUCTS.items() if set(wanted) <= types]
+            raise UsageError(
+                f"--sm {number}: expected matrix products in {', '.join(sorted(known))}, found {', '.join(missing)}: "
+                f"give another --precision, or GPUs that have it: {', '.join(able)}"
+            )

@@ -1,0 +1,138 @@
+"""TensorRT and TensorRT-RTX: one path from a typed ONNX graph to an engine, the library's module passed in.
+
+Types are those of the graph: nothing here chooses a precision. Where the libraries differ, their modules are asked for
+what they have, not for their version.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sg_runtime.errors import EngineError
+from sg_runtime.files import replacing
+
+Shape = tuple[int, ...]
+Progress = Callable[[str, int, int], None]
+"""(phase, steps done, steps in all)."""
+
+PHASE_DEPTH = 1
+"""Phases of TensorRT that are reported: those within the whole build, not the hundreds within these."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """How to build an engine.
+
+    profiles: for each, the one shape of every input that has symbolic sizes; min = opt = max. compute_capabilities:
+    the GPUs to build for, 86 for 8.6; empty for what the library takes by itself, with TensorRT the GPU that is here.
+    workspace: most bytes of scratch memory, None for the library's choice. timing_cache: a file that TensorRT reads
+    and extends.
+    """
+
+    profiles: tuple[Mapping[str, Shape], ...]
+    compute_capabilities: tuple[int, ...] = ()
+    workspace: int | None = None
+    timing_cache: Path | None = None
+
+
+def build_engine(trt: Any, graph: Path, plan: EnginePlan, output: Path, progress: Progress) -> None:
+    """Build the engine of the ONNX graph at `graph` with the module `trt`, and write it to `output`, whole or not.
+
+    Raises EngineError where the library refuses the graph, naming the node, or cannot build it, with its reasons.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        told = "; ".join(f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
+        raise EngineError(f"{graph.name}: {_name(trt)} does not take it: {told}")
+    config = builder.create_builder_config()
+    config.progress_monitor = _monitor(trt, progress)
+    if plan.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.workspace)
+    if plan.compute_capabilities:
+        config.num_compute_capabilities = len(plan.compute_capabilities)
+        for index, number in enumerate(plan.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+    for shapes in plan.profiles:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{graph.name}: {_name(trt)} refuses the profile {dict(shapes)}: {_reasons(log)}")
+    cache = _timing_cache(config, plan.timing_cache)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise EngineError(f"{graph.name}: {_name(trt)} cannot build it: {_reasons(log)}")
+    with replacing(output) as temporary:
+        temporary.write_bytes(serialized)
+    if cache is not None and plan.timing_cache is not None:
+        with replacing(plan.timing_cache) as temporary:
+            temporary.write_bytes(config.get_timing_cache().serialize())
+
+
+def has_timing_cache(trt: Any) -> bool:
+    """Whether a timing cache does anything: TensorRT-RTX, which times kernels when an engine runs, ignores it."""
+    return not hasattr(trt, "IRuntimeCache")
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if not config.set_timing_cache(cache, False):
+        raise EngineError(f"{path}: expected a timing cache of this TensorRT and this GPU: give another, or delete it")
+    return cache
+
+
+def _name(trt: Any) -> str:
+    return f"{'TensorRT-RTX' if 'rtx' in trt.__name__ else 'TensorRT'} {trt.__version__}"
+
+
+def _reasons(log: Any) -> str:
+    return "; ".join(log.errors) or "it gives no reason"
+
+
+def _log(trt: Any) -> Any:
+    """A logger that keeps errors."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the class is known when the module is
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """A progress monitor that reports the phases of the whole build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the class is known when the module is
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[int, int]] = {}  # steps and depth
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases[name] = steps, self.phases[parent][1] + 1 if parent in self.phases else 0
+            self._report(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self._report(name, step + 1)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+        def _report(self, name: str, done: int) -> None:
+            steps, depth = self.phases[name]
+            if depth == PHASE_DEPTH:
+                progress(name, done, steps)
+
+    return Monitor()

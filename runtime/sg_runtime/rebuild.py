@@ -1,0 +1,71 @@
+"""The command that builds a bundle again, from what its manifest says."""
+
+import shlex
+
+from sg_runtime.manifest import Manifest
+
+USUAL_OPSET = 20
+"""What `sg-export build` takes where none is given."""
+
+
+def build_command(manifest: Manifest, output: str, *, target: str | None = None, sm: int | None = None) -> str:
+    """`sg-export build …` for a bundle like this one at `output`, in place of what is there.
+
+    target: in place of the bundle's own; sm: the GPU to build engines for, 86 for 8.6, in place of the bundle's.
+    """
+    plan, source, model = manifest.guidance, manifest.source, manifest.model
+    guided = [graph.levels for graph in manifest.graphs if graph.kind == "guided"]
+    singles = [graph.levels for graph in manifest.graphs if graph.kind in ("dense", "sparse")]
+    words = ["sg-export", "build", source.name]
+    if manifest.weak_source is not None:
+        words += ["--weak-checkpoint", manifest.weak_source.name]
+    elif plan.mode != "sg":
+        words += ["--guidance", plan.mode]
+    strong = [plan.strong, *(levels[0] for levels in guided)]
+    weak = [plan.weak, *(levels[1] for levels in guided)]
+    if manifest.weak_source is not None:
+        strong += [g.levels[0] for g in manifest.graphs if g.levels and g.network == "main"]
+        weak += [g.levels[0] for g in manifest.graphs if g.levels and g.network == "weak"]
+    elif plan.mode == "none":
+        strong += [levels[0] for levels in singles]
+    ends = ((strong, plan.strong_last, "--strong-sparsity"), (weak, plan.weak_last, "--sparsity"))
+    for levels, last, option in ends[: 1 if plan.mode in ("none", "cfg") else 2]:
+        rates = list(dict.fromkeys(level.sparsity for level in levels if level != last))
+        rates += [last.sparsity] if last is not None else []
+        words += [word for rate in rates for word in (option, _text(rate))]
+    if plan.strong_last is not None or plan.weak_last is not None:
+        words += ["--schedule", "cosine"]
+    words += ["--scale", _text(plan.scale) + ("" if plan.scale_last is None else f":{_text(plan.scale_last)}")]
+    if plan.interval is not None:
+        words += ["--interval", *map(_text, plan.interval)]
+    if source.reference is None:
+        words += ["--route", str(model.route)] if model.route is not None else []
+        words += ["--prediction", model.prediction, "--heads", str(model.heads)]
+        words += ["--weights", source.weights] if source.weights != "bare" else []
+    precision = "fp32" if target == "onnxruntime" else manifest.precision
+    words += ["--steps", str(manifest.sampling.steps), "--precision", precision]
+    words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
+    words += _target_words(manifest, target, sm)
+    return shlex.join([*words, "--output", output, "--force"])
+
+
+def _text(number: float) -> str:
+    """A number as a user writes it, or with all digits where that is not the same number."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
+def _target_words(manifest: Manifest, target: str | None, sm: int | None) -> list[str]:
+    """Targets, GPUs and batch sizes."""
+    engines = manifest.engines
+    if target == "onnxruntime" or not engines:
+        return [] if manifest.batch is None else ["--batch", str(manifest.batch)]
+    targets = [target] if target else sorted({engine.library.replace("_", "-") for engine in engines})
+    words = [word for name in targets for word in ("--target", name)]
+    if "tensorrt-rtx" in targets:
+        rtx = [engine for engine in engines if engine.library == "tensorrt_rtx"]
+        built_for = sorted({number for engine in rtx for number in engine.compute_capabilities})
+        words += [word for number in ([sm] if sm else built_for) for word in ("--sm", str(number))]
+    words += ["--keep-onnx"] if any(graph.file is not None for graph in manifest.graphs) else []
+    batches = sorted({profile.batch for e in engines if e.kind != "condition" for profile in e.profiles})
+    return words + [word for batch in batches for word in ("--batch", str(batch))]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import GraphKind, GuidanceMode, Level, ModelFacts, NetworkName, TensorFacts
+from sg_runtime.manifest import GraphKind, GuidanceMode, GuidancePlan, Level, ModelFacts, NetworkName, TensorFacts
 
 TAIL = ("c_in", "c_skip", "c_out", "a", "b", "e")
 """Scalars of the update: D = c_skip * x + c_out * network(c_in * x), next = a * x + b * D + e * r."""
@@ -27,10 +27,17 @@ class GraphSpec:
 
     @property
     def name(self) -> str:
-        """File name without suffix, from the kept token counts."""
-        counts = () if self.kind in ("condition", "dense") else (str(level.keep) for level in self.levels)
+        """From the kept token counts, as guided-256-128."""
+        return self._name([str(level.keep) for level in self.levels])
+
+    @property
+    def shared_name(self) -> str:
+        """That of all graphs which differ only in how many tokens they keep, as guided-256-K."""
+        return self._name([str(level.keep) if level.sparsity == 0 else "K" for level in self.levels])
+
+    def _name(self, counts: Sequence[str]) -> str:
         prefix, suffix = ("weak",) * (self.network == "weak"), ("null",) * self.null_weak
-        return "-".join((*prefix, self.kind, *counts, *suffix))
+        return "-".join((*prefix, self.kind, *(() if self.kind == "dense" else counts), *suffix))
 
 
 def plan_graphs(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level]) -> list[GraphSpec]:
@@ -46,6 +53,12 @@ def plan_graphs(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Leve
     return [*_singles({*strong, *weak}, "main"), *guided]
 
 
+def guided_alone(plan: GuidancePlan) -> bool:
+    """Whether guided graphs are all that a run of the plan needs, with the condition."""
+    ends = (plan.strong_last, plan.weak_last)
+    return plan.mode in ("sg", "cfg", "cfg+sg") and plan.interval is None and ends == (None, None)
+
+
 def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
     """The condition of a network and its single-branch graphs, densest first."""
     ordered = sorted(levels, key=lambda level: -level.keep)
@@ -54,8 +67,14 @@ def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
     return [GraphSpec("condition", network=network), *branches]
 
 
-def inputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
-    """The inputs of a graph, in order. A batch of None is the symbolic dimension "B"."""
+def inputs(
+    spec: GraphSpec, model: ModelFacts, batch: int | None, *, symbolic_keep: bool = False
+) -> tuple[TensorFacts, ...]:
+    """The inputs of a graph, in order.
+
+    A batch of None is the symbolic dimension "B". symbolic_keep: kept token counts are the dimensions "K", or
+    "K_strong" and "K_weak", so that the graph is that of all levels.
+    """
     if spec.kind == "condition":
         return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
     images = "B" if batch is None else batch
@@ -67,13 +86,18 @@ def inputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[Tenso
         TensorFacts("x", "float32", latent),
         *(TensorFacts(name, "float32", (images, model.modulations)) for name in rows),
         *(
-            TensorFacts(name, "int64", (images, level.keep))
+            TensorFacts(name, "int64", (images, name.replace("keep", "K") if symbolic_keep else level.keep))
             for name, level in zip(names, spec.levels, strict=False)
             if level.keep < model.tokens
         ),
         *(TensorFacts(name, "float32", ()) for name in scalars),
         TensorFacts("r", "float32", latent),
     )
+
+
+def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
+    """The sizes of the dimensions that stand for kept token counts in a graph with `symbolic_keep`."""
+    return dict(zip({"sparse": ("K",), "guided": ("K_strong", "K_weak")}.get(spec.kind, ()), keep, strict=False))
 
 
 def outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:

@@ -38,23 +38,25 @@ class StepCost:
 def step_costs(manifest: Manifest) -> list[StepCost]:
     """The bundle's default guidance beside the strong branch alone, CFG, and two separate passes, over a default run.
 
-    The other ways are those without this compiler: every pass computes its conditioning anew.
+    The other ways are those without this compiler: every pass computes its conditioning anew. They are left out where
+    the bundle has no graphs of single branches, from which they are counted.
     """
     table = step_table(manifest)
     plan = manifest.guidance
+    bundle = _bundle(manifest, table)
+    if not any(graph.kind in ("dense", "sparse") for graph in manifest.graphs):
+        return [bundle]
     strong = [step.strong for step in table]
-    costs = [
-        _passes(manifest, "unguided", [[("main", level)] for level in strong]),
-        _passes(manifest, "CFG", [[("main", level)] * 2 for level in strong]),
-    ]
+    unguided = _passes(manifest, "unguided", [[("main", level)] for level in strong])
     if plan.mode == "none":
-        return [*costs[:1], _bundle(manifest, table)]
+        return [unguided, bundle]
+    costs = [unguided, _passes(manifest, "CFG", [[("main", level)] * 2 for level in strong])]
     both = [
         [("main", step.strong), *([(plan.weak_network, step.weak)] if step.weak is not None else [])] for step in table
     ]
     if plan.mode != "cfg":
         costs.append(_passes(manifest, "two passes", both))
-    return [*costs, _bundle(manifest, table)]
+    return [*costs, bundle]
 
 
 def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:

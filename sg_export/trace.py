@@ -4,8 +4,11 @@ Weights are hidden from the exporter's optimizer, so none is folded into a const
 of them, and a model on PyTorch's meta device can be traced without any.
 """
 
+import ast
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,18 +28,28 @@ from sg_runtime.manifest import ModelFacts, TensorFacts
 DEFAULT_OPSET = 20
 OPSETS = (20, 21, 22)
 """From 20 on Gelu is one operator; from 23 on PyTorch emits an Attention that not every backend builds in FP32."""
-_WEIGHT_PREFIX = "model.network."
-_TRACED_SIZES = {"B": 2, "S": 3}
+_MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
+_WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
+_TRACED_SIZES = {"B": 2, "S": 3, "K": 2, "K_strong": 3, "K_weak": 2}
 """Sizes of the symbolic dimensions while tracing: not 0 or 1, which PyTorch would take for constants."""
 
 
-def trace(model: SparseModel, spec: GraphSpec, facts: ModelFacts, batch: int | None, opset: int) -> ir.Model:
+def trace(
+    model: SparseModel,
+    spec: GraphSpec,
+    facts: ModelFacts,
+    batch: int | None,
+    opset: int,
+    *,
+    symbolic_keep: bool = False,
+) -> ir.Model:
     """Trace the graph `spec` of `model` with the tensors of `sg_export.graphs`.
 
     The initializers view the model's parameters, whose names they bear; a linear layer's weight is stored transposed,
     as MatMul takes it, under its name with ".T" added. Raises ExportError where PyTorch cannot export the model.
     """
-    inputs, outputs = graphs.inputs(spec, facts, batch), graphs.outputs(spec, facts, batch)
+    inputs = graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep)
+    outputs, name = graphs.outputs(spec, facts, batch), spec.shared_name if symbolic_keep else spec.name
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     values = tuple(graphs.example(tensor, facts.tokens, _TRACED_SIZES, generator).to(device) for tensor in inputs)
@@ -58,11 +71,12 @@ def trace(model: SparseModel, spec: GraphSpec, facts: ModelFacts, batch: int | N
     except Exception as error:  # PyTorch's exporter raises many kinds
         if _was_interrupt(error):
             raise KeyboardInterrupt from None
-        raise ExportError(f"graph {spec.name}: PyTorch {torch.__version__} cannot export it: {error}") from error
+        raise ExportError(f"graph {name}: PyTorch {torch.__version__} cannot export it: {error}") from error
     assert exported is not None
     graph_model = exported.model
-    graph_model.graph.name = spec.name
+    graph_model.graph.name = name
     _optimize_around_weights(graph_model)
+    _name_nodes(graph_model.graph)
     passes.ClearMetadataAndDocStringPass()(graph_model)
     _name_dimensions(graph_model.graph, inputs, outputs)
     graph_model.producer_name, graph_model.producer_version = "sg-export", None
@@ -135,19 +149,37 @@ def _replace_transposed(node: ir.Node, weight: ir.Value, tensor: ir.TensorProtoc
     graph.remove(node, safe=True)
 
 
+def _name_nodes(graph: ir.Graph) -> None:
+    """Name each node by the module that it comes from and what it does, as blocks.3.attn/Softmax.
+
+    Backends and Polygraphy tell of nodes by their names.
+    """
+    used: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        name = f"{f'{module}.'.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip('.')}/{node.op_type}"
+        node.name = f"{name}_{used[name]}" if used[name] else name
+        used[name] += 1
+
+
 def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts], outputs: Sequence[TensorFacts]) -> None:
-    """Give the tracer's symbolic dimensions the names of the graph's tensors, everywhere."""
-    names: dict[str | None, str] = {}
+    """Give the tracer's symbolic dimensions the names of the graph's tensors, everywhere, in sums too."""
+    names: dict[str, str] = {}
     for value, facts in zip(graph.inputs, inputs, strict=True):
         assert value.shape is not None
         for dim, wanted in zip(value.shape, facts.shape, strict=True):
             if isinstance(dim, ir.SymbolicDim) and isinstance(wanted, str):
-                names[dim.value] = wanted
+                names[str(dim.value)] = wanted
+
+    def named(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
+
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape(
-                names.get(dim.value) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape
-            )
+            value.shape = ir.Shape([named(dim) for dim in value.shape])
     for value, facts in zip(graph.outputs, outputs, strict=True):
         value.shape = ir.Shape(facts.shape)
 

@@ -1,11 +1,12 @@
 """Parity of a bundle with its checkpoint in PyTorch, by Polygraphy: every graph over time, and whole sampling runs."""
 
+import functools
 import json
 import os
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ import polygraphy
 import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from sg_export import graphs, two_pass
+from sg_export.activations import first_overflow
 from sg_export.checkpoint import Overrides, Weights
+from sg_export.emulate import emulated
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.reference import REFERENCES, reference_path
+from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import replacing, sha256_of
 from sg_runtime.guidance import guide, levels
-from sg_runtime.manifest import GraphFacts, GuidanceMode, GuidancePlan, Manifest, SamplerName, Source
+from sg_runtime.manifest import GraphFacts, GuidanceMode, GuidancePlan, Manifest, Precision, SamplerName, Source
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
 
@@ -37,12 +41,25 @@ TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
 IMAGES = 2
 RUN_STEPS = 10
 
-GRAPH_GATE = 1e-5
-"""Relative L2 of one FP32 graph run: summation order alone gives about 1e-6 at the depth of XL/2."""
-RUN_GATE = 1e-4
-"""Relative L2 of a whole FP32 run: guidance and sampling multiply the rounding of single runs by up to some tens."""
-COSINE_GATE = 0.99999
-"""Cosine similarity that both gates imply with room; it catches a wrong sign or order at a glance."""
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """The most relative L2 of one graph run and of a whole run, and the least cosine similarity of both."""
+
+    graph: float
+    run: float
+    cosine: float
+
+
+GATES: Mapping[Precision, Gates] = {
+    "fp32": Gates(1e-5, 1e-4, 0.99999),
+    "fp16": Gates(2e-2, 2e-2, 0.9995),
+    "bf16": Gates(2e-2, 2e-2, 0.9995),
+}
+"""FP32: summation order alone gives about 1e-6 at the depth of XL/2, and guidance and sampling multiply the rounding of
+single runs by up to some tens. Half precision: of two images 2 % apart none can be told from the other; steps round
+independently, so that a run is no further off than one of its evaluations. The cosines follow from these with room;
+they catch a wrong sign or order at a glance."""
 
 Report = Callable[[str, int, int | None], None]
 """(stage, stages done, stages in all)."""
@@ -50,7 +67,10 @@ Report = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed."""
+    """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed.
+
+    overflow: the first operator of the graph that gave an infinity or a NaN, None where all is finite.
+    """
 
     subject: str
     output: str
@@ -60,6 +80,7 @@ class Comparison:
     cosine: float
     gate: float
     passed: bool
+    overflow: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,7 @@ def verify(
     checkpoint is missing or not the one that the bundle was built from, BundleError for a damaged bundle.
     """
     opened = Bundle.open(bundle)
+    opened.onnx(opened.manifest.condition("main"))  # raises where there are engines alone
     loaded = reload_checkpoint(opened, checkpoint)
     weak = reload_weak(opened, weak_checkpoint, loaded)
     networks = {"main": loaded, "weak": weak or loaded}
@@ -108,11 +130,12 @@ def verify(
     ]
     stages = len(opened.manifest.graphs) + len(runs)
     for number, graph in enumerate(opened.manifest.graphs):
-        report(f"comparing {Path(graph.file).stem}", number, stages)
+        report(f"comparing {graph.name}", number, stages)
         comparisons += _compare_graph(opened, networks[graph.network], graph, times, save_polygraphy)
-        if save_polygraphy is not None:
+        if save_polygraphy is not None and opened.manifest.precision != "bf16":  # which Polygraphy cannot run here
             commands.append(_polygraphy_command(opened, graph, save_polygraphy))
-    pipeline = Pipeline.load(bundle, verify_hashes=False)
+    backend = OrtBackend(opened, functools.partial(_open, precision=opened.manifest.precision))
+    pipeline = Pipeline(opened, backend, opened.manifest.batch or IMAGES)
     for number, run in enumerate(runs, len(opened.manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
         comparisons.append(_compare_run(pipeline, loaded, weak, *run))
@@ -225,36 +248,51 @@ def _compare_graph(
     bundle: Bundle, loaded: LoadedModel, graph: GraphFacts, times: Sequence[float], folder: Path | None
 ) -> list[Comparison]:
     feeds = [_feed(bundle.manifest, loaded, graph, t, number) for number, t in enumerate(times)]
-    session = SessionFromOnnx(str(bundle.file(graph.file)), providers=["CPUExecutionProvider"])
-    results = Comparator.run([TorchRunner(loaded, graph), OnnxrtRunner(session, name="onnxruntime")], data_loader=feeds)
+    path, precision = bundle.onnx(graph), bundle.manifest.precision
+    runner = OnnxrtRunner(functools.partial(_open, path, precision), name="onnxruntime")
+    results = Comparator.run([TorchRunner(loaded, graph), runner], data_loader=feeds)
     if folder is not None:
-        stem = Path(graph.file).stem
+        stem = graph.name
         save_json(feeds, str(folder / f"{stem}-inputs.json"))
         RunResults([results[0]]).save(str(folder / f"{stem}-outputs.json"))
     comparisons: list[Comparison] = []
 
     def compare(wanted: Any, found: Any) -> OrderedDict[str, bool]:
-        t = times[len(comparisons) // len(graph.outputs)]
+        number = len(comparisons) // len(graph.outputs)
         verdicts = OrderedDict()
         for name in (tensor.name for tensor in graph.outputs):
-            subject = Path(graph.file).stem
-            comparisons.append(compare_arrays(subject, name, t, wanted[name], found[name], GRAPH_GATE))
-            verdicts[name] = comparisons[-1].passed
+            gates = GATES[precision]
+            compared = compare_arrays(graph.name, name, times[number], wanted[name], found[name], gates.graph, gates)
+            if not np.isfinite(found[name]).all() and precision != "fp32":
+                compared = replace(compared, overflow=first_overflow(path, feeds[number]))
+            comparisons.append(compared)
+            verdicts[name] = compared.passed
         return verdicts
 
     Comparator.compare_accuracy(results, compare_func=compare)
     return comparisons
 
 
+def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
+    """A session over a graph; one in half precision is computed in FP32 with the rounding of half precision."""
+    return open_session(path, None if precision == "fp32" else emulated(path))
+
+
 def compare_arrays(
-    subject: str, output: str, t: float | None, wanted: NDArray[np.float32], found: NDArray[np.float32], gate: float
+    subject: str,
+    output: str,
+    t: float | None,
+    wanted: NDArray[np.float32],
+    found: NDArray[np.float32],
+    gate: float,
+    gates: Gates,
 ) -> Comparison:
     """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     norm = float(np.linalg.norm(a))
     relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
     cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
-    passed = relative <= gate and cosine >= COSINE_GATE
+    passed = relative <= gate and cosine >= gates.cosine
     return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
 
 
@@ -346,7 +384,8 @@ def _compare_run(
         karras=manifest.sampling.karras,
     )
     found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
-    return compare_arrays(_run_name(guidance, sampler, fused), "samples", None, wanted, found, RUN_GATE)
+    gates, name = GATES[manifest.precision], _run_name(guidance, sampler, fused)
+    return compare_arrays(name, "samples", None, wanted, found, gates.run, gates)
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
@@ -355,8 +394,9 @@ def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
 
 
 def _polygraphy_command(bundle: Bundle, graph: GraphFacts, folder: Path) -> str:
-    stem = Path(graph.file).stem
-    words = ["polygraphy", "run", str(bundle.file(graph.file)), "--onnxrt"]
+    stem = graph.name
+    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
     words += ["--load-inputs", str(folder / f"{stem}-inputs.json")]
-    words += ["--load-outputs", str(folder / f"{stem}-outputs.json"), "--atol", "1e-4", "--rtol", "1e-4"]
+    tolerance = "1e-4" if bundle.manifest.precision == "fp32" else "2e-2"
+    words += ["--load-outputs", str(folder / f"{stem}-outputs.json"), "--atol", tolerance, "--rtol", tolerance]
     return shlex.join(words)

@@ -1,6 +1,8 @@
 """What every command shares: errors as messages with exit codes, options, progress, tables."""
 
 import errno
+import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ Report = Callable[[str, int, int | None], None]
 """(stage, stages done, stages in all or None where that is not known yet)."""
 
 EXTRAS = {
+    "ml_dtypes": "export",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxruntime": "ort",
@@ -116,6 +119,30 @@ class RampType(click.ParamType[Ramp]):
         return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
+class ComputeCapabilityType(click.ParamType[int]):
+    """8.6 or 86."""
+
+    name = "SM"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,2})\.?(\d)", str(value))
+        if match is None:
+            self.fail(f"{value!r}: expected a compute capability, as 8.6 or 86", param, context)
+        return int(match[1] + match[2])
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes, with a unit: 512M or 4G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMG]?)i?B?", str(value), re.IGNORECASE)
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r}: expected a size, as 512M or 4G", param, context)
+        return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+
+
 INTERVAL = click.option(
     "--interval",
     type=float,
@@ -165,6 +192,25 @@ def progress(quiet: bool) -> Iterator[Report]:
             last = stage
 
         yield line
+
+
+@contextmanager
+def messages(everything: bool) -> Iterator[None]:
+    """Show the warnings of sg-export on standard error, or `everything` that it tells."""
+
+    class Echo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(record.getMessage(), err=True)
+
+    log, handler = logging.getLogger("sg_export"), Echo()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if everything else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,11 +2,24 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sg_export.cli.base import INTERVAL, Command, RampType, model_options, progress
+from sg_export.cli.base import (
+    INTERVAL,
+    Command,
+    ComputeCapabilityType,
+    RampType,
+    SizeType,
+    messages,
+    model_options,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from sg_runtime.bundle import Bundle
+    from sg_runtime.manifest import EngineFacts
 
 
 @click.command(cls=Command)
@@ -53,9 +66,45 @@ from sg_export.cli.base import INTERVAL, Command, RampType, model_options, progr
 @INTERVAL
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
 @model_options
-@click.option("--batch", type=click.IntRange(min=1), help="Fix the graphs to this many images.  [default: symbolic]")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
-@click.option("--target", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Type of the matrix products and of attention; what needs FP32 beside them stays in it.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+    multiple=True,
+    default=("onnxruntime",),
+    show_default=True,
+    help="ONNX graphs, or engines; repeatable. tensorrt-rtx builds without a GPU, tensorrt (experimental) on the GPU "
+    "that the engine is for.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Images in one run; repeatable for engines, which have a profile for each.  [default: any for ONNX graphs, 1 "
+    "for engines]",
+)
+@click.option(
+    "--sm",
+    type=ComputeCapabilityType(),
+    multiple=True,
+    help="Compute capability of the GPUs that TensorRT-RTX builds for; repeatable.  [default: its own choice: 8.0, "
+    "8.6, 8.9, 12.0, 12.1 in version 1.7]",
+)
+@click.option("--workspace", type=SizeType(), help="Most scratch memory of an engine.  [default: the library's]")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TensorRT's timing cache, read and extended. TensorRT-RTX has none.",
+)
+@click.option("--keep-onnx", is_flag=True, help="Leave the ONNX graphs of engines in the bundle; verify needs them.")
+@click.option("--allow-unfused", is_flag=True, help="Take engines in which attention has no fused kernel.")
+@click.option("--explain-cache", is_flag=True, help="Say of every engine whether it was in the cache, or what differs.")
 @click.option("--opset", type=click.IntRange(min=20, max=22), default=20, show_default=True, help="ONNX opset.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The bundle's folder.  [default: MODEL-bundle]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -75,9 +124,15 @@ def build(
     route: Any,
     prediction: Any,
     heads: int | None,
-    batch: int | None,
-    precision: str,
-    target: str,
+    precision: Any,
+    target: Any,
+    batch: tuple[int, ...],
+    sm: tuple[int, ...],
+    workspace: int | None,
+    timing_cache: Path | None,
+    keep_onnx: bool,
+    allow_unfused: bool,
+    explain_cache: bool,
     opset: int,
     output: Path | None,
     force: bool,
@@ -87,12 +142,14 @@ def build(
     """Compile MODEL into a bundle.
 
     MODEL is a checkpoint (.pt, .pth, .safetensors) or the name of a reference model; without one, the reference model
-    glyphs is built. ONNX checks every graph, and ONNX Runtime runs it once beside PyTorch.
+    glyphs is built. ONNX checks every graph, and ONNX Runtime runs it once beside PyTorch. Engines that were built
+    before come from a cache, $SG_EXPORT_CACHE or sg-export in the user's cache folder.
 
     \b
     Examples:
       sg-export build --sparsity 0.5
       sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
+      sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
       sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 --sparsity 0 --schedule cosine
     """
     from sg_export.checkpoint import Overrides
@@ -114,13 +171,20 @@ def build(
         schedule=schedule,
         interval=interval,
         steps=steps,
+        precision=precision,
+        targets=target,
         batch=batch,
+        compute_capabilities=sm,
+        workspace=workspace,
+        timing_cache=timing_cache,
+        keep_onnx=keep_onnx,
+        allow_unfused=allow_unfused,
         opset=opset,
         weights=weights,
         overrides=Overrides(route, heads, prediction),
         force=force,
     )
-    with progress(quiet) as report:
+    with progress(quiet) as report, messages(explain_cache):
         bundle = compile(model, options, report)
     if as_json:
         click.echo(adapter().dump_json(bundle.manifest, indent=1).decode())
@@ -130,5 +194,22 @@ def build(
         for strong, weak in wanted if options.mode in ("sg", "cfg+sg") else ():
             if all((strong, weak) != (a.sparsity, b.sparsity) for a, b in built):
                 click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
+        for engine in bundle.manifest.engines:
+            _echo_engine(bundle, engine)
         size = sum(file.size for file in bundle.manifest.files.values())
-        click.echo(f"{bundle.path}: {len(bundle.manifest.graphs)} graphs, {size / 1e6:.1f} MB")
+        count = f"{len(bundle.manifest.graphs)} graphs" + f", {len(bundle.manifest.engines)} engines" * bool(
+            options.libraries
+        )
+        click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
+        if options.libraries and not keep_onnx and "onnxruntime" not in target:
+            click.echo("the engines hold the weights; verify needs the graphs, too: build with --keep-onnx for that")
+
+
+def _echo_engine(bundle: "Bundle", engine: "EngineFacts") -> None:
+    size = bundle.manifest.files[engine.file].size
+    targets = ", ".join(map(str, engine.compute_capabilities))
+    parts = [f"{engine.library} {engine.version} for SM {targets}", f"{size / 1e6:.1f} MB"]
+    parts += [f"{len(engine.profiles)} profiles" if len(engine.profiles) > 1 else f"profile {engine.profiles[0]}"]
+    parts += [f"{engine.fused_attention} fused attentions"] if engine.fused_attention else []
+    parts += [f"built in {engine.build_seconds:.1f} s with {engine.build_memory_bytes / 1e9:.2f} GB of memory"]
+    click.echo(f"{engine.file}: {', '.join(parts)}")

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,9 @@ LIBRARIES = (
     ("numpy", "runtime", None),
     ("pillow", "images", None),
     ("onnxruntime", "backend onnxruntime", "ort"),
+    ("tensorrt-rtx", "engines of TensorRT-RTX", "tensorrt-rtx"),
+    ("tensorrt", "engines of TensorRT", "tensorrt"),
+    ("cuda-bindings", "engines", "tensorrt-rtx"),
     ("torch", "building", "export"),
     ("onnx", "building", "export"),
     ("onnxscript", "building", "export"),
@@ -25,16 +29,28 @@ LIBRARIES = (
 
 
 @click.command(cls=Command)
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
+def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show the versions, backends and devices that are found here, and how to install what is missing.
 
+    With a BUNDLE, say what would run it here, or why nothing can.
+
     \b
-    Example:
+    Examples:
       sg-export doctor
+      sg-export doctor glyphs-bundle
     """
+    if bundle is not None:
+        from sg_runtime.backends import open_backend
+        from sg_runtime.bundle import Bundle
+
+        opened = Bundle.open(bundle)
+        click.echo(f"{bundle}: device auto is {open_backend(opened, 'auto').name}")
+        return
     versions = {name: _version(name) for name, _, _ in LIBRARIES}
     providers = _providers()
+    gpus = _gpus()
     backend = "onnxruntime on the CPU" if providers else None
     facts = {
         "sg-export": __version__,
@@ -43,6 +59,7 @@ def doctor(as_json: bool) -> None:
         "processors": os.cpu_count(),
         "libraries": versions,
         "onnxruntime providers": providers,
+        "gpus": gpus,
         "device auto": backend,
     }
     if as_json:
@@ -55,13 +72,29 @@ def doctor(as_json: bool) -> None:
     click.echo(f"sg-export {__version__}; {machine}")
     print_table("", ("library", "version", "needed for"), rows)
     click.echo(f"ONNX Runtime providers: {', '.join(providers) or 'none'}")
-    click.echo(f"device auto: {backend or 'none; pip install ' + repr('sg-export[ort]')}")
+    found = ", ".join(gpus) if gpus else "none found" if gpus is not None else "unknown without cuda-bindings"
+    click.echo(f"NVIDIA GPUs: {found}")
+    click.echo(f"device auto: {backend or 'none; pip install ' + repr('sg-export[ort]')}, for bundles with ONNX graphs")
+    click.echo(
+        "engines: built and checked, not run by this version; sg-export doctor BUNDLE checks one against this machine"
+    )
 
 
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str] | None:
+    """Names and compute capabilities; None where they cannot be asked."""
+    from sg_runtime.devices import find_gpus
+    from sg_runtime.errors import SgError
+
+    try:
+        return [f"{gpu.name} (SM {gpu.compute_capability})" for gpu in find_gpus()]
+    except SgError:
         return None
 
 

@@ -93,8 +93,8 @@ def _print_bundle(bundle: "Bundle") -> None:
         *_model_rows(manifest.model),
         ("guidance", _guidance(manifest.guidance)),
         ("sampling", f"{sampling.steps} {sampling.sampler} steps"),
-        ("graphs", f"{manifest.precision}, opset {manifest.opset}, batch {manifest.batch or 'symbolic'}"),
-        ("runs on", "ONNX Runtime, CPU"),
+        ("precision", _precision(manifest)),
+        ("graphs", f"opset {manifest.opset}, batch {manifest.batch or 'symbolic'}{_where(manifest)}"),
         *(
             (name, f"{source.file}, {source.weights} weights, SHA-256 {source.sha256[:12]}…")
             for name, source in (("source", manifest.source), ("weak source", manifest.weak_source))
@@ -107,7 +107,7 @@ def _print_bundle(bundle: "Bundle") -> None:
     _print_costs(manifest)
     graphs = [
         (
-            Path(graph.file).stem,
+            graph.name,
             "/".join(f"{level.sparsity:g}" for level in graph.levels) or None,
             graph.cost.linear_macs / 1e9,
             graph.cost.attention_macs / 1e9,
@@ -117,8 +117,34 @@ def _print_bundle(bundle: "Bundle") -> None:
         )
         for graph in manifest.graphs
     ]
+    _print_engines(bundle)
     columns = ("graph", "sparsity", "linear GMAC", "attention GMAC", "weights MB", "activations MB", "L2 to PyTorch")
     print_table("Graphs, per image (condition: per row)", columns, graphs)
+
+
+def _precision(manifest: "Manifest") -> str:
+    layers = f", FP32 in {', '.join(manifest.fp32_layers)}" if manifest.fp32_layers else ""
+    return f"{manifest.precision}{layers}"
+
+
+def _where(manifest: "Manifest") -> str:
+    return "" if all(graph.file for graph in manifest.graphs) else ", in engines alone"
+
+
+def _print_engines(bundle: "Bundle") -> None:
+    rows = [
+        (
+            Path(engine.file).stem.partition(".")[0],
+            f"{engine.library} {engine.version}",
+            ", ".join(map(str, engine.compute_capabilities)),
+            "\n".join(map(str, engine.profiles)),
+            bundle.manifest.files[engine.file].size / 1e6,
+            engine.fused_attention,
+        )
+        for engine in bundle.manifest.engines
+    ]
+    if rows:
+        print_table("Engines", ("engine", "built by", "for SM", "profiles", "MB", "fused attentions"), rows)
 
 
 def _guidance(plan: "GuidancePlan") -> str:

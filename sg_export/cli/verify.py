@@ -73,9 +73,12 @@ def verify(
     failed = [c for c in parity.comparisons if not c.passed]
     if failed:
         worst = max(failed, key=_excess)
+        remedy = "build the bundle anew"
+        if worst.overflow is not None:
+            remedy = f"{worst.overflow} is the first to leave the range of half precision: build with bf16 or fp32"
         raise Failure(
             f"{bundle}: {len(failed)} of {len(parity.comparisons)} comparisons fail; the worst, {worst.subject}: "
-            f"expected relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}; build the bundle anew",
+            f"expected relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}; {remedy}",
             5,
         )
 

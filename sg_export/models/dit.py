@@ -193,6 +193,10 @@ class DiT(nn.Module):
         """Layer `index` on packed tokens (B, R, D)."""
         return self.stack[index](tokens, branches, self._start(index))
 
+    def layer_name(self, index: int) -> str:
+        """The name of a layer's module, with which those of its weights begin."""
+        return next(name for name, module in self.named_modules() if module is self.stack[index])
+
     def dropped(self, tokens: Tensor) -> Tensor:
         """The tokens (B, N, D) themselves: those that were left out come back as they were."""
         return tokens

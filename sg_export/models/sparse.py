@@ -30,6 +30,10 @@ class Network(Protocol):
         """tokens (B, R, D) → (B, R, D), or another width that the next layer takes."""
         ...
 
+    def layer_name(self, index: int) -> str:
+        """The name of a layer's module, with which those of its weights begin."""
+        ...
+
     def dropped(self, tokens: Tensor) -> Tensor:
         """What stands after the route for tokens that were left out: (B, N, D) before it → (B, N, D) after it."""
         ...

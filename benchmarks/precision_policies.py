@@ -1,0 +1,244 @@
+"""Which parts of a half-precision graph must stay in FP32: the guided prediction beside FP32, policy by policy.
+
+    python -m benchmarks.precision_policies --output benchmarks/results/precision_policies.json
+
+Errors are relative L2 distances of the guided prediction, at eight times, to the same graphs in FP32; conditioning is
+computed at the policy, too. Half precision is emulated (`sg_export/emulate.py`): FP32 operators, inputs and outputs
+rounded. An engine is built of the guided graph without a GPU, by TensorRT-RTX. S/2 has random weights. Policies:
+
+whole            every value in half precision
+ends             all products, but the embedders and the head
+ends + after     and the layer after the route
+ours             what `sg-export build` does: one of these two, by precision
+autocast         ModelOpt's `convert_to_mixed_precision` with its defaults; only where nvidia-modelopt is installed
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from benchmarks.engine_builds import load
+from benchmarks.machine import machine
+from sg_engines.child import build_in_child
+from sg_engines.trt import EnginePlan
+from sg_export import LoadedModel
+from sg_export.activations import range_shares
+from sg_export.emulate import emulated
+from sg_export.engine_build import count_fused_attention, profile_shapes
+from sg_export.graphs import GraphSpec
+from sg_export.precision import EMBEDDERS_AND_HEAD, HALF, cast, fp32_layers, half_attentions, to_half
+from sg_export.trace import DEFAULT_OPSET, trace
+from sg_export.verify import TIMES
+from sg_export.weights import write_graphs
+from sg_runtime import random
+from sg_runtime.backends.ort import open_session
+from sg_runtime.errors import EngineError
+from sg_runtime.manifest import HalfPrecision, Profile
+
+Array = NDArray[np.float32]
+IMAGES, SCALE = 4, 2.5
+MODELS = {"glyphs": (0.25, 0.9), "S/2": (0.5, 0.9)}
+"""Sparsities of the strong and the weak branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A policy. errors: by time, as `TIMES`. largest: activation, as a share of the type's range, and whose."""
+
+    model: str
+    precision: HalfPrecision
+    policy: str
+    fp32_layers: tuple[str, ...]
+    errors: tuple[float, ...]
+    worst: float
+    largest: float
+    largest_in: str
+    engine_mb: float | None
+    half_attentions: int
+    fused_attentions: int | None
+    refused: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """The paths of a policy's condition and guided graph."""
+
+    condition: Path
+    guided: Path
+
+
+Policy = Callable[[ir.Model], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for name in options.model:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += measure(name, load(name, Path(scratch)), Path(scratch))
+    if options.output:
+        libraries = ["torch", "onnx", "onnxruntime", "tensorrt-rtx"] + ["nvidia-modelopt"] * has_modelopt()
+        content = {"machine": machine(*libraries), "times": TIMES, "rows": [asdict(row) for row in rows]}
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def has_modelopt() -> bool:
+    """Whether ModelOpt's ONNX part is installed."""
+    return find_spec("modelopt") is not None and find_spec("onnx_graphsurgeon") is not None
+
+
+def measure(name: str, loaded: LoadedModel, folder: Path) -> list[Row]:
+    """All policies of both types beside FP32."""
+    spec = GraphSpec("guided", tuple(loaded.level(rate) for rate in MODELS[name]))
+    plain = write(loaded, spec, folder / "fp32", lambda model: None)
+    wanted = predictions(plain, loaded, spec, exact=True)
+    rows = []
+    for precision in HALF:
+        after = loaded.model.network.layer_name(loaded.model.route.end + 1)
+        layers = {
+            "ends": EMBEDDERS_AND_HEAD,
+            "ends + after": (*EMBEDDERS_AND_HEAD, after),
+            "ours": fp32_layers(loaded.model, precision),
+        }
+        policies: dict[str, Policy] = {"whole": partial(to_whole, precision=precision)}
+        policies |= {key: partial(to_layers, precision=precision, layers=own) for key, own in layers.items()}
+        for policy, change in policies.items():
+            graphs = write(loaded, spec, folder / f"{precision}-{policy}", change)
+            row = judge(name, precision, policy, layers.get(policy, ()), graphs, loaded, spec, wanted)
+            rows.append(row)
+            print(row, flush=True)
+        if has_modelopt():
+            graphs = autocast(plain, folder / f"{precision}-autocast", precision)
+            rows.append(judge(name, precision, "autocast", (), graphs, loaded, spec, wanted))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def write(loaded: LoadedModel, spec: GraphSpec, folder: Path, change: Policy) -> Graphs:
+    """Trace both graphs, with symbolic token counts, and change them."""
+    folder.mkdir()
+    models = [
+        trace(loaded.model, one, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
+        for one in (GraphSpec("condition"), spec)
+    ]
+    for model in models:
+        change(model)
+    condition, guided = write_graphs(models, folder, "weights.bin")
+    return Graphs(condition, guided)
+
+
+def to_layers(model: ir.Model, precision: HalfPrecision, layers: Sequence[str]) -> None:
+    """Our own rule."""
+    to_half(model.graph, precision, layers)
+
+
+def to_whole(model: ir.Model, precision: HalfPrecision) -> None:
+    """Every float value in half precision, from the inputs on."""
+    graph = model.graph
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            uses = list(value.uses())
+            lowered = cast(graph, value, HALF[precision])
+            for use in uses:
+                use.node.replace_input_with(use.idx, lowered)
+    to_half(graph, precision, (), fp32_operators=())
+
+
+def autocast(plain: Graphs, folder: Path, precision: HalfPrecision) -> Graphs:
+    """The FP32 graphs through ModelOpt."""
+    from modelopt.onnx.autocast import convert_to_mixed_precision
+
+    folder.mkdir()
+    paths = []
+    for path in (plain.condition, plain.guided):
+        model = convert_to_mixed_precision(str(path), low_precision_type=precision, keep_io_types=True)
+        paths.append(folder / path.name)
+        onnx.save(onnx.shape_inference.infer_shapes(model), paths[-1])
+    condition, guided = paths
+    return Graphs(condition, guided)
+
+
+def judge(
+    name: str,
+    precision: HalfPrecision,
+    policy: str,
+    layers: tuple[str, ...],
+    graphs: Graphs,
+    loaded: LoadedModel,
+    spec: GraphSpec,
+    wanted: Sequence[Array],
+) -> Row:
+    """Errors, activations, and what TensorRT-RTX makes of the guided graph."""
+    found = predictions(graphs, loaded, spec, exact=False)
+    errors = [float(np.linalg.norm(f - w) / np.linalg.norm(w)) for f, w in zip(found, wanted, strict=True)]
+    shares: dict[str, float] = {}
+    for number in range(len(TIMES)):
+        for node, share in range_shares(graphs.guided, feeds(graphs, loaded, spec, number, exact=False)).items():
+            shares[node] = max(share, shares.get(node, 0.0))
+    largest = max(shares, key=lambda node: shares[node])
+    attentions = half_attentions(ir.load(graphs.guided).graph)
+    engine, size, fused, refused = graphs.guided.with_suffix(".engine"), None, None, None
+    profile = Profile(1, tuple(level.keep for level in spec.levels))
+    try:
+        plan = EnginePlan((profile_shapes(profile, spec, loaded.facts),))
+        build_in_child("tensorrt_rtx", graphs.guided, plan, engine, lambda phase, done, steps: None)
+        size, fused = round(engine.stat().st_size / 1e6, 1), count_fused_attention(engine)
+    except EngineError as error:
+        refused = str(error)
+    return Row(
+        model=name,
+        precision=precision,
+        policy=policy,
+        fp32_layers=layers,
+        errors=tuple(round(error, 6) for error in errors),
+        worst=round(max(errors), 6),
+        largest=round(shares[largest], 6),
+        largest_in=largest,
+        engine_mb=size,
+        half_attentions=attentions,
+        fused_attentions=fused,
+        refused=refused,
+    )
+
+
+def predictions(graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, *, exact: bool) -> list[Array]:
+    """The guided prediction at each of `TIMES`."""
+    session = open_session(graphs.guided, None if exact else emulated(graphs.guided))
+    return [
+        session.run(["prediction"], feeds(graphs, loaded, spec, number, exact=exact))[0] for number in range(len(TIMES))
+    ]
+
+
+def feeds(
+    graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, number: int, *, exact: bool
+) -> dict[str, NDArray[np.generic]]:
+    """Inputs of the guided graph at one time: noise, classes and subsets of that time, the policy's own modulations."""
+    facts, seeds = loaded.facts, range(IMAGES)
+    generator = np.random.default_rng(number)
+    x = generator.standard_normal((IMAGES, facts.channels, facts.image_size, facts.image_size), dtype=np.float32)
+    classes = generator.integers(0, facts.num_classes, IMAGES)
+    session = open_session(graphs.condition, None if exact else emulated(graphs.condition))
+    (rows,) = session.run(None, {"t": np.full(IMAGES, TIMES[number], np.float32), "class": classes})
+    scalars = {"scale": SCALE, "c_in": 1, "c_skip": 0, "c_out": 1, "a": 1, "b": 0, "e": 0}
+    given: dict[str, NDArray[np.generic]] = {name: np.array(value, np.float32) for name, value in scalars.items()}
+    for branch, (name, level) in enumerate(zip(("keep_strong", "keep_weak"), spec.levels, strict=True)):
+        drawn = [random.subset(s, facts.tokens, level.keep, step=number, evaluation=0, branch=branch) for s in seeds]
+        given[name] = np.stack(drawn)
+    return given | {"x": x, "r": x, "modulations": rows}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Fixtures that several rooms share."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines that tests build go into a cache of theirs, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SG_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny(TINY, TINY_FACTS)
@@ -90,14 +98,14 @@ def tiny_edm_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
     """The tiny network as one that denoises, for SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
     folder = tiny_checkpoint.parent
     checkpoint = tiny.save(folder / "tiny-edm.safetensors", facts={**tiny.facts, "prediction": "edm"})
-    return compile(checkpoint, CompileOptions(folder / "tiny-edm-bundle", (0.5,), (0.25,), batch=3)).path
+    return compile(checkpoint, CompileOptions(folder / "tiny-edm-bundle", (0.5,), (0.25,), batch=(3,))).path
 
 
 @pytest.fixture(scope="session")
 def tiny_cfg_bundle(tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG at sparsities 0 and 0.25, its checkpoint beside it."""
     output = tiny_checkpoint.parent / "tiny-cfg-bundle"
-    options = CompileOptions(output, (), (0.0, 0.25), scale=1.5, guidance="cfg", batch=3)
+    options = CompileOptions(output, (), (0.0, 0.25), scale=1.5, guidance="cfg", batch=(3,))
     return compile(tiny_checkpoint, options).path
 
 
@@ -105,7 +113,7 @@ def tiny_cfg_bundle(tiny_checkpoint: Path) -> Path:
 def tiny_cfg_sg_bundle(tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG + SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
     output = tiny_checkpoint.parent / "tiny-cfg-sg-bundle"
-    options = CompileOptions(output, (0.5,), (0.25,), scale=1.5, guidance="cfg+sg", batch=3)
+    options = CompileOptions(output, (0.5,), (0.25,), scale=1.5, guidance="cfg+sg", batch=(3,))
     return compile(tiny_checkpoint, options).path
 
 
@@ -114,7 +122,7 @@ def tiny_autoguidance_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
     """The tiny model guided by other weights at strong sparsity 0, weak 0.5 and 0, both checkpoints beside it."""
     folder = tiny_checkpoint.parent
     weak = tiny.save(folder / "tiny-weak.safetensors", tiny.state(seed=2))
-    options = CompileOptions(folder / "tiny-autoguidance-bundle", (0.5, 0.0), weak_checkpoint=weak, batch=3)
+    options = CompileOptions(folder / "tiny-autoguidance-bundle", (0.5, 0.0), weak_checkpoint=weak, batch=(3,))
     return compile(tiny_checkpoint, options).path
 
 
@@ -132,7 +140,7 @@ def tiny_cosine_bundle(tiny_checkpoint: Path) -> Path:
         schedule="cosine",
         scale=(3.0, 1.5),
         interval=(0.15, 0.9),
-        batch=3,
+        batch=(3,),
     )
     return compile(tiny_checkpoint, options).path
 

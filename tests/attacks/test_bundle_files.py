@@ -149,7 +149,7 @@ def test_load_of_a_link_to_itself_is_refused(bundle: Path, refused: Refused) -> 
 def test_load_of_a_graph_that_is_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
     """Otherwise nobody would check its bytes."""
     edit(lambda content: content["files"].pop("graphs/dense.onnx"))
-    refused("graph graphs/dense.onnx is not among the manifest's files; rebuild the bundle")
+    refused("graphs/dense.onnx is not among the manifest's files; rebuild the bundle")
 
 
 def test_load_of_weights_that_are_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
@@ -159,4 +159,4 @@ def test_load_of_weights_that_are_not_listed_is_refused(edit: Edit, refused: Ref
 
 def test_load_of_a_graph_outside_the_bundle_is_refused(edit: Edit, refused: Refused) -> None:
     edit(lambda content: content["graphs"][1].update(file="../dense.onnx"))
-    refused("graph ../dense.onnx is not among the manifest's files")
+    refused("../dense.onnx is not among the manifest's files")

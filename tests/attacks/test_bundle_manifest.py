@@ -51,13 +51,13 @@ def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Re
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
 def test_load_of_json_that_is_no_manifest_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
-    refused("manifest.json: expected schema version 1, found None")
+    refused("manifest.json: expected schema version 2, found None")
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", True, 1.0, [1], 10**30])
+@pytest.mark.parametrize("version", [0, 1, -1, "2", True, 2.0, [2], 10**30])
 def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refused, version: object) -> None:
     edit(lambda content: content.update(schema_version=version))
-    refused(f"expected schema version 1, found {version!r}; rebuild the bundle with this sg-export")
+    refused(f"expected schema version 2, found {version!r}; rebuild the bundle with this sg-export")
 
 
 def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:
@@ -98,10 +98,10 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
         (lambda c: c.update(condition_rows=0), "condition_rows: expected at least 1, found 0"),
         (lambda c: c["graphs"].pop(0), "graphs: expected one of kind condition for the main network, found none"),
         (lambda c: c.update(graphs=[]), "graphs: expected one of kind condition for the main network, found none"),
-        (lambda c: c["graphs"][1].update(outputs=[]), "graphs/dense.onnx: outputs: expected at least one, found none"),
-        (lambda c: c["graphs"][1].update(levels=[]), "graphs/dense.onnx: levels: expected 1 for dense, found 0"),
+        (lambda c: c["graphs"][1].update(outputs=[]), "graph dense: outputs: expected at least one, found none"),
+        (lambda c: c["graphs"][1].update(levels=[]), "graph dense: levels: expected 1 for dense, found 0"),
         (lambda c: c["graphs"][-1]["levels"].pop(), "levels: expected 2 for guided, found 1"),
-        (lambda c: c["graphs"][0].update(kind="dense"), "condition.onnx: levels: expected 1 for dense, found 0"),
+        (lambda c: c["graphs"][0].update(kind="dense"), "graph condition: levels: expected 1 for dense, found 0"),
     ],
 )
 def test_load_of_a_manifest_that_contradicts_itself_is_refused(

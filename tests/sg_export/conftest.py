@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def fixed_bundle(tiny_checkpoint: Path) -> Path:
     """The tiny model for SG at sparsities 0.25 and 0.5, its checkpoint beside it; graphs of three images."""
-    options = CompileOptions(tiny_checkpoint.parent / "fixed-bundle", (0.5,), (0.25,), batch=3)
+    options = CompileOptions(tiny_checkpoint.parent / "fixed-bundle", (0.5,), (0.25,), batch=(3,))
     return compile(tiny_checkpoint, options).path
 
 

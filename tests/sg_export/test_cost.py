@@ -29,7 +29,7 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 
 def cost(manifest: Manifest, name: str) -> Cost:
-    (found,) = (graph.cost for graph in manifest.graphs if Path(graph.file).stem == name)
+    (found,) = (graph.cost for graph in manifest.graphs if graph.name == name)
     return found
 
 

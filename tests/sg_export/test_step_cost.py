@@ -15,7 +15,7 @@ def opened(bundle: Path) -> Manifest:
 
 
 def graph_cost(manifest: Manifest, name: str) -> Cost:
-    (found,) = (graph.cost for graph in manifest.graphs if Path(graph.file).stem == name)
+    (found,) = (graph.cost for graph in manifest.graphs if graph.name == name)
     return found
 
 

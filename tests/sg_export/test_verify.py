@@ -17,8 +17,7 @@ import torch
 
 from sg_export.compiler import CompileOptions, compile
 from sg_export.verify import (
-    GRAPH_GATE,
-    RUN_GATE,
+    GATES,
     TIMES,
     Comparison,
     Parity,
@@ -54,14 +53,14 @@ def test_verify_compares_every_graph_over_time(glyphs_parity: tuple[Parity, list
     parity, _ = glyphs_parity
     graphs = [comparison for comparison in parity.comparisons if comparison.time is not None]
     expected = [
-        (Path(graph.file).stem, t, output.name)
+        (graph.name, t, output.name)
         for graph in Bundle.open(glyphs_bundle).manifest.graphs
         for t in TIMES
         for output in graph.outputs
     ]
     assert [(c.subject, c.time, c.output) for c in graphs] == expected
     assert {output for *_, output in expected} == {"modulations", "prediction", "next"}
-    assert {comparison.gate for comparison in graphs} == {GRAPH_GATE}
+    assert {comparison.gate for comparison in graphs} == {GATES["fp32"].graph}
     # Two programs that add in different orders: all equal would mean that one was compared with itself.
     assert all(comparison.max_abs > 0 for comparison in graphs)
 
@@ -85,7 +84,7 @@ def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, l
     pairs = [f"sg {strong}/{weak}" for strong in ("0", "0.25") for weak in ("0.5", "0.75")]
     assert runs(parity) == [*pairs, "none 0"]
     whole = [comparison for comparison in parity.comparisons if comparison.time is None]
-    assert {(run.output, run.gate) for run in whole} == {("samples", RUN_GATE)}
+    assert {(run.output, run.gate) for run in whole} == {("samples", GATES["fp32"].run)}
 
 
 def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> None:
@@ -132,7 +131,7 @@ def test_verify_of_every_mode_passes_in_graphs_and_runs(
 
 
 def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = compile(quick_checkpoint, CompileOptions(tmp_path / "out", guidance="none", batch=1)).path
+    bundle = compile(quick_checkpoint, CompileOptions(tmp_path / "out", guidance="none", batch=(1,))).path
     parity = verify(bundle, quick_checkpoint, times=(0.5,))
     assert parity.passed
     assert runs(parity) == ["none 0"]
@@ -142,7 +141,7 @@ def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, 
 def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> None:
     one_block = replace(tiny_masked, config=replace(tiny_masked.config, depth=1))
     checkpoint = one_block.save(tmp_path / "masked.safetensors")
-    options = CompileOptions(tmp_path / "out", (0.5,), (0.25,), guidance="cfg+sg", batch=1)
+    options = CompileOptions(tmp_path / "out", (0.5,), (0.25,), guidance="cfg+sg", batch=(1,))
     parity = verify(compile(checkpoint, options).path, times=(0.5,))
     assert parity.passed, [comparison for comparison in parity.comparisons if not comparison.passed]
     assert runs(parity) == ["cfg+sg 0.25/0.5", "none 0.25"]

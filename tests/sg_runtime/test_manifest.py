@@ -20,6 +20,7 @@ from sg_runtime.manifest import (
     FLOAT32_MIN,
     SCHEMA_VERSION,
     Cost,
+    EngineFacts,
     FileFacts,
     GraphFacts,
     GraphKind,
@@ -31,6 +32,7 @@ from sg_runtime.manifest import (
     ModelFacts,
     NetworkName,
     Prediction,
+    Profile,
     Route,
     Sampling,
     Source,
@@ -87,14 +89,33 @@ def graphs(draw: st.DrawFn, tokens: int, kind: GraphKind, network: NetworkName) 
     if kind == "guided" and draw(st.booleans()):
         inputs.append(TensorFacts("modulations_weak", "float32", ("B", 4)))
     return GraphFacts(
+        name=draw(texts),
         kind=kind,
         network=network,
         levels=tuple(draw(level) for _ in range(levels)),
-        file=draw(texts),
+        file=draw(st.none() | texts),
         inputs=tuple(inputs),
         outputs=tuple(draw(st.lists(tensors, min_size=1, max_size=2))),
         cost=Cost(*(draw(counts) for _ in range(4))),
         parity=draw(st.none() | numbers),
+    )
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> EngineFacts:
+    profile = st.builds(Profile, st.integers(1, 64), st.lists(counts, max_size=2).map(tuple))
+    return EngineFacts(
+        kind=draw(st.sampled_from(["condition", "dense", "sparse", "guided"])),
+        network=draw(st.sampled_from(["main", "weak"])),
+        null_weak=draw(st.booleans()),
+        file=draw(texts),
+        library=draw(st.sampled_from(["tensorrt", "tensorrt_rtx"])),
+        version=draw(texts),
+        compute_capabilities=tuple(draw(st.lists(counts, min_size=1, max_size=3))),
+        profiles=tuple(draw(st.lists(profile, min_size=1, max_size=3))),
+        fused_attention=draw(st.none() | counts),
+        build_seconds=draw(times),
+        build_memory_bytes=draw(counts),
     )
 
 
@@ -137,11 +158,13 @@ def manifests(draw: st.DrawFn) -> Manifest:
             draw(counts),
             draw(noise_levels()) if model.prediction == "edm" else None,
         ),
-        precision="fp32",
+        precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
+        fp32_layers=tuple(draw(st.lists(texts, max_size=2))),
         opset=draw(counts),
         batch=draw(st.none() | counts),
         condition_rows=draw(counts),
         graphs=tuple(draw(graphs(model.tokens, kind, network)) for kind, network in [*kinds, *branches]),
+        engines=tuple(draw(st.lists(engines(), max_size=2))),
         source=draw(sources),
         weak_source=weak_source,
         files=draw(st.dictionaries(texts, st.builds(FileFacts, counts, texts), max_size=3)),
@@ -306,7 +329,7 @@ def test_read_manifest_of_a_value_of_another_type_names_its_place(
         read(content)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_read_manifest_of_another_schema_version_says_what_to_run(
     content: Any, read: Callable[[Any], Manifest], version: object
 ) -> None:
@@ -314,7 +337,7 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     content["of_the_future"] = {}  # the version is told first, not the keys that come with it
     with pytest.raises(BundleError) as caught:
         read(content)
-    assert f"expected schema version 1, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
+    assert f"expected schema version 2, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
 
 
 def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:
@@ -525,14 +548,12 @@ def test_graph_facts_of_other_levels_than_the_kinds_are_refused(
     for found in {0, 1, 2, 3} - {expected}:
         with pytest.raises(UsageError) as caught:
             replace(graph, kind=kind, levels=(DENSE,) * found)
-        assert str(caught.value) == (
-            f"graph graphs/condition.onnx: levels: expected {expected} for {kind}, found {found}"
-        )
+        assert str(caught.value) == (f"graph condition: levels: expected {expected} for {kind}, found {found}")
 
 
 def test_graph_facts_without_an_output_are_refused(tiny_bundle: Path) -> None:
     graph = read_manifest(tiny_bundle / "manifest.json").condition("main")
-    with pytest.raises(UsageError, match=r"^graph graphs/condition\.onnx: outputs: expected at least one, found none$"):
+    with pytest.raises(UsageError, match=r"^graph condition: outputs: expected at least one, found none$"):
         replace(graph, outputs=())
 
 

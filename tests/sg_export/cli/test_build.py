@@ -67,7 +67,7 @@ def test_build_of_a_pair_that_is_not_sparser_says_that_it_is_skipped(
     assert result.exit_code == 0, result.output
     assert result.stderr.endswith("skipped the pair 0.5/0.5: its weak branch is not sparser\n")
     names = ["condition", "dense", "sparse-8", "guided-16-8"]
-    assert [Path(graph.file).stem for graph in Bundle.open(tmp_path / "out").manifest.graphs] == names
+    assert [graph.name for graph in Bundle.open(tmp_path / "out").manifest.graphs] == names
 
 
 def test_build_of_a_schedule_names_the_pairs_that_it_skips(
@@ -84,7 +84,7 @@ def test_build_of_a_schedule_names_the_pairs_that_it_skips(
     full, half = Level(0.0, 16), Level(0.5, 8)
     assert manifest.guidance == GuidancePlan("sg", full, half, 2.0, half, full)
     names = ["condition", "dense", "sparse-8", "guided-16-8"]
-    assert [Path(graph.file).stem for graph in manifest.graphs] == names
+    assert [graph.name for graph in manifest.graphs] == names
 
 
 def test_build_without_onnxruntime_records_no_parity(
@@ -124,8 +124,23 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--guidance", "autoguidance"], "'autoguidance' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
         (["--prediction", "eps"], "'eps' is not one of 'flow', 'edm'"),
         (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
-        (["--precision", "fp16"], "'fp16' is not 'fp32'"),
-        (["--target", "tensorrt"], "'tensorrt' is not 'onnxruntime'"),
+        (["--precision", "int8"], "'int8' is not one of 'fp32', 'fp16', 'bf16'"),
+        (["--precision", "bf16"], "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16"),
+        (["--target", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx', 'tensorrt'"),
+        (["--target", "tensorrt"], "tensorrt is not installed: pip install 'sg-export[tensorrt]'"),
+        (
+            ["--target", "tensorrt-rtx", "--sm", "90"],
+            "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a",
+        ),
+        (["--target", "tensorrt-rtx", "--sm", "7.5"], "--sm 75: expected matrix products in fp16, found fp32: give"),
+        (["--target", "tensorrt-rtx", "--sm", "ada"], "'ada': expected a compute capability, as 8.6 or 86"),
+        (["--target", "tensorrt-rtx", "--workspace", "much"], "'much': expected a size, as 512M or 4G"),
+        (["--sm", "86"], "--sm 86: only for engines: give --target tensorrt-rtx"),
+        (["--keep-onnx"], "keep_onnx: only for engines: give --target tensorrt-rtx or tensorrt"),
+        (
+            ["--batch", "1", "--batch", "4"],
+            "batch: expected at most one for ONNX graphs, which are fixed to it, found 2",
+        ),
         (["--steps", "-1"], "-1 is not in the range x>=1"),
         (["--batch", "0"], "0 is not in the range x>=1"),
         (["--opset", "19"], "19 is not in the range 20<=x<=22"),

@@ -196,7 +196,7 @@ def test_verify_save_polygraphy_leaves_a_pair_of_files_for_every_graph(
     saved: tuple[Path, list[str]], tiny_cfg_sg_bundle: Path
 ) -> None:
     folder, commands = saved
-    names = [Path(graph.file).stem for graph in Bundle.open(tiny_cfg_sg_bundle).manifest.graphs]
+    names = [graph.name for graph in Bundle.open(tiny_cfg_sg_bundle).manifest.graphs]
     assert len(commands) == len(names) == 4
     files = {f"{name}-{part}.json" for name in names for part in ("inputs", "outputs")}
     assert {path.name for path in folder.iterdir()} == files

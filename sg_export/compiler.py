@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from sg_export.engine_build import EngineOptions, EngineSource, build_engines, c
 from sg_export.graphs import GraphSpec
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.precision import check_types, fp32_layers, half_attentions, to_half
+from sg_export.progress import Report, silent
 from sg_export.trace import DEFAULT_OPSET, OPSETS, trace
 from sg_export.weights import write_graphs
 from sg_runtime import __version__
@@ -71,9 +72,6 @@ Schedule = Literal["constant", "cosine"]
 Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 DEFAULT_ENGINE_BATCH = 1
-
-Report = Callable[[str, int, int | None], None]
-"""(stage, stages done, stages in all or None where that is not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +188,7 @@ class CompileOptions:
         return self.guidance or ("sg" if self.weak_checkpoint is None else "autoguidance")
 
 
-def compile(
-    checkpoint: str | Path, options: CompileOptions, report: Report = lambda stage, done, total: None
-) -> Bundle:
+def compile(checkpoint: str | Path, options: CompileOptions, report: Report = silent) -> Bundle:
     """Compile a checkpoint, or a reference model by its name, into a bundle.
 
     report: called with a line at the start of each stage. Raises UsageError for a request that cannot be served,
@@ -365,7 +361,7 @@ def _write(
         )
         for name, own in engine_files.items()
     ]
-    engines = _engines(loaded, sources, options, folder, lambda stage, done: report(stage, done, stages), stages)
+    engines = _engines(loaded, sources, options, folder, report, stages)
     if not _has_onnx(options):
         shutil.rmtree(folder / "graphs")
     return tuple(facts), engines
@@ -376,7 +372,7 @@ def _engines(
     sources: Sequence[EngineSource],
     options: CompileOptions,
     folder: Path,
-    report: Callable[[str, int], None],
+    report: Report,
     stages: int,
 ) -> tuple[EngineFacts, ...]:
     """Engines in `folder`/engines."""
@@ -400,7 +396,7 @@ def _engines(
         CONDITION_ROWS,
         engine_options,
         folder / "engines",
-        lambda stage, engine: report(stage, first + engine),
+        lambda stage, done, total, share=None: report(stage, first + done, stages, share),
     )
 
 

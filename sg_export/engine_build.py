@@ -4,7 +4,7 @@ import functools
 import logging
 import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from sg_engines.child import BuildFigures, build_in_child
 from sg_engines.trt import EnginePlan, Shape, has_timing_cache
 from sg_export import graphs
 from sg_export.graphs import GraphSpec
+from sg_export.progress import Report
 from sg_runtime.backends.trt import EXTRAS, NAMES
 from sg_runtime.devices import Gpu, find_gpus
 from sg_runtime.errors import EngineError
@@ -76,16 +77,17 @@ def build_engines(
     condition_rows: int,
     options: EngineOptions,
     folder: Path,
-    report: Callable[[str, int], None],
+    report: Report,
 ) -> tuple[EngineFacts, ...]:
     """Build, or take from the cache, an engine of every source and library, in `folder`.
 
-    report: called with every phase of the build of an engine, and how many are there already. Raises EngineError where
-    one cannot be built, or is not what it should be.
+    report: called with every phase of a build, and the count of engines that are there already. Raises EngineError
+    where one cannot be built, or is not what it should be.
     """
     folder.mkdir(exist_ok=True)
     cache = EngineCache(options.cache or cache_folder())
     engines: list[EngineFacts] = []
+    total = len(options.libraries) * len(sources)
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
@@ -102,12 +104,12 @@ def build_engines(
             key = _key(source, library, trt.__version__, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
             LOG.info("%s: %s", path.name, cache.explain(key))
-            report(f"building {source.path.stem}", len(engines))
+            report(f"building {source.path.stem}", len(engines), total)
             figures = cache.fetch(key, path)
             cached = figures is not None
             if figures is None:
-                number, stage = len(engines), f"building {source.path.stem}"
-                phases = functools.partial(_report_phase, report, stage, number)
+                stage = f"building {source.path.stem}"
+                phases = functools.partial(_report_phase, report, stage, len(engines), total)
                 figures = build_in_child(library, source.path, plan, path, phases)
             engines.append(_facts(source, library, trt.__version__, profiles, plan, path, figures, gpu, options))
             if not cached:
@@ -115,10 +117,8 @@ def build_engines(
     return tuple(engines)
 
 
-def _report_phase(
-    report: Callable[[str, int], None], stage: str, number: int, phase: str, done: int, steps: int
-) -> None:
-    report(f"{stage}: {phase}", number)
+def _report_phase(report: Report, stage: str, number: int, total: int, phase: str, done: int, steps: int) -> None:
+    report(f"{stage}: {phase}", number, total, done / steps)
 
 
 def _profiles(source: EngineSource, batches: Sequence[int], condition_rows: int) -> tuple[Profile, ...]:

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sg_export.activations import first_overflow
 from sg_export.checkpoint import Overrides, Weights
 from sg_export.emulate import emulated
 from sg_export.loading import LoadedModel, load_model, load_weak
+from sg_export.progress import Report, silent
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
@@ -60,9 +61,6 @@ GATES: Mapping[Precision, Gates] = {
 single runs by up to some tens. Half precision: of two images 2 % apart none can be told from the other; steps round
 independently, so that a run is no further off than one of its evaluations. The cosines follow from these with room;
 they catch a wrong sign or order at a glance."""
-
-Report = Callable[[str, int, int | None], None]
-"""(stage, stages done, stages in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ def verify(
     weak_checkpoint: str | Path | None = None,
     times: Sequence[float] = TIMES,
     save_polygraphy: Path | None = None,
-    report: Report = lambda stage, done, total: None,
+    report: Report = silent,
 ) -> Parity:
     """Compare a bundle with its checkpoint, reloaded through the adapter.
 
@@ -262,7 +260,9 @@ def _compare_graph(
         verdicts = OrderedDict()
         for name in (tensor.name for tensor in graph.outputs):
             gates = GATES[precision]
-            compared = compare_arrays(graph.name, name, times[number], wanted[name], found[name], gates.graph, gates)
+            compared = compare_arrays(
+                graph.name, name, times[number], wanted[name], found[name], gates.graph, gates.cosine
+            )
             if not np.isfinite(found[name]).all() and precision != "fp32":
                 compared = replace(compared, overflow=first_overflow(path, feeds[number]))
             comparisons.append(compared)
@@ -285,14 +285,14 @@ def compare_arrays(
     wanted: NDArray[np.float32],
     found: NDArray[np.float32],
     gate: float,
-    gates: Gates,
+    least_cosine: float,
 ) -> Comparison:
     """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     norm = float(np.linalg.norm(a))
     relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
     cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
-    passed = relative <= gate and cosine >= gates.cosine
+    passed = relative <= gate and cosine >= least_cosine
     return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
 
 
@@ -385,7 +385,7 @@ def _compare_run(
     )
     found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     gates, name = GATES[manifest.precision], _run_name(guidance, sampler, fused)
-    return compare_arrays(name, "samples", None, wanted, found, gates.run, gates)
+    return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:

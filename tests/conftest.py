@@ -127,6 +127,14 @@ def tiny_autoguidance_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def engine_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines alone of the tiny model in FP16, by TensorRT-RTX for the GPUs of its own choice, for SG at 0 and 0.5."""
+    output = tmp_path_factory.mktemp("engines") / "bundle"
+    options = CompileOptions(output, (0.5,), targets=("tensorrt-rtx",), precision="fp16")
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
 def tiny_cosine_bundle(tiny_checkpoint: Path) -> Path:
     """The tiny model for SG with all that may change over a run, its checkpoint beside it.
 

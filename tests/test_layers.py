@@ -25,11 +25,22 @@ MAY_IMPORT = {
     "sg_engines": {"sg_runtime", "numpy", "onnx", "onnx_ir"} | BACKENDS,
     "sg_calibration": {"sg_runtime", "numpy", "onnx", "onnx_ir", "onnxruntime"},
     "sg_export": {"sg_runtime", "sg_engines", "sg_calibration", "click", "numpy", "onnx", "onnx_ir", "onnxscript"}
-    | {"PIL", "polygraphy", "pydantic", "rich", "safetensors", "torch"}
+    | {"PIL", "ml_dtypes", "polygraphy", "pydantic", "rich", "safetensors", "sympy", "torch"}
     | BACKENDS,
 }
 
-HEAVY = {"matplotlib", "onnx", "onnx_ir", "onnxscript", "polygraphy", "pydantic", "safetensors", "torch"} | BACKENDS
+HEAVY = {
+    "matplotlib",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "polygraphy",
+    "pydantic",
+    "safetensors",
+    "sympy",
+    "torch",
+} | BACKENDS
 # What every user imports, by glob: HEAVY waits there until a function needs it.
 LIGHT = {"sg_runtime": ["**/*.py"], "sg_export": ["__init__.py", "__main__.py", "cli/**/*.py"]}
 

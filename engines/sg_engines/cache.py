@@ -70,13 +70,16 @@ class EngineCache:
         """
         engine, facts = self._files(key)
         known = _read(facts)
-        if known is None or not engine.is_file():
+        if known is None:
             return None
-        if sha256_of(engine) != known["sha256"]:
+        try:
+            with replacing(output) as temporary:
+                shutil.copyfile(engine, temporary)
+                if sha256_of(temporary) != known["sha256"]:
+                    raise FileNotFoundError(f"{engine}: not the engine that was stored")
+        except FileNotFoundError:
             self._remove(key)
             return None
-        with replacing(output) as temporary:
-            shutil.copyfile(engine, temporary)
         return BuildFigures(known["seconds"], known["memory_bytes"])
 
     def store(self, key: EngineKey, engine: Path, figures: BuildFigures) -> None:
@@ -98,8 +101,7 @@ class EngineCache:
             if known is not None and known["key"].get("name") == key.name:
                 differences.append([part for part in wanted if known["key"].get(part) != wanted[part]])
                 if not differences[-1]:
-                    engine = facts.with_suffix(".engine")
-                    whole = engine.is_file() and sha256_of(engine) == known["sha256"]
+                    whole = _sha256(facts.with_suffix(".engine")) == known["sha256"]
                     return "hit" if whole else "miss: the entry was altered; it is built anew"
         if not differences:
             return f"miss: no engine of {key.name} in {self.folder}"
@@ -114,6 +116,14 @@ class EngineCache:
     def _remove(self, key: EngineKey) -> None:
         for path in self._files(key):
             path.unlink(missing_ok=True)
+
+
+def _sha256(engine: Path) -> str | None:
+    """The hash of an engine, None where it is not there, or no more."""
+    try:
+        return sha256_of(engine)
+    except FileNotFoundError:
+        return None
 
 
 def _read(facts: Path) -> dict[str, Any] | None:

@@ -128,8 +128,11 @@ def _main() -> None:
 
 
 def _tell(events: IO[str], event: dict[str, Any]) -> None:
-    events.write(json.dumps(event) + "\n")
-    events.flush()
+    try:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+    except BrokenPipeError:  # the parent is gone; the library would swallow the exception and build on
+        os._exit(1)
 
 
 def _peak_memory() -> int:

@@ -42,7 +42,7 @@ def build_command(manifest: Manifest, output: str, *, target: str | None = None,
         words += ["--route", str(model.route)] if model.route is not None else []
         words += ["--prediction", model.prediction, "--heads", str(model.heads)]
         words += ["--weights", source.weights] if source.weights != "bare" else []
-    precision = "fp32" if target == "onnxruntime" else manifest.precision
+    precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", precision]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
     words += _target_words(manifest, target, sm)

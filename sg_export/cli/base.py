@@ -12,14 +12,12 @@ from typing import Any, TypeVar
 
 import click
 
+from sg_export.progress import Report, silent
 from sg_runtime.errors import SgError, UsageError
 from sg_runtime.guidance import Ramp
 from sg_runtime.manifest import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
-Report = Callable[[str, int, int | None], None]
-"""(stage, stages done, stages in all or None where that is not known yet)."""
-
 EXTRAS = {
     "ml_dtypes": "export",
     "onnx": "export",
@@ -173,7 +171,7 @@ def model_options(command: F) -> F:
 def progress(quiet: bool) -> Iterator[Report]:
     """Report stages on standard error: as a bar on a terminal, a line each elsewhere, not at all if `quiet`."""
     if quiet:
-        yield lambda stage, done, total: None
+        yield silent
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -181,11 +179,16 @@ def progress(quiet: bool) -> Iterator[Report]:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
-            yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+            def show(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+                told = stage if share is None else f"{stage} {share:.0%}"
+                bar.update(task, description=told, completed=done, total=total)
+
+            yield show
     else:
         last = None
 
-        def line(stage: str, done: int, total: int | None) -> None:
+        def line(stage: str, done: int, total: int | None, share: float | None = None) -> None:
             nonlocal last
             if stage != last:
                 click.echo(stage if total is None else f"[{done + 1}/{total}] {stage}", err=True)

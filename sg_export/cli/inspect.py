@@ -94,7 +94,8 @@ def _print_bundle(bundle: "Bundle") -> None:
         ("guidance", _guidance(manifest.guidance)),
         ("sampling", f"{sampling.steps} {sampling.sampler} steps"),
         ("precision", _precision(manifest)),
-        ("graphs", f"opset {manifest.opset}, batch {manifest.batch or 'symbolic'}{_where(manifest)}"),
+        ("graphs", f"opset {manifest.opset}, batch {manifest.batch or 'symbolic'}"),
+        ("runs on", _runs_on(manifest)),
         *(
             (name, f"{source.file}, {source.weights} weights, SHA-256 {source.sha256[:12]}…")
             for name, source in (("source", manifest.source), ("weak source", manifest.weak_source))
@@ -127,8 +128,10 @@ def _precision(manifest: "Manifest") -> str:
     return f"{manifest.precision}{layers}"
 
 
-def _where(manifest: "Manifest") -> str:
-    return "" if all(graph.file for graph in manifest.graphs) else ", in engines alone"
+def _runs_on(manifest: "Manifest") -> str:
+    if any(graph.file is None for graph in manifest.graphs):
+        return "the engines' GPUs (not in this version)"
+    return "no CPU: BF16" if manifest.precision == "bf16" else "ONNX Runtime, CPU"
 
 
 def _print_engines(bundle: "Bundle") -> None:

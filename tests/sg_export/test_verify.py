@@ -310,6 +310,7 @@ def test_write_parity_holds_what_was_measured(fixed_bundle: Path, tmp_path: Path
         "cosine": 1.0,
         "gate": 1e-5,
         "passed": True,
+        "overflow": None,
     }
     assert content["comparisons"][1]["time"] is None
 
@@ -321,7 +322,8 @@ def test_write_parity_of_two_networks_names_both_checkpoints(tiny_autoguidance_b
 
 
 def compare(wanted: list[float], found: list[float], gate: float = 1e-5) -> Comparison:
-    return compare_arrays("a", "next", 0.5, np.array(wanted, np.float32), np.array(found, np.float32), gate)
+    arrays = np.array(wanted, np.float32), np.array(found, np.float32)
+    return compare_arrays("a", "next", 0.5, *arrays, gate, GATES["fp32"].cosine)
 
 
 def test_compare_arrays_measures_by_hand() -> None:

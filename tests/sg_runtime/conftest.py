@@ -58,7 +58,7 @@ class Run:
     @property
     def name(self) -> str:
         """The graph's file name without suffix."""
-        return Path(self.graph.file).stem
+        return self.graph.name
 
 
 @dataclass

@@ -71,7 +71,7 @@ def test_inspect_of_bundle_shows_every_graph(
         "tiny_cfg_bundle": ["cfg, scale 1.5", "40 euler steps", "batch 3"],
         "glyphs_bundle": ["glyphs", "62, A to 9", "16×16×1"],
     }[bundle]
-    assert all(part in text for part in [*expected, manifest.source.sha256[:12], "ONNX Runtime"])
+    assert all(part in text for part in [*expected, manifest.source.sha256[:12], "precision fp32", "ONNX Runtime, CPU"])
 
 
 def test_inspect_json_of_bundle_is_its_manifest_and_what_a_run_does(cli: Callable[..., Any], tiny_bundle: Path) -> None:

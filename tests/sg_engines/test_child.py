@@ -1,0 +1,312 @@
+"""Builds in a process of their own: that they are the same, and what is left when one ends early."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sg_engines.child
+from sg_engines.child import LESS_MEMORY, build_in_child
+from sg_engines.trt import EnginePlan
+from sg_runtime.errors import EngineError
+
+Products = Mapping[str, Path]
+Children = list["subprocess.Popen[str]"]
+
+
+def ignore(phase: str, done: int, steps: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where an engine goes, in a folder of its own."""
+    (tmp_path / "engines").mkdir()
+    return tmp_path / "engines/product.engine"
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> Children:
+    """The processes that builds start."""
+    started: Children = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return started
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Makes a library of the given lines, and gives its name."""
+
+    def library(lines: str) -> Any:
+        (tmp_path / "libraries").mkdir()
+        (tmp_path / "libraries/sg_library.py").write_text(lines)
+        monkeypatch.syspath_prepend(tmp_path / "libraries")
+        return "sg_library"
+
+    return library
+
+
+SLOW = """
+import time
+import tensorrt_rtx
+
+class Builder(tensorrt_rtx.Builder):
+    def build_serialized_network(self, network, config):
+        built = super().build_serialized_network(network, config)
+        time.sleep(600)
+        return built
+
+def __getattr__(name):
+    return getattr(tensorrt_rtx, name)
+"""
+"""A library that is never done, so that what happens when it first reports happens in the midst of a build."""
+
+
+def refused(library: Any, graph: Path, plan: EnginePlan, output: Path, progress: Any = ignore) -> str:
+    """The message of a build that fails, after which nothing is there."""
+    with pytest.raises(EngineError) as caught:
+        build_in_child(library, graph, plan, output, progress)
+    assert caught.value.exit_code == 4
+    assert list(output.parent.iterdir()) == []
+    return str(caught.value)
+
+
+def test_build_in_child_gives_the_bytes_that_this_process_builds(
+    products: Products, plan: EnginePlan, engine: Path, output: Path
+) -> None:
+    events: list[tuple[str, int, int]] = []
+    figures = build_in_child("tensorrt_rtx", products["fp16"], plan, output, lambda *event: events.append(event))
+    assert output.read_bytes() == engine.read_bytes()
+    assert list(output.parent.iterdir()) == [output]
+    assert events[-1] == ("Building engine from subgraph", 1, 1)
+    assert 0 < figures.seconds < 60
+    assert 50e6 < figures.memory_bytes < 2e9, "the library alone is large, and this process larger"
+
+
+def test_build_in_child_passes_the_plan_on(products: Products, plan: EnginePlan, output: Path) -> None:
+    """Several profiles, GPUs and a limit; the same from this process and the child."""
+    whole = replace(plan, profiles=({"x": (2, 16)}, {"x": (3, 16)}), compute_capabilities=(80, 89), workspace=1 << 28)
+    build_in_child("tensorrt_rtx", products["fp16"], whole, output, ignore)
+    here = output.with_name("here.engine")
+    sg_engines.child.build_engine(sys.modules["tensorrt_rtx"], products["fp16"], whole, here, ignore)
+    assert output.read_bytes() == here.read_bytes()
+
+
+def test_build_in_child_of_what_the_library_refuses_gives_its_reason(
+    products: Products, plan: EnginePlan, output: Path
+) -> None:
+    message = refused("tensorrt_rtx", products["fp32"], replace(plan, compute_capabilities=(75,)), output)
+    assert message.startswith("fp32.onnx: TensorRT-RTX ")
+    assert "FP32 GEMM is not supported" in message
+
+
+def test_build_in_child_into_a_folder_that_is_not_there_names_it(
+    products: Products, plan: EnginePlan, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=r"No such file or directory: '.*/none/\.product\.engine.*\.partial'"):
+        build_in_child("tensorrt_rtx", products["fp16"], plan, tmp_path / "none/product.engine", ignore)
+
+
+def test_build_in_child_that_runs_out_of_memory_says_what_to_do(
+    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any]
+) -> None:
+    message = refused(library("raise MemoryError"), products["fp16"], plan, output)
+    assert message == f"fp16.onnx: memory ran out: {LESS_MEMORY}"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGKILL, f"was killed, as the system does when memory runs out: {LESS_MEMORY}"),
+        (signal.SIGTERM, "ended by SIGTERM: it said nothing"),
+        (signal.SIGSEGV, "ended by SIGSEGV: it said nothing"),
+    ],
+)
+def test_build_in_child_that_dies_by_a_signal_says_by_which(
+    products: Products,
+    plan: EnginePlan,
+    output: Path,
+    library: Callable[[str], Any],
+    children: Children,
+    number: signal.Signals,
+    expected: str,
+) -> None:
+    message = refused(library(SLOW), products["fp16"], plan, output, lambda *event: children[0].send_signal(number))
+    assert message == f"fp16.onnx: the process that built it {expected}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "words"),
+    [
+        ("import os; os.write(2, b'1\\n2\\n3\\n4\\n5\\n 6 \\n'); os._exit(3)", 3, "2 3 4 5 6"),
+        ("import os; os._exit(0)", 0, "it said nothing"),
+    ],
+)
+def test_build_in_child_that_ends_early_gives_its_code_and_last_words(
+    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any], lines: str, code: int, words: str
+) -> None:
+    """Without a word on how it went, even 0 is no success."""
+    message = refused(library(lines), products["fp16"], plan, output)
+    assert message == f"fp16.onnx: the process that built it ended with exit code {code}: {words}"
+
+
+def test_build_in_child_that_raises_gives_the_last_of_its_traceback(
+    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any]
+) -> None:
+    message = refused(library("raise ImportError('libcudart.so.13: not found')"), products["fp16"], plan, output)
+    assert message.startswith("fp16.onnx: the process that built it ended with exit code 1: ")
+    assert message.endswith("ImportError: libcudart.so.13: not found")
+
+
+def test_build_in_child_that_does_not_read_its_request_gives_its_code(
+    products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pipe holds, so that the request cannot have been written when the process ends."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    large = replace(plan, profiles=({f"input{number}": (1, 2, 3) for number in range(20_000)},))
+    message = refused("tensorrt_rtx", products["fp16"], large, output)
+    assert message == "fp16.onnx: the process that built it ended with exit code 1: it said nothing"
+
+
+def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
+    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any], children: Children
+) -> None:
+    """Ctrl-C while the parent waits for the child's next word."""
+
+    def interrupt(phase: str, done: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_in_child(library(SLOW), products["fp16"], plan, output, interrupt)
+    (child,) = children
+    assert child.returncode == -signal.SIGKILL, "it was waited for, too"
+    assert list(output.parent.iterdir()) == []
+
+
+def test_child_leaves_interrupts_to_its_parent(
+    products: Products, plan: EnginePlan, engine: Path, output: Path, children: Children
+) -> None:
+    """A terminal sends Ctrl-C to both; who ends the child is the parent."""
+    build_in_child(
+        "tensorrt_rtx", products["fp16"], plan, output, lambda *event: children[0].send_signal(signal.SIGINT)
+    )
+    assert output.read_bytes() == engine.read_bytes()
+
+
+NOISY = """
+import os
+import tensorrt_rtx
+print('{"error": "printed"}', flush=True)
+os.write(1, b'{"memory_bytes": 1}\\nno JSON\\n')
+
+def __getattr__(name):
+    os.system("echo from a program")
+    return getattr(tensorrt_rtx, name)
+"""
+
+
+def test_build_in_child_takes_nothing_that_the_library_prints_for_an_event(
+    products: Products, plan: EnginePlan, engine: Path, output: Path, library: Callable[[str], Any]
+) -> None:
+    events: list[str] = []
+    figures = build_in_child(library(NOISY), products["fp16"], plan, output, lambda phase, *steps: events.append(phase))
+    assert output.read_bytes() == engine.read_bytes()
+    assert figures.memory_bytes > 1
+    assert "Building engine from subgraph" in events
+
+
+# The rest of the child's side, in this process.
+
+
+@pytest.fixture
+def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
+    """Runs the child's program in this process on a request, and gives its events."""
+    handler, standard_output = signal.getsignal(signal.SIGINT), os.dup(1)
+    opened = ExitStack()  # a process that ends closes what it wrote to
+
+    def fdopen(number: int, mode: str) -> Any:
+        return opened.enter_context(open(number, mode))
+
+    def events_of(**request: Any) -> list[Any]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+        with (tmp_path / "events").open("wb") as stream:
+            os.dup2(stream.fileno(), 1)
+        with monkeypatch.context() as patch, opened:
+            patch.setattr(os, "fdopen", fdopen)
+            sg_engines.child._main()
+        return [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+
+    yield events_of
+    os.dup2(standard_output, 1)
+    os.close(standard_output)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def request_of(products: Products, plan: EnginePlan, output: Path) -> Callable[..., dict[str, Any]]:
+    """A request as the parent writes it."""
+
+    def request_of(kind: str, library: str = "tensorrt_rtx", **changes: Any) -> dict[str, Any]:
+        content = sg_engines.child._plan_content(replace(plan, **changes))
+        return {"library": library, "graph": str(products[kind]), "output": str(output), "plan": content}
+
+    return request_of
+
+
+def test_main_tells_phases_and_the_memory_at_last(
+    events_of: Callable[..., list[Any]], request_of: Callable[..., dict[str, Any]], engine: Path, output: Path
+) -> None:
+    *phases, last = events_of(**request_of("fp16"))
+    assert output.read_bytes() == engine.read_bytes()
+    assert phases[-1] == {"phase": "Building engine from subgraph", "done": 1, "steps": 1}
+    assert last.keys() == {"memory_bytes"}
+
+
+def test_main_tells_an_error_last(
+    events_of: Callable[..., list[Any]], request_of: Callable[..., dict[str, Any]], output: Path
+) -> None:
+    *_, last = events_of(**request_of("fp32", compute_capabilities=(75,)))
+    assert last.keys() == {"error"}
+    assert "FP32 GEMM is not supported" in last["error"]
+    assert not output.exists()
+
+
+def test_main_tells_that_memory_ran_out(
+    events_of: Callable[..., list[Any]],
+    request_of: Callable[..., dict[str, Any]],
+    library: Callable[[str], Any],
+) -> None:
+    (event,) = events_of(**request_of("fp16", library("raise MemoryError")))
+    assert event == {"error": f"fp16.onnx: memory ran out: {LESS_MEMORY}"}
+
+
+@pytest.mark.parametrize("cache", [None, Path("/caches/timing.cache")])
+def test_plan_goes_through_json_unchanged(cache: Path | None) -> None:
+    plan = EnginePlan(({"x": (2, 16), "keep": (2, 4)}, {"x": (3, 16)}), (86, 120), 1 << 30, cache)
+    content = json.loads(json.dumps(sg_engines.child._plan_content(plan)))
+    assert sg_engines.child._plan(content) == plan
+
+
+def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux says it in a file; elsewhere `getrusage` does, which on Linux may be of the starting process, too."""
+    peak = sg_engines.child._peak_memory()
+    assert 50e6 < peak < 20e9
+    monkeypatch.setattr(sg_engines.child, "Path", lambda name: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(sg_engines.child.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=123))
+    assert sg_engines.child._peak_memory() == 123

@@ -1,0 +1,81 @@
+"""Which GPUs take which types."""
+
+from collections.abc import Sequence
+
+import pytest
+import tensorrt_rtx
+
+from sg_engines.targets import RTX_PRODUCTS, check_targets
+from sg_runtime.errors import UsageError
+
+FROM_AMPERE = (80, 86, 89, 120, 121)
+
+
+def test_table_has_the_gpus_that_the_library_has() -> None:
+    """A newer TensorRT-RTX may build for more: then the table wants another look."""
+    names = tensorrt_rtx.ComputeCapability.__members__
+    assert {f"SM{number}" for number in RTX_PRODUCTS} == {name for name in names if name.startswith("SM")}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "products"),
+    [
+        (FROM_AMPERE, ["fp32", "fp16", "bf16"]),
+        ((89, 120, 121), ["fp8", "fp16"]),
+        ((75,), ["fp16"]),
+        ((75, 120), ["fp16", "fp16"]),
+        ((75, 86), []),
+        ((), ["fp8", "fp32"]),
+    ],
+)
+def test_check_targets_of_types_that_all_gpus_have_passes(numbers: Sequence[int], products: list[str]) -> None:
+    check_targets("tensorrt_rtx", numbers, products)
+
+
+@pytest.mark.parametrize("products", [["fp32"], ["fp8"], []])
+def test_check_targets_without_gpus_passes_for_tensorrt(products: list[str]) -> None:
+    check_targets("tensorrt", (), products)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "products", "message"),
+    [
+        ((75,), ["fp32"], "--sm 75: expected matrix products in fp16, found fp32: {}: 80, 86, 89, 120, 121"),
+        ((75,), ["bf16"], "--sm 75: expected matrix products in fp16, found bf16: {}: 80, 86, 89, 120, 121"),
+        (
+            (75,),
+            ["fp32", "bf16"],
+            "--sm 75: expected matrix products in fp16, found bf16, fp32: {}: 80, 86, 89, 120, 121",
+        ),
+        ((75,), ["fp8"], "--sm 75: expected matrix products in fp16, found fp8: {}: 89, 120, 121"),
+        ((80,), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
+        ((86,), ["fp32", "fp8"], "--sm 86: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
+        ((89, 80), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
+    ],
+)
+def test_check_targets_of_a_type_that_a_gpu_has_not_names_those_that_have(
+    numbers: Sequence[int], products: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_targets("tensorrt_rtx", numbers, products)
+    assert str(caught.value) == message.format("give another --precision, or GPUs that have it")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("number", [90, 70, 87, 100])
+def test_check_targets_of_a_gpu_without_rtx_names_other_targets(number: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_targets("tensorrt_rtx", (86, number), ["fp16"])
+    assert str(caught.value) == (
+        f"--sm {number}: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a datacenter GPU such as H100 (90) use "
+        f"--target tensorrt there, or --target onnxruntime"
+    )
+
+
+@pytest.mark.parametrize("number", [75, 86, 90])
+def test_check_targets_of_a_gpu_for_tensorrt_is_refused(number: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_targets("tensorrt", (number,), ["fp16"])
+    assert str(caught.value) == (
+        f"--sm {number}: TensorRT builds for the GPU that it runs on: leave out --sm, or give --target tensorrt-rtx"
+    )

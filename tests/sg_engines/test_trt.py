@@ -1,0 +1,273 @@
+"""Real engines of small graphs, built by TensorRT-RTX, which needs no GPU for it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tensorrt_rtx
+from onnx import ModelProto, helper, load, parser, save
+
+from sg_engines.trt import EnginePlan, build_engine, has_timing_cache
+from sg_runtime.errors import EngineError
+from sg_runtime.plan_file import PlanHeader, read_rtx_header
+
+Products = Mapping[str, Path]
+
+
+def ignore(phase: str, done: int, steps: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where an engine goes, in a folder of its own."""
+    (tmp_path / "engines").mkdir()
+    return tmp_path / "engines/product.engine"
+
+
+def refused(graph: Path, plan: EnginePlan, output: Path) -> str:
+    """The message of a build that fails, after which nothing is there."""
+    with pytest.raises(EngineError) as caught:
+        build_engine(tensorrt_rtx, graph, plan, output, ignore)
+    assert caught.value.exit_code == 4
+    assert list(output.parent.iterdir()) == []
+    return str(caught.value)
+
+
+def altered(graph: Path, folder: Path, change: Callable[[ModelProto], object]) -> Path:
+    """A graph that went through a function."""
+    model = load(graph)
+    change(model)
+    save(model, folder / "altered.onnx")
+    return folder / "altered.onnx"
+
+
+VERSION = tensorrt_rtx.__version__
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+def test_build_engine_of_every_type_gives_a_plan_for_the_gpu(
+    products: Products, plan: EnginePlan, output: Path, kind: str
+) -> None:
+    build_engine(tensorrt_rtx, products[kind], plan, output, ignore)
+    assert read_rtx_header(output) == PlanHeader(VERSION, (86,))
+    assert list(output.parent.iterdir()) == [output], "no temporary file is left"
+
+
+def test_build_engine_twice_gives_the_same_bytes(
+    products: Products, plan: EnginePlan, engine: Path, output: Path
+) -> None:
+    """So a cache may say that an engine is what its key stands for. The second takes the place of what was there."""
+    output.write_bytes(b"an older one")
+    build_engine(tensorrt_rtx, products["fp16"], plan, output, ignore)
+    assert output.read_bytes() == engine.read_bytes()
+
+
+def test_build_engine_of_two_profiles_holds_kernels_for_both(
+    products: Products, plan: EnginePlan, engine: Path, output: Path
+) -> None:
+    """Nearly all of this engine is code, of which another profile brings as much again."""
+    build_engine(
+        tensorrt_rtx, products["fp16"], replace(plan, profiles=({"x": (2, 16)}, {"x": (5, 16)})), output, ignore
+    )
+    assert output.stat().st_size > 1.5 * engine.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "expected"),
+    [
+        ("fp16", (75,), (75,)),
+        ("fp16", (121, 75), (75, 121)),
+        ("bf16", (80, 86, 89), (80, 86, 89)),
+        ("fp32", (), (80, 86, 89, 120, 121)),
+    ],
+)
+def test_build_engine_for_given_gpus_is_for_these(
+    products: Products, plan: EnginePlan, output: Path, kind: str, asked: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    """None given: the library's own choice."""
+    build_engine(tensorrt_rtx, products[kind], replace(plan, compute_capabilities=asked), output, ignore)
+    assert read_rtx_header(output).compute_capabilities == expected
+
+
+def test_build_engine_with_a_workspace_gives_other_bytes(
+    products: Products, plan: EnginePlan, engine: Path, output: Path
+) -> None:
+    """So it reached the library, and belongs into the key of the cache."""
+    build_engine(tensorrt_rtx, products["fp16"], replace(plan, workspace=1 << 30), output, ignore)
+    assert output.stat().st_size == engine.stat().st_size
+    assert output.read_bytes() != engine.read_bytes()
+
+
+def test_build_engine_beyond_its_workspace_says_so(products: Products, plan: EnginePlan, output: Path) -> None:
+    message = refused(products["fp16"], replace(plan, workspace=1), output)
+    assert message.startswith(f"fp16.onnx: TensorRT-RTX {VERSION} cannot build it: ")
+    assert "workspace limit" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "reasons"),
+    [
+        ("fp32", ("'multiply'", "SM75", "FP32 GEMM is not supported")),
+        ("bf16", ("sm75", "HW-specific datatypes: b16")),
+    ],
+)
+def test_build_engine_of_a_type_that_a_gpu_has_not_gives_the_librarys_reason(
+    products: Products, plan: EnginePlan, output: Path, kind: str, reasons: tuple[str, ...]
+) -> None:
+    message = refused(products[kind], replace(plan, compute_capabilities=(75,)), output)
+    assert message.startswith(f"{kind}.onnx: TensorRT-RTX {VERSION} cannot build it: ")
+    for reason in reasons:
+        assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("profiles", "reason"),
+    [
+        (({"x": (2, 8)},), "profile has min=8, opt=8, max=8 but tensor has 16"),
+        (({"x": (2, 16)}, {"x": (2, 16, 1)}), "tensor x has 2 dimensions but profile 1 has 3 dimensions"),
+        (({"z": (2, 16)},), "input tensor x is missing dimensions in profile 0"),
+        ((), "no optimization profile has been defined"),
+    ],
+    ids=["size", "rank", "name", "none"],
+)
+def test_build_engine_of_a_profile_that_the_graph_does_not_take_gives_the_librarys_reason(
+    products: Products, plan: EnginePlan, output: Path, profiles: Any, reason: str
+) -> None:
+    message = refused(products["fp16"], replace(plan, profiles=profiles), output)
+    assert message.startswith(f"fp16.onnx: TensorRT-RTX {VERSION} cannot build it: ")
+    assert reason in message
+
+
+def test_build_engine_of_a_profile_that_the_library_refuses_names_it(
+    products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No profile is known that it refuses so early; its documentation says that it may."""
+    monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "add_optimization_profile", lambda config, profile: -1)
+    assert refused(products["fp16"], plan, output) == (
+        f"fp16.onnx: TensorRT-RTX {VERSION} refuses the profile {{'x': (2, 16)}}: it gives no reason"
+    )
+
+
+def surprise(model: ModelProto, *nodes: int) -> None:
+    """Make operators of another domain of these nodes."""
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    for node in nodes:
+        model.graph.node[node].op_type, model.graph.node[node].domain = "Surprise", "com.microsoft"
+
+
+def test_build_engine_of_an_unknown_operator_names_every_such_node(
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path
+) -> None:
+    def change(model: ModelProto) -> None:
+        surprise(model, 1, 2)
+        model.graph.node[2].name = ""
+
+    message = refused(altered(products["fp16"], tmp_path, change), plan, output)
+    assert message.startswith(f"altered.onnx: TensorRT-RTX {VERSION} does not take it: node multiply (Surprise): ")
+    assert "; node ? (Surprise): " in message
+
+
+def test_build_engine_of_a_scatter_that_adds_names_it(plan: EnginePlan, output: Path, tmp_path: Path) -> None:
+    """Scattering is how kept tokens go back among the others; with a sum, TensorRT-RTX has no such operator."""
+    graph = parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[4, 2] x, int64[3, 1] places, float[3, 2] updates) => (float[4, 2] y)
+        { [add] y = ScatterND <reduction = "add"> (x, places, updates) }
+    """)
+    save(graph, tmp_path / "g.onnx")
+    message = refused(tmp_path / "g.onnx", replace(plan, profiles=()), output)
+    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} does not take it: node add (ScatterND): ")
+
+
+def test_build_engine_of_a_graph_without_its_weights_names_them(
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path
+) -> None:
+    save(load(products["fp16"]), tmp_path / "g.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "w.bin").unlink()
+    message = refused(tmp_path / "g.onnx", plan, output)
+    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} does not take it: node ? (?): ")
+    assert message.endswith("Failed to import initializer: w")
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", None], ids=["empty", "text", "gone"])
+def test_build_engine_of_no_graph_names_it(
+    plan: EnginePlan, output: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "g.onnx").write_bytes(content)
+    assert refused(tmp_path / "g.onnx", plan, output).startswith(f"g.onnx: TensorRT-RTX {VERSION} ")
+
+
+def test_build_engine_reports_each_phase_from_its_first_step_to_its_last(
+    products: Products, plan: EnginePlan, output: Path
+) -> None:
+    events: list[tuple[str, int, int]] = []
+    build_engine(tensorrt_rtx, products["fp16"], plan, output, lambda *event: events.append(event))
+    phases = list(dict.fromkeys(phase for phase, _, _ in events))
+    assert len(phases) >= 3
+    assert phases[-1] == "Building engine from subgraph"
+    together = [[event for event in events if event[0] == phase] for phase in phases]
+    assert [event for own in together for event in own] == events, "one phase after another"
+    for own in together:
+        steps = own[0][2]
+        assert [(done, of) for _, done, of in own] == [(done, steps) for done in range(steps + 1)]
+
+
+def test_has_timing_cache_of_rtx_is_false_and_of_tensorrt_true() -> None:
+    """TensorRT has no runtime cache, by which RTX is known; `test_trt_names` looks for it there."""
+    assert not has_timing_cache(tensorrt_rtx)
+    assert has_timing_cache(SimpleNamespace())
+
+
+# TensorRT-RTX has the methods of timing caches, too, though they do nothing.
+no_operations = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+
+
+@no_operations
+@pytest.mark.parametrize("content", [None, b"", b"a cache"], ids=["new", "empty", "there"])
+def test_build_engine_with_a_timing_cache_writes_it(
+    products: Products, plan: EnginePlan, engine: Path, output: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "timing.cache"
+    if content is not None:
+        path.write_bytes(content)
+    build_engine(tensorrt_rtx, products["fp16"], replace(plan, timing_cache=path), output, ignore)
+    written = path.read_bytes()
+    assert written
+    assert written != content
+    assert output.read_bytes() == engine.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"engines", "timing.cache"}
+
+
+@no_operations
+def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, given = tensorrt_rtx.IBuilderConfig.create_timing_cache, []
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"a cache")
+    monkeypatch.setattr(
+        tensorrt_rtx.IBuilderConfig,
+        "create_timing_cache",
+        lambda config, content: given.append(content) or real(config, content),
+    )
+    build_engine(tensorrt_rtx, products["fp16"], replace(plan, timing_cache=path), output, ignore)
+    assert given == [b"a cache"]
+
+
+@no_operations
+def test_build_engine_with_a_timing_cache_of_another_gpu_names_it(
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX takes any; TensorRT says False to what it cannot use."""
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"a cache")
+    monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_timing_cache", lambda config, cache, ignore_mismatch: False)
+    assert refused(products["fp16"], replace(plan, timing_cache=path), output) == (
+        f"{path}: expected a timing cache of this TensorRT and this GPU: give another, or delete it"
+    )
+    assert path.read_bytes() == b"a cache"

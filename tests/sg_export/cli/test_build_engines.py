@@ -1,0 +1,133 @@
+"""`sg-export build` of engines, and what `inspect`, `doctor` and `verify` say of them."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorrt_rtx
+
+from sg_export.compiler import CompileOptions, compile
+
+RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9", "--sparsity", 0.5)
+VERSION = tensorrt_rtx.__version__
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SG_EXPORT_CACHE", str(cache))
+
+
+def test_build_of_engines_tells_phases_engines_and_how_to_verify(
+    cli: Callable[..., Any], quick_checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = cli("build", quick_checkpoint, *RTX, "--explain-cache", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    phases = ("Cloning network graph", "Preparing graph for optimization", "Building engine from subgraph")
+    lines = [line for line in result.stderr.splitlines() if "guided-16-K" in line]
+    assert [line.partition("] ")[2] for line in lines[-4:]] == [
+        "building guided-16-K",
+        *(f"building guided-16-K: {phase}" for phase in phases),
+    ]
+    assert f"miss: no engine of guided-16-K in {cache}" in result.stderr
+    first, second, whole, hint = result.stdout.splitlines()
+    assert first.startswith("engines/condition.")
+    assert f": tensorrt_rtx {VERSION} for SM 89, " in second
+    assert "profile batch 1 keeping 16/8 tokens, 2 fused attentions, built in " in second
+    assert whole.startswith(f"{tmp_path / 'out'}: 2 graphs, 2 engines, ")
+    assert hint == "the engines hold the weights; verify needs the graphs, too: build with --keep-onnx for that"
+    again = cli("build", quick_checkpoint, *RTX, "--explain-cache", "-o", tmp_path / "again", "--quiet")
+    assert [line.partition(": ")[2] for line in again.stderr.splitlines()] == ["hit", "hit"]
+
+
+def test_build_of_engines_that_is_interrupted_leaves_nothing(
+    start: Callable[..., Any], tiny_checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    before = set(cache.iterdir())
+    with start("build", tiny_checkpoint, *RTX, "--batch", 7, "-o", "out") as building:
+        for line in building.stderr:
+            if "building guided-16-K: Building engine" in line:
+                break
+        building.send_signal(signal.SIGINT)
+        rest = building.stderr.read()  # to the end, which the child's would hold back
+    assert building.returncode == 130, rest
+    assert rest.endswith("Error: interrupted; nothing was left half-written\n")
+    assert not list(tmp_path.iterdir())
+    kept = set(cache.iterdir()) - before
+    assert {path.suffix for path in kept} == {".engine", ".json"}  # of the condition, which was whole
+    assert len(kept) == 2
+
+
+def test_build_whose_child_is_killed_says_what_to_do(
+    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with start("build", tiny_checkpoint, *RTX, "--batch", 6, "-o", "out") as building:
+        for line in building.stderr:
+            if "building condition" in line:
+                break
+        child = None
+        while child is None:
+            time.sleep(0.01)
+            children = Path(f"/proc/{building.pid}/task/{building.pid}/children").read_text().split()
+            child = next(iter(children), None)
+        os.kill(int(child), signal.SIGKILL)
+        rest = building.stderr.read()
+    assert building.returncode == 4, rest
+    assert "was killed, as the system does when memory runs out: build fewer sparsities or batch sizes" in rest
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def engines(quick_checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines alone."""
+    options = CompileOptions(
+        tmp_path_factory.mktemp("bundles") / "engines",
+        (0.5,),
+        precision="fp16",
+        targets=("tensorrt-rtx",),
+        compute_capabilities=(89,),
+        cache=cache,
+    )
+    return compile(quick_checkpoint, options).path
+
+
+def test_inspect_of_engines_shows_them_and_the_precision(cli: Callable[..., Any], engines: Path) -> None:
+    result = cli("inspect", engines)
+    assert result.exit_code == 0, result.output
+    assert "fp16, FP32 in x_embedder, t_embedder, y_embedder, final_layer.linear" in " ".join(result.stdout.split())
+    assert "the engines' GPUs (not in this version)" in result.stdout
+    (row,) = [line for line in result.stdout.splitlines() if line.split()[:1] == ["guided-16-K"]]
+    assert f"tensorrt_rtx {VERSION}" in row
+    assert "batch 1 keeping 16/8 tokens" in row
+    costs = json.loads(cli("inspect", engines, "--json").stdout)["step_costs"]
+    assert [cost["way"] for cost in costs] == ["this bundle"]
+
+
+def test_doctor_of_engines_without_a_gpu_ends_with_6(refused: Callable[..., str], engines: Path) -> None:
+    message = refused(6, "doctor", engines)
+    assert (
+        ": expected a GPU of compute capability 89, found none; run it on such a machine, or build for the" in message
+    )
+    assert "sg-export build quick.safetensors --strong-sparsity 0 --sparsity 0.5" in message
+
+
+def test_doctor_of_a_bundle_with_graphs_names_the_backend(cli: Callable[..., Any], fixed_bundle: Path) -> None:
+    assert cli("doctor", fixed_bundle).stdout == f"{fixed_bundle}: device auto is onnxruntime-cpu\n"
+
+
+def test_generate_and_verify_of_engines_alone_end_with_6(
+    refused: Callable[..., str], engines: Path, tmp_path: Path
+) -> None:
+    message = refused(6, "generate", engines, "--count", 1, "-o", tmp_path / "grid.png")
+    assert "expected a GPU of compute capability 89, found none" in message
+    assert "expected ONNX graphs, found engines alone; build it anew with --keep-onnx" in refused(6, "verify", engines)
+    assert not list(tmp_path.iterdir())

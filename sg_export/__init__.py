@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sg_export.checkpoint import Overrides
-    from sg_export.compiler import CompileOptions, compile
+    from sg_export.compiler import compile
     from sg_export.loading import LoadedModel, load_model
+    from sg_export.options import CompileOptions
 
 __all__ = ["CompileOptions", "LoadedModel", "Overrides", "compile", "load_model"]
 
 _HOMES = {
-    "CompileOptions": "sg_export.compiler",
+    "CompileOptions": "sg_export.options",
     "LoadedModel": "sg_export.loading",
     "Overrides": "sg_export.checkpoint",
     "compile": "sg_export.compiler",

@@ -1,49 +1,42 @@
 """From a checkpoint to a bundle: load, trace, check and pack, in a temporary folder that becomes the bundle."""
 
-import errno
 import itertools
-import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from sg_engines.ort import run_once
-from sg_engines.targets import check_targets
 from sg_export import graphs
 from sg_export.activations import first_overflow
-from sg_export.checkpoint import Overrides, Weights
 from sg_export.cost import count_cost
 from sg_export.emulate import emulated
 from sg_export.engine_build import EngineOptions, EngineSource, build_engines, check_libraries
 from sg_export.graphs import GraphSpec
 from sg_export.loading import LoadedModel, load_model, load_weak
+from sg_export.options import DEFAULT_ENGINE_BATCH, DEFAULT_SPARSITY, CompileOptions
+from sg_export.output import check_output, new_folder
 from sg_export.precision import check_types, fp32_layers, half_attentions, to_half
 from sg_export.progress import Report, silent
-from sg_export.trace import DEFAULT_OPSET, OPSETS, trace
+from sg_export.trace import trace
 from sg_export.weights import write_graphs
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import ExportError, MissingExtraError, UsageError
-from sg_runtime.files import sha256_of, temporary_beside
-from sg_runtime.guidance import Ramp, scale_ends
+from sg_runtime.files import sha256_of
+from sg_runtime.guidance import scale_ends
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     Cost,
     EngineFacts,
-    EngineLibrary,
     FileFacts,
     GraphFacts,
-    GuidanceMode,
     GuidancePlan,
     Karras,
     Level,
@@ -61,131 +54,10 @@ default run has steps, so that its weights are read once."""
 MAX_BUILD_ERROR: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
 """Relative L2 distance to PyTorch above which a graph is wrong: rounding stays below it, a fault far above."""
 
-DEFAULT_SPARSITY = 0.5
-
 EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
 """Defaults of NVlabs/edm (`generate.py`, `edm_sampler`), which both families' samplers share."""
 
 WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
-
-Schedule = Literal["constant", "cosine"]
-Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-
-DEFAULT_ENGINE_BATCH = 1
-
-
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
-    """What to build.
-
-    output: the bundle's folder. sparsity, strong_sparsity: the rates of the weak and the strong branch, each in [0, 1);
-    the first of each is the default of runs. guidance: the default mode; without one "sg", or "autoguidance" where
-    weak_checkpoint, an earlier checkpoint of the same run, gives the weak branch. The modes with a weak sparsity (0.5
-    where none is given) build guided graphs for the pairs that they allow. schedule: "cosine" makes the default
-    sparsities go from the first given to the last, by way of all. scale: one, or that of the first and the last step.
-    interval: the times between which guidance applies. steps: default sampling steps. weights, overrides: see
-    `load_model`. force: replace an existing bundle.
-
-    precision: the type of the matrix products, see `sg_export.precision`. targets: "onnxruntime" for ONNX graphs,
-    "tensorrt-rtx" and "tensorrt" for engines; keep_onnx leaves the graphs of these in the bundle, too. batch: image
-    counts; of ONNX graphs at most one, which they are then fixed to; engines have a profile for each, 1 by default.
-
-    compute_capabilities: the GPUs that TensorRT-RTX builds for, 86 for 8.6, by default its own choice. workspace: most
-    bytes of scratch memory of an engine. timing_cache: a file that TensorRT reads and extends. allow_unfused: build
-    engines in which attention has no fused kernel. cache: a folder of engines built before, by default the user's.
-    """
-
-    output: Path
-    sparsity: tuple[float, ...] = ()
-    strong_sparsity: tuple[float, ...] = (0.0,)
-    scale: Ramp = 2.0
-    guidance: GuidanceMode | None = None
-    weak_checkpoint: str | Path | None = None
-    schedule: Schedule = "constant"
-    interval: tuple[float, float] | None = None
-    steps: int = 40
-    precision: Precision = "fp32"
-    targets: tuple[Target, ...] = ("onnxruntime",)
-    batch: tuple[int, ...] = ()
-    compute_capabilities: tuple[int, ...] = ()
-    workspace: int | None = None
-    timing_cache: Path | None = None
-    keep_onnx: bool = False
-    allow_unfused: bool = False
-    cache: Path | None = None
-    opset: int = DEFAULT_OPSET
-    weights: Weights | None = None
-    overrides: Overrides = field(default_factory=Overrides)
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name, values in (("batch", self.batch), ("steps", (self.steps,))):
-            for value in values:
-                if value < 1:
-                    raise UsageError(f"{name}: expected at least 1, found {value}")
-        if self.opset not in OPSETS:
-            raise UsageError(f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {self.opset}")
-        if not self.strong_sparsity:
-            raise UsageError("strong_sparsity: expected at least one, found none")
-        if self.schedule not in get_args(Schedule):
-            raise UsageError(f"schedule: expected one of {', '.join(get_args(Schedule))}, found {self.schedule!r}")
-        if self.mode in ("none", "cfg") and self.sparsity:
-            raise UsageError(
-                f"sparsity: {self.mode} guidance has no sparser branch: give strong_sparsity, or guidance sg"
-            )
-        if (self.mode == "autoguidance") != (self.weak_checkpoint is not None):
-            found = "none" if self.weak_checkpoint is None else f"{self.weak_checkpoint} for {self.mode}"
-            raise UsageError(f"weak_checkpoint: expected one for autoguidance and for no other mode, found {found}")
-
-        self._check_targets()
-
-    def _check_targets(self) -> None:
-        for name, value, known in (
-            ("precision", self.precision, get_args(Precision)),
-            *(("target", target, get_args(Target)) for target in self.targets),
-        ):
-            if value not in known:
-                raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
-        if not self.targets:
-            raise UsageError("target: expected at least one, found none")
-        if "onnxruntime" in self.targets:
-            if len(self.batch) > 1:
-                raise UsageError(
-                    f"batch: expected at most one for ONNX graphs, which are fixed to it, found {len(self.batch)}: "
-                    f"leave it out, and they take any"
-                )
-            if self.precision == "bf16":
-                raise UsageError(
-                    "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or --target tensorrt-rtx"
-                )
-        libraries = self.libraries
-        if not libraries:
-            for number in self.compute_capabilities:
-                raise UsageError(f"--sm {number}: only for engines: give --target tensorrt-rtx")
-            for name in ("workspace", "timing_cache", "keep_onnx", "allow_unfused"):
-                if getattr(self, name):
-                    raise UsageError(f"{name}: only for engines: give --target tensorrt-rtx or tensorrt")
-        if "tensorrt" in libraries and "tensorrt_rtx" not in libraries:
-            check_targets("tensorrt", self.compute_capabilities, ())
-        if "tensorrt_rtx" in libraries:
-            products = {self.precision} if self.whole else {self.precision, "fp32"}
-            check_targets("tensorrt_rtx", self.compute_capabilities, products)
-
-    @property
-    def libraries(self) -> tuple[EngineLibrary, ...]:
-        """The libraries of the engines that are built."""
-        known: dict[Target, EngineLibrary] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-        return tuple(known[target] for target in dict.fromkeys(self.targets) if target in known)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no product may be in FP32: one of the GPUs has none."""
-        return self.precision == "fp16" and 75 in self.compute_capabilities
-
-    @property
-    def mode(self) -> GuidanceMode:
-        """The guidance mode, given or implied."""
-        return self.guidance or ("sg" if self.weak_checkpoint is None else "autoguidance")
 
 
 def compile(checkpoint: str | Path, options: CompileOptions, report: Report = silent) -> Bundle:
@@ -195,7 +67,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     CheckpointError for an unusable checkpoint, ExportError where a graph cannot be made or does not agree with PyTorch.
     Nothing is left behind on failure, and an existing bundle stays until its successor is whole.
     """
-    _check_output(options.output, options.force)
+    check_output(options.output, options.force)
     check_libraries(options.libraries)
     report(f"loading {checkpoint}", 0, None)
     loaded = load_model(checkpoint, weights=options.weights, overrides=options.overrides)
@@ -204,10 +76,10 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
     plan, specs = plan_build(loaded, weak, options)
-    if not _has_onnx(options) and graphs.guided_alone(plan):
+    if not options.has_onnx and graphs.guided_alone(plan):
         specs = [spec for spec in specs if spec.kind in ("condition", "guided")]
     layers = fp32_layers(loaded.model, options.precision, whole=options.whole)
-    with _new_folder(options.output, options.force) as folder:
+    with new_folder(options.output, options.force) as folder:
         facts, engines = _write({"main": loaded, "weak": weak}, plan, specs, layers, options, folder, report)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -222,7 +94,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
             precision=options.precision,
             fp32_layers=layers,
             opset=options.opset,
-            batch=_graph_batch(options),
+            batch=options.graph_batch,
             condition_rows=CONDITION_ROWS,
             graphs=facts,
             engines=engines,
@@ -276,16 +148,6 @@ def _check_distinct(levels: Iterable[Level]) -> None:
             )
 
 
-def _has_onnx(options: CompileOptions) -> bool:
-    """Whether the bundle carries ONNX graphs."""
-    return "onnxruntime" in options.targets or options.keep_onnx
-
-
-def _graph_batch(options: CompileOptions) -> int | None:
-    """The image count that the ONNX graphs are fixed to, None where it is symbolic."""
-    return options.batch[0] if options.batch and not options.libraries else None
-
-
 def _write(
     loaded: Mapping[NetworkName, LoadedModel | None],
     plan: GuidancePlan,
@@ -299,7 +161,7 @@ def _write(
 
     Graphs for engines have symbolic token counts, so that one file is the graphs of all levels.
     """
-    symbolic, batch = bool(options.libraries), _graph_batch(options)
+    symbolic, batch = bool(options.libraries), options.graph_batch
     files: dict[str, list[GraphSpec]] = {}
     for spec in specs:
         files.setdefault(spec.shared_name if symbolic else spec.name, []).append(spec)
@@ -344,7 +206,7 @@ def _write(
                     kind=spec.kind,
                     network=spec.network,
                     levels=spec.levels,
-                    file=f"graphs/{path.name}" if _has_onnx(options) else None,
+                    file=f"graphs/{path.name}" if options.has_onnx else None,
                     inputs=graphs.inputs(spec, source.facts, batch),
                     outputs=graphs.outputs(spec, source.facts, batch),
                     cost=costs[spec],
@@ -362,7 +224,7 @@ def _write(
         for name, own in engine_files.items()
     ]
     engines = _engines(loaded, sources, options, folder, report, stages)
-    if not _has_onnx(options):
+    if not options.has_onnx:
         shutil.rmtree(folder / "graphs")
     return tuple(facts), engines
 
@@ -444,60 +306,3 @@ def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, batch: int | None,
             f"found {distance:g}; please report this with the versions that sg-export doctor prints"
         )
     return distance
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Raise UsageError where `output` exists and may not be replaced: without `force`, or if it is no bundle."""
-    target = output.resolve()  # "new/.." is a folder that exists
-    if not target.exists():
-        return
-    if not force:
-        raise UsageError(f"{output}: exists: give another --output, or --force to replace it")
-    empty = target.is_dir() and not any(target.iterdir())
-    if not empty and not _is_bundle(target):
-        raise UsageError(f"{output}: exists and is no bundle, so --force does not replace it: give another --output")
-
-
-def _is_bundle(folder: Path) -> bool:
-    """Whether the folder has a manifest that sg-export wrote, of whatever schema."""
-    try:
-        content = json.loads((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and str(content.get("created_by")).startswith("sg-export")
-
-
-@contextmanager
-def _new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place when the block succeeds, and goes when it fails.
-
-    A bundle that is there already stays, or comes back, whatever happens until its successor is in place.
-    """
-    target = output.resolve()  # "." has no name, and a link is not what gets replaced
-    temporary, old = temporary_beside(target), temporary_beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ExportError(_disk_message(output, error)) from None
-        raise UsageError(f"{output}: cannot be written ({error.strerror}): give another --output") from None
-    try:
-        yield temporary
-        _check_output(output, force)  # again: another build may have ended meanwhile
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    except OSError as error:
-        raise ExportError(_disk_message(output, error)) from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _disk_message(output: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"{output}: the disk is full; free some space, or give an --output on another disk"
-    return f"{output}: cannot be written ({error.strerror or error})"

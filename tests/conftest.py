@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from weights import random_state
 
-from sg_export.compiler import CompileOptions, compile
+from sg_export.compiler import compile
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
+from sg_export.options import CompileOptions
 
 TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
 """16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""

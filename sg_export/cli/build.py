@@ -153,7 +153,8 @@ def build(
       sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 --sparsity 0 --schedule cosine
     """
     from sg_export.checkpoint import Overrides
-    from sg_export.compiler import DEFAULT_SPARSITY, CompileOptions, compile
+    from sg_export.compiler import compile
+    from sg_export.options import DEFAULT_SPARSITY, CompileOptions
     from sg_export.reference import DEFAULT_REFERENCE
     from sg_runtime.manifest import adapter
 

@@ -10,12 +10,13 @@ import torch
 from weights import random_state
 
 from sg_export.adapters import maskdit as maskdit_adapter
-from sg_export.compiler import CompileOptions, compile
+from sg_export.compiler import compile
 from sg_export.loading import LoadedModel
 from sg_export.models import maskdit
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
+from sg_export.options import CompileOptions
 from sg_runtime.manifest import ModelFacts, Route, Source
 
 MakeModel = Callable[..., LoadedModel]

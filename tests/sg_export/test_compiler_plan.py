@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sg_export.compiler import CompileOptions, plan_build
+from sg_export.compiler import plan_build
 from sg_export.loading import LoadedModel, load_model
+from sg_export.options import CompileOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GuidancePlan, Level
 

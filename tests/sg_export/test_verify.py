@@ -15,7 +15,8 @@ import polygraphy
 import pytest
 import torch
 
-from sg_export.compiler import CompileOptions, compile
+from sg_export.compiler import compile
+from sg_export.options import CompileOptions
 from sg_export.verify import (
     GATES,
     TIMES,

@@ -11,8 +11,9 @@ import onnx.numpy_helper
 import pytest
 
 from sg_export.activations import first_overflow
-from sg_export.compiler import CompileOptions, compile
+from sg_export.compiler import compile
 from sg_export.emulate import emulated
+from sg_export.options import CompileOptions
 from sg_export.verify import GATES, reload_checkpoint, verify
 from sg_runtime.backends.ort import open_session
 from sg_runtime.bundle import Bundle

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from sg_export.cli import main
-from sg_export.compiler import CompileOptions, compile, plan_build
+from sg_export.compiler import compile, plan_build
 from sg_export.loading import load_model, load_weak
+from sg_export.options import CompileOptions
 from sg_export.trace import DEFAULT_OPSET
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tensorrt_rtx
 
-from sg_export.compiler import CompileOptions, compile
+from sg_export.compiler import compile
+from sg_export.options import CompileOptions
 
 RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9", "--sparsity", 0.5)
 VERSION = tensorrt_rtx.__version__

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -66,15 +67,20 @@ def build_in_child(
         words.seek(0)
         last_words = words.readlines()[-5:]
     if "error" in final:
-        raise EngineError(final["error"])
+        raise EngineError(_with_remedy(final["error"]))
     if code != 0 or not final:
-        raise EngineError(f"{graph.name}: the process that built it {_died(code, last_words)}")
+        raise EngineError(_with_remedy(f"{graph.name}: the process that built it {_died(code, last_words)}"))
     return BuildFigures(time.monotonic() - began, final["memory_bytes"])
+
+
+def _with_remedy(reason: str) -> str:
+    """The reason, and what to do where it is a lack of memory, which the library tells in several ways."""
+    return f"{reason}: {LESS_MEMORY}" if re.search("bad_alloc|memory r[au]n|out of ?memory", reason, re.I) else reason
 
 
 def _died(code: int, last_words: list[str]) -> str:
     if code == -signal.SIGKILL:
-        return f"was killed, as the system does when memory runs out: {LESS_MEMORY}"
+        return "was killed, as the system does when memory runs out"
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"{how}: {' '.join(line.strip() for line in last_words) or 'it said nothing'}"
 
@@ -120,7 +126,7 @@ def _main() -> None:
             lambda phase, done, steps: _tell(events, {"phase": phase, "done": done, "steps": steps}),
         )
     except MemoryError:
-        _tell(events, {"error": f"{Path(request['graph']).name}: memory ran out: {LESS_MEMORY}"})
+        _tell(events, {"error": f"{Path(request['graph']).name}: memory ran out"})
     except (EngineError, OSError) as error:
         _tell(events, {"error": str(error)})
     else:

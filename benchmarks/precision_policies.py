@@ -53,7 +53,11 @@ MODELS = {"glyphs": (0.25, 0.9), "S/2": (0.5, 0.9)}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A policy. errors: by time, as `TIMES`. largest: activation, as a share of the type's range, and whose."""
+    """A policy, with errors by time, as `TIMES`.
+
+    errors_of_onnxruntime: those of its CPU provider without emulation, which has no BF16. largest: activation, as a
+    share of the type's range, and whose.
+    """
 
     model: str
     precision: HalfPrecision
@@ -61,6 +65,7 @@ class Row:
     fp32_layers: tuple[str, ...]
     errors: tuple[float, ...]
     worst: float
+    errors_of_onnxruntime: tuple[float, ...] | None
     largest: float
     largest_in: str
     engine_mb: float | None
@@ -182,8 +187,8 @@ def judge(
     wanted: Sequence[Array],
 ) -> Row:
     """Errors, activations, and what TensorRT-RTX makes of the guided graph."""
-    found = predictions(graphs, loaded, spec, exact=False)
-    errors = [float(np.linalg.norm(f - w) / np.linalg.norm(w)) for f, w in zip(found, wanted, strict=True)]
+    errors = distances(predictions(graphs, loaded, spec, exact=False), wanted)
+    as_it_is = distances(predictions(graphs, loaded, spec, exact=True), wanted) if precision == "fp16" else None
     shares: dict[str, float] = {}
     for number in range(len(TIMES)):
         for node, share in range_shares(graphs.guided, feeds(graphs, loaded, spec, number, exact=False)).items():
@@ -203,8 +208,9 @@ def judge(
         precision=precision,
         policy=policy,
         fp32_layers=layers,
-        errors=tuple(round(error, 6) for error in errors),
-        worst=round(max(errors), 6),
+        errors=errors,
+        worst=max(errors),
+        errors_of_onnxruntime=as_it_is,
         largest=round(shares[largest], 6),
         largest_in=largest,
         engine_mb=size,
@@ -214,8 +220,13 @@ def judge(
     )
 
 
+def distances(found: Sequence[Array], wanted: Sequence[Array]) -> tuple[float, ...]:
+    """Relative L2 at each time."""
+    return tuple(round(float(np.linalg.norm(f - w) / np.linalg.norm(w)), 6) for f, w in zip(found, wanted, strict=True))
+
+
 def predictions(graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, *, exact: bool) -> list[Array]:
-    """The guided prediction at each of `TIMES`."""
+    """The guided prediction at each of `TIMES`. exact: by the graphs as they are, not emulated."""
     session = open_session(graphs.guided, None if exact else emulated(graphs.guided))
     return [
         session.run(["prediction"], feeds(graphs, loaded, spec, number, exact=exact))[0] for number in range(len(TIMES))

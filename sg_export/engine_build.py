@@ -63,12 +63,12 @@ class EngineSource:
 def check_libraries(libraries: Sequence[EngineLibrary]) -> None:
     """Raise MissingExtraError or EngineError where engines of these libraries cannot be built on this machine."""
     for library in libraries:
-        require(library, EXTRAS[library])
         if library == "tensorrt" and not find_gpus():
             raise EngineError(
                 "--target tensorrt: TensorRT builds on the GPU that the engine is for, and none was found here: run "
                 "the build there, or give --target tensorrt-rtx, which builds without one, or --target onnxruntime"
             )
+        require(library, EXTRAS[library])
 
 
 def build_engines(

@@ -387,6 +387,12 @@ class Manifest(_Strict):
                 return engine, engine.profiles.index(wanted)
         return None
 
+    @property
+    def engine_batches(self) -> tuple[int, ...]:
+        """Image counts that the engines have profiles for."""
+        steps = [engine for engine in self.engines if engine.kind != "condition"]
+        return tuple(sorted({profile.batch for engine in steps for profile in engine.profiles}))
+
     def condition(self, network: NetworkName) -> GraphFacts:
         """The condition graph of a network. Raises UsageError where the bundle does not have it."""
         graph = self.graph("condition", network=network)

@@ -54,7 +54,7 @@ class Pipeline:
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
-        return cls(opened, open_backend(opened, device), fixed or batch or DEFAULT_BATCH)
+        return cls(opened, open_backend(opened, device, batch), fixed or batch or DEFAULT_BATCH)
 
     def guidance(
         self,

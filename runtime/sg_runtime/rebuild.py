@@ -8,10 +8,13 @@ USUAL_OPSET = 20
 """What `sg-export build` takes where none is given."""
 
 
-def build_command(manifest: Manifest, output: str, *, target: str | None = None, sm: int | None = None) -> str:
+def build_command(
+    manifest: Manifest, output: str, *, target: str | None = None, sm: int | None = None, batch: int | None = None
+) -> str:
     """`sg-export build …` for a bundle like this one at `output`, in place of what is there.
 
-    target: in place of the bundle's own; sm: the GPU to build engines for, 86 for 8.6, in place of the bundle's.
+    target: in place of the bundle's own. sm: the GPU to build engines for, 86 for 8.6, in place of the bundle's. batch:
+    an image count for which engines have a profile, too.
     """
     plan, source, model = manifest.guidance, manifest.source, manifest.model
     guided = [graph.levels for graph in manifest.graphs if graph.kind == "guided"]
@@ -45,7 +48,7 @@ def build_command(manifest: Manifest, output: str, *, target: str | None = None,
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", precision]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
-    words += _target_words(manifest, target, sm)
+    words += _target_words(manifest, target, sm, batch)
     return shlex.join([*words, "--output", output, "--force"])
 
 
@@ -55,7 +58,7 @@ def _text(number: float) -> str:
     return short if float(short) == number else repr(number)
 
 
-def _target_words(manifest: Manifest, target: str | None, sm: int | None) -> list[str]:
+def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch: int | None) -> list[str]:
     """Targets, GPUs and batch sizes."""
     engines = manifest.engines
     if target == "onnxruntime" or not engines:
@@ -67,5 +70,5 @@ def _target_words(manifest: Manifest, target: str | None, sm: int | None) -> lis
         built_for = sorted({number for engine in rtx for number in engine.compute_capabilities})
         words += [word for number in ([sm] if sm else built_for) for word in ("--sm", str(number))]
     words += ["--keep-onnx"] if any(graph.file is not None for graph in manifest.graphs) else []
-    batches = sorted({profile.batch for e in engines if e.kind != "condition" for profile in e.profiles})
-    return words + [word for batch in batches for word in ("--batch", str(batch))]
+    sizes = {*manifest.engine_batches, *([batch] if batch else [])}
+    return words + [word for size in sorted(sizes) for word in ("--batch", str(size))]

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from sg_export.engine_build import check_libraries, count_fused_attention
 from sg_export.options import CompileOptions
 from sg_export.precision import EMBEDDERS_AND_HEAD
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import EngineError, ExportError, UsageError
+from sg_runtime.devices import Gpu
+from sg_runtime.errors import EngineError, ExportError, MissingExtraError, UsageError
 from sg_runtime.manifest import EngineFacts, Precision, Profile
 from sg_runtime.plan_file import read_rtx_header
 
@@ -112,7 +112,7 @@ GUIDED = {"condition", "guided-16-K"}
         ({"interval": (0.2, 0.8)}, {*GUIDED, "dense", "sparse-K"}),
         ({"weak_checkpoint": True}, {"condition", "dense", "weak-condition", "weak-sparse-K"}),
     ],
-    ids=str,
+    ids=["sg", "two strong", "cfg+sg", "cfg", "none", "interval", "autoguidance"],
 )
 def test_compile_builds_engines_of_what_the_plan_uses(
     changes: dict[str, Any], names: set[str], build: Build, quick: Any, tmp_path: Path
@@ -211,13 +211,20 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
 
 
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    # TensorRT itself cannot be installed here; that it is there is all that is asked before the GPU is.
-    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    monkeypatch.setattr(engine_build, "find_gpus", lambda: ())
     with pytest.raises(
         EngineError, match="none was found here: run the build there, or give --target tensorrt-rtx"
     ) as e:
         check_libraries(("tensorrt",))
     assert e.value.exit_code == 4
+
+
+def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "find_gpus", lambda: (Gpu("NVIDIA H100", 90),))
+    for library, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+        with pytest.raises(MissingExtraError, match=rf"{library} is not installed: pip install 'sg-export\[{extra}\]'"):
+            check_libraries((library,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sg_runtime.backends.ort import OrtBackend
 from sg_runtime.backends.trt import check_engines, check_library, installed_version
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import Gpu
-from sg_runtime.errors import BundleError, MissingExtraError, SgError
+from sg_runtime.errors import BundleError, MissingExtraError, SgError, UsageError
 from sg_runtime.pipeline import Pipeline
 
 ADA, HOPPER, TURING = Gpu("NVIDIA GeForce RTX 4090", 89), Gpu("NVIDIA H100 80GB HBM3", 90), Gpu("NVIDIA T4", 75)
@@ -239,6 +239,12 @@ def test_load_without_a_gpu_names_those_it_is_for(engine_bundle: Path) -> None:
     message = refused(lambda: Pipeline.load(engine_bundle))
     assert f"expected a GPU of compute capability {TARGETS}, found none; run it on such a machine, or build" in message
     assert BundleError.exit_code == 6
+
+
+def test_load_of_engines_for_another_batch_names_those_that_have_profiles(engine_bundle: Path) -> None:
+    message = refused(lambda: Pipeline.load(engine_bundle, batch=3), UsageError)
+    assert f"{engine_bundle}: batch: expected 1, for which the engines have profiles, found 3; build it" in message
+    assert command(message)["batch"] == (1, 3)
 
 
 @pytest.mark.usefixtures("ada")

@@ -23,11 +23,11 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: Bundle, device: str) -> Backend:
-    """The backend for `device`: "auto" or "cpu".
+def open_backend(bundle: Bundle, device: str, batch: int | None = None) -> Backend:
+    """The backend for `device`: "auto" or "cpu". batch: images that engines must have a profile for, if given.
 
-    Raises UsageError for another device, MissingExtraError without a library, BundleError for a bundle that cannot run
-    here.
+    Raises UsageError for another device or batch, MissingExtraError without a library, BundleError for a bundle that
+    cannot run here.
     """
     if device not in ("auto", "cpu"):
         raise UsageError(f"device {device!r}: expected auto or cpu, the devices that this version runs on")
@@ -36,7 +36,7 @@ def open_backend(bundle: Bundle, device: str) -> Backend:
         if device == "auto":
             from sg_runtime.backends.trt import check_engines
 
-            check_engines(bundle)
+            check_engines(bundle, batch)
         raise BundleError(
             f"{bundle.path}: holds engines, which this version builds and checks, but does not run yet; "
             f"build with --keep-onnx, or for the CPU: "

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import Gpu, find_gpus
-from sg_runtime.errors import BundleError, MissingExtraError
+from sg_runtime.errors import BundleError, MissingExtraError, UsageError
 from sg_runtime.manifest import EngineFacts, EngineLibrary
 from sg_runtime.plan_file import RTX_TARGETS, read_rtx_header
 from sg_runtime.rebuild import build_command
@@ -23,12 +23,18 @@ def installed_version(library: EngineLibrary) -> str | None:
     return version
 
 
-def check_engines(bundle: Bundle) -> None:
-    """Raise unless this machine can run all engines of the bundle.
+def check_engines(bundle: Bundle, batch: int | None = None) -> None:
+    """Raise unless this machine can run all engines of the bundle, `batch` images at a time where that is given.
 
-    MissingExtraError where their library is not installed; BundleError for another version of it, for no GPU or
-    another one than they were built for, and for a file that is no such engine.
+    UsageError where no profile has as many images; MissingExtraError where their library is not installed; BundleError
+    for another version of it, for no GPU or another one than they were built for, and for a file that is none.
     """
+    sizes = bundle.manifest.engine_batches
+    if batch is not None and batch not in sizes:
+        raise UsageError(
+            f"{bundle.path}: batch: expected {', '.join(map(str, sizes))}, for which the engines have profiles, found "
+            f"{batch}; build it anew: {build_command(bundle.manifest, str(bundle.path), batch=batch)}"
+        )
     for library in sorted({engine.library for engine in bundle.manifest.engines}):
         version = installed_version(library)
         if version is None:

@@ -127,7 +127,6 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--precision", "int8"], "'int8' is not one of 'fp32', 'fp16', 'bf16'"),
         (["--precision", "bf16"], "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16"),
         (["--target", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx', 'tensorrt'"),
-        (["--target", "tensorrt"], "tensorrt is not installed: pip install 'sg-export[tensorrt]'"),
         (
             ["--target", "tensorrt-rtx", "--sm", "90"],
             "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a",

@@ -1,6 +1,7 @@
 """Half precision in traced graphs: which products have it, what stays in FP32, and that the file says so."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,15 @@ def masked(make_model: Callable[..., LoadedModel]) -> LoadedModel:
     return make_model(MaskDiT, CONFIG, Route(0, 2))
 
 
+@cache
+def content(loaded: LoadedModel, spec: GraphSpec) -> onnx.ModelProto:
+    """The traced graph."""
+    return ir.to_proto(trace(loaded.model, spec, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True))
+
+
 def traced(loaded: LoadedModel, spec: GraphSpec) -> ir.Model:
-    return trace(loaded.model, spec, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
+    """A graph of one's own, traced once."""
+    return ir.from_proto(content(loaded, spec))
 
 
 def halved(loaded: LoadedModel, spec: GraphSpec, precision: HalfPrecision, layers: tuple[str, ...]) -> ir.Graph:

@@ -3,23 +3,23 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx.numpy_helper
 import pytest
+from numpy.typing import NDArray
 
 from sg_export.activations import first_overflow
 from sg_export.compiler import compile
 from sg_export.emulate import emulated
 from sg_export.options import CompileOptions
-from sg_export.verify import GATES, reload_checkpoint, verify
+from sg_export.verify import GATES, verify
 from sg_runtime.backends.ort import open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import HalfPrecision
+from sg_runtime.manifest import HalfPrecision, Prediction
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import precondition
 
@@ -87,40 +87,32 @@ def test_verify_of_an_overflow_names_the_first_operator(tiny_checkpoint: Path, t
     assert {c.overflow for c in parity.comparisons if c.subject == "dense"} == {"blocks.1.mlp.fc2/MatMul"}
 
 
-@pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("prediction", ["flow", "edm"])
+@pytest.mark.parametrize(
+    ("prediction", "times"),
+    [("flow", np.linspace(0, 1, 41)), ("edm", np.geomspace(0.002, 80, 41))],
+    ids=["flow", "edm"],
+)
 def test_half_precision_is_finite_at_all_times(
-    prediction: str, precision: HalfPrecision, tiny: Any, tmp_path: Path
+    prediction: Prediction, times: NDArray[np.float64], half_bundle: Path
 ) -> None:
-    checkpoint = tiny.save(tmp_path / "model.safetensors", facts={**tiny.facts, "prediction": prediction})
-    options = CompileOptions(
-        tmp_path / "out", (0.5,), precision=precision, targets=("tensorrt-rtx",), keep_onnx=True, guidance="sg"
-    )
-    bundle = compile(checkpoint, options)
-    loaded, manifest = reload_checkpoint(bundle, checkpoint), bundle.manifest
-    guided = manifest.graph("guided", 16, 8)
+    """A flow model's graphs are those of a denoiser: what differs is in their inputs."""
+    bundle = Bundle.open(half_bundle)
+    facts = bundle.manifest.model
+    guided = bundle.manifest.graph("guided", 16, 8)
     assert guided is not None
-    condition, path = bundle.onnx(manifest.condition("main")), bundle.onnx(guided)
+    condition, path = bundle.onnx(bundle.manifest.condition("main")), bundle.onnx(guided)
     modulate, step = (open_session(p, emulated(p)) for p in (condition, path))
-    times = np.linspace(0, 1, 41) if prediction == "flow" else np.geomspace(0.002, 80, 41)
-    generator, facts = np.random.default_rng(0), loaded.facts
-    for time in times:
-        scaling = precondition(facts.prediction, float(time))
+    generator = np.random.default_rng(0)
+    for number, time in enumerate(times):
+        scaling = precondition(prediction, float(time))
         x = generator.standard_normal((2, facts.channels, facts.image_size, facts.image_size), np.float32)
         x *= np.float32(max(time, 1))
-        feeds = {"t": np.full(2, scaling.t, np.float32), "class": np.array([0, facts.num_classes])}
-        (rows,) = modulate.run(None, feeds)
-        scalars = {
-            "scale": 4,
-            "c_in": scaling.c_in,
-            "c_skip": scaling.c_skip,
-            "c_out": scaling.c_out,
-            "a": 1,
-            "b": 1,
-            "e": 0,
-        }
-        inputs = {name: np.array(value, np.float32) for name, value in scalars.items()}
+        labels = np.array([0, facts.num_classes])
+        (rows,) = modulate.run(None, {"t": np.full(2, scaling.t, np.float32), "class": labels})
+        scalars = {"scale": 4, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
+        inputs = {name: np.array(value, np.float32) for name, value in (scalars | {"a": 1, "b": 1, "e": 0}).items()}
         inputs |= {"x": x, "r": x, "modulations": rows, "keep_weak": np.tile(np.arange(8), (2, 1))}
         for found in step.run(None, inputs):
             assert np.isfinite(found).all(), time
-        assert first_overflow(path, inputs) is None
+        if number % 10 == 0:
+            assert first_overflow(path, inputs) is None, time

@@ -25,7 +25,7 @@ demo: $(GRID)
 	@echo "The bundle they came from: $(CURDIR)/$(BUNDLE)"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadgroup --cov --cov-report=
+	$(BIN)/python -m pytest --cov --cov-report=
 	@for package in $(PACKAGES); do \
 	    echo "coverage $$package: $$($(BIN)/python -m coverage report --format=total --include="*/$$package/*") %"; \
 	done

@@ -59,15 +59,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share tests out among workers: a file's together, and all with the reference bundle; long ones go first."""
-    for item in items:
-        needs = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("glyphs" if "glyphs_bundle" in needs else str(item.path)))
-    items.sort(key=lambda item: "slow" not in item.keywords)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Engines that tests build go into a cache of theirs, not the user's."""

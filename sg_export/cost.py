@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import sympy
 
+from sg_export.precision import PRODUCTS
 from sg_runtime.manifest import Cost
 
 Dimension = int | ir.SymbolicDim
@@ -24,7 +25,7 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
     linear = attention = 0
     batch = _shape(graph.inputs[0])[0]
     for node in graph:
-        if node.op_type not in ("MatMul", "Gemm", "Conv"):
+        if node.op_type not in PRODUCTS:
             continue
         right, output = node.inputs[1], node.outputs[0]
         assert right is not None

@@ -88,6 +88,7 @@ def build_engines(
     cache = EngineCache(options.cache or cache_folder())
     engines: list[EngineFacts] = []
     total = len(options.libraries) * len(sources)
+    weights = {path: sha256_of(path) for path in {source.weights for source in sources}}
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
@@ -101,9 +102,10 @@ def build_engines(
                 options.workspace,
                 options.timing_cache if has_timing_cache(trt) else None,
             )
-            key = _key(source, library, trt.__version__, plan, gpu)
+            key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
-            LOG.info("%s: %s", path.name, cache.explain(key))
+            if LOG.isEnabledFor(logging.INFO):  # it reads the whole engine
+                LOG.info("%s: %s", path.name, cache.explain(key))
             report(f"building {source.path.stem}", len(engines), total)
             figures = cache.fetch(key, path)
             cached = figures is not None
@@ -138,11 +140,13 @@ def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict
     }
 
 
-def _key(source: EngineSource, library: EngineLibrary, version: str, plan: EnginePlan, gpu: Gpu | None) -> EngineKey:
+def _key(
+    source: EngineSource, weights: str, library: EngineLibrary, version: str, plan: EnginePlan, gpu: Gpu | None
+) -> EngineKey:
     return EngineKey(
         name=source.path.stem,
         graph=sha256_of(source.path),
-        weights=sha256_of(source.weights),
+        weights=weights,
         library=library,
         version=version,
         profiles=plan.profiles,

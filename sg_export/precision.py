@@ -117,7 +117,7 @@ def to_half(
 def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) -> None:
     """Raise ExportError unless the products with a weight in the graph at `path` have the types that were asked for.
 
-    And attention's where its inputs have; what the file says of itself is read anew, and types are inferred by ONNX.
+    The file is read anew, and the types of computed values are inferred by ONNX.
     """
     wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph

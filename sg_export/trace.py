@@ -173,9 +173,9 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts], outputs: Se
                 names[str(dim.value)] = wanted
 
     def named(dim: int | ir.SymbolicDim) -> int | str | None:
-        if isinstance(dim, int) or dim.value is None:
-            return dim if isinstance(dim, int) else None
-        return re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
+        if isinstance(dim, int):
+            return dim
+        return dim.value and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
 
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:

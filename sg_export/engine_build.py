@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from sg_engines.cache import EngineCache, EngineKey, cache_folder
+from sg_engines.cache import EngineCache, EngineKey
 from sg_engines.child import BuildFigures, build_in_child
 from sg_engines.trt import EnginePlan, Shape, has_timing_cache
 from sg_export import graphs
 from sg_export.graphs import GraphSpec
 from sg_export.progress import Report
-from sg_runtime.backends.trt import EXTRAS, NAMES
+from sg_runtime.backends.trt_check import EXTRAS, NAMES
 from sg_runtime.devices import Gpu, find_gpus
 from sg_runtime.errors import EngineError
 from sg_runtime.extras import require
-from sg_runtime.files import sha256_of
+from sg_runtime.files import cache_folder, sha256_of
 from sg_runtime.manifest import EngineFacts, EngineLibrary, ModelFacts, Profile
 from sg_runtime.plan_file import read_rtx_header
 

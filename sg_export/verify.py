@@ -132,7 +132,7 @@ def verify(
         comparisons += _compare_graph(opened, networks[graph.network], graph, times, save_polygraphy)
         if save_polygraphy is not None and opened.manifest.precision != "bf16":  # which Polygraphy cannot run here
             commands.append(_polygraphy_command(opened, graph, save_polygraphy))
-    backend = OrtBackend(opened, functools.partial(_open, precision=opened.manifest.precision))
+    backend = OrtBackend(opened, open_graph=functools.partial(_open, precision=opened.manifest.precision))
     pipeline = Pipeline(opened, backend, opened.manifest.batch or IMAGES)
     for number, run in enumerate(runs, len(opened.manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)

@@ -6,7 +6,6 @@ what its build took. Both appear whole; two processes that build the same engine
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,8 +17,6 @@ from sg_runtime.files import replacing, sha256_of
 
 SCHEMA = 1
 """To be raised when the same parts come to mean another engine."""
-
-ENVIRONMENT = "SG_EXPORT_CACHE"
 
 _FACTS = {"key": dict, "sha256": str, "seconds": float, "memory_bytes": int}
 """Types of what an entry's JSON file holds."""
@@ -48,13 +45,6 @@ class EngineKey:
     def digest(self) -> str:
         """The entry's name."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """$SG_EXPORT_CACHE, or sg-export in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if given := os.environ.get(ENVIRONMENT):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
 
 
 class EngineCache:

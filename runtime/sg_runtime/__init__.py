@@ -1,5 +1,6 @@
 """The torch-free runtime of sg-export: bundles to images with Sparse Guidance."""
 
+from sg_runtime.backends import BACKENDS, choose_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import SgError
 from sg_runtime.manifest import GuidancePlan, Level, Manifest
@@ -9,4 +10,15 @@ from sg_runtime.sampling import Churn
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Bundle", "Churn", "GuidancePlan", "Level", "Manifest", "Pipeline", "Plan", "SgError"]
+__all__ = [
+    "BACKENDS",
+    "Bundle",
+    "Churn",
+    "GuidancePlan",
+    "Level",
+    "Manifest",
+    "Pipeline",
+    "Plan",
+    "SgError",
+    "choose_backend",
+]

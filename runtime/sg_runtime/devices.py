@@ -1,9 +1,9 @@
-"""The NVIDIA GPUs of this machine, asked of the driver."""
+"""The NVIDIA GPUs of this machine, and calls of the driver, whose faults become errors of ours."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from sg_runtime.errors import EngineError
+from sg_runtime.errors import DeviceError, DeviceMemoryError
 from sg_runtime.extras import require
 
 
@@ -15,37 +15,56 @@ class Gpu:
     compute_capability: int
 
 
+def load_driver() -> Any:
+    """The CUDA driver's functions, initialised.
+
+    Raises MissingExtraError where cuda-bindings is not installed, DeviceError where there is no driver or no GPU.
+    """
+    driver = require("cuda.bindings.driver", "tensorrt-rtx")
+    try:
+        call(driver, "cuInit", 0)
+    except RuntimeError as error:  # no driver library; cuda-bindings raises a subclass that has moved before
+        raise DeviceError(f"the CUDA driver cannot be loaded ({error}): install NVIDIA's driver") from None
+    return driver
+
+
 def find_gpus() -> tuple[Gpu, ...]:
     """All GPUs, none where there is no driver.
 
-    Raises MissingExtraError where cuda-bindings is not installed, EngineError where the driver does not answer.
+    Raises MissingExtraError where cuda-bindings is not installed, DeviceError where the driver does not answer.
     """
     driver = require("cuda.bindings.driver", "tensorrt-rtx")
     try:
         status, *_ = driver.cuInit(0)
-    except RuntimeError:  # no driver library; cuda-bindings raises a subclass that has moved before
+    except RuntimeError:  # as in load_driver
         return ()
     if status == driver.CUresult.CUDA_ERROR_NO_DEVICE:
         return ()
     _check("cuInit", status, driver)
-    return tuple(_gpu(driver, index) for index in range(_call(driver, "cuDeviceGetCount")))
+    return tuple(_gpu(driver, index) for index in range(call(driver, "cuDeviceGetCount")))
 
 
 def _gpu(driver: Any, index: int) -> Gpu:
-    device = _call(driver, "cuDeviceGet", index)
+    device = call(driver, "cuDeviceGet", index)
     attribute = driver.CUdevice_attribute
-    major = _call(driver, "cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-    minor = _call(driver, "cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-    name: bytes = _call(driver, "cuDeviceGetName", 256, device)
+    major = call(driver, "cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = call(driver, "cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    name: bytes = call(driver, "cuDeviceGetName", 256, device)
     return Gpu(name.split(b"\0")[0].decode(), 10 * major + minor)
 
 
-def _call(driver: Any, name: str, *arguments: Any) -> Any:
-    status, result = getattr(driver, name)(*arguments)
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """What the driver's function gives: nothing, one value, or a tuple.
+
+    Raises DeviceMemoryError where memory does not suffice, DeviceError for any other fault.
+    """
+    status, *results = getattr(driver, name)(*arguments)
     _check(name, status, driver)
-    return result
+    return results[0] if len(results) == 1 else tuple(results) if results else None
 
 
 def _check(name: str, status: Any, driver: Any) -> None:
+    if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise DeviceMemoryError(f"the CUDA driver: {name} gave {status.name}")
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"the CUDA driver: {name} gave {status.name}; nvidia-smi may say more")
+        raise DeviceError(f"the CUDA driver: {name} gave {status.name}; nvidia-smi may say more")

@@ -29,6 +29,22 @@ class EngineError(SgError):
     exit_code = 4
 
 
+class DeviceError(SgError):
+    """A device is not there, lost, or answers with an error."""
+
+    exit_code = 6
+
+
+class DeviceMemoryError(DeviceError):
+    """The memory of a device does not suffice."""
+
+
+class NonFiniteError(SgError):
+    """A run ended in values that are no numbers."""
+
+    exit_code = 5
+
+
 class GateError(SgError):
     """A parity or quality gate failed."""
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, their hashes, and the folder for what can be made again."""
 
 import hashlib
 import os
@@ -6,6 +6,16 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CACHE = "SG_EXPORT_CACHE"
+"""The environment variable that names the cache folder."""
+
+
+def cache_folder() -> Path:
+    """$SG_EXPORT_CACHE, or sg-export in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if given := os.environ.get(CACHE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
 
 
 def temporary_beside(path: Path) -> Path:

@@ -378,10 +378,17 @@ class Manifest(_Strict):
                 return graph
         return None
 
-    def engine(self, graph: GraphFacts, batch: int) -> tuple[EngineFacts, int] | None:
-        """The engine that runs `graph` on `batch` images, and the number of its profile for that; or None."""
+    def engine(
+        self, graph: GraphFacts, batch: int, library: EngineLibrary | None = None
+    ) -> tuple[EngineFacts, int] | None:
+        """The engine that runs `graph` on `batch` images, and the number of its profile for that; or None.
+
+        library: that it is to be of, None for any.
+        """
         wanted = Profile(batch, tuple(level.keep for level in graph.levels))
         for engine in self.engines:
+            if library not in (None, engine.library):
+                continue
             same = (engine.kind, engine.network, engine.null_weak) == (graph.kind, graph.network, graph.null_weak)
             if same and wanted in engine.profiles:
                 return engine, engine.profiles.index(wanted)

@@ -1,6 +1,7 @@
 """From a bundle to images: conditioning for a whole run first, then one guided prediction per evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,11 +16,14 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp, choose, guide, with_scale
 from sg_runtime.images import to_pixels
+from sg_runtime.lanes import LanePool, Worker
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, SamplerName
+from sg_runtime.memory import DeviceArray
 from sg_runtime.plan import Plan, prepare
 from sg_runtime.requests import check_seeds, check_times, class_index, given_subset, whole_number
-from sg_runtime.sampling import SAMPLERS, Churn, integrate, run_times, updates
-from sg_runtime.steps import StepRunner, Tail
+from sg_runtime.runs import Run, check_finite, noise, sample_group
+from sg_runtime.sampling import SAMPLERS, Churn, run_times, updates
+from sg_runtime.steps import StepRunner
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -31,30 +35,58 @@ DEFAULT_BATCH = 16
 
 
 class Pipeline:
-    """A bundle ready to run. Safe to use from several threads."""
+    """A bundle ready to run. Safe to use from several threads, which share the weights."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, batch: int) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, batch: int, chunk: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.batch = batch
-        self._steps = StepRunner(bundle.manifest, backend, batch)
+        self.chunk = chunk
+        self._lanes = LanePool(bundle.manifest, backend)
 
     @classmethod
     def load(
-        cls, bundle: str | Path, device: str = "auto", *, batch: int | None = None, verify_hashes: bool = True
+        cls,
+        bundle: str | Path,
+        device: str = "auto",
+        *,
+        backend: str | None = None,
+        batch: int | None = None,
+        chunk: int | None = None,
+        stream: object | None = None,
+        verify_hashes: bool = True,
     ) -> "Pipeline":
-        """Open the bundle at `bundle` for `device` ("auto" or "cpu").
+        """Open the bundle at `bundle` for `device`: "auto", "cpu", "cuda", or "cuda:1" for a GPU by its number.
 
-        batch: the most images in one engine run, for graphs with a symbolic batch (default 16). verify_hashes: see
-        `Bundle.open`. Raises BundleError for a damaged bundle, MissingExtraError without a backend library.
+        backend: one of `sg_runtime.BACKENDS` in place of the best that works here; `choose_backend` says why that is
+        it. batch: the most images in one engine run (default 16, or what the bundle was built for). chunk: the
+        evaluations whose conditioning is held in the device's memory at a time (default: what 256 MB hold). stream: a
+        CUDA stream that all runs go into, in place of own ones: a handle, or an object of torch, CuPy or cuda.core.
+        verify_hashes: see `Bundle.open`.
+
+        Raises BundleError for a damaged bundle or one that nothing here can run, MissingExtraError without a backend
+        library, UsageError for a device, backend or batch that there is not.
         """
         opened = Bundle.open(bundle, verify_hashes=verify_hashes)
-        if batch is not None and batch < 1:
-            raise UsageError(f"batch: expected at least 1, found {batch}")
+        for name, value in {"batch": batch, "chunk": chunk}.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected at least 1, found {value}")
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
-        return cls(opened, open_backend(opened, device, batch), fixed or batch or DEFAULT_BATCH)
+        opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream)
+        sizes = opened_backend.batches
+        return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
+
+    def warmup(self, images: int = 1, *, steps: int | None = None, guidance: GuidancePlan | None = None) -> None:
+        """Sample `images` images that nobody sees, as later runs of as many will be: what those need is then there.
+
+        Graphs and engines are opened, buffers allocated; on a GPU kernels are compiled and CUDA graphs captured, for
+        which it samples twice. steps, guidance: see `sample`.
+        """
+        for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
+            self.sample([None] * images, range(images), steps=steps, guidance=guidance)
+        self.backend.keep()
 
     def guidance(
         self,
@@ -111,6 +143,7 @@ class Pipeline:
             return decode(x)
         return self.decode(x) if self.bundle.manifest.model.space == "pixel" else x
 
+    @overload
     def sample(
         self,
         classes: Classes,
@@ -123,14 +156,51 @@ class Pipeline:
         churn: Churn | None = None,
         fused: bool = True,
         progress: Progress | None = None,
-    ) -> Array:
+        on_device: Literal[False] = False,
+    ) -> Array: ...
+
+    @overload
+    def sample(
+        self,
+        classes: Classes,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        scale: Ramp | None = None,
+        sampler: SamplerName | None = None,
+        guidance: GuidancePlan | None = None,
+        churn: Churn | None = None,
+        fused: bool = True,
+        progress: Progress | None = None,
+        on_device: Literal[True],
+    ) -> DeviceArray: ...
+
+    def sample(
+        self,
+        classes: Classes,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        scale: Ramp | None = None,
+        sampler: SamplerName | None = None,
+        guidance: GuidancePlan | None = None,
+        churn: Churn | None = None,
+        fused: bool = True,
+        progress: Progress | None = None,
+        on_device: bool = False,
+    ) -> Array | DeviceArray:
         """Sample one image per class and seed, (B, C, H, W) float32.
 
         classes: index, name, or None for no class. seeds: 0 to 2**64 - 1; an image depends on its class and seed, not
         on the others: bit for bit where the graphs run at one batch size, to rounding otherwise. guidance: from
-        `self.guidance(…)`, by default the bundle's; scale replaces its scale. churn: noise that an edm run adds. fused:
-        use the guided graph where there is one; False always runs the two branches by graphs of their own. progress:
-        called after every evaluation.
+        `self.guidance(…)`, by default the bundle's; scale replaces its scale. churn: noise that an edm run adds, for
+        which the state comes to the CPU in every such step. fused: use the guided graph where there is one; False
+        always runs the two branches by graphs of their own. progress: called when an evaluation has been asked for,
+        which on a GPU is before it is done. on_device: return the array where it lies, for
+        `torch.from_dlpack`; on the CPU it is NumPy's.
+
+        Raises NonFiniteError where the samples are no numbers, DeviceMemoryError where memory does not suffice, with
+        what would fit, and DeviceError where the device is lost. After the first two the pipeline goes on as before.
         """
         defaults = self.bundle.manifest.sampling
         steps = defaults.steps if steps is None else steps
@@ -146,33 +216,31 @@ class Pipeline:
         if churn is not None and model.prediction != "edm":
             raise UsageError(f"churn: expected an edm model, found one of {model.prediction} prediction")
         times = run_times(steps, defaults.karras)
-        run = updates(sampler, model.prediction, times, churn)
-        groups = list(self._steps.groups(len(labels)))
-        finished = count(1)
+        run = Run(chosen, updates(sampler, model.prediction, times, churn), steps, fused, self.chunk)
+        with self._running() as (worker, runner):
+            memory, groups, finished = worker.lane.memory, list(runner.groups(len(labels))), count(1)
 
-        def sample_group(group: Indices) -> Array:
-            own = [seeds[image] for image in group]
-            counters = [(update.step, update.evaluation) for update in run]
-            plan = self._prepare(chosen, [update.time for update in run], labels[group], own, counters, steps - 1)
-
-            def advance(index: int, x: Array, r: Array) -> Array:
-                update = run[index]
-                following = self._steps.advance(x, plan, index, Tail(update.a, update.b, update.e, r), fused)
+            def done() -> None:
                 if progress is not None:
-                    progress(next(finished), len(run) * len(groups))
-                return following
+                    progress(next(finished), len(run.updates) * len(groups))
 
-            start = np.float32(times[0]) * self.initial_noise(own)
-            return integrate(run, advance, start, lambda step: self._noise(own, random.CHURN, step))
-
-        return np.concatenate([sample_group(group) for group in groups])[: len(labels)]
+            result = memory.empty((len(labels), model.channels, model.image_size, model.image_size), np.float32)
+            for group in groups:
+                own = [seeds[image] for image in group]
+                start = np.float32(times[0]) * self.initial_noise(own)
+                state = sample_group(self.bundle.manifest, worker, runner, run, labels[group], own, start, done)
+                first, images = int(group[0]), len(np.unique(group))
+                memory.copy(state[:images], result[first : first + images])
+            samples = memory.download(result)
+            check_finite(samples, self.bundle, self.backend.name)
+            return result if on_device else samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
         """Standard normal noise, (B, C, H, W) float32; row k is that of seeds[k].
 
         A flow run starts from it, an edm run from its product with the highest sigma.
         """
-        return self._noise(seeds, random.INITIAL_NOISE, 0)
+        return noise(self.bundle.manifest, seeds, random.INITIAL_NOISE)
 
     def prepare(
         self,
@@ -200,9 +268,11 @@ class Pipeline:
             if min(whole_number("counter", number) for number in counter) < 0:
                 raise UsageError(f"counters: expected (step, evaluation), none below 0, found {counter}")
         chosen = self._scaled(guidance, scale)
-        return self._prepare(
-            chosen, [float(time) for time in times], labels, seeds, counters, max(step for step, _ in counters)
-        )
+        last_step = max(step for step, _ in counters)
+        with self._running() as (worker, runner):
+            plan = self._prepare(runner, chosen, [float(time) for time in times], labels, seeds, counters, last_step)
+            worker.lane.memory.wait()  # another lane may use it
+            return plan
 
     @overload
     def guided(self, x: Array, plan: Plan, index: int, /, *, return_branches: Literal[False] = False) -> Array: ...
@@ -265,7 +335,9 @@ class Pipeline:
 
         `guided(x, plan, i)` is evaluation i of a plan from `prepare`. `guided(x, t, classes, …)` prepares for this one
         call at t, or sigma of an edm model: seeds (default 0 to B - 1) and step draw the token subsets, unless
-        keep_strong and keep_weak, (B, K) int64 sorted, give them. return_branches: return (guided, strong, weak).
+        keep_strong and keep_weak, (B, K) int64 sorted, give them. return_branches: return NumPy's (guided, strong,
+        weak). x may be any array on the pipeline's device that speaks DLPack, such as torch's: it is read where it
+        lies, and the prediction stays there.
         """
         if isinstance(plan_or_t, Plan):
             plan, index = plan_or_t, whole_number("evaluation", index_or_classes)
@@ -273,15 +345,26 @@ class Pipeline:
                 raise UsageError("a plan settles seeds, step, scale, guidance and subsets: give these to prepare")
             if not 0 <= index < len(plan.times):
                 raise UsageError(f"evaluation {index}: the plan has 0 to {len(plan.times) - 1}")
+            images = len(plan.strong.rows)
         else:
             classes: Classes = index_or_classes  # type: ignore[assignment]
-            plan, index = self._one_off(plan_or_t, classes, seeds, step, self._scaled(guidance, scale)), 0
-            plan = self._with_subsets(plan, keep_strong, keep_weak)
-        self._check_latent(x, len(plan.strong.rows))
-        if return_branches:
-            strong, weak = self._steps.branches(x, plan, index)
-            return guide(strong, weak, plan.scales[index]), strong, weak
-        return self._steps.prediction(x, plan, index)
+            images = len(classes)
+        with self._running() as (worker, runner):
+            memory = worker.lane.memory
+            held = memory.hold(x)
+            self._check_latent(held, images)
+            if not isinstance(plan_or_t, Plan):
+                chosen = self._scaled(guidance, scale)
+                plan, index = self._one_off(runner, plan_or_t, classes, seeds, step, chosen), 0
+                plan = self._with_subsets(plan, keep_strong, keep_weak)
+            if return_branches:
+                strong, weak = (memory.download(found) for found in runner.branches(held, plan, index))
+                return guide(strong, weak, plan.scales[index]), strong, weak
+            found = runner.prediction(held, plan, index)
+            if isinstance(x, np.ndarray):
+                return memory.download(found)
+            memory.wait()
+            return found
 
     def decode(self, x: Array) -> NDArray[np.uint8]:
         """Pixels of a pixel model: (B, C, H, W) float32 in [-1, 1] → (B, H, W, C) uint8.
@@ -305,13 +388,15 @@ class Pipeline:
             raise UsageError("classes: expected at least one, found none")
         return np.array([class_index(self.bundle.manifest.model, name) for name in classes], dtype=np.int64)
 
-    def _noise(self, seeds: Sequence[int], purpose: int, step: int) -> Array:
-        model = self.bundle.manifest.model
-        shape = (model.channels, model.image_size, model.image_size)
-        return np.stack([random.normal(seed, purpose, shape, step=step) for seed in seeds])
+    @contextmanager
+    def _running(self) -> Iterator[tuple[Worker, StepRunner]]:
+        """A lane for this thread, and what runs graphs in it."""
+        with self._lanes.lease() as worker:
+            yield worker, StepRunner(self.bundle.manifest, worker.lane, self.batch, self.backend.batches)
 
     def _prepare(
         self,
+        runner: StepRunner,
         guidance: GuidancePlan,
         times: Sequence[float],
         labels: Indices,
@@ -321,10 +406,16 @@ class Pipeline:
     ) -> Plan:
         manifest = self.bundle.manifest
         check_times(manifest.model, times)
-        return prepare(manifest, self._steps.condition, guidance, times, labels, seeds, counters, last_step)
+        return prepare(manifest, runner.condition, guidance, times, labels, seeds, counters, last_step)
 
     def _one_off(
-        self, t: float, classes: Classes, seeds: Sequence[int] | None, step: int, guidance: GuidancePlan
+        self,
+        runner: StepRunner,
+        t: float,
+        classes: Classes,
+        seeds: Sequence[int] | None,
+        step: int,
+        guidance: GuidancePlan,
     ) -> Plan:
         """The plan of one evaluation; what changes over a run is as in the bundle's default number of steps."""
         labels = self._labels(classes)
@@ -333,7 +424,7 @@ class Pipeline:
         if whole_number("step", step) < 0:
             raise UsageError(f"step: expected at least 0, found {step}")
         last_step = max(step, self.bundle.manifest.sampling.steps - 1)
-        return self._prepare(guidance, [float(t)], labels, seeds, [(step, 0)], last_step)
+        return self._prepare(runner, guidance, [float(t)], labels, seeds, [(step, 0)], last_step)
 
     def _with_subsets(self, plan: Plan, strong: Indices | None, weak: Indices | None) -> Plan:
         """A plan of one evaluation with the subsets that the caller gives in place of the drawn ones."""
@@ -347,7 +438,7 @@ class Pipeline:
             weak=plan.weak and replace(plan.weak, keep=(keep_weak,)),
         )
 
-    def _check_latent(self, x: Array, images: int) -> None:
+    def _check_latent(self, x: DeviceArray, images: int) -> None:
         model = self.bundle.manifest.model
         expected = (images, model.channels, model.image_size, model.image_size)
         if x.dtype != np.float32 or x.shape != expected:

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from sg_runtime import random
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.memory import DeviceArray
 from sg_runtime.sampling import precondition
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
-Condition = Callable[[NetworkName, Array, Indices], Array]
+Condition = Callable[[NetworkName, Array, Indices], DeviceArray]
 """(network, t (S,), classes (S,)) → modulations (S, M)."""
 
 
@@ -21,13 +22,13 @@ Condition = Callable[[NetworkName, Array, Indices], Array]
 class BranchPlan:
     """One branch of E evaluations of B images.
 
-    modulations: (E, U, M) float32, a row per evaluation and distinct class. rows: (B,) int64, each image's row among
-    the U. levels: the sparsity of each evaluation, None where the branch does not run. keep: (B, K) int64 sorted for
-    each evaluation, None where the branch keeps all tokens or does not run.
+    modulations: (E, U, M) float32 on the device, a row per evaluation and distinct class. rows: (B,) int64, each
+    image's row among the U. levels: the sparsity of each evaluation, None where the branch does not run. keep: (B, K)
+    int64 sorted for each evaluation, None where the branch keeps all tokens or does not run.
     """
 
     network: NetworkName
-    modulations: Array
+    modulations: DeviceArray
     rows: Indices
     levels: tuple[Level | None, ...]
     keep: tuple[Indices | None, ...]
@@ -72,12 +73,13 @@ def prepare(
     )
     t = np.array([precondition(model.prediction, time).t for time in times], np.float32)
 
-    def modulations(network: NetworkName, classes: Indices) -> Array:
+    def modulations(network: NetworkName, classes: Indices) -> DeviceArray:
         rows = condition(network, np.repeat(t, len(classes)), np.tile(classes, len(t)))
-        return rows.reshape(len(t), len(classes), -1)
+        found: DeviceArray = rows.reshape((len(t), len(classes), model.modulations))
+        return found
 
     def branch(
-        number: int, network: NetworkName, rows: Array, own: Indices, chosen: tuple[Level | None, ...]
+        number: int, network: NetworkName, rows: DeviceArray, own: Indices, chosen: tuple[Level | None, ...]
     ) -> BranchPlan:
         keep = tuple(
             None if level is None else _subsets(model.tokens, level.keep, seeds, counter, number)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sg_engines.cache import SCHEMA, EngineCache, EngineKey, cache_folder
+from sg_engines.cache import SCHEMA, EngineCache, EngineKey
 from sg_engines.child import BuildFigures
 
 KEY = EngineKey(
@@ -178,26 +178,6 @@ def test_explain_of_an_altered_entry_says_so(cache: EngineCache, content: bytes 
     engine = entry(cache, "engine")
     engine.unlink() if content is None else engine.write_bytes(content)
     assert cache.explain(KEY) == "miss: the entry was altered; it is built anew"
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SG_EXPORT_CACHE": "/engines", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/engines"),
-        ({"SG_EXPORT_CACHE": "", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/xdg/sg-export"),
-        ({"XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/xdg/sg-export"),
-        ({"XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/sg-export"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/sg-export"),
-    ],
-)
-def test_cache_folder_is_the_first_that_the_environment_names(
-    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("SG_EXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cache_folder() == Path(expected)
 
 
 PROCESS = """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from numpy.typing import NDArray
 
-from sg_runtime.backends import Backend, open_backend
+from sg_runtime.backends import Backend, Lane, open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import GraphFacts
 from sg_runtime.pipeline import Pipeline
@@ -63,21 +63,53 @@ class Run:
 
 @dataclass
 class Recorder:
-    """A backend that notes every run of another."""
+    """A backend that notes every run of another, on the CPU."""
 
     backend: Backend
-    name: str = "recorder"
+    name: str = "onnxruntime-cpu"
+    lanes: int | None = None
     runs: list[Run] = field(default_factory=list)
 
-    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
-        result = self.backend.run(graph, feeds, output)
-        self.runs.append(Run(graph, feeds, output, result))
-        return result
+    @property
+    def batches(self) -> tuple[int, ...] | None:
+        return self.backend.batches
+
+    def lane(self) -> "RecordingLane":
+        return RecordingLane(self.backend.lane(), self.runs)
+
+    def keep(self) -> None:
+        self.backend.keep()
 
     @property
     def names(self) -> list[str]:
         """The graphs that ran, in order."""
         return [run.name for run in self.runs]
+
+
+class RecordingLane:
+    """A lane whose runs are noted when they are made."""
+
+    def __init__(self, lane: Lane, runs: list[Run]) -> None:
+        self.memory, self.enter, self.play = lane.memory, lane.enter, lane.play
+        self._lane, self._runs = lane, runs
+
+    def bind(
+        self,
+        graph: GraphFacts,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Mapping[str, NDArray[Any]],
+        *,
+        fixed: bool = False,
+    ) -> Callable[[], None]:
+        call = self._lane.bind(graph, inputs, outputs, fixed=fixed)
+
+        def noted() -> None:
+            feeds = {name: array.copy() for name, array in inputs.items()}
+            call()
+            ((output, result),) = outputs.items()
+            self._runs.append(Run(graph, feeds, output, result.copy()))
+
+        return noted
 
 
 @pytest.fixture(scope="session")

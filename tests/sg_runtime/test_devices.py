@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sg_runtime.devices import Gpu, find_gpus
-from sg_runtime.errors import EngineError, MissingExtraError
+from sg_runtime.errors import DeviceError, MissingExtraError
 
 SMI = shutil.which("nvidia-smi")
 
@@ -24,6 +24,7 @@ class CUresult(IntEnum):
     """As cuda-bindings has them."""
 
     CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_SYSTEM_NOT_READY = 802
 
@@ -121,10 +122,10 @@ def test_find_gpus_of_a_driver_without_gpus_finds_none(put: Any, driver: Driver)
 )
 def test_find_gpus_of_a_driver_that_fails_says_where(put: Any, name: str) -> None:
     put(Driver((("NVIDIA H100", 9, 0),), {name: CUresult.CUDA_ERROR_SYSTEM_NOT_READY}))
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(DeviceError) as caught:
         find_gpus()
     assert str(caught.value) == f"the CUDA driver: {name} gave CUDA_ERROR_SYSTEM_NOT_READY; nvidia-smi may say more"
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 6
 
 
 def test_find_gpus_without_cuda_bindings_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, their hashes, and the cache folder."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
 
-from sg_runtime.files import replacing, sha256_of
+from sg_runtime.files import cache_folder, replacing, sha256_of
 
 
 def test_replacing_of_a_block_that_succeeds_puts_the_file_in_place(tmp_path: Path) -> None:
@@ -48,3 +48,23 @@ def test_sha256_of_a_file_of_any_length_is_the_hash_of_its_bytes(tmp_path: Path,
     path = tmp_path / "file"
     path.write_bytes(content[:size])
     assert sha256_of(path) == hashlib.sha256(content[:size]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SG_EXPORT_CACHE": "/engines", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/engines"),
+        ({"SG_EXPORT_CACHE": "", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/xdg/sg-export"),
+        ({"XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/xdg/sg-export"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/sg-export"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/sg-export"),
+    ],
+)
+def test_cache_folder_is_the_first_that_the_environment_names(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SG_EXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)

@@ -471,8 +471,8 @@ def test_load_of_graphs_of_a_fixed_batch_takes_no_other(tiny_cfg_sg_bundle: Path
 
 
 def test_load_of_a_device_that_is_none_is_refused(pixel_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="device 'cuda:0': expected auto or cpu"):
-        Pipeline.load(pixel_bundle, "cuda:0")
+    with pytest.raises(UsageError, match="device 'gpu': expected auto, cpu, cuda, or cuda:NUMBER"):
+        Pipeline.load(pixel_bundle, "gpu")
 
 
 def test_guidance_of_another_mode_keeps_the_rest(pipe: Pipeline) -> None:

@@ -20,6 +20,9 @@ from sg_runtime.sampling import Churn, run_times, updates
 CLASSES, SEEDS = ["B", None, 1], [5, 6, 7]
 TOKENS = 16
 
+# Two graphs add up the prediction, in another order than the formula: a rounding of float32.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
 
 @pytest.fixture(scope="module")
 def x(pipe: Pipeline) -> NDArray[np.float32]:
@@ -272,7 +275,7 @@ def test_guided_by_cfg_combines_the_class_with_no_class(
     assert plan.weak is not None
     with_class = pipe.guided(x, 0.5, CLASSES, guidance=none, keep_strong=plan.strong.keep[0])
     without = pipe.guided(x, 0.5, [None] * 3, guidance=none, keep_strong=plan.weak.keep[0])
-    np.testing.assert_array_equal(pipe.guided(x, plan, 0), guide(with_class, without, 3.0))
+    np.testing.assert_allclose(pipe.guided(x, plan, 0), guide(with_class, without, 3.0), **ROUNDING)
     if sparsity == 0:
         np.testing.assert_array_equal(with_class[1], without[1])  # the image that has no class
 
@@ -287,7 +290,7 @@ def test_guided_by_cfg_with_sg_combines_the_class_with_no_class_and_fewer_tokens
     dense, half = (pipe.guidance("none", strong_sparsity=sparsity) for sparsity in (strong, 0.5))
     with_class = pipe.guided(x, 0.5, CLASSES, guidance=dense, keep_strong=plan.strong.keep[0])
     without = pipe.guided(x, 0.5, [None] * 3, guidance=half, keep_strong=plan.weak.keep[0])
-    np.testing.assert_array_equal(pipe.guided(x, plan, 0), guide(with_class, without, 2.5))
+    np.testing.assert_allclose(pipe.guided(x, plan, 0), guide(with_class, without, 2.5), **ROUNDING)
 
 
 def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autoguidance_bundle: Path) -> None:
@@ -296,7 +299,7 @@ def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autogu
     plan = pipe.prepare([0.5], [1, None, 1], SEEDS)
     assert plan.weak is not None
     guided, strong, weak = pipe.guided(x, 0.5, [1, None, 1], keep_weak=plan.weak.keep[0], return_branches=True)
-    np.testing.assert_array_equal(guided, pipe.guided(x, plan, 0))
+    np.testing.assert_allclose(guided, pipe.guided(x, plan, 0), **ROUNDING)
     np.testing.assert_array_equal(strong, pipe.guided(x, 0.5, [1, None, 1], guidance=pipe.guidance("none")))
     assert not np.allclose(strong, weak)
 

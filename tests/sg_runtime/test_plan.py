@@ -32,7 +32,7 @@ class Setup:
     def __init__(self, bundle: Path, record: Any) -> None:
         self.manifest: Manifest = read_manifest(bundle / "manifest.json")
         self.recorder = record(bundle)
-        self.condition = StepRunner(self.manifest, self.recorder, 3).condition
+        self.condition = StepRunner(self.manifest, self.recorder.lane(), 3).condition
 
     def plan(
         self,

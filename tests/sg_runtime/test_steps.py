@@ -19,10 +19,11 @@ from sg_export.models.sparse import SparseModel
 from sg_runtime import random
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import choose, guide
+from sg_runtime.loop import Workspace
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, read_manifest
 from sg_runtime.plan import BranchPlan, Plan, prepare
-from sg_runtime.sampling import precondition
-from sg_runtime.steps import StepRunner, Tail
+from sg_runtime.sampling import Update, precondition
+from sg_runtime.steps import StepRunner
 
 Array = NDArray[np.float32]
 
@@ -82,8 +83,21 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The update next = a x + b D + e r."""
+
+    a: float
+    b: float
+    e: float
+    r: Array
+
+
 class Setup:
-    """A step runner of three images over a recorder, a plan of one evaluation, and a state with its update."""
+    """A step runner of three images over a recorder, a plan of one evaluation, and a state with its update.
+
+    The state is in the middle of a step: half of what it was at the start, exactly.
+    """
 
     def __init__(
         self,
@@ -98,7 +112,7 @@ class Setup:
         self.bundle = bundle
         self.manifest: Manifest = read_manifest(bundle / "manifest.json")
         self.recorder = record(bundle)
-        self.runner = StepRunner(self.manifest, self.recorder, batch)
+        self.runner = self.run_of(self.manifest, batch)
         self.guidance = guidance or choose(self.manifest, scale=1.7, **chosen)
         times = [TIMES[self.manifest.model.prediction]] if times is None else times
         self.labels, self.seeds = np.resize(LABELS, images), [*SEEDS, *range(images)][:images]
@@ -115,11 +129,36 @@ class Setup:
         )
         self.recorder.runs.clear()
         rng = np.random.default_rng(4)
-        self.x, r = rng.standard_normal((2, images, *SHAPE)).astype(np.float32)
+        r = rng.standard_normal((images, *SHAPE)).astype(np.float32)
+        self.x = 0.5 * r
         self.tail = Tail(0.9, -0.7, 0.3, r)
 
-    def advance(self, index: int = 0, *, fused: bool = True) -> Array:
-        return self.runner.advance(self.x, self.plan, index, self.tail, fused)
+    def run_of(self, manifest: Manifest, batch: int = 3) -> StepRunner:
+        """A step runner over the recorder."""
+        return StepRunner(manifest, self.recorder.lane(), batch, self.recorder.batches)
+
+    def advance(self, index: int = 0, *, fused: bool = True, manifest: Manifest | None = None) -> Array:
+        """`next` after an evaluation, in a workspace; the runs that led to its state are not noted."""
+        one = [index, index]
+        plan = replace(
+            self.plan,
+            times=tuple(self.plan.times[k] for k in one),
+            scales=tuple(self.plan.scales[k] for k in one),
+            strong=at(self.plan.strong, one),
+            weak=self.plan.weak and at(self.plan.weak, one),
+        )
+        separate = self.guidance.null_weak or self.guidance.weak_network == "weak"
+        workspace = Workspace(self.recorder.lane(), manifest or self.manifest, len(self.x), 2, separate)
+        workspace.start(self.tail.r)
+        updates = [
+            Update(0, 0, plan.times[0], 0.5, 0.0, 0.0),
+            Update(0, 1, plan.times[0], self.tail.a, self.tail.b, self.tail.e),
+        ]
+        before, ends = len(self.recorder.runs), []
+        workspace.advance(plan, updates, lambda: ends.append(len(self.recorder.runs)), lambda _: self.x, fused)
+        assert len(ends) == 2
+        del self.recorder.runs[before : ends[0]]
+        return np.array(workspace.state)
 
     def following(self, prediction: Array) -> Array:
         """The update in NumPy, in float64."""
@@ -143,6 +182,16 @@ class Setup:
             ).numpy()
         result: Array = scaling.c_skip * self.x + scaling.c_out * output
         return result
+
+
+def at(branch: BranchPlan, evaluations: list[int]) -> BranchPlan:
+    """A branch in these evaluations alone."""
+    return replace(
+        branch,
+        modulations=np.stack([branch.modulations[k] for k in evaluations]),
+        levels=tuple(branch.levels[k] for k in evaluations),
+        keep=tuple(branch.keep[k] for k in evaluations),
+    )
 
 
 def check_feeds(runs: Sequence[Any]) -> None:
@@ -190,10 +239,9 @@ def test_prediction_of_any_mode_is_the_formula(
     own.recorder.runs.clear()
     found = own.runner.prediction(own.x, own.plan, 0)
     assert own.recorder.names == case.fused
-    assert {run.output for run in own.recorder.runs} == {"prediction"}
+    # Two runs share out the sum, as in a step with a = e = 0 and b = 1.
+    assert {run.output for run in own.recorder.runs} == {"next" if case.guided is None else "prediction"}
     check_feeds(own.recorder.runs)
-    if case.guided is None:
-        np.testing.assert_array_equal(found, guide(strong, weak, 1.7))
     assert distance(found, guide(strong, weak, 1.7)) < CLOSE
 
 
@@ -219,8 +267,7 @@ def test_advance_of_two_networks_never_runs_a_graph_that_holds_both_branches_of_
     guided = read_manifest(tiny_bundle / "manifest.json").graph("guided", 16, 8)
     assert guided is not None
     manifest = replace(own.manifest, graphs=(*own.manifest.graphs, guided))
-    runner = StepRunner(manifest, own.recorder, 3)
-    np.testing.assert_array_equal(runner.advance(own.x, own.plan, 0, own.tail, True), own.advance())
+    np.testing.assert_array_equal(own.advance(manifest=manifest), own.advance())
     assert own.recorder.names == ["dense", "weak-sparse-8"] * 2
 
 
@@ -340,38 +387,37 @@ def test_branches_outside_of_the_interval_are_refused(record: Callable[[Path], A
         ("tiny_bundle", 7, [5, 5]),
     ],
 )
-@pytest.mark.parametrize("fused", [True, False])
-def test_advance_of_any_count_of_images_fills_up_the_last_run(
+@pytest.mark.parametrize("chosen", [{}, {"mode": "cfg"}], ids=["one run", "two runs"])
+def test_prediction_of_any_count_of_images_fills_up_the_last_run(
     bundle: str,
     images: int,
     rows: list[int],
-    fused: bool,
+    chosen: dict[str, Any],
     record: Callable[[Path], Any],
     request: pytest.FixtureRequest,
 ) -> None:
     """Graphs of three images get three; graphs of any count get five, or all where there are fewer."""
-    own = Setup(request.getfixturevalue(bundle), record, images=images, batch=5)
-    found = own.advance(fused=fused)
+    own = Setup(request.getfixturevalue(bundle), record, images=images, batch=5, **chosen)
+    found = own.runner.prediction(own.x, own.plan, 0)
     assert found.shape == own.x.shape
     runs = own.recorder.runs
-    assert [len(run.feeds["x"]) for run in runs] == rows * (1 if fused else 2)
+    assert [len(run.feeds["x"]) for run in runs] == rows * (2 if chosen else 1)
     order = [image for run in runs[: len(rows)] for image in run.feeds["x"]]
     expected = [*own.x, *[own.x[-1]] * (sum(rows) - images)]
     np.testing.assert_array_equal(order, expected)
     for name in ("modulations", "r"):
         assert all(len(run.feeds[name]) == len(run.feeds["x"]) for run in runs)
     strong, weak = own.runner.branches(own.x, own.plan, 0)
-    assert distance(found, own.following(guide(strong, weak, 1.7))) < CLOSE
+    assert distance(found, guide(strong, weak, 1.7)) < CLOSE
 
 
-def test_advance_of_an_image_is_the_same_in_any_company(
+def test_prediction_of_an_image_is_the_same_in_any_company(
     record: Callable[[Path], Any], tiny_cfg_sg_bundle: Path
 ) -> None:
     """In a graph of three images: bit for bit, whether it is filled up or not."""
     seven, two = (Setup(tiny_cfg_sg_bundle, record, images=images) for images in (7, 2))
-    two.x, two.tail = seven.x[:2], replace(seven.tail, r=seven.tail.r[:2])
-    for fused in (True, False):
-        np.testing.assert_array_equal(two.advance(fused=fused), seven.advance(fused=fused)[:2])
+    found = seven.runner.prediction(seven.x, seven.plan, 0)
+    np.testing.assert_array_equal(two.runner.prediction(seven.x[:2], two.plan, 0), found[:2])
 
 
 @settings(deadline=None, max_examples=50)
@@ -381,7 +427,8 @@ def test_groups_of_any_count_cover_each_image_in_order(
 ) -> None:
     for bundle in (tiny_bundle, tiny_cfg_bundle):
         manifest = read_manifest(bundle / "manifest.json")
-        groups = list(StepRunner(manifest, record(bundle), batch).groups(images))
+        recorder = record(bundle)
+        groups = list(StepRunner(manifest, recorder.lane(), batch, recorder.batches).groups(images))
         rows = manifest.batch or min(batch, images)
         assert {len(group) for group in groups} == {rows}
         assert len(groups) == -(-images // rows)
@@ -397,7 +444,7 @@ def test_condition_of_any_row_count_runs_at_one_length(
     """So that no other row count makes another machine, or another kernel, round it differently."""
     manifest = read_manifest(tiny_bundle / "manifest.json")
     recorder = record(tiny_bundle)
-    runner = StepRunner(manifest, recorder, 3)
+    runner = StepRunner(manifest, recorder.lane(), 3)
     t, classes = np.linspace(0, 1, rows, dtype=np.float32), np.arange(rows) % 6
     found = runner.condition("main", t, classes)
     assert found.shape == (rows, manifest.model.modulations)
@@ -434,7 +481,7 @@ def test_branches_without_a_graph_name_the_build(
 ) -> None:
     own = Setup(request.getfixturevalue(bundle), record, **chosen)
     graphs = tuple(graph for graph in own.manifest.graphs if graph.file != f"graphs/{missing}.onnx")
-    runner = StepRunner(replace(own.manifest, graphs=graphs), own.recorder, 3)
+    runner = own.run_of(replace(own.manifest, graphs=graphs))
     with pytest.raises(UsageError) as caught:
         runner.branches(own.x, own.plan, 0)
     assert str(caught.value) == f"sparsity {remedy.format('build it with: sg-export build tiny.safetensors')}"

@@ -1,60 +1,239 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, with the provider that is chosen; every run over arrays that are bound to it."""
 
+import itertools
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
+from sg_runtime.backends.base import Call, play
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import EngineError
+from sg_runtime.errors import DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
+from sg_runtime.files import cache_folder
 from sg_runtime.manifest import GraphFacts
+from sg_runtime.memory import DeviceArray, HostMemory
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-PROVIDERS = ["CPUExecutionProvider"]
+LOG = logging.getLogger("sg_runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An execution provider, by ONNX Runtime's name.
+
+    graph_option: the option that captures runs as CUDA graphs, one for each `gpu_graph_id`; None where the provider
+    has none, or one for a single graph alone. cache_option: the folder for what it compiles.
+    """
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    graph_option: str | None = None
+    cache_option: str | None = None
+
+
+PROVIDERS = {
+    "onnxruntime-cpu": Provider("CPUExecutionProvider"),
+    # TF32 would make FP32 graphs a thousand times less exact.
+    "onnxruntime-cuda": Provider("CUDAExecutionProvider", {"use_tf32": "0"}, graph_option="enable_cuda_graph"),
+    "onnxruntime-tensorrt": Provider(
+        "TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}, cache_option="trt_engine_cache_path"
+    ),
+    "onnxruntime-tensorrt-rtx": Provider("NvTensorRTRTXExecutionProvider", cache_option="nv_runtime_cache_path"),
+}
+"""By the names of `BACKENDS`."""
+
+CPU = PROVIDERS["onnxruntime-cpu"]
+
+_NOT_CAPTURED = "-1"
+"""The `gpu_graph_id` of a run that is neither captured nor replayed."""
 
 
 class OrtBackend:
-    """Sessions of ONNX Runtime, one per ONNX file, opened when first run."""
+    """Sessions of ONNX Runtime, one per ONNX file, opened when first run.
 
-    def __init__(self, bundle: Bundle, open_graph: "Callable[[Path], InferenceSession] | None" = None) -> None:
-        """open_graph: in place of `open_session`."""
+    On a GPU all share one stream and one lane: a session runs in the stream that it was opened with.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str = "onnxruntime-cpu",
+        number: int = 0,
+        stream: object | None = None,
+        open_graph: "Callable[[Path], InferenceSession] | None" = None,
+    ) -> None:
+        """number: of the GPU. stream: see `cuda.stream_handle`. open_graph: in place of `open_session`, on the CPU."""
         require("onnxruntime", "ort")
-        self.name = "onnxruntime-cpu"
-        self._bundle = bundle
-        self._open = open_graph or open_session
+        self.name = name
+        self.lanes = None if name == "onnxruntime-cpu" else 1
+        self.batches: tuple[int, ...] | None = None if bundle.manifest.batch is None else (bundle.manifest.batch,)
+        self.captures = PROVIDERS[name].graph_option is not None
+        self._bundle, self._number = bundle, number
+        self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
+        self._open = open_graph or self._open_session
         self._sessions: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
 
-    def run(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
-        """The graph's `output`. Raises EngineError where ONNX Runtime cannot open or run the graph."""
+    def lane(self) -> "OrtLane":
+        return OrtLane(self, self._memory, self._number)
+
+    def keep(self) -> None:
+        pass  # the providers that compile anything do that themselves
+
+    def session(self, graph: GraphFacts) -> "InferenceSession":
+        """The session of a graph's file. Raises EngineError where ONNX Runtime does not take it."""
         with self._lock:
             path = self._bundle.onnx(graph)
             session = self._sessions.get(path)
             if session is None:
                 session = self._sessions[path] = self._open(path)
+            return session
+
+    def _open_session(self, path: Path) -> "InferenceSession":
+        provider, options = PROVIDERS[self.name], {}
+        if self.lanes is not None:
+            options = {**provider.options, "device_id": str(self._number)}
+            options["user_compute_stream"] = str(self._memory.stream)
+        if provider.cache_option is not None:
+            folder = cache_folder() / "onnxruntime"
+            folder.mkdir(parents=True, exist_ok=True)
+            options[provider.cache_option] = str(folder)
+        if not self.captures or provider.graph_option is None:
+            return open_session(path, provider=provider, options=options)
         try:
-            result: NDArray[Any] = session.run([output], dict(feeds))[0]
+            return open_session(path, provider=provider, options={**options, provider.graph_option: "1"})
+        except EngineError as error:
+            session = open_session(path, provider=provider, options=options)
+            self.captures = False
+            LOG.warning("warning: runs are not captured as CUDA graphs, each is launched kernel by kernel: %s", error)
+            return session
+
+
+class OrtLane:
+    """Runs of the sessions of a backend, in its memory."""
+
+    def __init__(self, backend: OrtBackend, memory: Any, number: int) -> None:
+        self.memory: Any = memory
+        self._backend, self._number = backend, number
+        self._ids = itertools.count()
+        self.play = play
+
+    def enter(self) -> None:
+        if self._backend.lanes is not None:
+            self.memory.enter()
+
+    def bind(
+        self,
+        graph: GraphFacts,
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+        *,
+        fixed: bool = False,
+    ) -> Call:
+        session = self._backend.session(graph)
+        kind = self.memory.device.partition(":")[0]
+        try:
+            binding = session.io_binding()
+            for name, array in inputs.items():
+                place = (kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
+                binding.bind_input(name, *place)
+            for name, array in outputs.items():
+                place = (kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
+                binding.bind_output(name, *place)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise EngineError(f"{graph.file}: ONNX Runtime failed: {error}") from error
-        return result
+            raise _failed(graph, error) from error
+        options = self._run_options(fixed)
+        kept = (dict(inputs), dict(outputs))  # ONNX Runtime holds addresses, not arrays
+
+        def call() -> None:
+            assert kept
+            try:
+                session.run_with_iobinding(binding, options)
+            except Exception as error:  # as above
+                raise _failed(graph, error) from error
+
+        return call
+
+    def _run_options(self, fixed: bool) -> Any:
+        """On a GPU a run only puts its work into the stream, and is captured where its arrays stay."""
+        if self._backend.lanes is None:
+            return None
+        options = require("onnxruntime", "ort-gpu").RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._backend.captures:
+            options.add_run_config_entry("gpu_graph_id", str(next(self._ids)) if fixed else _NOT_CAPTURED)
+        return options
 
 
-def open_session(path: Path, content: bytes | None = None) -> "InferenceSession":
+def open_session(
+    path: Path,
+    content: bytes | None = None,
+    *,
+    provider: Provider = CPU,
+    options: Mapping[str, str] | None = None,
+) -> "InferenceSession":
     """A session over the graph at `path`, or over the model `content` with the weights beside `path`.
 
-    Raises EngineError where ONNX Runtime does not take it.
+    Warns of nodes that the provider does not run itself. Raises EngineError where ONNX Runtime does not take the
+    graph, or cannot load the provider.
     """
     ort = require("onnxruntime", "ort")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors alone
     if content is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    if provider is not CPU:
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's packages
     try:
-        return ort.InferenceSession(str(path) if content is None else content, options, providers=PROVIDERS)
+        session = ort.InferenceSession(
+            str(path) if content is None else content, settings, providers=[(provider.name, dict(options or {}))]
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(f"{path.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
+    if provider.name not in session.get_providers():
+        raise EngineError(
+            f"{path.name}: expected ONNX Runtime to run it with {provider.name}, found {session.get_providers()}: it "
+            f"could not load that provider's libraries, as its own messages say"
+        )
+    if provider is not CPU and (strays := strays_of(session, provider.name)):
+        LOG.warning(
+            "warning: %s: %d nodes are not run by %s: %s; build with --batch, so that shapes are known",
+            path.name,
+            len(strays),
+            provider.name,
+            ", ".join(strays),
+        )
+    return session
+
+
+def strays_of(session: "InferenceSession", provider: str) -> list[str]:
+    """Nodes that a session runs elsewhere than in `provider`, each as "name (operator) in provider".
+
+    The session must have been opened to record it (`session.record_ep_graph_assignment_info`).
+    """
+    parts: Sequence[Any] = session.get_provider_graph_assignment_info()
+    return [
+        f"{node.name} ({node.op_type}) in {part.ep_name}"
+        for part in parts
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    ]
+
+
+def _cuda_memory(number: int, stream: object | None) -> Any:
+    from sg_runtime.cuda import CudaMemory
+
+    return CudaMemory(number, stream)
+
+
+def _failed(graph: GraphFacts, error: Exception) -> SgError:
+    """ONNX Runtime's exception as one of ours; it tells a lack of memory by its text alone."""
+    text = f"{graph.file}: ONNX Runtime failed: {error}"
+    lacking = ("Failed to allocate memory", "out of memory", "bad allocation", "CUBLAS_STATUS_ALLOC_FAILED")
+    return DeviceMemoryError(text) if any(sign in str(error) for sign in lacking) else EngineError(text)

@@ -1,88 +1,189 @@
-"""TensorRT and TensorRT-RTX: whether a bundle's engines can run here, found out before one is opened."""
+"""TensorRT and TensorRT-RTX, one path: engines of a bundle, their contexts, and CUDA graphs of their runs.
 
-from collections.abc import Sequence
+Never run where this was written: there was no GPU. The names used are those of the libraries' bindings, which a test
+checks.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from sg_runtime.backends.base import Call, play
+from sg_runtime.backends.trt_check import NAMES
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import Gpu, find_gpus
-from sg_runtime.errors import BundleError, MissingExtraError, UsageError
-from sg_runtime.manifest import EngineFacts, EngineLibrary
-from sg_runtime.plan_file import RTX_TARGETS, read_rtx_header
+from sg_runtime.cuda import CudaArray, CudaMemory
+from sg_runtime.errors import BundleError, DeviceError, EngineError
+from sg_runtime.files import cache_folder, replacing
+from sg_runtime.manifest import EngineFacts, EngineLibrary, GraphFacts
+from sg_runtime.memory import DeviceArray
 from sg_runtime.rebuild import build_command
 
-NAMES: dict[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EXTRAS: dict[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+LOG = logging.getLogger("sg_runtime")
 
 
-def installed_version(library: EngineLibrary) -> str | None:
-    """The library's version here; None where it is not installed, or cannot be loaded."""
-    try:
-        version: str = import_module(library).__version__
-    except (ImportError, OSError):
-        return None
-    return version
+class TrtBackend:
+    """The engines of a bundle by one library, deserialised once, whichever lane runs them."""
 
+    def __init__(self, bundle: Bundle, library: EngineLibrary, number: int = 0, stream: object | None = None) -> None:
+        """number: of the GPU. stream: see `cuda.stream_handle`. Raises EngineError where an engine is not taken."""
+        self.name = library.replace("_", "-")
+        self.lanes: int | None = None if stream is None else 1
+        self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches
+        self.bundle, self.library = bundle, library
+        self._number, self._stream = number, stream
+        self._trt = import_module(library)
+        CudaMemory(number, 0).enter()  # TensorRT loads into the GPU of the calling thread
+        self._log = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._log)
+        facts = [engine for engine in bundle.manifest.engines if engine.library == library]
+        self._engines = {engine.file: self._deserialize(engine) for engine in facts}
+        self._configs = {engine.file: self._config(engine) for engine in facts}
+        self._lock = threading.Lock()
 
-def check_engines(bundle: Bundle, batch: int | None = None) -> None:
-    """Raise unless this machine can run all engines of the bundle, `batch` images at a time where that is given.
+    @property
+    def scratch_bytes(self) -> int:
+        """The scratch memory that any of the engines needs; a lane runs one at a time."""
+        return max(int(engine.device_memory_size_v2) for engine in self._engines.values())
 
-    UsageError where no profile has as many images; MissingExtraError where their library is not installed; BundleError
-    for another version of it, for no GPU or another one than they were built for, and for a file that is none.
-    """
-    sizes = bundle.manifest.engine_batches
-    if batch is not None and batch not in sizes:
-        raise UsageError(
-            f"{bundle.path}: batch: expected {', '.join(map(str, sizes))}, for which the engines have profiles, found "
-            f"{batch}; build it anew: {build_command(bundle.manifest, str(bundle.path), batch=batch)}"
-        )
-    for library in sorted({engine.library for engine in bundle.manifest.engines}):
-        version = installed_version(library)
-        if version is None:
-            raise MissingExtraError(
-                f"{bundle.path}: its engines need {NAMES[library]}, which is not installed: "
-                f"pip install 'sg-export[{EXTRAS[library]}]'"
+    def lane(self) -> "TrtLane":
+        return TrtLane(self, CudaMemory(self._number, self._stream))
+
+    def context(self, engine: EngineFacts, profile: int, memory: CudaMemory, scratch: CudaArray) -> Any:
+        """A context for one profile over shared scratch memory, with the profile's shapes set."""
+        opened, config = self._engines[engine.file], self._configs[engine.file]
+        with self._lock:
+            context = opened.create_execution_context(config or self._user_managed)
+        if context is None or not context.set_optimization_profile_async(profile, memory.stream):
+            raise EngineError(f"{engine.file}: {NAMES[self.library]} gives no context for profile {profile}")
+        context.set_device_memory(scratch.address, scratch.nbytes)
+        for number in range(opened.num_io_tensors):
+            name = opened.get_tensor_name(number)
+            if opened.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+                shape = opened.get_tensor_profile_shape(name, profile)[0]  # least, usual and greatest are the same
+                context.set_input_shape(name, tuple(shape))
+        return context
+
+    def keep(self) -> None:
+        """Write the kernels that TensorRT-RTX compiled for this GPU into the user's cache folder."""
+        for file, config in self._configs.items():
+            if config is None:
+                continue
+            path = self._cache_file(file)
+            with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to end a run
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = bytes(config.get_runtime_cache().serialize())
+                if not path.exists() or path.stat().st_size != len(content):
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(content)
+
+    @property
+    def _user_managed(self) -> Any:
+        return self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def _cache_file(self, file: str) -> Path:
+        return cache_folder() / "tensorrt-rtx" / f"{self.bundle.manifest.files[file].sha256}.cache"
+
+    def _deserialize(self, engine: EngineFacts) -> Any:
+        found = self._runtime.deserialize_cuda_engine(self.bundle.file(engine.file).read_bytes())
+        if found is None:
+            raise EngineError(
+                f"{self.bundle.path}: {engine.file}: {NAMES[self.library]} cannot open it, as its own messages say; "
+                f"build it anew: {build_command(self.bundle.manifest, str(self.bundle.path))}"
             )
-        check_library(bundle, library, version, find_gpus())
+        return found
+
+    def _config(self, engine: EngineFacts) -> Any:
+        """How TensorRT-RTX is to run an engine, with the kernels of earlier processes; None of TensorRT."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return None
+        config = self._engines[engine.file].create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._user_managed)
+        cache, path = config.create_runtime_cache(), self._cache_file(engine.file)
+        if path.exists() and not cache.deserialize(path.read_bytes()):
+            LOG.info("%s: of another driver or GPU: kernels are compiled anew", path)
+        config.set_runtime_cache(cache)
+        return config
 
 
-def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Sequence[Gpu]) -> None:
-    """Raise BundleError unless engines of `library` can run with its `version` on the first of `gpus`."""
-    for engine in bundle.manifest.engines:
-        if engine.library != library:
-            continue
-        _check_file(bundle, engine)
-        name, where = NAMES[library], f"{bundle.path}: {engine.file}"
-        targets = ", ".join(map(str, engine.compute_capabilities))
-        if engine.version != version:
+class TrtLane:
+    """Contexts of a backend's engines, one per profile, over one scratch allocation and one stream."""
+
+    def __init__(self, backend: TrtBackend, memory: CudaMemory) -> None:
+        self.memory: Any = memory
+        self._backend = backend
+        self._scratch = memory.empty((backend.scratch_bytes,), "uint8")
+        self._contexts: dict[tuple[str, int], Any] = {}
+        self._unused: dict[int, CudaArray] = {}
+        self._played: dict[tuple[int, ...], tuple[Sequence[Call], Call | None]] = {}
+
+    def enter(self) -> None:
+        self.memory.enter()
+
+    def bind(
+        self,
+        graph: GraphFacts,
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+        *,
+        fixed: bool = False,
+    ) -> Call:
+        batch = inputs["t" if graph.kind == "condition" else "x"].shape[0]
+        found = self._backend.bundle.manifest.engine(graph, batch, self._backend.library)
+        if found is None:
             raise BundleError(
-                f"{where}: expected {name} {engine.version}, which built it, found {version}; "
-                f"build it anew: {build_command(bundle.manifest, str(bundle.path))}"
+                f"{self._backend.bundle.path}: {graph.name} has no engine of {NAMES[self._backend.library]} for "
+                f"batches of {batch}; build it anew: "
+                f"{build_command(self._backend.bundle.manifest, str(self._backend.bundle.path), batch=batch)}"
             )
-        if not gpus:
-            raise BundleError(
-                f"{where}: expected a GPU of compute capability {targets}, found none; run it on such a machine, or "
-                f"build for the CPU: {build_command(bundle.manifest, str(bundle.path), target='onnxruntime')}"
-            )
-        found = gpus[0].compute_capability
-        if found not in engine.compute_capabilities:
-            target = None
-            if library == "tensorrt_rtx" and found not in RTX_TARGETS:
-                target = "tensorrt"
-            command = build_command(bundle.manifest, str(bundle.path), target=target, sm=found)
-            raise BundleError(
-                f"{where}: expected a GPU of compute capability {targets}, found {gpus[0].name} of {found}; "
-                f"build it for this one: {command}"
-            )
+        engine, profile = found
+        context = self._context(engine, profile)
+        arrays: dict[str, Any] = {**inputs, **outputs}
+        for tensor in graph.outputs:  # every output must have a place, wanted or not
+            if tensor.name not in arrays:
+                shape = tuple(context.get_tensor_shape(tensor.name))
+                arrays[tensor.name] = self._discard(shape, tensor.dtype)
 
+        def call() -> None:
+            for name, array in arrays.items():
+                context.set_tensor_address(name, array.address)
+            if not context.execute_async_v3(self.memory.stream):
+                raise EngineError(f"{engine.file}: {NAMES[self._backend.library]} failed, as its own messages say")
 
-def _check_file(bundle: Bundle, engine: EngineFacts) -> None:
-    """Raise BundleError where the file says another thing than the manifest."""
-    if engine.library != "tensorrt_rtx":
-        return
-    header = read_rtx_header(bundle.file(engine.file))
-    if header.version != engine.version or not set(engine.compute_capabilities) <= set(header.compute_capabilities):
-        raise BundleError(
-            f"{bundle.path}: {engine.file}: expected a plan of TensorRT-RTX {engine.version} for "
-            f"{engine.compute_capabilities}, found one of {header.version} for {header.compute_capabilities}; "
-            f"build it anew: {build_command(bundle.manifest, str(bundle.path))}"
-        )
+        return call
+
+    def play(self, calls: Sequence[Call], done: Callable[[int], None]) -> None:
+        """The first time call by call; from the second time on as one CUDA graph, where they can be captured."""
+        key = tuple(map(id, calls))
+        _, graph = self._played.get(key, (calls, None))
+        if key in self._played and graph is None:
+            graph = self._capture(calls)
+        self._played[key] = calls, graph  # the calls too, so that no other has their ids
+        if graph is None:
+            play(calls, done)
+            return
+        graph()
+        for number in range(len(calls)):
+            done(number)
+
+    def _capture(self, calls: Sequence[Call]) -> Call:
+        try:
+            captured: Call = self.memory.capture(lambda: play(calls, lambda _: None))
+        except (DeviceError, EngineError) as error:
+            LOG.warning("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)
+            return lambda: play(calls, lambda _: None)
+        return captured
+
+    def _context(self, engine: EngineFacts, profile: int) -> Any:
+        key = engine.file, profile
+        if key not in self._contexts:
+            self._contexts[key] = self._backend.context(engine, profile, self.memory, self._scratch)
+        return self._contexts[key]
+
+    def _discard(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
+        """Memory for outputs that nobody reads: one for each size."""
+        array = self.memory.empty(shape, dtype)
+        return self._unused.setdefault(array.nbytes, array)

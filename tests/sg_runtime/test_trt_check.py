@@ -14,11 +14,11 @@ from typing import Any
 import click
 import pytest
 
-import sg_runtime.backends.trt
+import sg_runtime.backends.trt_check
 from sg_export.cli import main
-from sg_runtime.backends import open_backend
+from sg_runtime.backends import choose_backend, open_backend
 from sg_runtime.backends.ort import OrtBackend
-from sg_runtime.backends.trt import check_engines, check_library, installed_version
+from sg_runtime.backends.trt_check import check_engines, check_library, installed_version
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import Gpu
 from sg_runtime.errors import BundleError, MissingExtraError, SgError, UsageError
@@ -225,13 +225,13 @@ def test_check_engines_of_a_bundle_without_engines_passes(tiny_bundle: Path, mon
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU, as this one may be."""
-    monkeypatch.setattr(sg_runtime.backends.trt, "find_gpus", lambda: ())
+    monkeypatch.setattr(sg_runtime.backends.trt_check, "find_gpus", lambda: ())
 
 
 @pytest.fixture
 def ada(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU that the engines are for."""
-    monkeypatch.setattr(sg_runtime.backends.trt, "find_gpus", lambda: (ADA,))
+    monkeypatch.setattr(sg_runtime.backends.trt_check, "find_gpus", lambda: (ADA,))
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -248,18 +248,16 @@ def test_load_of_engines_for_another_batch_names_those_that_have_profiles(engine
 
 
 @pytest.mark.usefixtures("ada")
-def test_open_backend_of_engines_on_their_gpu_says_that_it_does_not_run_them_yet(bundle: Bundle) -> None:
-    message = refused(lambda: open_backend(bundle, "auto"))
-    assert message.startswith(
-        f"{bundle.path}: holds engines, which this version builds and checks, but does not run yet; build with "
-        f"--keep-onnx, or for the CPU: sg-export build "
-    )
-    assert command(message)["target"] == ("onnxruntime",)
+def test_choose_backend_of_engines_on_their_gpu_takes_their_library(bundle: Bundle) -> None:
+    choice = choose_backend(bundle)
+    assert (choice.name, choice.number, choice.rejected) == ("tensorrt-rtx", 0, ())
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_open_backend_of_engines_for_the_cpu_looks_for_no_gpu(bundle: Bundle) -> None:
-    assert "holds engines, which this version builds and checks" in refused(lambda: open_backend(bundle, "cpu"))
+    message = refused(lambda: open_backend(bundle, "cpu"))
+    assert f"{bundle.path}: expected ONNX graphs, found engines alone, which need the GPU that they are for" in message
+    assert command(message)["target"] == ("onnxruntime",)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
@@ -279,7 +277,7 @@ def test_onnx_of_engines_alone_names_what_leaves_the_graphs(bundle: Bundle) -> N
         f"onnxruntime"
     )
     assert refused(lambda: bundle.onnx(graph)) == expected
-    assert refused(lambda: OrtBackend(bundle).run(graph, {}, "modulations")) == expected
+    assert refused(lambda: OrtBackend(bundle).lane().bind(graph, {}, {})) == expected
 
 
 def test_onnx_of_a_graph_is_its_file(tiny_bundle: Path) -> None:

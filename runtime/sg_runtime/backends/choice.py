@@ -1,0 +1,148 @@
+"""Which backend runs a bundle here, and why none that would be faster."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from sg_runtime.backends.base import Backend
+from sg_runtime.bundle import Bundle
+from sg_runtime.devices import find_gpus
+from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
+from sg_runtime.rebuild import build_command
+
+LOG = logging.getLogger("sg_runtime")
+
+BACKENDS = (
+    "tensorrt-rtx",
+    "tensorrt",
+    "onnxruntime-cuda",
+    "onnxruntime-cpu",
+    "onnxruntime-tensorrt-rtx",
+    "onnxruntime-tensorrt",
+)
+"""All backends, those that "auto" takes first, the best first; the others build engines when they open a bundle."""
+
+_AUTOMATIC = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend by its name in BACKENDS, the number of its GPU, and why each one before it was not taken."""
+
+    name: str
+    number: int
+    rejected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join([self.name, *(f"not {reason}" for reason in self.rejected)])
+
+
+def choose_backend(
+    bundle: Bundle, device: str = "auto", *, backend: str | None = None, batch: int | None = None
+) -> Choice:
+    """The first of BACKENDS that can run the bundle on `device`: "auto", "cpu", "cuda" or "cuda:1".
+
+    backend: the only one to think of. batch: images that engines must have a profile for, if given. Raises UsageError
+    for another device, backend or batch; else, where none can run it, the error of the one that was meant.
+    """
+    kind, number = _parse(device)
+    if backend is not None and backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    names = BACKENDS[:_AUTOMATIC] if backend is None else (backend,)
+    names = tuple(name for name in names if kind == "auto" or (name == "onnxruntime-cpu") == (kind == "cpu"))
+    if not names:
+        raise UsageError(f"backend {backend}: does not run on device {device}: leave one of them out")
+    errors: dict[str, SgError] = {}
+    for name in names:
+        try:
+            _check(bundle, name, number, batch)
+        except SgError as error:
+            errors[name] = error
+        else:
+            choice = Choice(name, number, tuple(f"{name}: {error}" for name, error in errors.items()))
+            LOG.info("%s: %s", bundle.path, choice)
+            return choice
+    meant = [error for error in errors.values() if not isinstance(error, _NothingForItError)] or [*errors.values()]
+    raise meant[0] if bundle.manifest.engines else meant[-1]
+
+
+def open_backend(
+    bundle: Bundle,
+    device: str = "auto",
+    *,
+    backend: str | None = None,
+    batch: int | None = None,
+    stream: object | None = None,
+) -> Backend:
+    """The backend that `choose_backend` chooses, open. stream: a CUDA stream to run in, see `cuda.stream_handle`."""
+    choice = choose_backend(bundle, device, backend=backend, batch=batch)
+    if stream is not None and choice.name == "onnxruntime-cpu":
+        raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
+    if choice.name in ("tensorrt", "tensorrt-rtx"):
+        from sg_runtime.backends.trt import TrtBackend
+
+        return TrtBackend(bundle, "tensorrt" if choice.name == "tensorrt" else "tensorrt_rtx", choice.number, stream)
+    from sg_runtime.backends.ort import OrtBackend
+
+    return OrtBackend(bundle, choice.name, choice.number, stream)
+
+
+class _NothingForItError(BundleError):
+    """The bundle has nothing that this backend could run, so it is no fault of anything that it does not."""
+
+
+def _parse(device: str) -> tuple[str, int]:
+    """Kind and number of a device."""
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::(\d{1,3}))?", device)
+    if match is None or (match[2] and match[1] != "cuda"):
+        raise UsageError(f"device {device!r}: expected auto, cpu, cuda, or cuda:NUMBER")
+    return match[1], int(match[2] or 0)
+
+
+def _check(bundle: Bundle, name: str, number: int, batch: int | None) -> None:
+    """Raise unless the backend can run the bundle here."""
+    checks: dict[str, Callable[[], None]] = {
+        "tensorrt-rtx": lambda: _check_engines(bundle, "tensorrt_rtx", number, batch),
+        "tensorrt": lambda: _check_engines(bundle, "tensorrt", number, batch),
+    }
+    checks.get(name, lambda: _check_onnx(bundle, name, number))()
+
+
+def _check_engines(bundle: Bundle, library: str, number: int, batch: int | None) -> None:
+    from sg_runtime.backends.trt_check import NAMES, check_engines
+
+    if not any(engine.library == library for engine in bundle.manifest.engines):
+        raise _NothingForItError(f"the bundle has no engines of {NAMES[library]}")  # type: ignore[index]
+    check_engines(bundle, batch, number)
+
+
+def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
+    from sg_runtime.backends.ort import PROVIDERS
+
+    manifest = bundle.manifest
+    if any(graph.file is None for graph in manifest.graphs):
+        raise _NothingForItError(
+            f"{bundle.path}: expected ONNX graphs, found engines alone, which need the GPU that they are for; build "
+            f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
+        )
+    provider = PROVIDERS[name].name
+    if name == "onnxruntime-cpu":
+        if manifest.precision == "bf16":
+            raise BundleError(
+                f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
+                f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+            )
+        return
+    try:
+        available = import_module("onnxruntime").get_available_providers()
+    except ImportError:
+        available = []
+    if provider not in available:
+        raise EngineError(
+            f"ONNX Runtime here has no {provider}: pip uninstall onnxruntime, then pip install 'sg-export[ort-gpu]'"
+        )
+    gpus = find_gpus()
+    if number >= len(gpus):
+        raise BundleError(f"cuda:{number}: expected a GPU of this number, found {len(gpus)}")

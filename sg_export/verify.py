@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
@@ -29,11 +28,12 @@ from sg_export.emulate import emulated
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.progress import Report, silent
 from sg_export.reference import REFERENCES, reference_path
+from sg_export.runners import LaneRunner, TorchRunner
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.guidance import guide, levels
+from sg_runtime.guidance import levels
 from sg_runtime.manifest import GraphFacts, GuidanceMode, GuidancePlan, Manifest, Precision, SamplerName, Source
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
@@ -99,6 +99,8 @@ def verify(
     checkpoint: str | Path | None = None,
     *,
     weak_checkpoint: str | Path | None = None,
+    device: str | None = None,
+    backend: str | None = None,
     times: Sequence[float] = TIMES,
     save_polygraphy: Path | None = None,
     report: Report = silent,
@@ -106,12 +108,22 @@ def verify(
     """Compare a bundle with its checkpoint, reloaded through the adapter.
 
     checkpoint, weak_checkpoint: by default the reference model, or the file of that name beside the bundle or here.
-    times: in (0, 1]; an edm model is compared at the noise levels that lie as far along its run.
-    save_polygraphy: a folder for inputs and PyTorch's outputs in Polygraphy's format. Raises CheckpointError where the
-    checkpoint is missing or not the one that the bundle was built from, BundleError for a damaged bundle.
+    device, backend: what runs the bundle, see `Pipeline.load`; without either the graphs run on the CPU, those in half
+    precision in FP32 with their rounding. times: in (0, 1]; an edm model is compared at the noise levels that lie as
+    far along its run. save_polygraphy: a folder for inputs and PyTorch's outputs in Polygraphy's format.
+
+    Raises CheckpointError where the checkpoint is missing or not the one that the bundle was built from, BundleError
+    for a damaged bundle.
     """
     opened = Bundle.open(bundle)
-    opened.onnx(opened.manifest.condition("main"))  # raises where there are engines alone
+    if device is None and backend is None:
+        opened.onnx(opened.manifest.condition("main"))  # raises where there are engines alone
+        pipeline = _emulated(opened)
+        lane = None
+    else:
+        pipeline = Pipeline.load(bundle, device or "auto", backend=backend, verify_hashes=False)
+        lane = pipeline.backend.lane()
+        lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
     weak = reload_weak(opened, weak_checkpoint, loaded)
     networks = {"main": loaded, "weak": weak or loaded}
@@ -120,20 +132,29 @@ def verify(
     comparisons: list[Comparison] = []
     commands: list[str] = []
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    singles = any(graph.kind in ("dense", "sparse") for graph in opened.manifest.graphs)
     runs = [
         (guidance, sampler, fused)
         for guidance in _guidances(opened.manifest)
         for sampler in SAMPLERS
         for fused in ((True, False) if guidance.mode in ("sg", "cfg", "cfg+sg") else (False,))
+        if fused or singles
     ]
     stages = len(opened.manifest.graphs) + len(runs)
+    rows = IMAGES if pipeline.backend.batches is None else pipeline.backend.batches[0]
     for number, graph in enumerate(opened.manifest.graphs):
         report(f"comparing {graph.name}", number, stages)
-        comparisons += _compare_graph(opened, networks[graph.network], graph, times, save_polygraphy)
-        if save_polygraphy is not None and opened.manifest.precision != "bf16":  # which Polygraphy cannot run here
+        feeds = [_feed(opened.manifest, networks[graph.network], graph, t, k, rows) for k, t in enumerate(times)]
+        if lane is None:
+            runner = OnnxrtRunner(
+                functools.partial(_open, opened.onnx(graph), opened.manifest.precision), "onnxruntime"
+            )
+        else:
+            runner = LaneRunner(lane, pipeline.backend.name, graph)
+        comparisons += _compare_graph(opened, networks[graph.network], graph, runner, times, feeds, save_polygraphy)
+        # Polygraphy runs ONNX files alone, and none in BF16 here.
+        if save_polygraphy is not None and graph.file is not None and opened.manifest.precision != "bf16":
             commands.append(_polygraphy_command(opened, graph, save_polygraphy))
-    backend = OrtBackend(opened, open_graph=functools.partial(_open, precision=opened.manifest.precision))
-    pipeline = Pipeline(opened, backend, opened.manifest.batch or IMAGES)
     for number, run in enumerate(runs, len(opened.manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
         comparisons.append(_compare_run(pipeline, loaded, weak, *run))
@@ -208,46 +229,16 @@ def _find(bundle: Bundle, source: Source, checkpoint: str | Path | None, option:
     return checkpoint
 
 
-class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
-    """Polygraphy's view of our PyTorch model as one graph of the bundle; guided runs as two whole passes."""
-
-    def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
-        super().__init__(name="pytorch", prefix="pytorch")
-        self.loaded = loaded
-        self.graph = graph
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for tensor in self.graph.inputs:
-            metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
-        return metadata
-
-    def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
-        given = {name: torch.from_numpy(np.asarray(value)) for name, value in feed_dict.items()}
-        model = self.loaded.model
-        self.inference_time = 0.0
-        with torch.no_grad():
-            if self.graph.kind == "condition":
-                return OrderedDict(modulations=model.condition(given["t"], given["class"]).numpy())
-            scaled, modulations = given["c_in"] * given["x"], given["modulations"]
-            if self.graph.kind == "guided":
-                other = given.get("modulations_weak", modulations)
-                strong = model.predict(scaled, modulations, given.get("keep_strong"))
-                weak = model.predict(scaled, other, given.get("keep_weak"))
-                output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
-            else:
-                output = model.predict(scaled, modulations, given.get("keep"))
-            prediction = given["c_skip"] * given["x"] + given["c_out"] * output
-            following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
-        return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
-
-
 def _compare_graph(
-    bundle: Bundle, loaded: LoadedModel, graph: GraphFacts, times: Sequence[float], folder: Path | None
+    bundle: Bundle,
+    loaded: LoadedModel,
+    graph: GraphFacts,
+    runner: BaseRunner,
+    times: Sequence[float],
+    feeds: Sequence[dict[str, NDArray[Any]]],
+    folder: Path | None,
 ) -> list[Comparison]:
-    feeds = [_feed(bundle.manifest, loaded, graph, t, number) for number, t in enumerate(times)]
-    path, precision = bundle.onnx(graph), bundle.manifest.precision
-    runner = OnnxrtRunner(functools.partial(_open, path, precision), name="onnxruntime")
+    precision = bundle.manifest.precision
     results = Comparator.run([TorchRunner(loaded, graph), runner], data_loader=feeds)
     if folder is not None:
         stem = graph.name
@@ -263,14 +254,21 @@ def _compare_graph(
             compared = compare_arrays(
                 graph.name, name, times[number], wanted[name], found[name], gates.graph, gates.cosine
             )
-            if not np.isfinite(found[name]).all() and precision != "fp32":
-                compared = replace(compared, overflow=first_overflow(path, feeds[number]))
+            finite = np.isfinite(found[name]).all()
+            if not finite and precision != "fp32" and graph.file is not None:
+                compared = replace(compared, overflow=first_overflow(bundle.onnx(graph), feeds[number]))
             comparisons.append(compared)
             verdicts[name] = compared.passed
         return verdicts
 
     Comparator.compare_accuracy(results, compare_func=compare)
     return comparisons
+
+
+def _emulated(bundle: Bundle) -> Pipeline:
+    """The bundle on the CPU, in FP32 with the rounding of its precision."""
+    backend = OrtBackend(bundle, open_graph=functools.partial(_open, precision=bundle.manifest.precision))
+    return Pipeline(bundle, backend, bundle.manifest.batch or IMAGES)
 
 
 def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
@@ -296,13 +294,15 @@ def compare_arrays(
     return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
 
 
-def _feed(manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int) -> dict[str, NDArray[Any]]:
-    """Inputs of one graph run `t` along a run: noise, two classes (the second is "no class"), subsets, scale 2.5.
+def _feed(
+    manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int, rows: int
+) -> dict[str, NDArray[Any]]:
+    """Inputs of one graph run of `rows` images, `t` along a run.
 
-    The update is that of a Heun step's second half, of a tenth of the run.
+    Noise, two classes (the second is "no class"), subsets, scale 2.5. The update is that of a Heun step's second half,
+    of a tenth of the run.
     """
     generator = torch.Generator().manual_seed(number)
-    rows = manifest.batch or IMAGES
     sizes = {"B": rows, "S": manifest.condition_rows}
     feed = {
         tensor.name: graphs.example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs

@@ -54,6 +54,7 @@ class Pipeline:
         batch: int | None = None,
         chunk: int | None = None,
         stream: object | None = None,
+        capture: bool = True,
         verify_hashes: bool = True,
     ) -> "Pipeline":
         """Open the bundle at `bundle` for `device`: "auto", "cpu", "cuda", or "cuda:1" for a GPU by its number.
@@ -62,7 +63,7 @@ class Pipeline:
         it. batch: the most images in one engine run (default 16, or what the bundle was built for). chunk: the
         evaluations whose conditioning is held in the device's memory at a time (default: what 256 MB hold). stream: a
         CUDA stream that all runs go into, in place of own ones: a handle, or an object of torch, CuPy or cuda.core.
-        verify_hashes: see `Bundle.open`.
+        capture: put runs into the stream as CUDA graphs, where the backend can. verify_hashes: see `Bundle.open`.
 
         Raises BundleError for a damaged bundle or one that nothing here can run, MissingExtraError without a backend
         library, UsageError for a device, backend or batch that there is not.
@@ -74,7 +75,7 @@ class Pipeline:
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
-        opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream)
+        opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream, capture=capture)
         sizes = opened_backend.batches
         return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
 

@@ -2,6 +2,7 @@
 
 import click
 
+from sg_export.cli.bench import bench
 from sg_export.cli.build import build
 from sg_export.cli.doctor import doctor
 from sg_export.cli.generate import generate
@@ -23,10 +24,10 @@ def main() -> None:
       sg-export verify glyphs-bundle
       sg-export generate glyphs-bundle --class A --count 16 -o grid.png
 
-    Exit codes: 0 done, 2 wrong or unsupported request, 3 export failed, 4 engine failed, 5 a parity gate failed,
-    6 bundle or checkpoint unusable here, 130 interrupted.
+    Exit codes: 0 done, 2 wrong or unsupported request, 3 export failed, 4 engine failed, 5 a parity gate failed or
+    samples are no numbers, 6 bundle, checkpoint or device unusable here, 130 interrupted.
     """
 
 
-for command in (build, generate, inspect, verify, doctor):
+for command in (build, generate, inspect, verify, bench, doctor):
     main.add_command(command)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from sg_export.progress import Report, silent
+from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import SgError, UsageError
 from sg_runtime.guidance import Ramp
 from sg_runtime.manifest import Route
@@ -161,6 +162,17 @@ def model_options(command: F) -> F:
         click.option(
             "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is none of upstream's."
         ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def device_options(command: F) -> F:
+    """Options that say what runs a bundle."""
+    options = (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 for another GPU."),
+        click.option("--backend", type=click.Choice(BACKENDS), help="[default: the best that works here]"),
     )
     for option in reversed(options):
         command = option(command)

@@ -14,7 +14,8 @@ from sg_runtime import __version__
 LIBRARIES = (
     ("numpy", "runtime", None),
     ("pillow", "images", None),
-    ("onnxruntime", "backend onnxruntime", "ort"),
+    ("onnxruntime", "backend onnxruntime-cpu", "ort"),
+    ("onnxruntime-gpu", "backends onnxruntime-cuda and others", "ort-gpu"),
     ("tensorrt-rtx", "engines of TensorRT-RTX", "tensorrt-rtx"),
     ("tensorrt", "engines of TensorRT", "tensorrt"),
     ("cuda-bindings", "engines", "tensorrt-rtx"),
@@ -42,16 +43,20 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
       sg-export doctor glyphs-bundle
     """
     if bundle is not None:
-        from sg_runtime.backends import open_backend
+        from sg_runtime.backends import choose_backend
         from sg_runtime.bundle import Bundle
 
-        opened = Bundle.open(bundle)
-        click.echo(f"{bundle}: device auto is {open_backend(opened, 'auto').name}")
+        choice = choose_backend(Bundle.open(bundle))
+        click.echo(f"{bundle}: device auto is {choice.name}")
+        for reason in choice.rejected:
+            click.echo(f"not {reason}")
         return
     versions = {name: _version(name) for name, _, _ in LIBRARIES}
     providers = _providers()
     gpus = _gpus()
-    backend = "onnxruntime on the CPU" if providers else None
+    backend = None
+    if providers:
+        backend = "onnxruntime-cuda" if gpus and "CUDAExecutionProvider" in providers else "onnxruntime-cpu"
     facts = {
         "sg-export": __version__,
         "python": platform.python_version(),
@@ -75,9 +80,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     found = ", ".join(gpus) if gpus else "none found" if gpus is not None else "unknown without cuda-bindings"
     click.echo(f"NVIDIA GPUs: {found}")
     click.echo(f"device auto: {backend or 'none; pip install ' + repr('sg-export[ort]')}, for bundles with ONNX graphs")
-    click.echo(
-        "engines: built and checked, not run by this version; sg-export doctor BUNDLE checks one against this machine"
-    )
+    click.echo("sg-export doctor BUNDLE says what would run a bundle here, and why nothing faster")
 
 
 def _version(distribution: str) -> str | None:

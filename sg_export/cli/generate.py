@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from sg_export.cli.base import INTERVAL, Command, Failure, RampType, progress, writing
+from sg_export.cli.base import INTERVAL, Command, Failure, RampType, device_options, progress, writing
 from sg_runtime.manifest import GuidanceMode
 
 GUIDANCE_MODES = get_args(GuidanceMode)
@@ -44,6 +44,7 @@ GUIDANCE_MODES = get_args(GuidanceMode)
     "--churn-range", type=float, nargs=2, metavar="LOW HIGH", help="Sigmas between which it is (S_min, S_max)."
 )
 @click.option("--churn-noise", type=float, default=1.0, show_default=True, help="Its standard deviation (S_noise).")
+@device_options
 @click.option("--batch", type=click.IntRange(min=1), help="Most images in one run of a graph.")
 @click.option("--columns", type=click.IntRange(min=1), help="Columns of the picture.  [default: nearest to a square]")
 @click.option("--zoom", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each pixel this often.")
@@ -66,6 +67,8 @@ def generate(
     churn: float | None,
     churn_range: tuple[float, float] | None,
     churn_noise: float,
+    device: str,
+    backend: str | None,
     batch: int | None,
     columns: int | None,
     zoom: int,
@@ -93,7 +96,7 @@ def generate(
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
     if not output.parent.is_dir():
         raise Failure(f"{output}: expected an existing folder, found no {output.parent}: make it first", 2)
-    pipe = Pipeline.load(bundle, batch=batch)
+    pipe = Pipeline.load(bundle, device, backend=backend, batch=batch)
     model = pipe.bundle.manifest.model
     if output.suffix == ".png" and model.space == "latent":
         raise Failure(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sg_export.cli.base import Command, Failure, print_table, progress, writing
+from sg_runtime.backends import BACKENDS
 
 if TYPE_CHECKING:
     from sg_export.verify import Comparison
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(), help="The bundle's checkpoint.  [default: found by its name]")
 @click.option("--weak-checkpoint", type=click.Path(), help="That of its weak network.  [default: found by its name]")
+@click.option(
+    "--device",
+    help="What runs the bundle: auto, cpu, cuda, cuda:1.  [default: the CPU, half precision in FP32 with its rounding]",
+)
+@click.option("--backend", type=click.Choice(BACKENDS), help="[default: the best of the device]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Results.  [default: BUNDLE/verify.json]")
 @click.option(
     "--save-polygraphy",
@@ -29,6 +35,8 @@ def verify(
     bundle: Path,
     checkpoint: str | None,
     weak_checkpoint: str | None,
+    device: str | None,
+    backend: str | None,
     output: Path | None,
     save_polygraphy: Path | None,
     quiet: bool,
@@ -43,6 +51,7 @@ def verify(
     Examples:
       sg-export verify glyphs-bundle
       sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
+      sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
     from sg_export.verify import verify as compare
     from sg_export.verify import write_parity
@@ -50,7 +59,13 @@ def verify(
 
     with progress(quiet) as report:
         parity = compare(
-            bundle, checkpoint, weak_checkpoint=weak_checkpoint, save_polygraphy=save_polygraphy, report=report
+            bundle,
+            checkpoint,
+            weak_checkpoint=weak_checkpoint,
+            device=device,
+            backend=backend,
+            save_polygraphy=save_polygraphy,
+            report=report,
         )
     target = output or bundle / "verify.json"
     if not quiet:

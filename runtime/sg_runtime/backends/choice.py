@@ -10,6 +10,7 @@ from sg_runtime.backends.base import Backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import find_gpus
 from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
+from sg_runtime.manifest import EngineLibrary
 from sg_runtime.rebuild import build_command
 
 LOG = logging.getLogger("sg_runtime")
@@ -75,18 +76,23 @@ def open_backend(
     backend: str | None = None,
     batch: int | None = None,
     stream: object | None = None,
+    capture: bool = True,
 ) -> Backend:
-    """The backend that `choose_backend` chooses, open. stream: a CUDA stream to run in, see `cuda.stream_handle`."""
+    """The backend that `choose_backend` chooses, open.
+
+    stream: a CUDA stream to run in, see `cuda.stream_handle`. capture: capture runs as CUDA graphs, where it can.
+    """
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if choice.name in ("tensorrt", "tensorrt-rtx"):
         from sg_runtime.backends.trt import TrtBackend
 
-        return TrtBackend(bundle, "tensorrt" if choice.name == "tensorrt" else "tensorrt_rtx", choice.number, stream)
+        library: EngineLibrary = "tensorrt" if choice.name == "tensorrt" else "tensorrt_rtx"
+        return TrtBackend(bundle, library, choice.number, stream, capture)
     from sg_runtime.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, choice.name, choice.number, stream)
+    return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture)
 
 
 class _NothingForItError(BundleError):
@@ -110,11 +116,11 @@ def _check(bundle: Bundle, name: str, number: int, batch: int | None) -> None:
     checks.get(name, lambda: _check_onnx(bundle, name, number))()
 
 
-def _check_engines(bundle: Bundle, library: str, number: int, batch: int | None) -> None:
+def _check_engines(bundle: Bundle, library: EngineLibrary, number: int, batch: int | None) -> None:
     from sg_runtime.backends.trt_check import NAMES, check_engines
 
     if not any(engine.library == library for engine in bundle.manifest.engines):
-        raise _NothingForItError(f"the bundle has no engines of {NAMES[library]}")  # type: ignore[index]
+        raise _NothingForItError(f"the bundle has no engines of {NAMES[library]}")
     check_engines(bundle, batch, number)
 
 

@@ -65,6 +65,8 @@ class OrtBackend:
         name: str = "onnxruntime-cpu",
         number: int = 0,
         stream: object | None = None,
+        *,
+        capture: bool = True,
         open_graph: "Callable[[Path], InferenceSession] | None" = None,
     ) -> None:
         """number: of the GPU. stream: see `cuda.stream_handle`. open_graph: in place of `open_session`, on the CPU."""
@@ -72,7 +74,7 @@ class OrtBackend:
         self.name = name
         self.lanes = None if name == "onnxruntime-cpu" else 1
         self.batches: tuple[int, ...] | None = None if bundle.manifest.batch is None else (bundle.manifest.batch,)
-        self.captures = PROVIDERS[name].graph_option is not None
+        self.captures = capture and PROVIDERS[name].graph_option is not None
         self._bundle, self._number = bundle, number
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
         self._open = open_graph or self._open_session

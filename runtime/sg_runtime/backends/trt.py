@@ -28,12 +28,19 @@ LOG = logging.getLogger("sg_runtime")
 class TrtBackend:
     """The engines of a bundle by one library, deserialised once, whichever lane runs them."""
 
-    def __init__(self, bundle: Bundle, library: EngineLibrary, number: int = 0, stream: object | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        library: EngineLibrary,
+        number: int = 0,
+        stream: object | None = None,
+        capture: bool = True,
+    ) -> None:
         """number: of the GPU. stream: see `cuda.stream_handle`. Raises EngineError where an engine is not taken."""
         self.name = library.replace("_", "-")
         self.lanes: int | None = None if stream is None else 1
         self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches
-        self.bundle, self.library = bundle, library
+        self.bundle, self.library, self.captures = bundle, library, capture
         self._number, self._stream = number, stream
         self._trt = import_module(library)
         CudaMemory(number, 0).enter()  # TensorRT loads into the GPU of the calling thread
@@ -159,7 +166,7 @@ class TrtLane:
         """The first time call by call; from the second time on as one CUDA graph, where they can be captured."""
         key = tuple(map(id, calls))
         _, graph = self._played.get(key, (calls, None))
-        if key in self._played and graph is None:
+        if key in self._played and graph is None and self._backend.captures:
             graph = self._capture(calls)
         self._played[key] = calls, graph  # the calls too, so that no other has their ids
         if graph is None:

@@ -1,0 +1,93 @@
+"""`sg-export bench`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sg_export.cli.base import Command, device_options, print_table, progress
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@device_options
+@click.option("--images", type=click.IntRange(min=1), help="Images at once.  [default: 1 on a CPU, else the batch]")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]")
+@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Runs that are timed.")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=click.Choice(["pytorch", "pytorch-compiled"]),
+    help="Time a loop of two passes in PyTorch too, in turn; repeatable.",
+)
+@click.option("--checkpoint", type=click.Path(), help="What the baselines load.  [default: found by its name]")
+@click.option("--weak-checkpoint", type=click.Path(), help="That of the weak network.  [default: found by its name]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+def bench(
+    bundle: Path,
+    device: str,
+    backend: str | None,
+    images: int | None,
+    steps: int | None,
+    runs: int,
+    baselines: tuple[Any, ...],
+    checkpoint: str | None,
+    weak_checkpoint: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time whole runs of BUNDLE's default guidance: per step, per image, and beside what the machine can do.
+
+    Times are in milliseconds, as the 50th, 90th and 99th percentile.
+
+    \b
+    Examples:
+      sg-export bench glyphs-bundle --images 16
+      sg-export bench glyphs-bundle --baseline pytorch --json
+    """
+    from sg_export.bench import bench as measure
+
+    with progress(quiet or as_json) as report:
+        result = measure(
+            bundle,
+            device=device,
+            backend=backend,
+            images=images,
+            steps=steps,
+            runs=runs,
+            baselines=baselines,
+            checkpoint=checkpoint,
+            weak_checkpoint=weak_checkpoint,
+            report=report,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=1))
+        return
+    rows = [
+        (
+            side.name,
+            side.precision,
+            *(f"{value:.4g}" for value in asdict(side.step).values()),
+            *(f"{value:.4g}" for value in asdict(side.image).values()),
+            f"{side.images_per_second:.4g}",
+            f"{side.ratio:.2f}",
+            "-" if side.peak_bytes is None else f"{side.peak_bytes / 1e9:.2f}",
+        )
+        for side in result.sides
+    ]
+    columns = ("", "precision", "step p50", "p90", "p99", "image p50", "p90", "p99", "images/s", "time", "peak GB")
+    plan = f"images at once: {result.images}, {result.steps} {result.sampler} steps, {result.runs} runs"
+    print_table(f"{bundle}: {plan}, on {result.device}", columns, rows)
+    for reason in result.rejected:
+        click.echo(f"not {reason}")
+    if result.roofline is None:
+        click.echo("share of what the machine can do: unknown without PyTorch, which measures that on a GPU")
+    else:
+        limits = (
+            f"{result.roofline.macs_per_second / 1e9:.4g} GMAC/s, {result.roofline.bytes_per_second / 1e9:.4g} GB/s"
+        )
+        click.echo(f"share of what the machine can do: {result.roofline.share:.0%} ({limits}, measured here)")

@@ -128,7 +128,7 @@ def bench(
     pipe.warmup(count, steps=steps)
     peak = _process_peak() if before is None else before - _free_gpu_bytes(choice.number)
 
-    ours = _Ours(pipe, classes, steps, own_steps=on_cpu)
+    ours = _Ours(pipe, classes, steps)
     makers: dict[str, Callable[[], float]] = {"ours": ours}
     precisions: dict[str, str] = {"ours": manifest.precision}
     for name in baselines:
@@ -143,7 +143,8 @@ def bench(
     evaluations = ours.evaluations
     sides = []
     for name, measured in seconds.items():
-        of_steps = ours.steps if name == "ours" and on_cpu else [value / evaluations for value in measured]
+        of_runs = [value / evaluations for value in measured]
+        of_steps = (ours.steps or of_runs) if name == "ours" and on_cpu else of_runs
         ratios = [theirs / own for theirs, own in zip(measured, seconds["ours"], strict=True)]
         sides.append(
             Side(
@@ -171,10 +172,10 @@ def bench(
 
 
 class _Ours:
-    """One run of the bundle: its seconds. steps: those of every evaluation of the counted runs, where asked for."""
+    """One run of the bundle: its seconds. steps: those between the evaluations of the counted runs."""
 
-    def __init__(self, pipe: Pipeline, classes: Sequence[int], steps: int, own_steps: bool) -> None:
-        self._pipe, self._classes, self._count, self._own_steps = pipe, classes, steps, own_steps
+    def __init__(self, pipe: Pipeline, classes: Sequence[int], steps: int) -> None:
+        self._pipe, self._classes, self._count = pipe, classes, steps
         self.steps: list[float] = []
         self.evaluations = 0
 

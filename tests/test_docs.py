@@ -1,8 +1,9 @@
-"""The commands of the pages in `docs` have the options that they use; those of guidance.md run, as do its programs."""
+"""The commands of the pages in `docs` have the options that they use; those of two pages run, as do their programs."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -11,7 +12,6 @@ from click.testing import CliRunner
 from sg_export.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDANCE = (DOCS / "guidance.md").read_text(encoding="utf-8")
 
 COMMAND = r"^ {4}(?:\$ )?sg-export (?:[^\n]*\\\n)*[^\n]*"
 """A command in a block of code, with the lines that it goes on in."""
@@ -38,16 +38,13 @@ def test_docs_command_parses(page: str, command: str) -> None:
     main.commands[name].make_context(name, arguments, parent=click.Context(main))  # raises for a wrong option or value
 
 
-@pytest.mark.slow
-def test_guidance_page_run_from_top_to_bottom_does_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    found = list(re.finditer(rf"{COMMAND}|^```python\n(?P<program>[^`]*)```", GUIDANCE, re.MULTILINE))
-    for match in found:
+def run(page: str) -> dict[str, Any]:
+    """Run the commands and programs of a page from top to bottom, in this folder; the programs' names."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for match in re.finditer(rf"{COMMAND}|^```python\n(?P<program>[^`]*)```", text, re.MULTILINE):
         if match["program"] is not None:
-            exec(compile(match["program"], "guidance.md", "exec"), names)
+            exec(compile(match["program"], page, "exec"), names)
             continue
         arguments = words(match[0])
         fewer = ["--count", "2"] if arguments[0] == "generate" else []
@@ -55,5 +52,27 @@ def test_guidance_page_run_from_top_to_bottom_does_what_it_says(
         refused = match[0].strip().startswith("$ ")
         assert result.exit_code == (2 if refused else 0), result.output
         if refused:
-            assert GUIDANCE[match.end() :].splitlines()[1].strip() in result.output
-    assert names["images"].shape == (1, 16, 16, 1)  # type: ignore[attr-defined]
+            assert text[match.end() :].splitlines()[1].strip() in result.output
+    return names
+
+
+@pytest.mark.slow
+def test_guidance_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("guidance.md")["images"].shape == (1, 16, 16, 1)
+
+
+def test_production_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("production.md")
+    assert capsys.readouterr().out == "(2, 16, 16, 1)\n(1, 16, 16, 1)\n(4, 16, 16, 1)\n"
+    assert names["latents"].shape == names["velocity"].shape == (2, 1, 16, 16)
+
+
+def test_production_page_has_a_program_of_at_most_20_lines() -> None:
+    programs = re.findall(r"^```python\n([^`]*)```", (DOCS / "production.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len([line for line in programs[0].splitlines() if line.strip()]) <= 20

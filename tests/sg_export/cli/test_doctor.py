@@ -21,7 +21,7 @@ def test_doctor_shows_versions_and_providers(cli: Callable[..., Any]) -> None:
     assert result.exit_code == 0
     for text in (f"sg-export {__version__}", torch.__version__, onnxruntime.__version__, "CPUExecutionProvider"):
         assert text in result.stdout
-    assert "device auto: onnxruntime on the CPU" in result.stdout
+    assert "device auto: onnxruntime-cpu, for bundles" in result.stdout
 
 
 def test_doctor_json_is_json(cli: Callable[..., Any]) -> None:

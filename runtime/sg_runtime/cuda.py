@@ -85,7 +85,7 @@ class CudaMemory:
         wanted = np.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * wanted.itemsize
         try:
-            allocation = _Allocation(self.driver, size)
+            allocation = _Allocation(self.driver, self._context, size)
         except DeviceMemoryError as error:
             free = self.free_bytes() / 1e6
             raise DeviceMemoryError(
@@ -94,7 +94,9 @@ class CudaMemory:
         return CudaArray(allocation.address, shape, wanted, self._number, allocation)
 
     def upload(self, source: NDArray[Any], target: Any) -> None:
-        data = np.ascontiguousarray(source)
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise ValueError(f"expected {target.dtype} of {target.shape}, found {source.dtype} of {source.shape}")
+        data = np.asarray(source, order="C")
         call(self.driver, "cuMemcpyHtoDAsync", target.address, data.ctypes.data, data.nbytes, self.stream)
 
     def copy(self, source: Any, target: Any) -> None:
@@ -120,12 +122,18 @@ class CudaMemory:
             copy = self.empty(array.shape, array.dtype)
             self.upload(array, copy)
             return copy
+        kind = type(array).__name__
         if not hasattr(array, "__dlpack__"):
-            raise UsageError(f"expected an array that speaks DLPack, found {type(array).__name__}")
-        found = dlpack.view(array, self.stream)
-        if found.device != (dlpack.CUDA, self._number) or not found.contiguous:
-            where = f"DLPack's device {found.device}, {'' if found.contiguous else 'not '}contiguous"
-            raise UsageError(f"expected a contiguous array on {self.device}, found {type(array).__name__} on {where}")
+            raise UsageError(f"expected an array that speaks DLPack, found {kind}")
+        device = tuple(map(int, array.__dlpack_device__()))
+        if device != (dlpack.CUDA, self._number):
+            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} on DLPack's device {device}")
+        try:
+            found = dlpack.view(array, self.stream or 1)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(f"expected an array that DLPack can hand on, found {kind} ({error})") from None
+        if not found.contiguous:
+            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} with gaps")
         return CudaArray(found.address, found.shape, found.dtype, self._number, found.owner)
 
     def address(self, array: Any) -> int:
@@ -146,8 +154,12 @@ class CudaMemory:
         call(driver, "cuStreamBeginCapture", self.stream, mode)
         try:
             work()
-        finally:
-            graph = call(driver, "cuStreamEndCapture", self.stream)
+        except BaseException:
+            status, *graphs = driver.cuStreamEndCapture(self.stream)
+            if status == driver.CUresult.CUDA_SUCCESS:
+                driver.cuGraphDestroy(*graphs)
+            raise
+        graph = call(driver, "cuStreamEndCapture", self.stream)
         captured = _Captured(driver, graph)
         return lambda: call(driver, "cuGraphLaunch", captured.executable, self.stream)
 
@@ -155,14 +167,16 @@ class CudaMemory:
 class _Allocation:
     """Memory that is given back with its last view."""
 
-    def __init__(self, driver: Any, size: int) -> None:
-        self._driver = driver
+    def __init__(self, driver: Any, context: Any, size: int) -> None:
+        self._driver, self._context = driver, context
         self._pointer = call(driver, "cuMemAlloc", max(size, 1))
         self.address = int(self._pointer)
 
     def __del__(self) -> None:
         if hasattr(self, "_pointer"):
+            self._driver.cuCtxPushCurrent(self._context)
             self._driver.cuMemFree(self._pointer)  # waits for the work that uses it
+            self._driver.cuCtxPopCurrent()
 
 
 class _Captured:
@@ -170,8 +184,10 @@ class _Captured:
 
     def __init__(self, driver: Any, graph: Any) -> None:
         self._driver = driver
-        self.executable = call(driver, "cuGraphInstantiate", graph, 0)
-        call(driver, "cuGraphDestroy", graph)
+        try:
+            self.executable = call(driver, "cuGraphInstantiate", graph, 0)
+        finally:
+            driver.cuGraphDestroy(graph)
 
     def __del__(self) -> None:
         if hasattr(self, "executable"):

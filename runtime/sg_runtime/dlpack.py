@@ -1,6 +1,6 @@
-"""DLPack capsules, made of an address and read for one: arrays go from library to library without a copy.
+"""DLPack capsules, made from an address and read for one: arrays go from library to library without a copy.
 
-The structures are those of DLPack 0.x, which all of NumPy, PyTorch, CuPy and JAX exchange when no version is agreed
+The structures are those of DLPack before 1.0, which NumPy, PyTorch, CuPy and JAX exchange when no version is agreed on
 (https://dmlc.github.io/dlpack/latest/c_api.html).
 """
 
@@ -14,10 +14,8 @@ import numpy as np
 CPU, CUDA = 1, 2
 """Device types."""
 
-_KINDS = {"i": 0, "u": 1, "f": 2}
-_NAMES = {code: kind for kind, code in _KINDS.items()}
-_FRESH = b"dltensor"
-"""The name of a capsule whose tensor nobody has taken over yet."""
+_KINDS = {0: "i", 1: "u", 2: "f"}
+"""NumPy's names of the type codes that it knows."""
 
 
 class _Device(ctypes.Structure):
@@ -40,13 +38,6 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-
 @dataclass(frozen=True, slots=True)
 class View:
     """What a capsule says of an array. strides: in values, None for C order. owner: keeps the memory while it lives."""
@@ -62,50 +53,43 @@ class View:
     def contiguous(self) -> bool:
         """Whether it is in C order without gaps."""
         expected = [int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape))]
-        return self.strides is None or all(
-            size == 1 or stride == wanted
-            for size, stride, wanted in zip(self.shape, self.strides, expected, strict=True)
+        return (
+            self.strides is None
+            or 0 in self.shape
+            or all(
+                size == 1 or stride == wanted
+                for size, stride, wanted in zip(self.shape, self.strides, expected, strict=True)
+            )
         )
 
 
-_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi)
-)
-# By address: a capsule that is being destroyed must not be held as an object again.
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
 
-_exported: dict[int, tuple[object, ...]] = {}
-"""What must live as long as an exported tensor, by the address of its structure."""
+
+def _tensor(capsule: object) -> _Tensor:
+    """The tensor that begins what a capsule points to."""
+    return _Tensor.from_address(_address(capsule, b"dltensor"))
 
 
-def _forget(address: int) -> None:
-    _exported.pop(address, None)
+class _Lent:
+    """Memory as NumPy wraps it, which does not look into it."""
 
-
-_delete = _Deleter(_forget)
-
-
-def _end(capsule: int) -> None:
-    """End a capsule whose tensor nobody took over; who did calls the deleter."""
-    if _is_valid(capsule, _FRESH):
-        _forget(_pointer(capsule, _FRESH))
-
-
-_destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_end)
+    def __init__(self, address: int, shape: Sequence[int], dtype: np.dtype[Any], owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {"data": (address, False), "shape": tuple(shape), "typestr": dtype.str, "version": 3}
 
 
 def export(address: int, shape: Sequence[int], dtype: np.dtype[Any], device: tuple[int, int], owner: object) -> object:
-    """A capsule of the C-contiguous array at `address`. owner: an object that keeps its memory while it lives."""
-    sizes = (ctypes.c_int64 * len(shape))(*shape)
-    kind = _DataType(_KINDS[dtype.kind], 8 * dtype.itemsize, 1)
-    tensor = _Tensor(address, _Device(*device), len(shape), kind, sizes, None, 0)
-    managed = _Managed(tensor, None, _delete)
-    place = ctypes.addressof(managed)
-    _exported[place] = (managed, sizes, owner)
-    return _new(place, _FRESH, ctypes.cast(_destroy, ctypes.c_void_p))
+    """A capsule of the C-contiguous array at `address`. owner: an object that keeps its memory while it lives.
+
+    NumPy makes it, of memory that it takes for its own: a destructor in Python could not run where one is called with
+    an error on its way.
+    """
+    capsule = np.asarray(_Lent(address, shape, dtype, owner)).__dlpack__()
+    _tensor(capsule).device = _Device(*device)
+    return capsule
 
 
 def view(array: Any, stream: int | None = None) -> View:
@@ -116,16 +100,16 @@ def view(array: Any, stream: int | None = None) -> View:
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"expected an array that speaks DLPack, found {type(array).__name__}")
     capsule = array.__dlpack__() if stream is None else array.__dlpack__(stream=stream)
-    tensor = _Managed.from_address(_pointer(id(capsule), _FRESH)).tensor
+    tensor = _tensor(capsule)
     code, bits = tensor.dtype.code, tensor.dtype.bits
-    if code not in _NAMES or tensor.dtype.lanes != 1:
+    if code not in _KINDS or tensor.dtype.lanes != 1:
         raise ValueError(f"expected integers or floating-point numbers, found DLPack's type {code} of {bits} bits")
     count = tensor.dimensions
     return View(
         (tensor.data or 0) + tensor.offset,
         tuple(tensor.shape[:count]),
         tuple(tensor.strides[:count]) if tensor.strides else None,
-        np.dtype(f"{_NAMES[code]}{bits // 8}"),
+        np.dtype(f"{_KINDS[code]}{bits // 8}"),
         (tensor.device.type, tensor.device.number),
         capsule,  # as long as it keeps its name, it ends the tensor when it goes
     )

@@ -2,12 +2,12 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sg_runtime.backends.base import Backend, Lane
-from sg_runtime.errors import DeviceError, DeviceMemoryError
-from sg_runtime.loop import Workspace, run_bytes
+from sg_runtime.errors import DeviceError, DeviceMemoryError, UsageError
+from sg_runtime.loop import Workspace, largest, run_bytes
 from sg_runtime.manifest import Manifest
 
 WORKSPACES = 2
@@ -37,12 +37,14 @@ class LanePool:
                 raise DeviceError(self._lost)
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
-            worker = worker or Worker(self._manifest, self._backend.lane())
+            worker = worker or Worker(self._manifest, self._backend.lane(), self._backend.batches)
             worker.lane.enter()
             try:
                 yield worker
+            except UsageError:
+                raise  # before any work
             except BaseException as error:
-                worker.forget()
+                worker.release()
                 self._check_device(worker.lane, error)
                 raise
             finally:
@@ -52,11 +54,11 @@ class LanePool:
             if self._places is not None:
                 self._places.release()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Give back the buffers of all idle lanes."""
         with self._lock:
             for worker in self._idle:
-                worker.forget()
+                worker.release()
 
     def _check_device(self, lane: Lane, cause: BaseException) -> None:
         """Raise DeviceError, now and for every later lease, where the device no longer answers."""
@@ -73,9 +75,9 @@ class LanePool:
 class Worker:
     """A lane and its workspaces, the last that were used."""
 
-    def __init__(self, manifest: Manifest, lane: Lane) -> None:
+    def __init__(self, manifest: Manifest, lane: Lane, batches: tuple[int, ...] | None) -> None:
         self.lane = lane
-        self._manifest = manifest
+        self._manifest, self._batches = manifest, batches
         self._workspaces: OrderedDict[tuple[int, int, bool], Workspace] = OrderedDict()
 
     def workspace(self, batch: int, evaluations: int, separate: bool) -> Workspace:
@@ -87,13 +89,13 @@ class Worker:
         if key not in self._workspaces:
             needed, free = run_bytes(self._manifest, *key), self.lane.memory.free_bytes()
             if free is not None and needed > free:
-                self.forget()
+                self.release()
                 free = self.lane.memory.free_bytes()
             if free is not None and needed > free:
                 raise DeviceMemoryError(
                     f"{self.lane.memory.device}: runs of {batch} images with the conditioning of {evaluations} "
                     f"evaluations at a time need {needed / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free; "
-                    f"{fitting(self._manifest, batch, evaluations, separate, free)}"
+                    f"{fitting(self._manifest, self._batches, batch, evaluations, separate, free)}"
                 )
             self._workspaces[key] = Workspace(self.lane, self._manifest, *key)
         self._workspaces.move_to_end(key)
@@ -101,26 +103,28 @@ class Worker:
             self._workspaces.popitem(last=False)
         return self._workspaces[key]
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Give back all buffers."""
         self._workspaces.clear()
 
 
-def fitting(manifest: Manifest, batch: int, evaluations: int, separate: bool, free: int) -> str:
-    """What to ask for so that a run needs at most `free` bytes: fewer evaluations at a time, else fewer images."""
-    chunk = _largest(lambda size: run_bytes(manifest, batch, size, separate) <= free, evaluations)
+def fitting(
+    manifest: Manifest, batches: tuple[int, ...] | None, batch: int, evaluations: int, separate: bool, free: int
+) -> str:
+    """What to ask for so that a run needs at most `free` bytes: fewer evaluations at a time, else fewer images.
+
+    batches: the image counts that there are, None for any.
+    """
+    chunk = largest(lambda size: run_bytes(manifest, batch, size, separate) <= free, evaluations)
     if chunk:
         return f"Pipeline.load(…, chunk={chunk}) would fit"
-    images = _largest(lambda size: run_bytes(manifest, size, 1, separate) <= free, batch)
+
+    def fits(images: int) -> bool:
+        return run_bytes(manifest, images, 1, separate) <= free
+
+    images = largest(fits, batch)
+    if batches is not None:
+        images = max((size for size in batches if size < batch and fits(size)), default=0)
     if images:
         return f"Pipeline.load(…, batch={images}, chunk=1) would fit"
-    return "not even one image fits: free some memory"
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits for one number fits for all below."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return "free some memory, or build for fewer images" if batches else "not even one image fits: free some memory"

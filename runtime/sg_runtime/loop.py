@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sg_runtime.backends.base import Call, Lane
+from sg_runtime.backends.base import Call, CallSequence, Lane
 from sg_runtime.manifest import Manifest
 from sg_runtime.memory import DeviceArray, Table, aligned
 from sg_runtime.plan import BranchPlan, Plan
@@ -15,6 +15,9 @@ from sg_runtime.steps import Launch, launches
 Array = NDArray[np.float32]
 Noise = Callable[[int], Array]
 """step → standard normal numbers like the state."""
+
+Key = tuple[str | int | bool, ...]
+"""What a launch is bound to: graph, place in the tables, and states."""
 
 LATENTS = 4
 """Buffers for states: that of now, that at the step's start, a half-made sum, and the one that is being written."""
@@ -44,7 +47,8 @@ class Workspace:
         self._modulations = [Table(memory, evaluations, rows, np.float32) for _ in range(1 + separate)]
         self._keeps: dict[tuple[bool, int], Table] = {}
         self._scalars = Table(memory, evaluations * LAUNCHES * len(SCALARS), (), np.float32)
-        self._calls: dict[tuple[object, ...], Call] = {}
+        self._calls: dict[Key, Call] = {}
+        self._sequences: dict[tuple[Key, ...], CallSequence] = {}
         self._state = self._start = 0
 
     def start(self, x: Array) -> None:
@@ -64,13 +68,13 @@ class Workspace:
             for index, update in enumerate(updates)
         ]
         self._fill(plan, sequence)
-        calls: list[Call] = []
+        keys: list[Key] = []
         last: list[bool] = []
 
         def play() -> None:
             ends = tuple(last)
-            self._lane.play(tuple(calls), lambda number: done() if ends[number] else None)
-            calls.clear()
+            self._sequence(tuple(keys)).play(lambda number: done() if ends[number] else None)
+            keys.clear()
             last.clear()
 
         for index, (update, runs) in enumerate(zip(updates, sequence, strict=True)):
@@ -85,7 +89,7 @@ class Workspace:
             for number, launch in enumerate(runs):
                 r = part if launch.adds else self._start
                 part = min({*range(LATENTS)} - {self._state, self._start, part})
-                calls.append(self._call(plan, launch, index, number, r, part))
+                keys.append(self._bound(plan, launch, index, number, r, part))
                 last.append(launch is runs[-1])
             self._state = part
         play()
@@ -111,15 +115,15 @@ class Workspace:
                     assert keep is not None
                     chosen.setdefault((branch is plan.weak, keep.shape[1]), {})[index] = keep
                 for name, value in launch.scalars(self._manifest.model.prediction).items():
-                    scalars[self._scalar(index, number, name)] = np.array(value, np.float32)
+                    scalars[self._scalar(index, number, name)] = value
         for key, rows in chosen.items():
             if key not in self._keeps:
                 self._keeps[key] = Table(memory, self._evaluations, (self._batch, key[1]), np.int64)
             self._keeps[key].upload(rows)
         self._scalars.upload(scalars)
 
-    def _call(self, plan: Plan, launch: Launch, index: int, number: int, r: int, target: int) -> Call:
-        """The launch over the buffers, bound when first met."""
+    def _bound(self, plan: Plan, launch: Launch, index: int, number: int, r: int, target: int) -> Key:
+        """The key of the launch over the buffers, which is bound when first met."""
         key = (launch.graph.name, index, number, launch.branches[0] is plan.weak, self._state, r, target)
         if key not in self._calls:
             inputs: dict[str, DeviceArray] = {"x": self._latents[self._state], "r": self._latents[r]}
@@ -133,7 +137,13 @@ class Workspace:
                 inputs[name] = self._scalars[self._scalar(index, number, name)]
             outputs = {"next": self._latents[target]}
             self._calls[key] = self._lane.bind(launch.graph, inputs, outputs, fixed=True)
-        return self._calls[key]
+        return key
+
+    def _sequence(self, keys: tuple[Key, ...]) -> CallSequence:
+        """The calls of these keys."""
+        if keys not in self._sequences:
+            self._sequences[keys] = self._lane.sequence([self._calls[key] for key in keys])
+        return self._sequences[keys]
 
     def _table(self, plan: Plan, branch: BranchPlan) -> Table:
         return self._modulations[-1 if branch is plan.weak else 0]
@@ -144,9 +154,21 @@ class Workspace:
 
 def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) -> int:
     """Bytes of a workspace and of the plan that fills it, the most that they can be."""
-    model = manifest.model
+    model, networks = manifest.model, 1 + separate
     latents = LATENTS * aligned(batch * model.channels * model.image_size**2 * 4)
-    rows = (1 + separate) * aligned(batch * model.modulations * 4)
-    keeps = 2 * aligned(batch * model.tokens * 8)
+    tables = networks * aligned(batch * model.modulations * 4)
+    counts = {level.keep for graph in manifest.graphs for level in graph.levels}
+    keeps = 2 * sum(aligned(batch * keep * 8) for keep in counts)
     scalars = LAUNCHES * len(SCALARS) * aligned(4)
-    return latents + evaluations * (2 * rows + keeps + scalars)
+    runs = -(-evaluations * (batch + separate) // manifest.condition_rows)  # of `condition`, for images and "no class"
+    plan = networks * runs * manifest.condition_rows * model.modulations * 4
+    return latents + evaluations * (tables + keeps + scalars) + plan
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, 0 where none does; what fits for one number fits for all below."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

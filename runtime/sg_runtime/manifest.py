@@ -394,10 +394,10 @@ class Manifest(_Strict):
                 return engine, engine.profiles.index(wanted)
         return None
 
-    @property
-    def engine_batches(self) -> tuple[int, ...]:
-        """Image counts that the engines have profiles for."""
-        steps = [engine for engine in self.engines if engine.kind != "condition"]
+    def engine_batches(self, library: EngineLibrary | None = None) -> tuple[int, ...]:
+        """Image counts that the engines, all or those of a library, have profiles for."""
+        own = [engine for engine in self.engines if library in (None, engine.library)]
+        steps = [engine for engine in own if engine.kind != "condition"]
         return tuple(sorted({profile.batch for engine in steps for profile in engine.profiles}))
 
     def condition(self, network: NetworkName) -> GraphFacts:

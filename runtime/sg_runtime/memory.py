@@ -1,7 +1,7 @@
 """Where arrays live: the memory of a device, with the few operations that a run needs of it."""
 
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +71,7 @@ class Memory(Protocol):
     def hold(self, array: Any) -> DeviceArray:
         """`array` on this device: itself, or a view by DLPack of what lies here, or a copy of what NumPy holds.
 
-        Raises UsageError for what lies elsewhere, or is not contiguous.
+        Raises UsageError for what lies elsewhere; and on a GPU for what is not contiguous.
         """
         ...
 
@@ -122,11 +122,13 @@ class HostMemory:
         return int(array.ctypes.data)
 
     def free_bytes(self) -> int | None:
-        """What the system can still give without swapping, on Linux."""
+        """What the system says it can still give without swapping, on Linux."""
         try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
             return None
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        return found[0] if found else None
 
     def wait(self) -> None:
         pass

@@ -89,6 +89,10 @@ class Pipeline:
             self.sample([None] * images, range(images), steps=steps, guidance=guidance)
         self.backend.keep()
 
+    def release(self) -> None:
+        """Give back the buffers of all lanes that are idle; later runs allocate anew."""
+        self._lanes.release()
+
     def guidance(
         self,
         mode: GuidanceMode | None = None,
@@ -217,7 +221,7 @@ class Pipeline:
         if churn is not None and model.prediction != "edm":
             raise UsageError(f"churn: expected an edm model, found one of {model.prediction} prediction")
         times = run_times(steps, defaults.karras)
-        run = Run(chosen, updates(sampler, model.prediction, times, churn), steps, fused, self.chunk)
+        run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), steps, fused, self.chunk)
         with self._running() as (worker, runner):
             memory, groups, finished = worker.lane.memory, list(runner.groups(len(labels))), count(1)
 
@@ -225,13 +229,15 @@ class Pipeline:
                 if progress is not None:
                     progress(next(finished), len(run.updates) * len(groups))
 
-            result = memory.empty((len(labels), model.channels, model.image_size, model.image_size), np.float32)
+            result = None
             for group in groups:
                 own = [seeds[image] for image in group]
-                start = np.float32(times[0]) * self.initial_noise(own)
-                state = sample_group(self.bundle.manifest, worker, runner, run, labels[group], own, start, done)
+                state = sample_group(self.bundle.manifest, worker, runner, run, labels[group], own, done)
+                if result is None:  # the first workspace has found that there is memory
+                    result = memory.empty((len(labels), *state.shape[1:]), np.float32)
                 first, images = int(group[0]), len(np.unique(group))
                 memory.copy(state[:images], result[first : first + images])
+            assert result is not None
             samples = memory.download(result)
             check_finite(samples, self.bundle, self.backend.name)
             return result if on_device else samples

@@ -61,7 +61,7 @@ def _text(number: float) -> str:
 def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch: int | None) -> list[str]:
     """Targets, GPUs and batch sizes."""
     engines = manifest.engines
-    if target == "onnxruntime" or not engines:
+    if target == "onnxruntime" or (target is None and not engines):
         return [] if manifest.batch is None else ["--batch", str(manifest.batch)]
     targets = [target] if target else sorted({engine.library.replace("_", "-") for engine in engines})
     words = [word for name in targets for word in ("--target", name)]
@@ -69,6 +69,6 @@ def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch:
         rtx = [engine for engine in engines if engine.library == "tensorrt_rtx"]
         built_for = sorted({number for engine in rtx for number in engine.compute_capabilities})
         words += [word for number in ([sm] if sm else built_for) for word in ("--sm", str(number))]
-    words += ["--keep-onnx"] if any(graph.file is not None for graph in manifest.graphs) else []
-    sizes = {*manifest.engine_batches, *([batch] if batch else [])}
+    words += ["--keep-onnx"] if engines and any(graph.file is not None for graph in manifest.graphs) else []
+    sizes = {*manifest.engine_batches(), *(size for size in (batch, manifest.batch) if size)}
     return words + [word for size in sorted(sizes) for word in ("--batch", str(size))]

@@ -10,7 +10,7 @@ from sg_runtime import random
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import DeviceMemoryError, NonFiniteError
 from sg_runtime.lanes import Worker
-from sg_runtime.loop import run_bytes
+from sg_runtime.loop import largest, run_bytes
 from sg_runtime.manifest import GuidancePlan, Manifest
 from sg_runtime.memory import DeviceArray
 from sg_runtime.plan import prepare
@@ -26,12 +26,13 @@ CHUNK_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How to sample: guidance, the updates of `steps` steps, and what `Pipeline` was told of it.
+    """How to sample: guidance, the updates of `steps` steps from the time `start` on, and what `Pipeline` was told.
 
     chunk: evaluations whose conditioning is held at a time, None for what CHUNK_BYTES hold.
     """
 
     guidance: GuidancePlan
+    start: float
     updates: tuple[Update, ...]
     steps: int
     fused: bool
@@ -45,17 +46,16 @@ def sample_group(
     run: Run,
     labels: Indices,
     seeds: Sequence[int],
-    start: Array,
     done: Callable[[], None],
 ) -> DeviceArray:
-    """Take one engine batch from the state `start` to its samples, in a buffer that the next run writes into.
+    """Sample one engine batch into a buffer that the next run writes into.
 
     done: called when an evaluation has been asked for. Raises DeviceMemoryError with what would fit.
     """
     separate = run.guidance.null_weak or run.guidance.weak_network == "weak"
     size = _chunk(manifest, run, len(labels), separate)
     workspace = worker.workspace(len(labels), size, separate)
-    workspace.start(start)
+    workspace.start(np.float32(run.start) * noise(manifest, seeds, random.INITIAL_NOISE))
     try:
         for first in range(0, len(run.updates), size):
             part = run.updates[first : first + size]
@@ -65,11 +65,11 @@ def sample_group(
                 manifest, runner.condition, run.guidance, times, labels, seeds, counters, last_step=run.steps - 1
             )
             workspace.advance(plan, part, done, lambda step: noise(manifest, seeds, random.CHURN, step), run.fused)
+            del plan  # before the next is made
     except DeviceMemoryError as error:
-        fewer = max(len(labels) // 2, 1)
-        raise DeviceMemoryError(
-            f"{error}; runs of {len(labels)} images do not fit here: try Pipeline.load(…, batch={fewer})"
-        ) from error
+        smaller = [size for size in runner.batches or (len(labels) // 2,) if 0 < size < len(labels)]
+        remedy = f"try Pipeline.load(…, batch={max(smaller)})" if smaller else "free some memory"
+        raise DeviceMemoryError(f"{error}; runs of {len(labels)} images do not fit here: {remedy}") from error
     return workspace.state
 
 
@@ -97,5 +97,4 @@ def _chunk(manifest: Manifest, run: Run, batch: int, separate: bool) -> int:
     """Evaluations whose conditioning is held at a time."""
     if run.chunk is not None:
         return min(run.chunk, len(run.updates))
-    one = run_bytes(manifest, batch, 1, separate) - run_bytes(manifest, batch, 0, separate)
-    return min(max(CHUNK_BYTES // one, 1), len(run.updates))
+    return largest(lambda size: run_bytes(manifest, batch, size, separate) <= CHUNK_BYTES, len(run.updates)) or 1

@@ -48,12 +48,14 @@ class Launch:
         present = {tensor.name for tensor in self.graph.inputs}
         return {name: branch for name, branch in zip(names, self.branches, strict=True) if name in present}
 
-    def scalars(self, prediction: Prediction) -> dict[str, float]:
-        """All inputs of rank 0."""
+    def scalars(self, prediction: Prediction) -> dict[str, NDArray[np.float32]]:
+        """All inputs of rank 0; infinite where float32 is too small."""
         scaling = precondition(prediction, self.time)
         values = {"c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
         values |= {"a": self.a, "b": self.b, "e": self.e}
-        return values if self.scale is None else values | {"scale": self.scale}
+        values |= {} if self.scale is None else {"scale": self.scale}
+        with np.errstate(over="ignore"):  # the samples tell
+            return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
 def launches(
@@ -158,11 +160,10 @@ class StepRunner:
     ) -> DeviceArray:
         """The output of a launch for all images of x, in groups."""
         memory, facts = self.lane.memory, self.manifest.model
-        scalars = {name: np.array(value, np.float32) for name, value in launch.scalars(facts.prediction).items()}
         result = memory.empty(x.shape, np.float32)
         for group in self.groups(x.shape[0]):
             first, images = int(group[0]), len(np.unique(group))
-            feeds: dict[str, Any] = dict(scalars)
+            feeds: dict[str, Any] = dict(launch.scalars(facts.prediction))
             for name, array in {"x": x, "r": x if r is None else r}.items():
                 feeds[name] = self._rows(array, group)
             for name, branch in launch.modulations.items():

@@ -2,18 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda_stand_in import Driver
 from numpy.typing import NDArray
 
-from sg_runtime.backends import Backend, Lane, open_backend
+from sg_runtime.backends import Backend, Call, CallSequence, Lane, open_backend
+from sg_runtime.backends.ort import OrtBackend, OrtLane
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import GraphFacts
+from sg_runtime.memory import HostMemory
 from sg_runtime.pipeline import Pipeline
 
 
@@ -90,7 +95,7 @@ class RecordingLane:
     """A lane whose runs are noted when they are made."""
 
     def __init__(self, lane: Lane, runs: list[Run]) -> None:
-        self.memory, self.enter, self.play = lane.memory, lane.enter, lane.play
+        self.memory, self.enter, self.sequence = lane.memory, lane.enter, lane.sequence
         self._lane, self._runs = lane, runs
 
     def bind(
@@ -117,3 +122,125 @@ def record() -> Callable[[Path], Recorder]:
     """Makes a recorder around the backend of a bundle; the sessions of one bundle are opened once."""
     opened = cache(lambda path: open_backend(Bundle.open(path), "cpu"))
     return lambda path: Recorder(opened(path))
+
+
+@dataclass(frozen=True)
+class Event:
+    """What was asked of a lane or its memory: "bind" and "run" of a graph, "sequence", or a method of the memory.
+
+    inputs, outputs: addresses of a graph's. fixed: as the call was bound.
+    """
+
+    kind: str
+    graph: str = ""
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    fixed: bool = False
+
+
+class WatchedMemory(HostMemory):
+    """The CPU's memory, which notes what is asked of it and counts the bytes of arrays that live, and of their peak."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.live = self.peak = 0
+        self._events = events
+
+    def empty(self, shape: Any, dtype: Any) -> NDArray[Any]:
+        array = super().empty(shape, dtype)
+        self._events.append(Event("empty"))
+        self._count(array.nbytes)
+        weakref.finalize(array.base, self._count, -array.nbytes)
+        return array
+
+    def upload(self, source: NDArray[Any], target: Any) -> None:
+        self._events.append(Event("upload"))
+        super().upload(source, target)
+
+    def copy(self, source: Any, target: Any) -> None:
+        self._events.append(Event("copy"))
+        super().copy(source, target)
+
+    def take(self, source: Any, rows: NDArray[Any], target: Any) -> None:
+        self._events.append(Event("take"))
+        super().take(source, rows, target)
+
+    def download(self, source: Any) -> NDArray[Any]:
+        self._events.append(Event("download"))
+        return super().download(source)
+
+    def _count(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@dataclass
+class Watched:
+    """A backend of ONNX Runtime's sessions on the CPU, in a memory of its own, which notes all that is asked of it."""
+
+    backend: OrtBackend
+    name: str = "onnxruntime-cpu"
+    lanes: int | None = None
+    batches: tuple[int, ...] | None = None
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.batches = self.backend.batches
+        self.memory = WatchedMemory(self.events)
+
+    def lane(self) -> "WatchedLane":
+        return WatchedLane(OrtLane(self.backend, self.memory, 0), self.events)
+
+    def keep(self) -> None:
+        self.backend.keep()
+
+    @property
+    def steps(self) -> list[Event]:
+        """The runs of step graphs, in order."""
+        return [event for event in self.events if event.kind == "run" and event.fixed]
+
+    @property
+    def kinds(self) -> list[str]:
+        """What was asked, in order."""
+        return [event.kind for event in self.events]
+
+
+class WatchedLane:
+    """A lane that notes binds, sequences and runs."""
+
+    def __init__(self, lane: OrtLane, events: list[Event]) -> None:
+        self.memory, self.enter = lane.memory, lane.enter
+        self._lane, self._events = lane, events
+
+    def sequence(self, calls: Sequence[Call]) -> CallSequence:
+        self._events.append(Event("sequence"))
+        return self._lane.sequence(calls)
+
+    def bind(
+        self, graph: GraphFacts, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, fixed: bool = False
+    ) -> Callable[[], None]:
+        call = self._lane.bind(graph, inputs, outputs, fixed=fixed)
+        read, written = (
+            {name: self.memory.address(array) for name, array in arrays.items()} for arrays in (inputs, outputs)
+        )
+        self._events.append(Event("bind", graph.name, read, written, fixed))
+
+        def noted() -> None:
+            self._events.append(Event("run", graph.name, read, written, fixed))
+            call()
+
+        return noted
+
+
+@pytest.fixture(scope="session")
+def watch() -> Callable[[Path], Watched]:
+    """Makes a watched backend of a bundle; the sessions of one bundle are opened once."""
+    opened = cache(lambda path: OrtBackend(Bundle.open(path)))
+    return lambda path: Watched(opened(path))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A stand-in for the CUDA driver, in its place."""
+    stand_in = Driver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", stand_in)
+    return stand_in

@@ -182,7 +182,7 @@ def test_check_engines_of_a_foreign_file_in_the_engines_place_is_refused(
     bundle: Bundle, tmp_path: Path, content: bytes
 ) -> None:
     foreign = replaced(bundle, tmp_path, lambda engine: content)
-    message = refused(lambda: check_engines(foreign))
+    message = refused(lambda: check_engines(foreign, "tensorrt_rtx"))
     assert message.startswith(f"{foreign.path}/{bundle.manifest.engines[0].file}: expected a plan of TensorRT-RTX, ")
     assert message.endswith("build it anew")
 
@@ -199,7 +199,7 @@ def test_check_engines_of_another_plan_in_the_engines_place_is_refused(
     bundle: Bundle, tmp_path: Path, place: slice, value: bytes, expected: str
 ) -> None:
     other = replaced(bundle, tmp_path, lambda engine: engine[: place.start] + value + engine[place.stop :])
-    message = refused(lambda: check_engines(other))
+    message = refused(lambda: check_engines(other, "tensorrt_rtx"))
     assert expected in message
     assert command(message)["output"] == other.path
 
@@ -211,15 +211,10 @@ def test_check_engines_without_the_library_names_the_extra(
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
     built = engines(bundle, library=library)
     name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[library]
-    assert refused(lambda: check_engines(built), MissingExtraError) == (
+    assert refused(lambda: check_engines(built, library), MissingExtraError) == (
         f"{bundle.path}: its engines need {name}, which is not installed: pip install 'sg-export[{extra}]'"
     )
     assert MissingExtraError.exit_code == 2
-
-
-def test_check_engines_of_a_bundle_without_engines_passes(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # as if it were not installed
-    check_engines(Bundle.open(tiny_bundle))
 
 
 @pytest.fixture

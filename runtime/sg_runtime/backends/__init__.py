@@ -1,6 +1,6 @@
 """Backends: each runs the graphs of a bundle with one library, on one device."""
 
-from sg_runtime.backends.base import Backend, Call, Lane
+from sg_runtime.backends.base import Backend, Call, CallSequence, Lane
 from sg_runtime.backends.choice import BACKENDS, Choice, choose_backend, open_backend
 
-__all__ = ["BACKENDS", "Backend", "Call", "Choice", "Lane", "choose_backend", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Call", "CallSequence", "Choice", "Lane", "choose_backend", "open_backend"]

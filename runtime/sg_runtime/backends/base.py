@@ -34,8 +34,8 @@ class Lane(Protocol):
         """
         ...
 
-    def play(self, calls: Sequence[Call], done: Callable[[int], None]) -> None:
-        """Make all calls in order, without waiting for the device. done: called with the number of each."""
+    def sequence(self, calls: Sequence[Call]) -> "CallSequence":
+        """These calls, to be made together, more than once."""
         ...
 
 
@@ -59,8 +59,14 @@ class Backend(Protocol):
         ...
 
 
-def play(calls: Sequence[Call], done: Callable[[int], None]) -> None:
-    """Make all calls in order."""
-    for number, call in enumerate(calls):
-        call()
-        done(number)
+class CallSequence:
+    """Calls that are made one after the other."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = tuple(calls)
+
+    def play(self, done: Callable[[int], None]) -> None:
+        """Make all calls, without waiting for the device. done: called with the number of each."""
+        for number, call in enumerate(self.calls):
+            call()
+            done(number)

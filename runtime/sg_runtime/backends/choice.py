@@ -65,6 +65,10 @@ def choose_backend(
             choice = Choice(name, number, tuple(f"{name}: {error}" for name, error in errors.items()))
             LOG.info("%s: %s", bundle.path, choice)
             return choice
+    if backend is not None and isinstance(errors[backend], _NothingForItError):
+        target = "onnxruntime" if backend.startswith("onnxruntime") else backend
+        command = build_command(bundle.manifest, str(bundle.path), target=target)
+        raise BundleError(f"{bundle.path}: {backend}: {errors[backend]}; build it for that: {command}")
     meant = [error for error in errors.values() if not isinstance(error, _NothingForItError)] or [*errors.values()]
     raise meant[0] if bundle.manifest.engines else meant[-1]
 
@@ -101,7 +105,7 @@ class _NothingForItError(BundleError):
 
 def _parse(device: str) -> tuple[str, int]:
     """Kind and number of a device."""
-    match = re.fullmatch(r"(auto|cpu|cuda)(?::(\d{1,3}))?", device)
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::([0-9]{1,3}))?", device)
     if match is None or (match[2] and match[1] != "cuda"):
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda, or cuda:NUMBER")
     return match[1], int(match[2] or 0)
@@ -121,7 +125,7 @@ def _check_engines(bundle: Bundle, library: EngineLibrary, number: int, batch: i
 
     if not any(engine.library == library for engine in bundle.manifest.engines):
         raise _NothingForItError(f"the bundle has no engines of {NAMES[library]}")
-    check_engines(bundle, batch, number)
+    check_engines(bundle, library, batch, number)
 
 
 def _check_onnx(bundle: Bundle, name: str, number: int) -> None:

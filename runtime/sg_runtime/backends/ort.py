@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_runtime.backends.base import Call, play
+from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
@@ -123,7 +123,6 @@ class OrtLane:
         self.memory: Any = memory
         self._backend, self._number = backend, number
         self._ids = itertools.count()
-        self.play = play
 
     def enter(self) -> None:
         if self._backend.lanes is not None:
@@ -160,6 +159,9 @@ class OrtLane:
                 raise _failed(graph, error) from error
 
         return call
+
+    def sequence(self, calls: Sequence[Call]) -> CallSequence:
+        return CallSequence(calls)
 
     def _run_options(self, fixed: bool) -> Any:
         """On a GPU a run only puts its work into the stream, and is captured where its arrays stay."""

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sg_runtime.backends.base import Call, play
+from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.backends.trt_check import NAMES
 from sg_runtime.bundle import Bundle
 from sg_runtime.cuda import CudaArray, CudaMemory
@@ -39,7 +39,7 @@ class TrtBackend:
         """number: of the GPU. stream: see `cuda.stream_handle`. Raises EngineError where an engine is not taken."""
         self.name = library.replace("_", "-")
         self.lanes: int | None = None if stream is None else 1
-        self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches
+        self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches(library)
         self.bundle, self.library, self.captures = bundle, library, capture
         self._number, self._stream = number, stream
         self._trt = import_module(library)
@@ -110,8 +110,9 @@ class TrtBackend:
         config = self._engines[engine.file].create_runtime_config()
         config.set_execution_context_allocation_strategy(self._user_managed)
         cache, path = config.create_runtime_cache(), self._cache_file(engine.file)
-        if path.exists() and not cache.deserialize(path.read_bytes()):
-            LOG.info("%s: of another driver or GPU: kernels are compiled anew", path)
+        with contextlib.suppress(OSError):
+            if not cache.deserialize(path.read_bytes()):
+                LOG.info("%s: of another driver or GPU: kernels are compiled anew", path)
         config.set_runtime_cache(cache)
         return config
 
@@ -124,8 +125,7 @@ class TrtLane:
         self._backend = backend
         self._scratch = memory.empty((backend.scratch_bytes,), "uint8")
         self._contexts: dict[tuple[str, int], Any] = {}
-        self._unused: dict[int, CudaArray] = {}
-        self._played: dict[tuple[int, ...], tuple[Sequence[Call], Call | None]] = {}
+        self._unused: dict[tuple[int, ...], CudaArray] = {}
 
     def enter(self) -> None:
         self.memory.enter()
@@ -162,27 +162,8 @@ class TrtLane:
 
         return call
 
-    def play(self, calls: Sequence[Call], done: Callable[[int], None]) -> None:
-        """The first time call by call; from the second time on as one CUDA graph, where they can be captured."""
-        key = tuple(map(id, calls))
-        _, graph = self._played.get(key, (calls, None))
-        if key in self._played and graph is None and self._backend.captures:
-            graph = self._capture(calls)
-        self._played[key] = calls, graph  # the calls too, so that no other has their ids
-        if graph is None:
-            play(calls, done)
-            return
-        graph()
-        for number in range(len(calls)):
-            done(number)
-
-    def _capture(self, calls: Sequence[Call]) -> Call:
-        try:
-            captured: Call = self.memory.capture(lambda: play(calls, lambda _: None))
-        except (DeviceError, EngineError) as error:
-            LOG.warning("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)
-            return lambda: play(calls, lambda _: None)
-        return captured
+    def sequence(self, calls: Sequence[Call]) -> CallSequence:
+        return CapturedSequence(calls, self.memory) if self._backend.captures else CallSequence(calls)
 
     def _context(self, engine: EngineFacts, profile: int) -> Any:
         key = engine.file, profile
@@ -191,6 +172,41 @@ class TrtLane:
         return self._contexts[key]
 
     def _discard(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
-        """Memory for outputs that nobody reads: one for each size."""
-        array = self.memory.empty(shape, dtype)
-        return self._unused.setdefault(array.nbytes, array)
+        """Memory for outputs that nobody reads: one for each shape."""
+        if shape not in self._unused:
+            self._unused[shape] = self.memory.empty(shape, dtype)
+        return self._unused[shape]
+
+
+class CapturedSequence(CallSequence):
+    """Calls that become one CUDA graph when they are made the second time, where they can be captured.
+
+    The first time TensorRT may allocate, and compile, which no graph can hold.
+    """
+
+    def __init__(self, calls: Sequence[Call], memory: CudaMemory) -> None:
+        super().__init__(calls)
+        self._memory = memory
+        self._played = False
+        self._graph: Call | None = None
+
+    def play(self, done: Callable[[int], None]) -> None:
+        if self._played and self._graph is None and self.calls:
+            self._graph = self._capture()
+        self._played = True
+        if self._graph is None:
+            super().play(done)
+            return
+        self._graph()
+        for number in range(len(self.calls)):
+            done(number)
+
+    def _capture(self) -> Call:
+        def plainly() -> None:
+            super(CapturedSequence, self).play(lambda _: None)
+
+        try:
+            return self._memory.capture(plainly)
+        except (DeviceError, EngineError) as error:
+            LOG.warning("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)
+            return plainly

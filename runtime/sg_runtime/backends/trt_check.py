@@ -23,26 +23,25 @@ def installed_version(library: EngineLibrary) -> str | None:
     return version
 
 
-def check_engines(bundle: Bundle, batch: int | None = None, number: int = 0) -> None:
-    """Raise unless GPU `number` can run all engines of the bundle, `batch` images at a time where that is given.
+def check_engines(bundle: Bundle, library: EngineLibrary, batch: int | None = None, number: int = 0) -> None:
+    """Raise unless GPU `number` can run the bundle's engines of `library`, `batch` images at a time if that is given.
 
     UsageError where no profile has as many images; MissingExtraError where their library is not installed; BundleError
     for another version of it, for no GPU or another one than they were built for, and for a file that is none.
     """
-    sizes = bundle.manifest.engine_batches
+    sizes = bundle.manifest.engine_batches(library)
     if batch is not None and batch not in sizes:
         raise UsageError(
             f"{bundle.path}: batch: expected {', '.join(map(str, sizes))}, for which the engines have profiles, found "
             f"{batch}; build it anew: {build_command(bundle.manifest, str(bundle.path), batch=batch)}"
         )
-    for library in sorted({engine.library for engine in bundle.manifest.engines}):
-        version = installed_version(library)
-        if version is None:
-            raise MissingExtraError(
-                f"{bundle.path}: its engines need {NAMES[library]}, which is not installed: "
-                f"pip install 'sg-export[{EXTRAS[library]}]'"
-            )
-        check_library(bundle, library, version, find_gpus()[number:])
+    version = installed_version(library)
+    if version is None:
+        raise MissingExtraError(
+            f"{bundle.path}: its engines need {NAMES[library]}, which is not installed: "
+            f"pip install 'sg-export[{EXTRAS[library]}]'"
+        )
+    check_library(bundle, library, version, find_gpus()[number:])
 
 
 def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Sequence[Gpu]) -> None:

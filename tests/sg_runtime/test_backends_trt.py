@@ -1,0 +1,626 @@
+"""TensorRT's backend over stand-ins for the library and the driver, and whether the library has what is called.
+
+The stand-ins run the graphs of a bundle, with which engines are built, on the CPU; the engines are real ones.
+"""
+
+import ast
+import gc
+import inspect
+import json
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx as real
+from cuda_stand_in import CUresult, Driver
+from numpy.typing import NDArray
+from trt_stand_in import Library, RuntimeCache
+
+import sg_runtime.backends.trt
+from sg_export.compiler import compile
+from sg_export.options import CompileOptions
+from sg_runtime import dlpack
+from sg_runtime.backends import open_backend
+from sg_runtime.bundle import Bundle
+from sg_runtime.cuda import CudaArray
+from sg_runtime.errors import BundleError, DeviceError, DeviceMemoryError, EngineError
+from sg_runtime.manifest import EngineFacts
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.sampling import Churn
+
+CLASSES, SEEDS, STEPS = [0, 1, 2, 3, None], [5, 6, 7, 8, 9], 3
+
+
+@pytest.fixture(scope="session")
+def trt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FP32 engines by TensorRT-RTX of the tiny model for SG at 0 and 0.5, for 1 and 2 images, and their graphs."""
+    output = tmp_path_factory.mktemp("engines") / "trt"
+    options = CompileOptions(output, (0.5,), targets=("tensorrt-rtx",), batch=(1, 2), keep_onnx=True)
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def edm_bundle(trt_bundle: Path) -> Path:
+    """The same as one that denoises, which is a matter of scalars and times."""
+    copy = trt_bundle.with_name("trt-edm")
+    shutil.copytree(trt_bundle, copy)
+    content = json.loads((copy / "manifest.json").read_text())
+    content["model"]["prediction"] = "edm"
+    content["sampling"]["karras"] = {"sigma_min": 0.02, "sigma_max": 3.0, "rho": 7.0}
+    (copy / "manifest.json").write_text(json.dumps(content))
+    return copy
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what a library compiles here; a test's own, as it is read again."""
+    monkeypatch.setenv("SG_EXPORT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tensorrt-rtx"
+
+
+@pytest.fixture
+def library(trt_bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """A stand-in for TensorRT-RTX in its place."""
+    stand_in = Library(Bundle.open(trt_bundle), driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def pipe(library: Library) -> Pipeline:
+    """Up to two images in one run."""
+    return Pipeline.load(library.bundle.path)
+
+
+def sample(pipe: Pipeline, images: int = 5, **how: Any) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = pipe.sample(CLASSES[:images], SEEDS[:images], **{"steps": STEPS, **how})
+    return found
+
+
+def on_cpu(bundle: Path) -> Pipeline:
+    return Pipeline.load(bundle, backend="onnxruntime-cpu", batch=2)
+
+
+def close(found: Any, expected: NDArray[np.float32]) -> None:
+    """Both are ONNX Runtime's on the CPU, over the same values in other places: at most sums in another order."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+# Samples.
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_sample_equals_that_of_the_cpu_in_every_run(
+    library: Library, pipe: Pipeline, images: int, sampler: str
+) -> None:
+    """One run kernel by kernel, one that is captured, and one that is replayed."""
+    assert pipe.backend.name == "tensorrt-rtx"
+    assert (pipe.batch, pipe.backend.batches) == (2, (1, 2))
+    expected = sample(on_cpu(library.bundle.path), images, sampler=sampler)
+    assert expected.std() > 0.1
+    for _ in range(3):
+        close(sample(pipe, images, sampler=sampler), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_sample_of_chunks_equals_that_of_the_cpu(library: Library, chunk: int) -> None:
+    """Their runs read the same tables, filled anew for each."""
+    pipe = Pipeline.load(library.bundle.path, chunk=chunk)
+    expected = sample(on_cpu(library.bundle.path))
+    for _ in range(3):
+        close(sample(pipe), expected)
+
+
+@pytest.mark.parametrize("churn", [None, Churn(1.0), Churn(1.0, low=0.1, high=1.0)], ids=["none", "all", "some"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_sample_of_an_edm_model_equals_that_of_the_cpu(
+    edm_bundle: Path, library: Library, sampler: str, churn: Churn | None
+) -> None:
+    pipe = Pipeline.load(edm_bundle)
+    expected = sample(on_cpu(edm_bundle), sampler=sampler, churn=churn)
+    for _ in range(3):
+        close(sample(pipe, sampler=sampler, churn=churn), expected)
+
+
+def test_sample_by_tensorrt_equals_that_of_the_cpu(
+    trt_bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Its contexts are made of a strategy, and it keeps no kernels."""
+    bundle = Bundle.open(trt_bundle)
+    engines = tuple(replace(engine, library="tensorrt") for engine in bundle.manifest.engines)
+    bundle = Bundle(trt_bundle, replace(bundle.manifest, engines=engines))
+    library = Library(bundle, driver, "tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    backend = open_backend(bundle)
+    pipe = Pipeline(bundle, backend, 2)
+    assert backend.name == "tensorrt"
+    expected = sample(on_cpu(trt_bundle))
+    for _ in range(3):
+        close(sample(pipe), expected)
+    pipe.warmup()
+    assert not cache.exists()
+
+
+def test_sample_in_a_given_stream_uses_no_other(library: Library, driver: Driver) -> None:
+    """Two threads wait for each other then."""
+    given = driver.stream()
+    pipe = Pipeline.load(library.bundle.path, stream=given)
+    expected = sample(on_cpu(library.bundle.path))
+    for found in in_threads(2, lambda _: sample(pipe)):
+        close(found, expected)
+    assert pipe.backend.lanes == 1
+    assert {stream for context in library.contexts for stream in context.streams} == {given}
+    assert "cuStreamCreate" not in driver.calls
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work` gives in each of so many threads at once."""
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: work(i)}), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found[i] for i in range(count)]
+
+
+def test_sample_in_the_default_stream_is_not_captured_but_right(
+    library: Library, driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver captures nothing from it."""
+    pipe = Pipeline.load(library.bundle.path, stream=0)
+    expected = sample(on_cpu(library.bundle.path))
+    for _ in range(3):
+        close(sample(pipe), expected)
+    assert len(caplog.records) == 1
+    assert "cuGraphLaunch" not in driver.calls
+
+
+def test_sample_on_the_device_is_an_array_there(driver: Driver, pipe: Pipeline) -> None:
+    expected = sample(pipe)
+    found = pipe.sample(CLASSES, SEEDS, steps=STEPS, on_device=True)
+    assert isinstance(found, CudaArray)
+    sample(pipe)  # no later run writes into it
+    content = driver.place(found.address, found.nbytes).view(np.float32).reshape(found.shape)
+    np.testing.assert_array_equal(content, expected)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_guided_of_an_array_on_the_device_stays_there(
+    library: Library, driver: Driver, pipe: Pipeline, images: int
+) -> None:
+    """As of PyTorch's; with the graph's other output going nowhere."""
+    x = on_cpu(library.bundle.path).initial_noise(SEEDS[:images])
+    expected = on_cpu(library.bundle.path).guided(x, 0.5, CLASSES[:images])
+    close(pipe.guided(x, 0.5, CLASSES[:images]), expected)
+    with pipe._lanes.lease() as worker:
+        held = worker.lane.memory.hold(x)
+        worker.lane.memory.wait()
+
+    class Tensor:
+        def __dlpack__(self, **_: Any) -> object:
+            return held.__dlpack__()
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return dlpack.CUDA, 0
+
+    found: Any = pipe.guided(Tensor(), 0.5, CLASSES[:images])  # type: ignore[call-overload]
+    assert isinstance(found, CudaArray)
+    close(driver.place(found.address, found.nbytes).view(np.float32).reshape(found.shape), expected)
+
+
+def test_sample_without_capture_asks_for_each_run(library: Library, driver: Driver) -> None:
+    pipe = Pipeline.load(library.bundle.path, capture=False)
+    expected = sample(on_cpu(library.bundle.path))
+    for _ in range(3):
+        close(sample(pipe), expected)
+    assert "cuStreamBeginCapture" not in driver.calls
+
+
+def test_plan_that_one_lane_prepared_is_there_for_another(library: Library, pipe: Pipeline) -> None:
+    """Each has a stream of its own, which does not wait for the other's."""
+    reference = on_cpu(library.bundle.path)
+    x, times = reference.initial_noise(SEEDS), [1.0, 0.5]
+    expected = reference.guided(x, reference.prepare(times, CLASSES, SEEDS), 1)
+    plan = pipe.prepare(times, CLASSES, SEEDS)
+    with pipe._lanes.lease():
+        close(pipe.guided(x, plan, 1), expected)
+    assert len({stream for context in library.contexts for stream in context.streams}) == 2
+
+
+# What is asked of the device.
+
+
+def part(driver: Driver, work: Callable[[], object]) -> list[str]:
+    """The driver's calls while `work` runs."""
+    before = len(driver.calls)
+    work()
+    return driver.calls[before:]
+
+
+def test_sample_asks_for_all_steps_without_waiting(driver: Driver, pipe: Pipeline) -> None:
+    """The steps are asked for in a row: at first each, then all to be captured, then the graph of them."""
+    sample(pipe, 2, steps=8)  # what is compiled, allocated and bound is there
+    pipe.release()
+    first, second, third = (part(driver, lambda: sample(pipe, 2, steps=8)) for _ in range(3))
+    steps = ["execute_async_v3"] * 8
+    capture = ["cuStreamBeginCapture", *steps, "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy"]
+    for calls, expected in ((first, steps), (second, [*capture, "cuGraphLaunch"]), (third, ["cuGraphLaunch"])):
+        end = len(calls) - calls[::-1].index(expected[-1])
+        assert calls[end - len(expected) : end] == expected
+        assert calls.count("cuStreamSynchronize") == 1  # for the samples
+        assert "cuStreamSynchronize" not in calls[:end]
+    assert third.count("execute_async_v3") < second.count("execute_async_v3")  # conditioning alone
+    assert not {"cuStreamBeginCapture", "cuGraphInstantiate"} & {*first, *third}
+    assert third.count("cuGraphLaunch") == 1
+
+
+def test_play_of_nothing_asks_for_nothing(driver: Driver, pipe: Pipeline) -> None:
+    """As before the first step of a run that begins with noise."""
+    lane = pipe.backend.lane()
+    nothing = lane.sequence(())
+    assert not part(driver, lambda: [nothing.play(lambda _: None) for _ in range(3)])
+
+
+def test_progress_of_each_run_counts_all_evaluations(pipe: Pipeline) -> None:
+    for _ in range(3):
+        told: list[tuple[int, int]] = []
+        sample(pipe, 5, sampler="heun", progress=lambda done, total, told=told: told.append((done, total)))
+        assert told == [(done, 15) for done in range(1, 16)]
+
+
+def test_lane_has_a_context_for_each_profile_over_one_scratch(library: Library, driver: Driver, pipe: Pipeline) -> None:
+    for images in (2, 1, 5, 2, 1):
+        sample(pipe, images)
+    kinds = sorted((context.engine.facts.kind, context.profile) for context in library.contexts)
+    assert kinds == [("condition", 0), ("guided", 0), ("guided", 1)]
+    ((address, size),) = {context.scratch for context in library.contexts}
+    assert size == max(engine.device_memory_size_v2 for engine in library.engines)
+    assert len(driver.place(address, size)) == size
+
+
+def test_lanes_of_threads_share_the_engines_alone(library: Library, driver: Driver, pipe: Pipeline) -> None:
+    """All threads are at work at once: each is in its own first step when the others are."""
+    together = threading.Barrier(3, timeout=60)
+
+    def work(number: int) -> NDArray[np.float32]:
+        """Runs of different lengths, so that none waits forever."""
+        first = [together.wait]
+        return sample(pipe, 2, steps=2 + number, progress=lambda *_: first.pop()() if first else None)
+
+    found = in_threads(3, work)
+    for number, samples in enumerate(found):
+        close(samples, sample(on_cpu(library.bundle.path), 2, steps=2 + number))
+    assert len(library.engines) == len(library.bundle.manifest.engines)
+    for engine in library.engines:
+        assert len(engine.contexts) == 3
+        assert len({context.scratch for context in engine.contexts}) == 3
+        assert all(len(context.streams) == 1 for context in engine.contexts)
+    assert len({stream for context in library.contexts for stream in context.streams}) == 3
+    assert driver.calls.count("cuStreamCreate") == 3
+
+
+def test_memory_of_runs_that_are_over_is_given_back(driver: Driver, pipe: Pipeline) -> None:
+    """A lane keeps the buffers of two kinds of runs, however many there were, captured or not."""
+    used = []
+    for steps in (2, 3, 4, 5, 6, 4, 5, 6):
+        sample(pipe, 2, steps=steps)
+        sample(pipe, 2, steps=steps)
+        gc.collect()
+        used.append(driver.used)
+    assert used[-2:] == used[3:5]  # those of 4 and 5 steps, and of 5 and 6
+
+
+def test_forget_gives_all_buffers_back(driver: Driver, pipe: Pipeline) -> None:
+    with pipe._lanes.lease():
+        pass
+    idle = driver.used  # the scratch
+    for _ in range(3):
+        sample(pipe, 2)
+    pipe.release()
+    gc.collect()
+    unread = 2 * 2 * 8 * 8 * 4  # the output that nobody reads, at most
+    assert driver.used <= idle + unread
+    assert not driver.executables
+
+
+def test_pipeline_that_is_dropped_leaves_nothing(driver: Driver, library: Library) -> None:
+    pipe = Pipeline.load(library.bundle.path)
+    for _ in range(3):
+        sample(pipe)
+    del pipe
+    library.engines.clear()
+    gc.collect()
+    assert driver.used == 0
+    assert not driver.executables
+    assert not driver.graphs
+
+
+# Engines and kernels.
+
+
+def caches(library: Library) -> list[RuntimeCache]:
+    """Those that contexts run with."""
+    return [context.config.cache for context in library.contexts if context.config and context.config.cache]
+
+
+def test_warmup_writes_the_kernels_and_the_next_backend_reads_them(
+    library: Library, pipe: Pipeline, cache: Path
+) -> None:
+    manifest = library.bundle.manifest
+    before = {path: path.stat().st_mtime_ns for path in library.bundle.path.rglob("*")}
+    pipe.warmup(steps=2)
+    written = {path.name: path.read_bytes() for path in cache.iterdir()}
+    assert written.keys() == {f"{manifest.files[engine.file].sha256}.cache" for engine in manifest.engines}
+    assert sorted(written.values()) == [b"kernels:condition/0", b"kernels:guided-16-8/0"]
+    assert {path: path.stat().st_mtime_ns for path in library.bundle.path.rglob("*")} == before
+    library.engines.clear()
+    again = Pipeline.load(library.bundle.path)
+    sample(again, 5)
+    assert sorted(found.read or b"" for found in caches(library)) == sorted(written.values())
+    again.backend.keep()  # with the kernels of another profile
+    assert b"kernels:guided-16-8/0,guided-16-8/1" in {path.read_bytes() for path in cache.iterdir()}
+    assert not [path for path in cache.iterdir() if path.suffix != ".cache"]
+
+
+def test_kernels_of_another_gpu_are_compiled_anew(
+    library: Library, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.mkdir(parents=True)
+    manifest = library.bundle.manifest
+    files = [cache / f"{manifest.files[engine.file].sha256}.cache" for engine in manifest.engines]
+    for file in files:
+        file.write_bytes(b"of another GPU")
+    with caplog.at_level(logging.INFO, "sg_runtime"):
+        pipe = Pipeline.load(library.bundle.path)
+    for file in files:
+        assert f"{file}: of another driver or GPU: kernels are compiled anew" in caplog.messages
+    pipe.warmup(steps=2)
+    assert all(file.read_bytes().startswith(RuntimeCache.KIND) for file in files)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "folders in place of files"])
+def test_cache_that_cannot_be_used_ends_no_run(library: Library, cache: Path, fault: str) -> None:
+    """Root may write and read everything, so it is no matter of permissions here."""
+    if fault == "no folder":
+        cache.parent.write_bytes(b"a file in place of the folder")
+    else:
+        manifest = library.bundle.manifest
+        for engine in manifest.engines:
+            (cache / f"{manifest.files[engine.file].sha256}.cache" / "inside").mkdir(parents=True)
+    pipe = Pipeline.load(library.bundle.path)
+    pipe.warmup(steps=2)
+    close(sample(pipe), sample(on_cpu(library.bundle.path)))
+
+
+def test_engine_that_does_not_deserialise_names_it_and_the_build(library: Library) -> None:
+    library.refuses.add("deserialize")
+    path, engine = library.bundle.path, library.bundle.manifest.engines[0]
+    with pytest.raises(EngineError) as caught:
+        Pipeline.load(path)
+    assert str(caught.value).startswith(
+        f"{path}: {engine.file}: TensorRT-RTX cannot open it, as its own messages say; build it anew: sg-export build "
+    )
+
+
+def test_context_that_is_not_made_names_engine_and_profile(library: Library, pipe: Pipeline) -> None:
+    library.refuses.add("context")
+    with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX gives no context for prof"):
+        sample(pipe)
+
+
+def test_bind_for_another_batch_names_the_build(library: Library, pipe: Pipeline) -> None:
+    lane = pipe.backend.lane()
+    graph = library.bundle.manifest.graph("guided", 16, 8)
+    assert graph is not None
+    x = lane.memory.empty((3, 2, 8, 8), np.float32)
+    with pytest.raises(BundleError) as caught:
+        lane.bind(graph, {"x": x}, {})
+    message = str(caught.value)
+    assert "guided-16-8 has no engine of TensorRT-RTX for batches of 3; build it anew: sg-export build" in message
+    assert "--batch 1 --batch 2 --batch 3" in message
+
+
+@pytest.mark.parametrize("how", [{"fused": False}, {"guidance": "none"}], ids=["two passes", "none"])
+def test_sample_by_a_graph_without_an_engine_names_it(pipe: Pipeline, how: dict[str, Any]) -> None:
+    """The bundle's engines are those that its own guidance needs."""
+    if "guidance" in how:
+        how = {"guidance": pipe.guidance(how["guidance"])}
+    with pytest.raises(BundleError, match=r": dense has no engine of TensorRT-RTX for batches of 2; "):
+        sample(pipe, 2, **how)
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("fault", ["capture", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+def test_capture_that_fails_is_one_warning_and_the_samples_are_right(
+    library: Library, driver: Driver, pipe: Pipeline, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    if fault == "capture":
+        library.refuses.add(fault)
+    else:
+        driver.statuses[fault] = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    expected = sample(on_cpu(library.bundle.path))
+    for _ in range(3):
+        close(sample(pipe), expected)
+    (message,) = caplog.messages
+    assert message.startswith("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: ")
+    assert "cuGraphLaunch" not in driver.calls
+
+
+def test_execution_that_fails_is_an_error_and_the_pipeline_goes_on(library: Library, pipe: Pipeline) -> None:
+    expected = sample(pipe)
+    library.refuses.add("execute")
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX failed, as its own mes"):
+            sample(pipe)
+    library.refuses.clear()
+    for _ in range(3):
+        np.testing.assert_array_equal(sample(pipe), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_device_that_is_lost_ends_the_pipeline(driver: Driver, pipe: Pipeline, when: str) -> None:
+    if when == "after":
+        for _ in range(3):
+            sample(pipe, 2)
+    driver.statuses["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(DeviceError) as caught:
+        sample(pipe, 2)
+    message = str(caught.value)
+    assert message.startswith("cuda:0: the device was lost and this pipeline with it: start the process again (")
+    assert "cuStreamSynchronize gave CUDA_ERROR_ILLEGAL_ADDRESS" in message
+    driver.statuses.clear()
+    driver.lost = False
+    for ask in (sample, lambda pipe: pipe.guided(np.zeros((1, 2, 8, 8), np.float32), 0.5, [0])):
+        with pytest.raises(DeviceError) as again:
+            ask(pipe)
+        assert str(again.value) == message
+
+
+def test_sample_that_does_not_fit_says_what_would_and_the_pipeline_goes_on(driver: Driver, pipe: Pipeline) -> None:
+    expected = sample(pipe, 2, steps=4)
+    driver.total = driver.used + 60_000
+    with pytest.raises(DeviceMemoryError, match=r"need \S+ MB, found \S+ MB free; "):
+        sample(pipe, 2, steps=40)
+    driver.total = 1 << 30
+    for _ in range(3):
+        np.testing.assert_array_equal(sample(pipe, 2, steps=4), expected)
+
+
+def test_sample_that_runs_out_of_memory_at_any_time_leaves_the_pipeline_usable(
+    library: Library, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the driver said to be free: each allocation of a first run fails once."""
+    allocate, place = driver.cuMemAlloc, library.bundle.path
+    expected = sample(Pipeline.load(place), 2)
+    for failing in range(part(driver, lambda: sample(Pipeline.load(place), 2)).count("cuMemAlloc")):
+        pipe, count = Pipeline.load(place), iter(range(1000))
+
+        def refuse(size: int, failing: int = failing, count: Iterator[int] = count) -> tuple[Any, ...]:
+            return (CUresult.CUDA_ERROR_OUT_OF_MEMORY,) if next(count) == failing else allocate(size)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "cuMemAlloc", refuse)
+            with pytest.raises(DeviceMemoryError, match=r"^cuda:0: [\d,]+ MB do not fit into 1,07\d: .*OUT_OF_MEMORY"):
+                sample(pipe, 2)
+        for _ in range(3):
+            np.testing.assert_array_equal(sample(pipe, 2), expected)
+
+
+# The library's names.
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "": ("Logger", "Runtime", "TensorIOMode", "ExecutionContextAllocationStrategy"),
+    "Logger": ("ERROR",),
+    "TensorIOMode": ("INPUT",),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        "device_memory_size_v2",
+        "create_execution_context",
+        "num_io_tensors",
+        "get_tensor_name",
+        "get_tensor_mode",
+        "get_tensor_profile_shape",
+    ),
+    "IExecutionContext": (
+        "set_optimization_profile_async",
+        "set_device_memory",
+        "set_input_shape",
+        "get_tensor_shape",
+        "set_tensor_address",
+        "execute_async_v3",
+    ),
+}
+"""What is used, by the class that has it; "" for the module."""
+
+RTX_ALONE = {
+    "": ("IRuntimeCache",),
+    "ICudaEngine": ("create_runtime_config",),
+    "IRuntimeConfig": (
+        "set_execution_context_allocation_strategy",
+        "create_runtime_cache",
+        "set_runtime_cache",
+        "get_runtime_cache",
+    ),
+    "IRuntimeCache": ("serialize", "deserialize"),
+}
+"""What is used where the module has an IRuntimeCache, which TensorRT's has not."""
+
+OBJECTS = {"self._trt", "self._runtime", "self._engines[]", "opened", "engine", "context", "config", "cache"}
+"""What holds the library or something of it; an `engine` may be the manifest's facts, too."""
+
+
+def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
+    return [name for own in names.values() for name in own]
+
+
+def origin(node: ast.expr) -> str | None:
+    """The variable, or attribute of self, that a chain of attributes, calls and items begins with."""
+    if isinstance(node, ast.Call):
+        return origin(node.func)
+    if isinstance(node, ast.Subscript):
+        return f"{origin(node.value)}[]"
+    if isinstance(node, ast.Attribute):
+        itself = isinstance(node.value, ast.Name) and node.value.id == "self"
+        return f"self.{node.attr}" if itself else origin(node.value)
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def used_names() -> Iterator[str]:
+    for node in ast.walk(ast.parse(inspect.getsource(sg_runtime.backends.trt))):
+        if isinstance(node, ast.Attribute) and origin(node.value) in OBJECTS:
+            yield node.attr
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
+            owner, name = node.args[:2]
+            if origin(owner) in OBJECTS and isinstance(name, ast.Constant):
+                yield name.value
+
+
+def test_names_are_all_that_the_backend_uses() -> None:
+    own = {field.name for field in fields(EngineFacts)}
+    assert {*used_names()} - own == {*flat(NAMES), *flat(RTX_ALONE)}
+
+
+@pytest.mark.parametrize("owner", sorted(NAMES.keys() | RTX_ALONE.keys()))
+def test_used_names_are_in_tensorrt_rtx(owner: str) -> None:
+    found = getattr(real, owner) if owner else real
+    for name in (*NAMES.get(owner, ()), *RTX_ALONE.get(owner, ())):
+        assert hasattr(found, name)
+
+
+def test_used_names_are_in_tensorrt_but_for_those_of_rtx_alone() -> None:
+    """See `tests/sg_engines/test_trt_names.py` for what this can tell."""
+    files = metadata.files("tensorrt-cu13-bindings") or []
+    (binary,) = (file for file in files if file.name == "tensorrt.so")
+    strings = Path(binary.locate()).read_bytes()
+    for name in (*NAMES, *flat(NAMES)):
+        assert name.encode() + b"\0" in strings
+    assert b"IRuntimeCache\0" not in strings  # what the backend goes by
+
+
+def test_stand_in_has_the_names_that_are_used(library: Library, pipe: Pipeline) -> None:
+    sample(pipe, 1)
+    context = library.contexts[0]
+    found = {
+        "": library,
+        "Runtime": library.Runtime(real.Logger()),
+        "ICudaEngine": context.engine,
+        "IExecutionContext": context,
+        "IRuntimeConfig": context.config,
+        "IRuntimeCache": RuntimeCache(),
+    }
+    for owner, stand_in in found.items():
+        for name in (*NAMES.get(owner, ()), *RTX_ALONE.get(owner, ())):
+            assert hasattr(stand_in, name)

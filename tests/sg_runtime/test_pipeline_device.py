@@ -1,0 +1,231 @@
+"""Arrays that stay where they are: states of other libraries by DLPack, samples on the device, and warm pipelines."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import UsageError
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.plan import Plan
+
+CLASSES, SEEDS = [1, None, 3], [5, 6, 7]
+
+
+@pytest.fixture
+def backend(watch: Callable[[Path], Any], tiny_bundle: Path) -> Any:
+    return watch(tiny_bundle)
+
+
+@pytest.fixture
+def pipe(tiny_bundle: Path, backend: Any) -> Pipeline:
+    """In runs of up to three images."""
+    return Pipeline(Bundle.open(tiny_bundle), backend, 3)
+
+
+@pytest.fixture
+def plan(pipe: Pipeline) -> Plan:
+    return pipe.prepare([0.6], CLASSES, SEEDS)
+
+
+@pytest.fixture
+def x(pipe: Pipeline) -> NDArray[np.float32]:
+    return pipe.initial_noise(SEEDS)
+
+
+# States of PyTorch's
+
+
+@pytest.mark.parametrize("mode", ["sg", "cfg", "none"])
+def test_guided_of_a_torch_tensor_reads_it_where_it_lies(
+    pipe: Pipeline, backend: Any, x: NDArray[np.float32], mode: Any
+) -> None:
+    """In every run of a graph, by its address; the prediction goes back without a copy."""
+    plan = pipe.prepare([0.6], CLASSES, SEEDS, guidance=pipe.guidance(mode))
+    expected = pipe.guided(x, plan, 0)
+    tensor = torch.from_numpy(x.copy())
+    backend.events.clear()
+    found = pipe.guided(tensor, plan, 0)  # type: ignore[call-overload]
+    runs = [event for event in backend.events if event.kind == "run"]
+    assert {run.inputs["x"] for run in runs} == {tensor.data_ptr()}
+    assert "download" not in backend.kinds
+    back = torch.from_dlpack(found)
+    assert back.data_ptr() == found.__array_interface__["data"][0]
+    np.testing.assert_array_equal(back.numpy(), expected)
+    np.testing.assert_array_equal(tensor.numpy(), x)
+
+
+def test_guided_of_a_torch_tensor_once_is_that_of_numpy(pipe: Pipeline, x: NDArray[np.float32]) -> None:
+    found: Any = pipe.guided(torch.from_numpy(x), 0.6, CLASSES)  # type: ignore[call-overload]
+    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), pipe.guided(x, 0.6, CLASSES))
+
+
+def test_guided_of_a_torch_tensor_with_branches_returns_numpys(
+    pipe: Pipeline, plan: Plan, x: NDArray[np.float32]
+) -> None:
+    found: Any = pipe.guided(torch.from_numpy(x), plan, 0, return_branches=True)  # type: ignore[call-overload]
+    expected: Any = pipe.guided(x, plan, 0, return_branches=True)  # type: ignore[call-overload]
+    for a, b in zip(found, expected, strict=True):
+        assert isinstance(a, np.ndarray)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_guided_of_a_prediction_goes_on_from_it(pipe: Pipeline, plan: Plan, x: NDArray[np.float32]) -> None:
+    """A sampler in PyTorch, whose states never were NumPy's."""
+    state, steps = torch.from_numpy(x.copy()), x
+    for _ in range(3):
+        state = state - 0.25 * torch.from_dlpack(pipe.guided(state, plan, 0))  # type: ignore[call-overload]
+        steps = steps - np.float32(0.25) * pipe.guided(steps, plan, 0)
+    # PyTorch may fuse the product and the sum: a rounding in each of three steps.
+    np.testing.assert_allclose(state.numpy(), steps, rtol=1e-5, atol=1e-5)
+
+
+def test_guided_of_more_tensors_than_a_batch_is_that_of_numpy(pipe: Pipeline, x: NDArray[np.float32]) -> None:
+    """Four images by threes: the last run is filled up."""
+    four = np.concatenate([x, x[:1]])
+    found: Any = pipe.guided(torch.from_numpy(four), 0.6, [*CLASSES, 2])  # type: ignore[call-overload]
+    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), pipe.guided(four, 0.6, [*CLASSES, 2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda x: x.double(), "float64 of shape (3, 2, 8, 8)"),
+        (lambda x: x.half(), "float16 of shape (3, 2, 8, 8)"),
+        (lambda x: x[:2], "float32 of shape (2, 2, 8, 8)"),
+        (lambda x: x[0], "float32 of shape (2, 8, 8)"),
+    ],
+)
+def test_guided_of_another_tensor_is_refused(
+    pipe: Pipeline, plan: Plan, x: NDArray[np.float32], change: Callable[[torch.Tensor], torch.Tensor], found: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipe.guided(change(torch.from_numpy(x)), plan, 0)  # type: ignore[call-overload]
+    assert str(caught.value) == f"x: expected float32 of shape (3, 2, 8, 8), found {found}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.bfloat16(), lambda x: x.clone().requires_grad_(), lambda x: x.to("meta"), lambda x: x.tolist()],
+    ids=["bfloat16", "gradient", "meta", "list"],
+)
+def test_guided_of_what_dlpack_does_not_hand_over_is_refused(
+    pipe: Pipeline, plan: Plan, x: NDArray[np.float32], change: Callable[[torch.Tensor], Any]
+) -> None:
+    with pytest.raises(UsageError, match="expected a NumPy array, or one that DLPack can hand to the CPU, found "):
+        pipe.guided(change(torch.from_numpy(x)), plan, 0)
+
+
+def test_guided_of_a_tensor_that_is_a_view_is_the_same(pipe: Pipeline, plan: Plan, x: NDArray[np.float32]) -> None:
+    """With gaps, and in another order of its axes."""
+    tensor, expected = torch.from_numpy(x), pipe.guided(x, plan, 0)
+    for view in (tensor.repeat_interleave(2, 0)[::2], tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
+        assert not view.is_contiguous()
+        found: Any = pipe.guided(view, plan, 0)  # type: ignore[call-overload]
+        np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), expected)
+
+
+# Samples
+
+
+def test_sample_on_the_device_is_an_array_of_the_callers(pipe: Pipeline) -> None:
+    """NumPy's on the CPU, which no later run writes into."""
+    plain = pipe.sample(CLASSES, SEEDS, steps=3)
+    found: Any = pipe.sample(CLASSES, SEEDS, steps=3, on_device=True)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, plain)
+    pipe.sample([4, 4, 4], [1, 2, 3], steps=3)
+    np.testing.assert_array_equal(found, plain)
+    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), plain)
+
+
+def test_sample_without_on_device_is_an_array_of_the_callers(pipe: Pipeline) -> None:
+    found = pipe.sample(CLASSES, SEEDS, steps=3)
+    kept = found.copy()
+    found += 1
+    np.testing.assert_array_equal(pipe.sample(CLASSES, SEEDS, steps=3), kept)
+
+
+# Warm pipelines
+
+
+@pytest.mark.parametrize("mode", ["sg", "cfg"])
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_warmup_opens_and_binds_what_a_later_run_needs(
+    tiny_bundle: Path, watch: Callable[[Path], Any], mode: Any, images: int
+) -> None:
+    """Of as many images and steps: no session is opened, no launch bound, no buffer of a workspace made after it."""
+    opened: list[Path] = []
+
+    def open_graph(path: Path) -> Any:
+        opened.append(path)
+        return open_session(path)
+
+    backend = watch(tiny_bundle)
+    backend.backend = OrtBackend(Bundle.open(tiny_bundle), open_graph=open_graph)
+    pipe = Pipeline(Bundle.open(tiny_bundle), backend, 3)
+    guidance = pipe.guidance(mode)
+    pipe.warmup(images, steps=4, guidance=guidance)
+    assert len(opened) == len(set(opened)) > 0
+    opened.clear()
+    backend.events.clear()
+    held = backend.memory.live
+    pipe.sample([*range(images)], range(9, 9 + images), steps=4, guidance=guidance)
+    assert not opened
+    assert not [event for event in backend.events if event.kind == "bind" and event.fixed]
+    assert backend.memory.live == held
+
+
+def test_warmup_without_arguments_is_a_run_of_the_bundles(pipe: Pipeline, backend: Any) -> None:
+    pipe.warmup()
+    assert len(backend.steps) == pipe.bundle.manifest.sampling.steps
+
+
+@pytest.mark.parametrize("images", [0, -1])
+def test_warmup_of_no_images_is_refused(pipe: Pipeline, images: int) -> None:
+    with pytest.raises(UsageError, match="classes: expected at least one, found none"):
+        pipe.warmup(images)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_load_of_a_chunk_below_one_is_refused(tiny_bundle: Path, chunk: int) -> None:
+    with pytest.raises(UsageError, match=f"chunk: expected at least 1, found {chunk}"):
+        Pipeline.load(tiny_bundle, chunk=chunk)
+
+
+def test_load_of_a_chunk_is_the_pipelines(tiny_bundle: Path) -> None:
+    whole, pieces = Pipeline.load(tiny_bundle), Pipeline.load(tiny_bundle, chunk=2)
+    assert (whole.chunk, pieces.chunk) == (None, 2)
+    asked: dict[str, Any] = {"classes": CLASSES, "seeds": SEEDS, "steps": 3}
+    np.testing.assert_array_equal(pieces.sample(**asked), whole.sample(**asked))
+
+
+@pytest.fixture
+def read_only(edited: Callable[[Callable[[Any], object]], Path]) -> Iterator[Path]:
+    """A copy of the tiny bundle in which nothing may be written."""
+    bundle = edited(lambda content: None)
+    paths = [bundle, *bundle.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield bundle
+    for path in paths:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_load_of_a_bundle_that_is_read_only_runs_the_same(read_only: Path, tiny_bundle: Path) -> None:
+    """And leaves nothing there."""
+    before = sorted(read_only.rglob("*"))
+    pipe = Pipeline.load(read_only)
+    pipe.warmup(steps=2)
+    expected = Pipeline.load(tiny_bundle).sample(CLASSES, SEEDS, steps=2)
+    np.testing.assert_array_equal(pipe.sample(CLASSES, SEEDS, steps=2), expected)
+    assert sorted(read_only.rglob("*")) == before

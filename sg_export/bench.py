@@ -130,7 +130,7 @@ def bench(
 
     ours = _Ours(pipe, classes, steps)
     makers: dict[str, Callable[[], float]] = {"ours": ours}
-    precisions: dict[str, str] = {"ours": manifest.precision}
+    precisions: dict[str, str] = {"ours": manifest.precision_name}
     for name in baselines:
         from sg_export.bench_torch import TorchLoop
 

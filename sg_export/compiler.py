@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -23,6 +24,7 @@ from sg_export.options import DEFAULT_ENGINE_BATCH, DEFAULT_SPARSITY, CompileOpt
 from sg_export.output import check_output, new_folder
 from sg_export.precision import check_types, fp32_layers, half_attentions, to_half
 from sg_export.progress import Report, silent
+from sg_export.quantization import plan_quantization, quantized_models
 from sg_export.trace import trace
 from sg_export.weights import write_graphs
 from sg_runtime import __version__
@@ -43,6 +45,7 @@ from sg_runtime.manifest import (
     Manifest,
     NetworkName,
     Precision,
+    Quantization,
     Sampling,
     write_manifest,
 )
@@ -54,8 +57,13 @@ default run has steps, so that its weights are read once."""
 MAX_BUILD_ERROR: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
 """Relative L2 distance to PyTorch above which a graph is wrong: rounding stays below it, a fault far above."""
 
+MAX_QUANTIZED_ERROR = 0.5
+"""The same for a quantized graph, whose quality its gates decide on real inputs."""
+
 EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
 """Defaults of NVlabs/edm (`generate.py`, `edm_sampler`), which both families' samplers share."""
+
+Networks = Mapping[NetworkName, LoadedModel | None]
 
 WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
 
@@ -79,34 +87,73 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     if not options.has_onnx and graphs.guided_alone(plan):
         specs = [spec for spec in specs if spec.kind in ("condition", "guided")]
     layers = fp32_layers(loaded.model, options.precision, whole=options.whole)
+    networks: Networks = {"main": loaded, "weak": weak}
+    files = _files(specs, symbolic=bool(options.libraries))
+    engine_files = {
+        name: own
+        for name, own in files.items()
+        if options.libraries and (own[0].kind in ("condition", "guided") or not graphs.guided_alone(plan))
+    }
+    passes = 1 if options.quantize is None else 2
+    counted = _Counted(report, len(files) + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
     with new_folder(options.output, options.force) as folder:
-        facts, engines = _write({"main": loaded, "weak": weak}, plan, specs, layers, options, folder, report)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            created_by=f"sg-export {__version__}",
-            model=loaded.facts,
-            guidance=plan,
-            sampling=(
-                Sampling("euler", options.steps, None)
-                if loaded.facts.prediction == "flow"
-                else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
-            ),
-            precision=options.precision,
-            fp32_layers=layers,
-            opset=options.opset,
-            batch=options.graph_batch,
-            condition_rows=CONDITION_ROWS,
-            graphs=facts,
-            engines=engines,
-            source=loaded.source,
-            weak_source=None if weak is None else weak.source,
-            files={
-                path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
-                for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
-            },
-        )
+        traced = {name: _trace(networks, own[0], options, counted) for name, own in files.items()}
+        quantization = None
+        if options.quantize is not None:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
+                exact = replace(options, precision="fp32", keep_onnx=bool(options.libraries))
+                written = _pack(networks, files, traced, (), exact, Path(scratch), counted)
+                manifest = _manifest(loaded, weak, plan, exact, (), None, written, (), Path(scratch))
+                reference = Bundle(Path(scratch), manifest)
+                quantization, ranges = plan_quantization(reference, options.quantize, options.precision, counted.stage)
+                traced = quantized_models(reference, files, quantization, ranges)
+        written = _pack(networks, files, traced, layers, options, folder, counted)
+        sources = [_engine_source(folder, name, own, written) for name, own in engine_files.items()]
+        engines = _engines(loaded, sources, options, folder, counted)
+        if not options.has_onnx:
+            shutil.rmtree(folder / "graphs")
+        manifest = _manifest(loaded, weak, plan, options, layers, quantization, written, engines, folder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
+
+
+def _manifest(
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    plan: GuidancePlan,
+    options: CompileOptions,
+    layers: tuple[str, ...],
+    quantization: Quantization | None,
+    written: "_Written",
+    engines: tuple[EngineFacts, ...],
+    folder: Path,
+) -> Manifest:
+    """What is in `folder`."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created_by=f"sg-export {__version__}",
+        model=loaded.facts,
+        guidance=plan,
+        sampling=(
+            Sampling("euler", options.steps, None)
+            if loaded.facts.prediction == "flow"
+            else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
+        ),
+        precision=options.precision,
+        fp32_layers=layers,
+        quantization=quantization,
+        opset=options.opset,
+        batch=options.graph_batch,
+        condition_rows=CONDITION_ROWS,
+        graphs=written.facts,
+        engines=engines,
+        source=loaded.source,
+        weak_source=None if weak is None else weak.source,
+        files={
+            path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
+            for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
+        },
+    )
 
 
 def plan_build(
@@ -148,54 +195,80 @@ def _check_distinct(levels: Iterable[Level]) -> None:
             )
 
 
-def _write(
-    loaded: Mapping[NetworkName, LoadedModel | None],
-    plan: GuidancePlan,
-    specs: Sequence[GraphSpec],
-    layers: tuple[str, ...],
-    options: CompileOptions,
-    folder: Path,
-    report: Report,
-) -> tuple[tuple[GraphFacts, ...], tuple[EngineFacts, ...]]:
-    """Trace, write and check all graphs in `folder`/graphs, and build engines of those that the plan uses.
+class _Counted:
+    """Reports stages by their number among all."""
 
-    Graphs for engines have symbolic token counts, so that one file is the graphs of all levels.
-    """
-    symbolic, batch = bool(options.libraries), options.graph_batch
+    def __init__(self, report: Report, total: int) -> None:
+        self._report, self._total, self._done = report, total, 0
+
+    def __call__(self, stage: str) -> None:
+        """A stage begins."""
+        self._report(stage, self._done, self._total)
+        self._done += 1
+
+    def stage(self, stage: str, share: float | None = None) -> None:
+        """What is done within the stage that began last."""
+        self._report(stage, max(self._done - 1, 0), self._total, share)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What was written of the graphs. attentions: in half precision, by file. costs: by graph."""
+
+    facts: tuple[GraphFacts, ...]
+    attentions: Mapping[str, int]
+    costs: Mapping[GraphSpec, Cost]
+
+
+def _files(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[GraphSpec]]:
+    """The graphs of every file; with symbolic token counts one file is the graphs of all levels."""
     files: dict[str, list[GraphSpec]] = {}
     for spec in specs:
         files.setdefault(spec.shared_name if symbolic else spec.name, []).append(spec)
-    engine_files = {
-        name: own
-        for name, own in files.items()
-        if symbolic and (own[0].kind in ("condition", "guided") or not graphs.guided_alone(plan))
-    }
-    stages = len(files) + 1 + len(specs) + len(engine_files) * len(options.libraries)
-    traced: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
+    return files
+
+
+def _trace(networks: Networks, spec: GraphSpec, options: CompileOptions, counted: _Counted) -> ir.Model:
+    """The FP32 graph of a file."""
+    symbolic = bool(options.libraries)
+    counted(f"tracing {spec.shared_name if symbolic else spec.name}")
+    source = networks[spec.network]
+    assert source is not None
+    return trace(source.model, spec, source.facts, options.graph_batch, options.opset, symbolic_keep=symbolic)
+
+
+def _pack(
+    networks: Networks,
+    files: Mapping[str, Sequence[GraphSpec]],
+    models: Mapping[str, ir.Model],
+    layers: tuple[str, ...],
+    options: CompileOptions,
+    folder: Path,
+    counted: _Counted,
+) -> _Written:
+    """Type, count, write and check all graphs in `folder`/graphs."""
+    by_network: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
     costs: dict[GraphSpec, Cost] = {}
     attentions: dict[str, int] = {}
-    for number, (name, own) in enumerate(files.items()):
-        report(f"tracing {name}", number, stages)
-        source = loaded[own[0].network]
-        assert source is not None
-        model = trace(source.model, own[0], source.facts, batch, options.opset, symbolic_keep=symbolic)
+    for name, own in files.items():
+        graph = models[name].graph
         if options.precision != "fp32":
-            to_half(model.graph, options.precision, layers)
-        traced[own[0].network].append(model)
-        attentions[name] = half_attentions(model.graph)
+            to_half(graph, options.precision, layers)
+        by_network[own[0].network].append(models[name])
+        attentions[name] = half_attentions(graph)
         for spec in own:
-            costs[spec] = count_cost(model.graph, graphs.keep_sizes(spec, [level.keep for level in spec.levels]))
-    report("writing graphs and weights", len(files), stages)
+            costs[spec] = count_cost(graph, graphs.keep_sizes(spec, [level.keep for level in spec.levels]))
+    counted("writing graphs and weights")
     (folder / "graphs").mkdir()
-    for network, models in traced.items():
-        if models:
-            write_graphs(models, folder / "graphs", WEIGHTS_FILES[network])
+    for network, own_models in by_network.items():
+        if own_models:
+            write_graphs(own_models, folder / "graphs", WEIGHTS_FILES[network])
     facts: list[GraphFacts] = []
     for name, own in files.items():
         path = folder / "graphs" / f"{name}.onnx"
         for spec in own:
-            report(f"checking {spec.name}", len(files) + 1 + len(facts), stages)
-            source = loaded[spec.network]
+            counted(f"checking {spec.name}")
+            source = networks[spec.network]
             assert source is not None
             if spec is own[0]:
                 check_graph(path)
@@ -207,41 +280,31 @@ def _write(
                     network=spec.network,
                     levels=spec.levels,
                     file=f"graphs/{path.name}" if options.has_onnx else None,
-                    inputs=graphs.inputs(spec, source.facts, batch),
-                    outputs=graphs.outputs(spec, source.facts, batch),
+                    inputs=graphs.inputs(spec, source.facts, options.graph_batch),
+                    outputs=graphs.outputs(spec, source.facts, options.graph_batch),
                     cost=costs[spec],
-                    parity=_parity(source, spec, path, batch, options.precision),
+                    parity=_parity(source, spec, path, options),
                 )
             )
-    sources = [
-        EngineSource(
-            path=folder / "graphs" / f"{name}.onnx",
-            weights=folder / "graphs" / WEIGHTS_FILES[own[0].network],
-            specs=tuple(own),
-            half_attentions=attentions[name],
-            weight_bytes=costs[own[0]].weight_bytes,
-        )
-        for name, own in engine_files.items()
-    ]
-    engines = _engines(loaded, sources, options, folder, report, stages)
-    if not options.has_onnx:
-        shutil.rmtree(folder / "graphs")
-    return tuple(facts), engines
+    return _Written(tuple(facts), attentions, costs)
+
+
+def _engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: _Written) -> EngineSource:
+    return EngineSource(
+        path=folder / "graphs" / f"{name}.onnx",
+        weights=folder / "graphs" / WEIGHTS_FILES[own[0].network],
+        specs=tuple(own),
+        half_attentions=written.attentions[name],
+        weight_bytes=written.costs[own[0]].weight_bytes,
+    )
 
 
 def _engines(
-    loaded: Mapping[NetworkName, LoadedModel | None],
-    sources: Sequence[EngineSource],
-    options: CompileOptions,
-    folder: Path,
-    report: Report,
-    stages: int,
+    loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: _Counted
 ) -> tuple[EngineFacts, ...]:
     """Engines in `folder`/engines."""
     if not options.libraries:
         return ()
-    main = loaded["main"]
-    assert main is not None
     engine_options = EngineOptions(
         libraries=options.libraries,
         batches=tuple(sorted(set(options.batch))) or (DEFAULT_ENGINE_BATCH,),
@@ -251,15 +314,14 @@ def _engines(
         allow_unfused=options.allow_unfused,
         cache=options.cache,
     )
-    first = stages - len(sources) * len(options.libraries)
-    return build_engines(
-        sources,
-        main.facts,
-        CONDITION_ROWS,
-        engine_options,
-        folder / "engines",
-        lambda stage, done, total, share=None: report(stage, first + done, stages, share),
-    )
+
+    def told(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+        if share is None:
+            counted(stage)
+        else:
+            counted.stage(stage, share)
+
+    return build_engines(sources, loaded.facts, CONDITION_ROWS, engine_options, folder / "engines", told)
 
 
 def check_graph(path: Path) -> None:
@@ -278,9 +340,11 @@ def check_graph(path: Path) -> None:
             raise ExportError(f"graph {path.name}: ONNX {onnx.__version__} refuses it: {error}") from error
 
 
-def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, batch: int | None, precision: Precision) -> float | None:
+def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: CompileOptions) -> float | None:
     """Relative L2 distance of the graph to PyTorch on one random input; None where ONNX Runtime is not installed."""
-    inputs = graphs.inputs(spec, loaded.facts, batch)
+    precision = options.precision
+    most = MAX_BUILD_ERROR[precision] if options.quantize is None else MAX_QUANTIZED_ERROR
+    inputs = graphs.inputs(spec, loaded.facts, options.graph_batch)
     generator = torch.Generator().manual_seed(1)
     values = [graphs.example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
     try:
@@ -300,9 +364,9 @@ def _parity(loaded: LoadedModel, spec: GraphSpec, path: Path, batch: int | None,
             f"graph {path.name}: expected values that {precision} holds, found larger ones from {operator} on: build "
             f"with --precision bf16 or fp32"
         )
-    if not distance <= MAX_BUILD_ERROR[precision]:
+    if not distance <= most:
         raise ExportError(
-            f"graph {path.name}: relative L2 distance to PyTorch: expected at most {MAX_BUILD_ERROR[precision]:g}, "
+            f"graph {path.name}: relative L2 distance to PyTorch: expected at most {most:g}, "
             f"found {distance:g}; please report this with the versions that sg-export doctor prints"
         )
     return distance

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import sympy
 
-from sg_export.precision import PRODUCTS
+from sg_export.precision import PRODUCTS, weight_of, weighted_products
 from sg_runtime.manifest import Cost
 
 Dimension = int | ir.SymbolicDim
@@ -30,7 +30,7 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
         right, output = node.inputs[1], node.outputs[0]
         assert right is not None
         macs = _elements(output, size_of) * _reduced(node, right, size_of)
-        if right.is_initializer():
+        if weight_of(node) is not None:
             linear += macs
         else:
             attention += macs
@@ -41,6 +41,18 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
     )
     images = batch if isinstance(batch, int) else 1
     return Cost(linear // images, attention // images, weights, _activation_peak(graph, size_of) // images)
+
+
+def layer_macs(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Multiply-adds of each product with a weight, by the weight's name in the checkpoint, for one image or row."""
+    size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
+    batch, found = _shape(graph.inputs[0])[0], {}
+    images = batch if isinstance(batch, int) else 1
+    for name, node in weighted_products(graph):
+        right = node.inputs[1]
+        assert right is not None
+        found[name] = _elements(node.outputs[0], size_of) * _reduced(node, right, size_of) // images
+    return found
 
 
 def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> int:

@@ -14,9 +14,12 @@ ROUNDED = "/Rounded"
 """Ends the name of the node that rounds what an operator gives; the operator's name comes before it."""
 
 
-def emulated(path: Path) -> bytes:
-    """The half-precision graph at `path` in FP32 operators: a serialized model that refers to the weights beside it."""
-    model = ir.load(path)
+def emulated(source: Path | ir.Model) -> bytes:
+    """A half-precision graph in FP32 operators: a serialized model, which of a file refers to the weights beside it.
+
+    A model given as such is changed.
+    """
+    model = source if isinstance(source, ir.Model) else ir.load(source)
     graph, halves = model.graph, tuple(HALF.values())
     widened: dict[ir.Value, ir.Value] = {}
     for node in list(graph):

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sg_engines.targets import check_targets
 from sg_export.checkpoint import Overrides, Weights
+from sg_export.quantize_options import QuantizeOptions
 from sg_export.trace import DEFAULT_OPSET, OPSETS
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
@@ -31,7 +32,8 @@ class CompileOptions:
     interval: the times between which guidance applies. steps: default sampling steps. weights, overrides: see
     `load_model`. force: replace an existing bundle.
 
-    precision: the type of the matrix products, see `sg_export.precision`. targets: "onnxruntime" for ONNX graphs,
+    precision: the type of the matrix products, see `sg_export.precision`; quantize: which of them are in INT8 or FP8
+    over that. targets: "onnxruntime" for ONNX graphs,
     "tensorrt-rtx" and "tensorrt" for engines; keep_onnx leaves the graphs of these in the bundle, too. batch: image
     counts; of ONNX graphs at most one, which they are then fixed to; engines have a profile for each, 1 by default.
 
@@ -58,6 +60,7 @@ class CompileOptions:
     keep_onnx: bool = False
     allow_unfused: bool = False
     cache: Path | None = None
+    quantize: QuantizeOptions | None = None
     opset: int = DEFAULT_OPSET
     weights: Weights | None = None
     overrides: Overrides = field(default_factory=Overrides)
@@ -113,7 +116,14 @@ class CompileOptions:
         if "tensorrt" in libraries and "tensorrt_rtx" not in libraries:
             check_targets("tensorrt", self.compute_capabilities, ())
         if "tensorrt_rtx" in libraries:
-            products = {self.precision} if self.whole else {self.precision, "fp32"}
+            products: set[str] = {self.precision} if self.whole else {self.precision, "fp32"}
+            if self.quantize is not None:
+                products.add(self.quantize.type)
+                if self.quantize.type == "fp8" and not self.compute_capabilities:
+                    raise UsageError(
+                        "precision fp8: expected --sm 8.9 or above for TensorRT-RTX, which by itself builds for GPUs "
+                        "without FP8, too; found none"
+                    )
             check_targets("tensorrt_rtx", self.compute_capabilities, products)
 
     @property

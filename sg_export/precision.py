@@ -59,9 +59,16 @@ def belongs(weight: str, layers: Iterable[str]) -> bool:
 def weighted_products(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
     """The matrix products and convolutions with a weight, and its name in the checkpoint."""
     for node in graph:
-        weight = node.inputs[1] if node.op_type in PRODUCTS else None
-        if weight is not None and weight.is_initializer():
-            yield str(weight.name).removesuffix(".T"), node
+        if (weight := weight_of(node)) is not None:
+            yield str(weight.name).removesuffix("_quantized").removesuffix(".T"), node
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The initializer that a product takes as its weight, be it through a DequantizeLinear; else None."""
+    weight = node.inputs[1] if node.op_type in PRODUCTS else None
+    if weight is not None and (source := weight.producer()) is not None and source.op_type == "DequantizeLinear":
+        weight = source.inputs[0]
+    return weight if weight is not None and weight.is_initializer() else None
 
 
 def to_half(
@@ -88,7 +95,10 @@ def to_half(
     for node in list(graph):
         floats = {i: value for i, value in enumerate(node.inputs) if value is not None and value.dtype in (_FP32, half)}
         computed = [value for value in floats.values() if not value.is_initializer()]
-        if node in weighted:
+        if node.op_type == "DequantizeLinear":  # as what it feeds
+            products = [use.node for use in node.outputs[0].uses()]
+            wanted = _FP32 if any(belongs(weighted[product], layers) for product in products) else half
+        elif node in weighted:
             wanted = _FP32 if belongs(weighted[node], layers) else half
         elif node.op_type in ("Cast", *fp32_operators) or not all(value.dtype == half for value in computed):
             wanted = _FP32

@@ -21,20 +21,23 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
+from sg_calibration.feeds import images_of
+from sg_calibration.settings import LEAST_STRATA
 from sg_export import graphs, two_pass
 from sg_export.activations import first_overflow
 from sg_export.checkpoint import Overrides, Weights
 from sg_export.emulate import emulated
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.progress import Report, silent
+from sg_export.quality import by_pipeline, by_pytorch, walk
 from sg_export.reference import REFERENCES, reference_path
 from sg_export.runners import LaneRunner, TorchRunner
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.guidance import levels
-from sg_runtime.manifest import GraphFacts, GuidanceMode, GuidancePlan, Manifest, Precision, SamplerName, Source
+from sg_runtime.guidance import built_guidances, guide, levels
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Precision, SamplerName, Source
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
 
@@ -132,6 +135,11 @@ def verify(
     comparisons: list[Comparison] = []
     commands: list[str] = []
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    if opened.manifest.quantization is not None:
+        for guidance in built_guidances(opened.manifest):
+            report(f"comparing at every time, {guidance.mode} {_rates(guidance)}", 0, None)
+            comparisons += _compare_quantized(pipeline, loaded, weak, guidance)
+        return Parity(tuple(comparisons), ())
     singles = any(graph.kind in ("dense", "sparse") for graph in opened.manifest.graphs)
     runs = [
         (guidance, sampler, fused)
@@ -338,13 +346,9 @@ def _time(manifest: Manifest, t: float) -> float:
 def _guidances(manifest: Manifest) -> list[GuidancePlan]:
     """The bundle's own plan, every other pair it has a graph for, and the strong branch alone."""
     plan = manifest.guidance
-    found = [
-        GuidancePlan(_mode(graph), graph.levels[0], graph.levels[1], plan.scale)
-        for graph in manifest.graphs
-        if graph.kind == "guided"
-    ]
     alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
-    return [plan, *(other for other in (*found, alone) if (other.mode, _rates(other)) != (plan.mode, _rates(plan)))]
+    others = (*built_guidances(manifest), alone)
+    return [plan, *(other for other in others if (other.mode, _rates(other)) != (plan.mode, _rates(plan)))]
 
 
 def _rates(guidance: GuidancePlan) -> str:
@@ -352,13 +356,6 @@ def _rates(guidance: GuidancePlan) -> str:
     ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
     shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
     return "/".join(shown[:1] if guidance.mode in ("none", "cfg") else shown)
-
-
-def _mode(graph: GraphFacts) -> GuidanceMode:
-    """The guidance that a guided graph is for."""
-    if not graph.null_weak:
-        return "sg"
-    return "cfg" if graph.levels[0] == graph.levels[1] else "cfg+sg"
 
 
 def _compare_run(
@@ -386,6 +383,34 @@ def _compare_run(
     found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     gates, name = GATES[manifest.precision], _run_name(guidance, sampler, fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
+
+
+def _compare_quantized(
+    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
+) -> list[Comparison]:
+    """Branches and guided prediction at every time of a run of PyTorch's, by the bundle's gates; then a whole run.
+
+    Beside that stands how far another draw of token subsets would lead.
+    """
+    manifest = pipeline.bundle.manifest
+    assert manifest.quantization is not None
+    gates = manifest.quantization.gates
+    classes, seeds = images_of("gate", manifest.model, IMAGES)
+    own = walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA)
+    plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
+    comparisons = []
+    name = f"{guidance.mode} {_rates(guidance)}"
+    for index, time in enumerate(own.times):
+        wanted = own.strong[index], own.weak[index]
+        found = branches(own.states[index], plan, index)
+        for branch, w, f in zip(("strong", "weak"), wanted, found, strict=True):
+            comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, 1.0, gates.cosine))
+        both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
+        comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, -1.0))
+    samples = pipeline.sample(classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
+    subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
+    comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, gates.guided, -1.0))
+    return comparisons
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import EngineLibrary
 
-_FROM_AMPERE = frozenset({"fp32", "fp16", "bf16"})
+_FROM_AMPERE = frozenset({"fp32", "fp16", "bf16", "int8"})
 
 RTX_PRODUCTS: Mapping[int, frozenset[str]] = {
     75: frozenset({"fp16"}),

@@ -57,6 +57,12 @@ class BundleError(SgError):
     exit_code = 6
 
 
+class CalibrationError(SgError):
+    """Calibration data, or a table of ranges, is damaged or of another model."""
+
+    exit_code = 6
+
+
 class CheckpointError(SgError):
     """A checkpoint is missing, damaged, or of no family that an adapter covers."""
 

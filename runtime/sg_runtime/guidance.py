@@ -77,6 +77,18 @@ def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
     return sorted({level for graph in graphs for level in graph.levels}, key=lambda level: -level.keep)
 
 
+def built_guidances(manifest: Manifest) -> list[GuidancePlan]:
+    """Every guidance at constant sparsities that the bundle has graphs for: its pairs; else its default branches."""
+    plan = manifest.guidance
+    modes: dict[tuple[bool, bool], GuidanceMode] = {(True, True): "cfg", (True, False): "cfg+sg"}
+    pairs = []
+    for graph in manifest.graphs:
+        if graph.kind == "guided":
+            strong, weak = graph.levels
+            pairs.append(GuidancePlan(modes.get((graph.null_weak, strong == weak), "sg"), strong, weak, plan.scale))
+    return pairs or [GuidancePlan(plan.mode, plan.strong, plan.weak, plan.scale)]
+
+
 def choose(
     manifest: Manifest,
     *,

@@ -16,7 +16,7 @@ from sg_runtime.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 MANIFEST_FILE = "manifest.json"
 
 GraphKind = Literal["condition", "dense", "sparse", "guided"]
@@ -25,6 +25,7 @@ NetworkName = Literal["main", "weak"]
 Prediction = Literal["flow", "edm"]
 HalfPrecision = Literal["fp16", "bf16"]
 Precision = Literal["fp32", "fp16", "bf16"]
+QuantizedType = Literal["int8", "fp8"]
 EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
 SamplerName = Literal["euler", "heun"]
 
@@ -300,6 +301,71 @@ class EngineFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPlan(_Strict):
+    """What became of a quantizable layer.
+
+    quantized: whether it is; its activations too, unless weight_only. reason: why, as inspect shows it. sensitivity:
+    relative L2 distance of the guided prediction to FP32 where it alone is quantized, None where that was not measured.
+    bytes_saved: of its weight, where it is quantized. linear_macs: of one image and guided step.
+    """
+
+    name: str
+    quantized: bool
+    weight_only: bool
+    reason: str
+    sensitivity: float | None
+    bytes_saved: int
+    linear_macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StratumQuality(_Strict):
+    """How close the predictions at one time (t, or sigma) are to FP32: the worst over the guidances that are built.
+
+    strong, weak: cosine of each branch. guided: relative L2 distance of the guided prediction.
+    """
+
+    time: float
+    strong: float
+    weak: float
+    guided: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gates(_Strict):
+    """What a quantized bundle must reach at every time: the least cosine of a branch, the most guided distance."""
+
+    cosine: float
+    guided: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization(_Strict):
+    """How the graphs were quantized, and what it did to them, as measured when they were built.
+
+    type: of the products' weights and activations. method: of the ranges; table_sha256: of the table that they are
+    from. images, evaluations: that they were seen on. runs: relative L2 distance of whole runs to FP32, at equal seeds
+    and subsets; mask_noise: that of two FP32 runs with different subsets. passed: whether the gates hold. time_ratio:
+    of a guided step to FP32's on ONNX Runtime's CPU provider, where it was built; None where that does not run it as it
+    is. remarks: what a user should know before taking it.
+    """
+
+    type: QuantizedType
+    method: str
+    table_sha256: str
+    images: int
+    evaluations: int
+    layers: tuple[LayerPlan, ...]
+    quality: tuple[StratumQuality, ...]
+    runs: float
+    mask_noise: float
+    gates: Gates
+    passed: bool
+    time_ratio: float | None
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Source(_Strict):
     """The checkpoint a bundle was built from.
 
@@ -330,17 +396,19 @@ class FileFacts(_Strict):
 class Manifest(_Strict):
     """A bundle. `batch` is the image count that the ONNX graphs are fixed to, None where it is symbolic.
 
-    precision: of the products of all graphs, but for those of `fp32_layers`, modules by their names in the checkpoint.
+    precision: of the products of all graphs, but for those of `fp32_layers`, modules by their names in the checkpoint,
+    and for what `quantization` says.
     weak_source: the checkpoint of the weak network, where there is one.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
     sampling: Sampling
     precision: Precision
     fp32_layers: tuple[str, ...]
+    quantization: Quantization | None
     opset: int
     batch: int | None
     condition_rows: int
@@ -366,6 +434,11 @@ class Manifest(_Strict):
         for level in (plan.strong, plan.weak, *ends, *(lv for graph in self.graphs for lv in graph.levels)):
             if level.keep > self.model.tokens:
                 raise UsageError(f"keep: expected at most the model's {self.model.tokens} tokens, found {level.keep}")
+
+    @property
+    def precision_name(self) -> str:
+        """What a user calls the precision, as "int8 over fp16"."""
+        return self.precision if self.quantization is None else f"{self.quantization.type} over {self.precision}"
 
     def graph(
         self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False

@@ -1,5 +1,6 @@
 """From a bundle to images: conditioning for a whole run first, then one guided prediction per evaluation."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,8 @@ Indices = NDArray[np.int64]
 Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
 """(evaluations done, evaluations in all) of a run."""
+
+LOG = logging.getLogger("sg_runtime")
 
 DEFAULT_BATCH = 16
 
@@ -75,6 +78,9 @@ class Pipeline:
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
+        plan = opened.manifest.quantization
+        if plan is not None and not plan.passed:
+            LOG.warning("warning: %s: %s", bundle, "; ".join(plan.remarks))
         opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream, capture=capture)
         sizes = opened_backend.batches
         return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)

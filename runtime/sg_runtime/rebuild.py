@@ -46,10 +46,20 @@ def build_command(
         words += ["--prediction", model.prediction, "--heads", str(model.heads)]
         words += ["--weights", source.weights] if source.weights != "bare" else []
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
-    words += ["--steps", str(manifest.sampling.steps), "--precision", precision]
+    words += ["--steps", str(manifest.sampling.steps), "--precision", *_precision_words(manifest, precision)]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
     words += _target_words(manifest, target, sm, batch)
     return shlex.join([*words, "--output", output, "--force"])
+
+
+def _precision_words(manifest: Manifest, base: str) -> list[str]:
+    """The precision, and what goes with one that is quantized."""
+    plan = manifest.quantization
+    if plan is None:
+        return [base]
+    excluded = [word for layer in plan.layers if layer.reason == "excluded" for word in ("--exclude", layer.name)]
+    allowed = [] if plan.passed else ["--allow-quality-loss"]
+    return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *allowed]
 
 
 def _text(number: float) -> str:

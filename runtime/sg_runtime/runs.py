@@ -84,7 +84,7 @@ def check_finite(samples: Array, bundle: Bundle, backend: str) -> None:
     """Raise NonFiniteError where a sample is no number."""
     bad = [image for image, sample in enumerate(samples) if not np.isfinite(sample).all()]
     if bad:
-        precision = bundle.manifest.precision
+        precision = bundle.manifest.precision_name
         remedy = "lower the scale" if precision == "fp32" else "lower the scale, or build with bf16 or fp32"
         raise NonFiniteError(
             f"{bundle.path}: {backend} in {precision}: expected finite samples, found NaN or infinity in {len(bad)} of "

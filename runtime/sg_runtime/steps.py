@@ -159,24 +159,31 @@ class StepRunner:
         self, launch: Launch, x: DeviceArray, index: int, output: str, r: DeviceArray | None = None
     ) -> DeviceArray:
         """The output of a launch for all images of x, in groups."""
-        memory, facts = self.lane.memory, self.manifest.model
+        memory = self.lane.memory
         result = memory.empty(x.shape, np.float32)
         for group in self.groups(x.shape[0]):
             first, images = int(group[0]), len(np.unique(group))
-            feeds: dict[str, Any] = dict(launch.scalars(facts.prediction))
-            for name, array in {"x": x, "r": x if r is None else r}.items():
-                feeds[name] = self._rows(array, group)
-            for name, branch in launch.modulations.items():
-                feeds[name] = memory.empty((len(group), facts.modulations), np.float32)
-                memory.take(branch.modulations[index], branch.rows[group], feeds[name])
-            for name, branch in launch.keeps.items():
-                keep = branch.keep[index]
-                assert keep is not None
-                feeds[name] = keep[group]
+            feeds = self.feeds(launch, x, x if r is None else r, index, group)
             part: DeviceArray = memory.empty((len(group), *x.shape[1:]), np.float32)
             run_once(self.lane, launch.graph, feeds, {output: part})
             memory.copy(part[:images], result[first : first + images])
         return result
+
+    def feeds(
+        self, launch: Launch, x: DeviceArray, r: DeviceArray, index: int, group: Indices
+    ) -> dict[str, DeviceArray]:
+        """All inputs of a launch for the images `group` of x and r (B, C, H, W)."""
+        memory, facts = self.lane.memory, self.manifest.model
+        feeds: dict[str, Any] = dict(launch.scalars(facts.prediction))
+        feeds |= {"x": self._rows(x, group), "r": self._rows(r, group)}
+        for name, branch in launch.modulations.items():
+            feeds[name] = memory.empty((len(group), facts.modulations), np.float32)
+            memory.take(branch.modulations[index], branch.rows[group], feeds[name])
+        for name, branch in launch.keeps.items():
+            keep = branch.keep[index]
+            assert keep is not None
+            feeds[name] = keep[group]
+        return feeds
 
     def _rows(self, array: DeviceArray, group: Indices) -> DeviceArray:
         """The images of a group: a view, but for a group that was filled up."""

@@ -4,6 +4,7 @@ import click
 
 from sg_export.cli.bench import bench
 from sg_export.cli.build import build
+from sg_export.cli.calibrate import calibrate
 from sg_export.cli.doctor import doctor
 from sg_export.cli.generate import generate
 from sg_export.cli.inspect import inspect
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (build, generate, inspect, verify, bench, doctor):
+for command in (build, calibrate, generate, inspect, verify, bench, doctor):
     main.add_command(command)

@@ -168,6 +168,65 @@ def model_options(command: F) -> F:
     return command
 
 
+def feed_options(command: F) -> F:
+    """Options that say what ranges of activations are measured on."""
+    options = (
+        click.option(
+            "--calib-data",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Shards of your own (.npz with x, time, label) in place of guided runs of the model.",
+        ),
+        click.option(
+            "--calib-samples",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="Images for each pair of sparsities.",
+        ),
+        click.option(
+            "--calib-steps",
+            type=click.IntRange(min=25),
+            default=25,
+            show_default=True,
+            help="Steps of their Heun runs: times at which ranges are seen.",
+        ),
+        click.option(
+            "--calib-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Their first seed."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def quantization_options(command: F) -> F:
+    """Options of int8 and fp8."""
+    options = (
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Ranges from sg-export calibrate.  [default: they are measured]",
+        ),
+        feed_options,
+        click.option(
+            "--method",
+            type=click.Choice(["min-max", "percentile", "entropy"]),
+            default="min-max",
+            show_default=True,
+            help="How a range follows from what was seen.",
+        ),
+        click.option("--exclude", multiple=True, metavar="LAYER", help="A layer to leave as it is; repeatable."),
+        click.option("--gate-cosine", type=click.FloatRange(0, 1), help="[default: 0.99 for int8, 0.995 for fp8]"),
+        click.option("--gate-guided", type=click.FloatRange(0), help="[default: 0.1 for int8, 0.06 for fp8]"),
+        click.option("--allow-quality-loss", is_flag=True, help="Write the bundle though its gates do not hold."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def device_options(command: F) -> F:
     """Options that say what runs a bundle."""
     options = (

@@ -15,6 +15,7 @@ from sg_export.cli.base import (
     messages,
     model_options,
     progress,
+    quantization_options,
 )
 
 if TYPE_CHECKING:
@@ -68,11 +69,18 @@ if TYPE_CHECKING:
 @model_options
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
     default="fp32",
     show_default=True,
-    help="Type of the matrix products and of attention; what needs FP32 beside them stays in it.",
+    help="Type of the matrix products and of attention; what needs FP32 beside them stays in it. int8 and fp8: of the "
+    "layers' products, over a base precision.",
 )
+@click.option(
+    "--base-precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="What is not in int8 or fp8.  [default: fp32 for ONNX graphs, fp16 for engines]",
+)
+@quantization_options
 @click.option(
     "--target",
     type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
@@ -125,6 +133,17 @@ def build(
     prediction: Any,
     heads: int | None,
     precision: Any,
+    base_precision: Any,
+    calibration: Path | None,
+    calib_data: Path | None,
+    calib_samples: int,
+    calib_steps: int,
+    calib_seed: int,
+    method: Any,
+    exclude: tuple[str, ...],
+    gate_cosine: float | None,
+    gate_guided: float | None,
+    allow_quality_loss: bool,
     target: Any,
     batch: tuple[int, ...],
     sm: tuple[int, ...],
@@ -150,18 +169,41 @@ def build(
       sg-export build --sparsity 0.5
       sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
       sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
+      sg-export build --sparsity 0.5 --precision int8
       sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 --sparsity 0 --schedule cosine
     """
+    from sg_calibration.settings import FeedSettings
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile
     from sg_export.options import DEFAULT_SPARSITY, CompileOptions
+    from sg_export.quantize_options import GATES, QuantizeOptions
     from sg_export.reference import DEFAULT_REFERENCE
-    from sg_runtime.manifest import adapter
+    from sg_runtime.errors import UsageError
+    from sg_runtime.manifest import Gates, adapter
 
     if model is None:
         model = DEFAULT_REFERENCE
         if not quiet:
             click.echo(f"no MODEL given: building the reference model {model}", err=True)
+    quantize = None
+    if precision in ("int8", "fp8"):
+        usual = GATES[precision]
+        quantize = QuantizeOptions(
+            precision,
+            method,
+            calibration,
+            calib_data,
+            FeedSettings(calib_samples, calib_steps, calib_seed),
+            exclude,
+            Gates(
+                usual.cosine if gate_cosine is None else gate_cosine,
+                usual.guided if gate_guided is None else gate_guided,
+            ),
+            allow_quality_loss=allow_quality_loss,
+        )
+        precision = base_precision or ("fp32" if "onnxruntime" in target else "fp16")
+    elif base_precision is not None:
+        raise UsageError("--base-precision: only with --precision int8 or fp8: give --precision itself")
     options = CompileOptions(
         output=output or Path(f"{Path(model).stem}-bundle"),
         sparsity=sparsity,
@@ -173,6 +215,7 @@ def build(
         interval=interval,
         steps=steps,
         precision=precision,
+        quantize=quantize,
         targets=target,
         batch=batch,
         compute_capabilities=sm,
@@ -197,6 +240,7 @@ def build(
                 click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
         for engine in bundle.manifest.engines:
             _echo_engine(bundle, engine)
+        _echo_quantization(bundle)
         size = sum(file.size for file in bundle.manifest.files.values())
         count = f"{len(bundle.manifest.graphs)} graphs" + f", {len(bundle.manifest.engines)} engines" * bool(
             options.libraries
@@ -204,6 +248,21 @@ def build(
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
         if options.libraries and not keep_onnx and "onnxruntime" not in target:
             click.echo("the engines hold the weights; verify needs the graphs, too: build with --keep-onnx for that")
+
+
+def _echo_quantization(bundle: "Bundle") -> None:
+    plan = bundle.manifest.quantization
+    if plan is None:
+        return
+    high = [layer.name for layer in plan.layers if not layer.quantized]
+    worst = max(plan.quality, key=lambda quality: quality.guided)
+    click.echo(
+        f"{plan.type}: {len(plan.layers) - len(high)} of {len(plan.layers)} layers; guided prediction within "
+        f"{worst.guided:.2%} of FP32 at every time; whole runs {plan.runs:.2%} (other token subsets: "
+        f"{plan.mask_noise:.1%})"
+    )
+    for line in [*([f"in {bundle.manifest.precision}: {', '.join(high)}"] if high else []), *plan.remarks]:
+        click.echo(line)
 
 
 def _echo_engine(bundle: "Bundle", engine: "EngineFacts") -> None:

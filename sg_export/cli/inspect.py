@@ -119,19 +119,47 @@ def _print_bundle(bundle: "Bundle") -> None:
         for graph in manifest.graphs
     ]
     _print_engines(bundle)
+    _print_quantization(manifest)
     columns = ("graph", "sparsity", "linear GMAC", "attention GMAC", "weights MB", "activations MB", "L2 to PyTorch")
     print_table("Graphs, per image (condition: per row)", columns, graphs)
 
 
 def _precision(manifest: "Manifest") -> str:
     layers = f", FP32 in {', '.join(manifest.fp32_layers)}" if manifest.fp32_layers else ""
-    return f"{manifest.precision}{layers}"
+    return f"{manifest.precision_name}{layers}"
 
 
 def _runs_on(manifest: "Manifest") -> str:
     if any(graph.file is None for graph in manifest.graphs):
-        return "the engines' GPUs (not in this version)"
+        return "the engines' GPUs"
     return "no CPU: BF16" if manifest.precision == "bf16" else "ONNX Runtime, CPU"
+
+
+def _print_quantization(manifest: "Manifest") -> None:
+    """What was quantized, why not the rest, and how good the result is at every time."""
+    plan = manifest.quantization
+    if plan is None:
+        return
+    rows = [
+        (
+            layer.name,
+            (f"{plan.type} weights" if layer.weight_only else plan.type) if layer.quantized else manifest.precision,
+            layer.reason,
+            None if layer.sensitivity is None else f"{layer.sensitivity:.3%}",
+            layer.bytes_saved / 1e6,
+            layer.linear_macs / 1e9,
+        )
+        for layer in plan.layers
+    ]
+    columns = ("layer", "type", "why", "distance where it alone is quantized", "MB saved", "GMAC")
+    seen = f"ranges by {plan.method} of {plan.evaluations} evaluations of {plan.images} images"
+    print_table(f"Layers; {seen}", columns, rows)
+    quality = [(f"{q.time:.3g}", f"{q.strong:.5f}", f"{q.weak:.5f}", f"{q.guided:.2%}") for q in plan.quality]
+    gates = f"gates: cosine {plan.gates.cosine:g}, guided {plan.gates.guided:.0%}"
+    print_table(f"Distance to FP32; {gates}", ("t", "strong, cosine", "weak, cosine", "guided"), quality)
+    click.echo(f"whole runs: {plan.runs:.2%} from FP32; two FP32 runs with other token subsets: {plan.mask_noise:.2%}")
+    for remark in plan.remarks:
+        click.echo(remark)
 
 
 def _print_engines(bundle: "Bundle") -> None:

@@ -22,20 +22,24 @@ from sg_runtime.manifest import (
     Cost,
     EngineFacts,
     FileFacts,
+    Gates,
     GraphFacts,
     GraphKind,
     GuidanceMode,
     GuidancePlan,
     Karras,
+    LayerPlan,
     Level,
     Manifest,
     ModelFacts,
     NetworkName,
     Prediction,
     Profile,
+    Quantization,
     Route,
     Sampling,
     Source,
+    StratumQuality,
     TensorFacts,
     json_schema,
     read_manifest,
@@ -53,6 +57,26 @@ tensors = st.builds(
     TensorFacts, texts, st.sampled_from(["float32", "int64"]), st.lists(st.one_of(counts, texts), max_size=4).map(tuple)
 )
 sources = st.builds(Source, texts, texts, st.sampled_from(["ema", "model", "bare"]), st.none() | texts)
+layer_plans = st.builds(LayerPlan, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts)
+quantizations = st.builds(
+    Quantization,
+    st.sampled_from(["int8", "fp8"]),
+    texts,
+    texts,
+    counts,
+    counts,
+    st.lists(
+        st.builds(LayerPlan, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts),
+        max_size=2,
+    ).map(tuple),
+    st.lists(st.builds(StratumQuality, numbers, numbers, numbers, numbers), max_size=2).map(tuple),
+    numbers,
+    numbers,
+    st.builds(Gates, numbers, numbers),
+    st.booleans(),
+    st.none() | numbers,
+    st.lists(texts, max_size=2).map(tuple),
+)
 MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg", "cfg+sg", "autoguidance")
 routes = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda pair: Route(min(pair), max(pair)))
 
@@ -160,6 +184,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         fp32_layers=tuple(draw(st.lists(texts, max_size=2))),
+        quantization=draw(st.none() | quantizations),
         opset=draw(counts),
         batch=draw(st.none() | counts),
         condition_rows=draw(counts),
@@ -337,7 +362,7 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     content["of_the_future"] = {}  # the version is told first, not the keys that come with it
     with pytest.raises(BundleError) as caught:
         read(content)
-    assert f"expected schema version 2, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
+    assert f"expected schema version 3, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
 
 
 def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:

@@ -1,0 +1,56 @@
+"""The layers of a graph that can be quantized, by the names of their modules."""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from sg_runtime.errors import UsageError
+
+PRODUCTS = ("MatMul", "Gemm")
+
+HIGH_PRECISION = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
+"""Modules at the ends of the network, whose rounding nothing later makes good and which cost little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A product with a constant weight. node: its name in the graph. source, weight: names of its two inputs."""
+
+    name: str
+    node: str
+    source: str
+    weight: str
+
+
+def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
+    """The quantizable layers of a graph by name: products with a weight, but for embedders and head.
+
+    Attention's products have no weight; what moves, adds, or normalises tokens is no product. So none of these is here.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS and node.input[1] in weights:
+            name = node.input[1].removesuffix(".T").removesuffix(".weight")
+            if not any(f"{name}.".startswith(f"{end}.") for end in HIGH_PRECISION):
+                found[name] = Layer(name, node.name, node.input[0], node.input[1])
+    return found
+
+
+def check_names(option: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise UsageError for a name that is none of the layers', with the nearest ones."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise UsageError(
+                f"{option} {name}: expected one of the {len(known)} quantizable layers, found none of that name{hint}"
+            )
+
+
+def weights_of(model: onnx.ModelProto, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the layers' weights."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    return {name: shapes[layer.weight] for name, layer in layers.items()}

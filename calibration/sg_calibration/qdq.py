@@ -1,0 +1,99 @@
+"""ONNX graph → ONNX graph with QuantizeLinear and DequantizeLinear, by ONNX Runtime's quantizer.
+
+Explicit, symmetric, as TensorRT 11 and TensorRT-RTX take it: weights are one-byte initializers with a scale per output
+channel (INT8) or one for all (FP8), activations have one scale; the products' outputs, biases and all other operators
+stay as they are.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import add_infer_metadata
+
+from sg_calibration.layers import PRODUCTS, Layer, layers_of
+from sg_runtime.errors import ExportError
+
+Kind = Literal["int8", "fp8"]
+
+LARGEST: Mapping[Kind, float] = {"int8": 127.0, "fp8": 448.0}
+"""The largest value of a type: a range maps to it. FP8 is e4m3 (float8_e4m3fn)."""
+
+_TYPES: Mapping[Kind, QuantType] = {"int8": QuantType.QInt8, "fp8": QuantType.QFLOAT8E4M3FN}
+
+
+def quantize(
+    model: onnx.ModelProto, kind: Kind, ranges: Mapping[str, float], *, weight_only: Collection[str] = ()
+) -> onnx.ModelProto:
+    """Quantize the layers of `ranges` that the graph has, in place; returns the graph.
+
+    ranges: the largest magnitude of each layer's activations. weight_only: layers whose activations stay as they are.
+    The model must have its weights loaded and types of all values. Raises ExportError for a range that is no positive
+    number.
+    """
+    layers = {name: layer for name, layer in layers_of(model).items() if name in ranges or name in weight_only}
+    for name, layer in layers.items():
+        if name not in weight_only and not 0 < ranges[name] < np.inf:
+            raise ExportError(f"layer {name}: expected a positive range of {layer.source}, found {ranges[name]}")
+    add_infer_metadata(model)  # types are there: else the quantizer writes the model to disk to infer them
+    both = [layer for name, layer in layers.items() if name not in weight_only]
+    weights = [layer for name, layer in layers.items() if name in weight_only]
+    for chosen, quantizer in ((both, QDQQuantizer), (weights, _WeightQuantizer)):
+        if chosen:
+            model = _quantized(model, kind, chosen, ranges, quantizer)
+    del model.metadata_props[:]
+    return model
+
+
+def _quantized(
+    model: onnx.ModelProto,
+    kind: Kind,
+    layers: Sequence[Layer],
+    ranges: Mapping[str, float],
+    quantizer: type[QDQQuantizer],
+) -> onnx.ModelProto:
+    """The model with these layers quantized."""
+    zero = np.array(0, ml_dtypes.float8_e4m3fn if kind == "fp8" else np.int8)
+    scales = {layer.source: ranges.get(layer.name, 1.0) / LARGEST[kind] for layer in layers}
+    if kind == "fp8":
+        arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        scales |= {layer.weight: float(np.abs(arrays[layer.weight]).max()) / LARGEST[kind] for layer in layers}
+    overrides = {
+        name: [{"scale": np.array(scale, np.float32), "zero_point": zero, "quant_type": _TYPES[kind]}]
+        for name, scale in scales.items()
+    }
+    # Asked for, though the scales above decide.
+    known = {layer.source: TensorData(lowest=np.float32(-1), highest=np.float32(1)) for layer in layers}
+    found = quantizer(
+        model,
+        kind == "int8",  # a scale for each output channel
+        False,
+        _TYPES[kind],
+        _TYPES[kind],
+        TensorsData(CalibrationMethod.MinMax, known),
+        [layer.node for layer in layers],
+        [],
+        list(PRODUCTS),
+        {
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+            "TensorQuantOverrides": overrides,
+        },
+    )
+    found.quantize_model()
+    result: onnx.ModelProto = found.model.model
+    return result
+
+
+class _WeightQuantizer(QDQQuantizer):  # type: ignore[misc]  # ONNX Runtime is untyped
+    """Leaves activations as they are."""
+
+    def quantize_activation_tensor(self, tensor_name: str) -> None:
+        pass

@@ -1,0 +1,273 @@
+"""INT8 and FP8: ranges from guided runs, what stays in high precision, and whether the result is good enough."""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnxruntime import InferenceSession
+
+from sg_calibration.feeds import collect, given_shards, images_of, read_shard
+from sg_calibration.layers import check_names, layers_of
+from sg_calibration.qdq import quantize
+from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
+from sg_calibration.settings import FeedSettings
+from sg_export.cost import layer_macs
+from sg_export.emulate import emulated
+from sg_export.graphs import GraphSpec, keep_sizes
+from sg_export.precision import EMBEDDERS_AND_HEAD, to_half
+from sg_export.quality import Walk, by_pipeline, judge, run_distance, walk
+from sg_export.quantize_options import QuantizeOptions
+from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import GateError
+from sg_runtime.files import sha256_of
+from sg_runtime.guidance import built_guidances
+from sg_runtime.manifest import (
+    Gates,
+    LayerPlan,
+    Precision,
+    Quantization,
+    QuantizedType,
+    StratumQuality,
+)
+from sg_runtime.pipeline import Pipeline
+
+Tell = Callable[[str, float | None], None]
+
+MARGIN = 0.9
+"""Share of the gates' room that the search may use, as it sees other images than the gates."""
+
+STRATA = 25
+ROUNDS = 7
+BATCH = 8
+"""Most images in one run of a graph while ranges and errors are measured."""
+
+
+def reference_pipeline(reference: Bundle) -> Pipeline:
+    """The FP32 bundle on the CPU, with batches of a size for measuring."""
+    return Pipeline(reference, OrtBackend(reference), reference.manifest.batch or BATCH)
+
+
+def measure_ranges(
+    reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
+) -> RangeTable:
+    """Ranges of a bundle's layers, on the shards of `data` or of guided runs.
+
+    folder: where those of guided runs go and are found again; a temporary one by default.
+    """
+    pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
+    guidances = built_guidances(reference.manifest)
+    with tempfile.TemporaryDirectory() as scratch:
+        if data is not None:
+            paths = given_shards(data)
+        else:
+            paths = collect(
+                pipe, guidances, feeds, folder or Path(scratch), identity, lambda stage, k, n: tell(stage, k / n)
+            )
+        shards = (read_shard(path, reference.manifest.model) for path in paths)
+        return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
+
+
+def plan_quantization(
+    reference: Bundle, options: QuantizeOptions, base: Precision, tell: Tell
+) -> tuple[Quantization, dict[str, float]]:
+    """Decide what is quantized, and find out how good that is; also the ranges of what is.
+
+    Raises GateError where the gates do not hold, UsageError for an unknown layer.
+    """
+    manifest, pipe = reference.manifest, reference_pipeline(reference)
+    if options.table is not None:
+        table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
+    else:
+        table = measure_ranges(reference, options.feeds, options.data, None, tell)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_table(table, Path(scratch) / "table.json")
+            digest = sha256_of(Path(scratch) / "table.json")
+    ranges = table.ranges(options.method)
+    known = _known(reference)
+    check_names("--exclude", options.exclude, known)
+    makes = functools.partial(quantized_pipeline, reference, options.type, base, ranges)
+    open_layers = [name for name in known if name not in options.exclude]
+    walks = [
+        walk(
+            pipe,
+            by_pipeline(pipe),
+            guidance,
+            *images_of("search", manifest.model, options.search_images),
+            STRATA,
+            noise=False,
+        )
+        for guidance in built_guidances(manifest)
+    ]
+    sensitivities = {}
+    for number, name in enumerate(open_layers):
+        tell(f"measuring what {name} is worth", number / len(open_layers))
+        quality = judge(makes([name]), walks, strata=range(0, STRATA, STRATA // 4))
+        sensitivities[name] = max(stratum.guided for stratum in quality)
+    worst_first = sorted(open_layers, key=lambda name: -sensitivities[name])
+
+    def passes(returned: int) -> bool:
+        tell(f"trying with {returned} layers in high precision", None)
+        return _holds(judge(makes(worst_first[returned:]), walks), options.limits, MARGIN)
+
+    returned = _least(passes, len(worst_first))
+    quantized = [name for name in open_layers if name not in worst_first[:returned]]
+    tell("judging the result", None)
+    candidate = makes(quantized)
+    judged = [
+        walk(pipe, by_pipeline(pipe), guidance, *images_of("gate", manifest.model, options.gate_images), STRATA)
+        for guidance in built_guidances(manifest)
+    ]
+    quality = judge(candidate, judged)
+    holds = _holds(quality, options.limits)
+    if not holds and not options.allow_quality_loss:
+        raise GateError(_failure(quality, options))
+    layers = []
+    for name, facts in known.items():
+        reason = "quantized"
+        if name in options.exclude:
+            reason = "excluded"
+        elif name in worst_first[:returned]:
+            reason = "returned by the search"
+        saved = facts.weight_bytes - facts.weight_bytes // 4 if name in quantized else 0
+        layers.append(
+            LayerPlan(
+                name, name in quantized, name not in ranges, reason, sensitivities.get(name), saved, facts.linear_macs
+            )
+        )
+    remarks = [] if holds else [f"its gates do not hold: {_failure(quality, options)}"]
+    ratio = _time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
+    if ratio is not None and ratio >= 1:
+        remarks.append(f"not faster on this machine's CPU: a guided step takes {ratio:.2f} times that of FP32")
+    if not quantized:
+        remarks.append("not smaller: no layer is quantized")
+    result = Quantization(
+        type=options.type,
+        method=options.method,
+        table_sha256=digest,
+        images=table.images,
+        evaluations=table.evaluations,
+        layers=tuple(layers),
+        quality=quality,
+        runs=run_distance(candidate, judged),
+        mask_noise=max(own.mask_noise for own in judged),
+        gates=options.limits,
+        passed=holds,
+        time_ratio=ratio,
+        remarks=tuple(remarks),
+    )
+    return result, {name: ranges[name] for name in quantized if name in ranges}
+
+
+def quantized_models(
+    reference: Bundle, files: Mapping[str, Sequence[GraphSpec]], quantization: Quantization, ranges: Mapping[str, float]
+) -> dict[str, ir.Model]:
+    """The graphs of the FP32 bundle, quantized by the plan, by file."""
+    chosen = [layer.name for layer in quantization.layers if layer.quantized]
+    return {
+        name: quantized_model(reference.path / "graphs" / f"{name}.onnx", quantization.type, ranges, chosen)
+        for name in files
+    }
+
+
+def quantized_model(path: Path, kind: QuantizedType, ranges: Mapping[str, float], chosen: Collection[str]) -> ir.Model:
+    """The FP32 graph at `path` with these layers quantized; those without a range by their weights alone."""
+    proto = onnx.load(path)
+    own = {name: ranges[name] for name in chosen if name in ranges}
+    model = ir.from_proto(quantize(proto, kind, own, weight_only=[name for name in chosen if name not in ranges]))
+    model.graph.sort()  # the quantizer adds its nodes at the end
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            source, typed = node.inputs[0], node.inputs[2 if node.op_type == "QuantizeLinear" else 1]
+            assert source is not None
+            assert typed is not None
+            assert typed.dtype is not None
+            node.outputs[0].shape, node.outputs[0].type = source.shape, ir.TensorType(typed.dtype)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerFacts:
+    weight_bytes: int
+    linear_macs: int
+
+
+def _known(reference: Bundle) -> dict[str, _LayerFacts]:
+    """All quantizable layers, in the order of the network; multiply-adds of the first guided or other step graph."""
+    found: dict[str, _LayerFacts] = {}
+    for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
+        path = reference.onnx(graph)
+        model = ir.load(path).graph
+        macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
+        for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
+            weight = model.initializers[layer.weight].const_value
+            assert weight is not None
+            found.setdefault(name, _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")]))
+    return {name: found[name] for name in sorted(found, key=_place)}
+
+
+def _place(name: str) -> list[str]:
+    """Sorts names with numbers as a reader does."""
+    return [part.zfill(4) if part.isdigit() else part for part in name.split(".")]
+
+
+def quantized_pipeline(
+    reference: Bundle, kind: QuantizedType, base: Precision, ranges: Mapping[str, float], chosen: Collection[str]
+) -> Pipeline:
+    """The bundle with these layers quantized, on the CPU."""
+
+    def opened(path: Path) -> InferenceSession:
+        model = quantized_model(path, kind, ranges, chosen)
+        if base == "fp32":
+            return open_session(path, ir.to_proto(model).SerializeToString())
+        to_half(model.graph, base, EMBEDDERS_AND_HEAD)
+        return open_session(path, emulated(model))
+
+    return Pipeline(reference, OrtBackend(reference, open_graph=opened), reference.manifest.batch or BATCH)
+
+
+def _time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
+    """Time of a guided evaluation by the candidate over that by the pipeline: the median of rounds in turn."""
+    plans = {
+        side: side.prepare(own.times[:1], own.classes, own.seeds, guidance=own.guidance) for side in (candidate, pipe)
+    }
+
+    def seconds(side: Pipeline) -> float:
+        began = time.perf_counter()
+        side.guided(own.states[0], plans[side], 0)
+        return time.perf_counter() - began
+
+    return statistics.median([seconds(candidate) / seconds(pipe) for _ in range(ROUNDS)])
+
+
+def _holds(quality: Sequence[StratumQuality], gates: Gates, margin: float = 1.0) -> bool:
+    """Whether the gates hold at every time, with a share of their room left over."""
+    least = 1 - margin * (1 - gates.cosine)
+    return all(min(q.strong, q.weak) >= least and q.guided <= margin * gates.guided for q in quality)
+
+
+def _failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -> str:
+    gates = options.limits
+    branch = min(quality, key=lambda q: min(q.strong, q.weak))
+    guided = max(quality, key=lambda q: q.guided)
+    return (
+        f"{options.type}: expected a cosine of at least {gates.cosine:g} for each branch and a guided prediction "
+        f"within {gates.guided:.0%} at every time, found {min(branch.strong, branch.weak):.4f} at {branch.time:.3g} "
+        f"and {guided.guided:.1%} at {guided.time:.3g}: exclude more layers, give more --calib-samples, another "
+        f"--method, or --allow-quality-loss"
+    )
+
+
+def _least(passes: Callable[[int], bool], most: int) -> int:
+    """The least number up to `most` that passes, by bisection; `most` where none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle + 1, high)
+    return low

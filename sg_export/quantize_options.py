@@ -1,0 +1,44 @@
+"""How to quantize, and which requests are refused before any work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sg_calibration.settings import METHODS, FeedSettings, Method
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import Gates, QuantizedType
+
+GATES: Mapping[QuantizedType, Gates] = {"int8": Gates(0.99, 0.10), "fp8": Gates(0.995, 0.06)}
+"""By default. Below the noise that fresh token subsets bring, and where no difference is seen in samples of glyphs."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """How to quantize.
+
+    table: ranges from `sg-export calibrate`; without one they are measured, on `data`, a user's shards, or on guided
+    runs by `feeds`. exclude: layers that stay in high precision. gates: in place of GATES. search_images, gate_images:
+    for every guidance. allow_quality_loss: write the bundle though it fails its gates.
+    """
+
+    type: QuantizedType = "int8"
+    method: Method = "min-max"
+    table: Path | None = None
+    data: Path | None = None
+    feeds: FeedSettings = field(default_factory=FeedSettings)
+    exclude: tuple[str, ...] = ()
+    gates: Gates | None = None
+    search_images: int = 4
+    gate_images: int = 8
+    allow_quality_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.table is not None and self.data is not None:
+            raise UsageError("--calibration and --calib-data: expected one of them: the table has the ranges already")
+
+    @property
+    def limits(self) -> Gates:
+        """The gates that hold."""
+        return self.gates or GATES[self.type]

@@ -89,7 +89,7 @@ def plan_quantization(
         with tempfile.TemporaryDirectory() as scratch:
             write_table(table, Path(scratch) / "table.json")
             digest = sha256_of(Path(scratch) / "table.json")
-    ranges = table.ranges(options.method)
+    ranges = table.ranges(options.rule)
     known = _known(reference)
     check_names("--exclude", options.exclude, known)
     makes = functools.partial(quantized_pipeline, reference, options.type, base, ranges)
@@ -149,7 +149,7 @@ def plan_quantization(
         remarks.append("not smaller: no layer is quantized")
     result = Quantization(
         type=options.type,
-        method=options.method,
+        method=options.rule,
         table_sha256=digest,
         images=table.images,
         evaluations=table.evaluations,

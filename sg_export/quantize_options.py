@@ -9,7 +9,10 @@ from sg_runtime.errors import UsageError
 from sg_runtime.manifest import Gates, QuantizedType
 
 GATES: Mapping[QuantizedType, Gates] = {"int8": Gates(0.99, 0.10), "fp8": Gates(0.995, 0.06)}
-"""By default. Below the noise that fresh token subsets bring, and where no difference is seen in samples of glyphs."""
+"""By default."""
+
+DEFAULT_METHODS: Mapping[QuantizedType, Method] = {"int8": "percentile", "fp8": "min-max"}
+"""What `benchmarks/quantization.py` found best: INT8 gains from cutting off outliers, FP8 has room for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +20,12 @@ class QuantizeOptions:
     """How to quantize.
 
     table: ranges from `sg-export calibrate`; without one they are measured, on `data`, a user's shards, or on guided
-    runs by `feeds`. exclude: layers that stay in high precision. gates: in place of GATES. search_images, gate_images:
-    for every guidance. allow_quality_loss: write the bundle though it fails its gates.
+    runs by `feeds`. method: see `rule`. exclude: layers that stay in high precision. gates: in place of GATES.
+    search_images, gate_images: for every guidance. allow_quality_loss: write the bundle though it fails its gates.
     """
 
     type: QuantizedType = "int8"
-    method: Method = "min-max"
+    method: Method | None = None
     table: Path | None = None
     data: Path | None = None
     feeds: FeedSettings = field(default_factory=FeedSettings)
@@ -33,10 +36,15 @@ class QuantizeOptions:
     allow_quality_loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method is not None and self.method not in METHODS:
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {self.method!r}")
         if self.table is not None and self.data is not None:
             raise UsageError("--calibration and --calib-data: expected one of them: the table has the ranges already")
+
+    @property
+    def rule(self) -> Method:
+        """How a range follows from what was seen."""
+        return self.method or DEFAULT_METHODS[self.type]
 
     @property
     def limits(self) -> Gates:

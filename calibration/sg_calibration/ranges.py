@@ -1,5 +1,6 @@
 """Ranges of activations: measured on feeds, kept in a table that is bound to the model."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,7 +98,8 @@ def measure(
                     for group in runner.groups(len(x)):
                         seen = observers[launch.graph.name](runner.feeds(launch, x, x, index, group))
                         _check(seen)
-                        collector.collect({name: [value.ravel()] for name, value in seen.items()})
+                        with contextlib.redirect_stdout(None):  # it tells of every call
+                            collector.collect({name: [value.ravel()] for name, value in seen.items()})
                         for name, value in seen.items():
                             at = largest.setdefault(name, {})
                             time = float(shard.time[index])
@@ -108,7 +110,8 @@ def measure(
         raise CalibrationError(
             f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more --calib-samples"
         )
-    thresholds = {"percentile": collector.compute_percentile(), "entropy": collector.compute_entropy()}
+    with contextlib.redirect_stdout(None):
+        thresholds = {"percentile": collector.compute_percentile(), "entropy": collector.compute_entropy()}
     layers = {}
     for name, at in largest.items():
         if max(at.values()) == 0:

@@ -8,6 +8,7 @@ from sg_export.cli.calibrate import calibrate
 from sg_export.cli.doctor import doctor
 from sg_export.cli.generate import generate
 from sg_export.cli.inspect import inspect
+from sg_export.cli.report import report
 from sg_export.cli.verify import verify
 from sg_runtime import __version__
 
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (build, calibrate, generate, inspect, verify, bench, doctor):
+for command in (build, calibrate, generate, inspect, verify, bench, report, doctor):
     main.add_command(command)

@@ -213,9 +213,7 @@ def quantization_options(command: F) -> F:
         click.option(
             "--method",
             type=click.Choice(["min-max", "percentile", "entropy"]),
-            default="min-max",
-            show_default=True,
-            help="How a range follows from what was seen.",
+            help="How a range follows from what was seen.  [default: percentile for int8, min-max for fp8]",
         ),
         click.option("--exclude", multiple=True, metavar="LAYER", help="A layer to leave as it is; repeatable."),
         click.option("--gate-cosine", type=click.FloatRange(0, 1), help="[default: 0.99 for int8, 0.995 for fp8]"),

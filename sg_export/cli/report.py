@@ -1,0 +1,33 @@
+"""`sg-export report`."""
+
+from pathlib import Path
+
+import click
+
+from sg_export.cli.base import Command, progress, writing
+
+
+@click.command(cls=Command)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 for another GPU.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="An .html file.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+def report(bundles: tuple[Path, ...], device: str, output: Path, quiet: bool) -> None:
+    """Make one self-contained page of BUNDLES of one model: costs, quality over time, layers, samples, sizes, times.
+
+    The first bundle is what the others are compared with: give the FP32 one first.
+
+    \b
+    Examples:
+      sg-export report glyphs-bundle glyphs-fp16 glyphs-int8 -o report.html
+    """
+    from sg_export.report import collect
+    from sg_export.report_page import render
+    from sg_runtime.files import replacing
+
+    with progress(quiet) as tell:
+        page = render(collect(bundles, device=device, report=tell))
+    with writing(output), replacing(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    if not quiet:
+        click.echo(f"{output}: {len(page) / 1e3:.0f} kB")

@@ -29,11 +29,15 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 th { color: var(--soft); font-weight: 600 }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
+svg { width: 100%; min-width: 30rem; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
 .axis { stroke: var(--line) } .gate { stroke: var(--soft); stroke-dasharray: 4 4 }
 .grids { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
 .grids img { image-rendering: pixelated; width: 15rem; max-width: 100%; border: 1px solid var(--line) }
 .key span { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin: 0 .35em 0 1em }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: 0 .6rem; font-size: .8rem; line-height: 1.35;
+  color: var(--soft) }
+.bars span { text-align: right } .bars div { display: flex; align-items: center; gap: .4rem; padding-right: 3.5rem }
+.bars i { height: .7em; min-width: 1px; border-radius: .15em; flex: none }
 .map { display: flex; flex-wrap: wrap; gap: 3px } .map div { padding: .2rem .4rem; border-radius: .25rem;
   font-size: .75rem; background: var(--fill); border: 1px solid var(--line) }
 .map .high { border-color: #d9480f; border-width: 2px } .map .weight { border-style: dashed }
@@ -162,7 +166,7 @@ def _lines(lines: Sequence[Sequence[tuple[float, float]]], gate: float | None) -
     for k, line in enumerate(lines):
         points = " ".join(place(time, value) for time, value in line)
         marks.append(f'<polyline fill="none" stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="2" points="{points}"/>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(marks)}</svg>'
+    return f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img">{"".join(marks)}</svg></div>'
 
 
 def _layers(bundle: BundleReport) -> list[str]:
@@ -172,15 +176,12 @@ def _layers(bundle: BundleReport) -> list[str]:
         return []
     measured = [layer for layer in plan.layers if layer.sensitivity is not None]
     top = max((layer.sensitivity or 0 for layer in measured), default=0) or 1
-    bar, width = 15, 640
     bars = []
-    for k, layer in enumerate(sorted(measured, key=lambda layer: -(layer.sensitivity or 0))):
-        length = (layer.sensitivity or 0) / top * (width - 270)
-        colour = COLOURS[0] if layer.quantized else COLOURS[1]
+    for layer in sorted(measured, key=lambda layer: -(layer.sensitivity or 0)):
+        share, colour = (layer.sensitivity or 0) / top, COLOURS[0] if layer.quantized else COLOURS[1]
         bars.append(
-            f'<text x="196" y="{k * bar + 11}" text-anchor="end">{escape(layer.name)}</text>'
-            f'<rect x="202" y="{k * bar + 2}" width="{length:.1f}" height="{bar - 4}" fill="{colour}"/>'
-            f'<text x="{206 + length:.1f}" y="{k * bar + 11}">{layer.sensitivity:.2%}</text>'
+            f'<span>{escape(layer.name)}</span><div><i style="width:{share:.1%};background:{colour}"></i>'
+            f"{layer.sensitivity:.2%}</div>"
         )
     cells = "".join(
         f'<div class="{"" if layer.quantized else "high"} {"weight" if layer.weight_only else ""}" '
@@ -192,7 +193,7 @@ def _layers(bundle: BundleReport) -> list[str]:
         f"<p>How far the guided prediction moves where one layer alone is quantized. Ranges by {escape(plan.method)} "
         f"of {plan.evaluations} evaluations of {plan.images} images.</p>",
         _key([escape(plan.type), f"stays in {bundle.manifest.precision}"]),
-        f'<svg viewBox="0 0 {width} {len(measured) * bar + 4}" role="img">{"".join(bars)}</svg>',
+        f'<div class="bars">{"".join(bars)}</div>',
         f"<p>The network: {escape(plan.type)}, dashed by weights alone, framed in {bundle.manifest.precision}.</p>",
         f'<div class="map">{cells}</div>',
     ]

@@ -46,6 +46,7 @@ class Pipeline:
         self.batch = batch
         self.chunk = chunk
         self._lanes = LanePool(bundle.manifest, backend)
+        self._kept = False
 
     @classmethod
     def load(
@@ -246,6 +247,9 @@ class Pipeline:
             assert result is not None
             samples = memory.download(result)
             check_finite(samples, self.bundle, self.backend.name)
+            if not self._kept:
+                self._kept = True
+                self.backend.keep()
             return result if on_device else samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:

@@ -1,0 +1,114 @@
+"""What only a GPU can show: `pytest -m gpu`. A test is skipped, with the reason, where what it needs is missing."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sg_export.compiler import compile
+from sg_export.options import CompileOptions
+from sg_runtime.backends.trt_check import installed_version
+from sg_runtime.cuda import CudaMemory
+from sg_runtime.devices import find_gpus
+from sg_runtime.errors import SgError
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.plan_file import RTX_TARGETS
+
+pytestmark = pytest.mark.gpu
+
+CLASSES, SEEDS = [0, 1, 2], [5, 6, 7]
+
+# FP32 sums in another order, over the evaluations of a run.
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def gpu() -> int:
+    """The compute capability of the first GPU."""
+    try:
+        found = find_gpus()
+    except SgError as error:
+        pytest.skip(str(error))
+    if not found:
+        pytest.skip("needs a GPU and its driver")
+    return found[0].compute_capability
+
+
+@pytest.fixture(scope="module")
+def memory(gpu: int) -> CudaMemory:
+    return CudaMemory()
+
+
+@pytest.fixture(scope="module")
+def fixed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Graphs of three images, in which no node computes shapes."""
+    return compile(tiny_checkpoint, CompileOptions(tmp_path_factory.mktemp("gpu") / "fixed", (0.5,), batch=(3,))).path
+
+
+def cuda(bundle: Path, **options: Any) -> Pipeline:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    return Pipeline.load(bundle, "cuda", **options)
+
+
+def distance(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_memory_takes_and_gives_back_what_was_put_there(memory: CudaMemory) -> None:
+    values = np.random.default_rng(0).standard_normal((5, 3, 7)).astype(np.float32)
+    place, other = memory.empty(values.shape, np.float32), memory.empty((4, 3, 7), np.float32)
+    memory.upload(values, place)
+    memory.take(place, np.array([4, 0, 0, 2]), other)
+    np.testing.assert_array_equal(memory.download(other), values[[4, 0, 0, 2]])
+    replay = memory.capture(lambda: memory.copy(place[1:2], place[0:1]))
+    replay()
+    np.testing.assert_array_equal(memory.download(place[0]), values[1])
+
+
+def test_array_of_torch_comes_and_goes_without_a_copy(memory: CudaMemory) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs torch with CUDA")
+    tensor = torch.arange(6.0, device="cuda").reshape(2, 3)
+    held = memory.hold(tensor)
+    assert held.address == tensor.data_ptr()
+    assert torch.from_dlpack(held).data_ptr() == tensor.data_ptr()
+    np.testing.assert_array_equal(memory.download(held), tensor.cpu().numpy())
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_sample_by_onnxruntime_on_a_gpu_is_that_of_the_cpu(gpu: int, fixed: Path, capture: bool, sampler: Any) -> None:
+    """The first run, the captured and the replayed one."""
+    expected = Pipeline.load(fixed, "cpu").sample(CLASSES, SEEDS, steps=4, sampler=sampler)
+    pipe = cuda(fixed, capture=capture)
+    for _ in range(3):
+        assert distance(pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler), expected) < CLOSE
+
+
+def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path) -> None:
+    pipe = cuda(fixed)
+    expected = [pipe.sample(CLASSES, [seed] * 3, steps=3) for seed in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda seed: pipe.sample(CLASSES, [seed] * 3, steps=3), range(8)))
+    for own, one in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, one)
+
+
+def test_sample_by_an_engine_is_that_of_the_cpu(gpu: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """By TensorRT-RTX where it builds for this GPU, by TensorRT else."""
+    target: Any = "tensorrt-rtx" if gpu in RTX_TARGETS else "tensorrt"
+    if installed_version(target.replace("-", "_")) is None:
+        pytest.skip(f"needs {target} for a GPU of compute capability {gpu}")
+    options = CompileOptions(tmp_path / "engines", (0.5,), targets=(target,), batch=(3,), keep_onnx=True)
+    bundle = compile(shutil.copy(tiny_checkpoint, tmp_path), options).path
+    expected = Pipeline.load(bundle, "cpu").sample(CLASSES, SEEDS, steps=4)
+    pipe = Pipeline.load(bundle, "cuda")
+    assert pipe.backend.name == target
+    for _ in range(3):
+        assert distance(pipe.sample(CLASSES, SEEDS, steps=4), expected) < CLOSE

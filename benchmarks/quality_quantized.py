@@ -1,0 +1,84 @@
+"""What INT8 and FP8 do to the samples of `glyphs`: accuracy and Fréchet distances beside FP32, at equal seeds.
+
+    python -m benchmarks.quality_quantized --output benchmarks/results/quality_quantized.json
+
+Unguided, CFG and SG at the scales and sparsities that `benchmarks/quality_glyphs.py` found best, with its classifier,
+its references, and 2,108 samples for each of its three seeds. Bundles are built as `sg-export build --precision` builds
+them. Classifier and samples are kept in the work folder, so a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.glyph_judge import MEASURE_SEED, Judge, cached_classifier
+from benchmarks.machine import machine
+from benchmarks.quality_glyphs import BATCH, FULL, QUICK, Budget, Sampler, Setting
+from sg_export import CompileOptions, compile
+from sg_export.quantize_options import QuantizeOptions
+from sg_runtime import Pipeline
+from sg_runtime.manifest import GuidanceMode, QuantizedType
+
+SETTINGS = (Setting("none"), Setting("cfg", 1.5), Setting("sg", 3.0, 0.25, 0.9))
+BUILDS: dict[GuidanceMode, dict[str, Any]] = {
+    "cfg": {"guidance": "cfg"},
+    "sg": {"sparsity": (0.9,), "strong_sparsity": (0.25,)},
+}
+FIGURES = ("accuracy", "frechet_training", "frechet_held_out")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--type", choices=["int8", "fp8"], nargs="+", default=["int8"])
+    parser.add_argument("--work", type=Path, default=Path("runs/quality_quantized"), help="folder of what is kept")
+    parser.add_argument("--quick", action="store_true", help="a tiny budget that only shows that all parts work")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    budget = QUICK if options.quick else FULL
+    samples = options.work / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    classifier = cached_classifier(options.work, budget.classifier_variants, budget.classifier_epochs)
+    judge = Judge.of(classifier, budget.reference_variants, MEASURE_SEED)
+    rows = []
+    for kind in (None, *options.type):
+        rows += measure(kind, budget, judge, options.work, samples)
+    show(rows)
+    if options.output:
+        protocol = {"steps": budget.steps, "seeds": len(budget.blocks), "samples": 62 * budget.measured}
+        content = {"machine": machine("numpy", "onnxruntime"), "protocol": protocol, "rows": rows}
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure(
+    kind: QuantizedType | None, budget: Budget, judge: Judge, work: Path, samples: Path
+) -> list[dict[str, Any]]:
+    """All settings in one precision; None is FP32."""
+    name = kind or "fp32"
+    pipes: dict[GuidanceMode, Pipeline] = {}
+    for mode, build in BUILDS.items():
+        folder = work / f"{mode}-{name}"
+        quantize = None if kind is None else QuantizeOptions(kind)
+        path = compile("glyphs", CompileOptions(folder, **build, quantize=quantize, force=True)).path
+        pipes[mode] = Pipeline.load(path, batch=BATCH)
+    pipes["none"] = pipes["cfg"]
+    sampler = Sampler(pipes, samples, budget.steps)
+    rows = []
+    for setting in SETTINGS:
+        row = sampler.row(setting, budget.measured, budget.blocks, judge)
+        rows.append({"precision": name, "name": row.name, "figures": [asdict(figures) for figures in row.figures]})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print means and standard deviations over the seeds."""
+    for row in rows:
+        values = {figure: [seed[figure] for seed in row["figures"]] for figure in FIGURES}
+        text = "  ".join(f"{name} {statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for name, v in values.items())
+        print(f"{row['name']:24} {row['precision']:5} {text}")
+
+
+if __name__ == "__main__":
+    main()

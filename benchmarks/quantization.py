@@ -70,7 +70,7 @@ def methods(reference: Bundle, kinds: list[QuantizedType], feeds: FeedSettings, 
     for kind in kinds:
         for method in METHODS:
             ranges = table.ranges(method)
-            quality = judge(quantized_pipeline(reference, kind, "fp32", ranges, list(ranges)), walks)
+            quality = judge(quantized_pipeline(reference, kind, ranges, list(ranges)), walks)
             row = {
                 "type": kind,
                 "method": method,

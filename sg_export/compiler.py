@@ -105,7 +105,9 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
                 written = _pack(networks, files, traced, (), exact, Path(scratch), counted)
                 manifest = _manifest(loaded, weak, plan, exact, (), None, written, (), Path(scratch))
                 reference = Bundle(Path(scratch), manifest)
-                quantization, ranges = plan_quantization(reference, options.quantize, options.precision, counted.stage)
+                quantization, ranges = plan_quantization(
+                    reference, options.quantize, options.precision, layers, counted.stage
+                )
                 traced = quantized_models(reference, files, quantization, ranges)
         written = _pack(networks, files, traced, layers, options, folder, counted)
         sources = [_engine_source(folder, name, own, written) for name, own in engine_files.items()]

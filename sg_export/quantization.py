@@ -20,12 +20,12 @@ from sg_calibration.settings import FeedSettings
 from sg_export.cost import layer_macs
 from sg_export.emulate import emulated
 from sg_export.graphs import GraphSpec, keep_sizes
-from sg_export.precision import EMBEDDERS_AND_HEAD, to_half
+from sg_export.precision import to_half
 from sg_export.quality import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize_options import QuantizeOptions
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import GateError
+from sg_runtime.errors import CalibrationError, GateError
 from sg_runtime.files import sha256_of
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
@@ -75,9 +75,11 @@ def measure_ranges(
 
 
 def plan_quantization(
-    reference: Bundle, options: QuantizeOptions, base: Precision, tell: Tell
+    reference: Bundle, options: QuantizeOptions, base: Precision, fp32_layers: Collection[str], tell: Tell
 ) -> tuple[Quantization, dict[str, float]]:
     """Decide what is quantized, and find out how good that is; also the ranges of what is.
+
+    base, fp32_layers: the precision of the rest, see `precision.to_half`.
 
     Raises GateError where the gates do not hold, UsageError for an unknown layer.
     """
@@ -91,8 +93,14 @@ def plan_quantization(
             digest = sha256_of(Path(scratch) / "table.json")
     ranges = table.ranges(options.rule)
     known = _known(reference)
+    steps = [name for name, facts in known.items() if facts.in_steps]
+    if missing := [name for name in steps if name not in ranges]:
+        raise CalibrationError(
+            f"{options.table}: expected ranges of all {len(steps)} layers of the step graphs, found none of "
+            f"{', '.join(missing[:5])}: make it anew with sg-export calibrate"
+        )
     check_names("--exclude", options.exclude, known)
-    makes = functools.partial(quantized_pipeline, reference, options.type, base, ranges)
+    makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
     open_layers = [name for name in known if name not in options.exclude]
     walks = [
         walk(
@@ -196,6 +204,7 @@ def quantized_model(path: Path, kind: QuantizedType, ranges: Mapping[str, float]
 class _LayerFacts:
     weight_bytes: int
     linear_macs: int
+    in_steps: bool
 
 
 def _known(reference: Bundle) -> dict[str, _LayerFacts]:
@@ -203,12 +212,12 @@ def _known(reference: Bundle) -> dict[str, _LayerFacts]:
     found: dict[str, _LayerFacts] = {}
     for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
         path = reference.onnx(graph)
-        model = ir.load(path).graph
+        model, in_steps = ir.load(path).graph, graph.kind != "condition"
         macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
         for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
             weight = model.initializers[layer.weight].const_value
             assert weight is not None
-            found.setdefault(name, _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")]))
+            found.setdefault(name, _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps))
     return {name: found[name] for name in sorted(found, key=_place)}
 
 
@@ -218,7 +227,13 @@ def _place(name: str) -> list[str]:
 
 
 def quantized_pipeline(
-    reference: Bundle, kind: QuantizedType, base: Precision, ranges: Mapping[str, float], chosen: Collection[str]
+    reference: Bundle,
+    kind: QuantizedType,
+    ranges: Mapping[str, float],
+    chosen: Collection[str],
+    *,
+    base: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
 ) -> Pipeline:
     """The bundle with these layers quantized, on the CPU."""
 
@@ -226,7 +241,7 @@ def quantized_pipeline(
         model = quantized_model(path, kind, ranges, chosen)
         if base == "fp32":
             return open_session(path, ir.to_proto(model).SerializeToString())
-        to_half(model.graph, base, EMBEDDERS_AND_HEAD)
+        to_half(model.graph, base, fp32_layers)
         return open_session(path, emulated(model))
 
     return Pipeline(reference, OrtBackend(reference, open_graph=opened), reference.manifest.batch or BATCH)

@@ -36,6 +36,8 @@ class QuantizeOptions:
     allow_quality_loss: bool = False
 
     def __post_init__(self) -> None:
+        if self.type not in GATES:
+            raise UsageError(f"type: expected one of {', '.join(GATES)}, found {self.type!r}")
         if self.method is not None and self.method not in METHODS:
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {self.method!r}")
         if self.table is not None and self.data is not None:

@@ -1,7 +1,7 @@
 """Fixtures that several rooms share."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from weights import random_state
 
+from sg_calibration.ranges import write_table
+from sg_calibration.settings import FeedSettings
 from sg_export.compiler import compile
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.options import CompileOptions
+from sg_export.quantization import measure_ranges
+from sg_export.quantize_options import QuantizeOptions
+from sg_runtime.bundle import Bundle
+from sg_runtime.manifest import Gates
 
 TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
 """16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""
@@ -132,6 +138,30 @@ def engine_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     """Engines alone of the tiny model in FP16, by TensorRT-RTX for the GPUs of its own choice, for SG at 0 and 0.5."""
     output = tmp_path_factory.mktemp("engines") / "bundle"
     options = CompileOptions(output, (0.5,), targets=("tensorrt-rtx",), precision="fp16")
+    return compile(tiny_checkpoint, options).path
+
+
+@pytest.fixture(scope="session")
+def tiny_ranges(tiny_bundle: Path) -> Path:
+    """Ranges of the tiny model's activations, from two images for each pair; the shards are in `feeds` beside it."""
+    folder = tiny_bundle.parent
+    bundle, feeds = Bundle.open(tiny_bundle), FeedSettings(samples=2)
+    write_table(measure_ranges(bundle, feeds, None, folder / "feeds", lambda *_: None), folder / "tiny-ranges.json")
+    return folder / "tiny-ranges.json"
+
+
+@pytest.fixture(scope="session")
+def quantize_tiny(tiny_ranges: Path) -> Callable[..., QuantizeOptions]:
+    """Options for the tiny model, whose random weights pass gates as wide as these."""
+    usual = {"table": tiny_ranges, "gates": Gates(0.5, 1.0), "search_images": 1, "gate_images": 2}
+    return lambda type, **changes: QuantizeOptions(type, **{**usual, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_int8_bundle(tiny_checkpoint: Path, quantize_tiny: Callable[..., QuantizeOptions]) -> Path:
+    """The tiny model as `tiny_bundle` has it, in INT8 but for one layer that is excluded, its checkpoint beside it."""
+    quantize = quantize_tiny("int8", exclude=("blocks.2.mlp.fc2",))
+    options = CompileOptions(tiny_checkpoint.parent / "tiny-int8", (0.5,), (0.0, 0.25), quantize=quantize)
     return compile(tiny_checkpoint, options).path
 
 

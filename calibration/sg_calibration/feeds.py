@@ -82,7 +82,11 @@ def collect(
     shards of another model or other settings, or altered ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"identity": identity, "settings": asdict(settings), "guidances": [_name(plan) for plan in guidances]}
+    facts = {
+        "identity": identity,
+        "settings": asdict(settings),
+        "guidances": [f"{_name(plan)} at {plan.scale}" for plan in guidances],
+    }
     known: dict[str, str] = {}
     if (folder / MANIFEST_FILE).exists():
         content = _manifest(folder)
@@ -127,15 +131,15 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     Raises CalibrationError for a file that is none, or arrays that are not as `Shard` says.
     """
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as stream, np.load(stream) as archive:
             found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path}: expected a NumPy archive, found something else ({error})") from None
     if missing := {"x", "time", "label"} - found.keys():
         raise CalibrationError(f"{path}: expected arrays x, time and label, found no {', '.join(sorted(missing))}")
     if unknown := found.keys() - _TYPES.keys():
         raise CalibrationError(f"{path}: expected {', '.join(_TYPES)}, found {', '.join(sorted(unknown))}, too")
-    evaluations, images = len(found["time"]), len(found["label"])
+    evaluations, images = found["time"].size, found["label"].size
     defaults = {
         "step": np.arange(evaluations, dtype=np.int64),
         "evaluation": np.zeros(evaluations, np.int64),
@@ -144,7 +148,8 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     found = defaults | found
     latent = (evaluations, images, model.channels, model.image_size, model.image_size)
     shapes = {"x": latent, "label": (images,), "seed": (images,)}
-    for name, dtype in _TYPES.items():
+    for name in ("time", "label", *_TYPES):  # the first two say how long the others are
+        dtype = _TYPES[name]
         array, shape = found[name], shapes.get(name, (evaluations,))
         if array.dtype != dtype or array.shape != shape:
             raise CalibrationError(f"{path}: {name}: expected {dtype} of {shape}, found {array.dtype} of {array.shape}")

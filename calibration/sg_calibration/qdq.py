@@ -62,7 +62,7 @@ def _quantized(
     scales = {layer.source: ranges.get(layer.name, 1.0) / LARGEST[kind] for layer in layers}
     if kind == "fp8":
         arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        scales |= {layer.weight: float(np.abs(arrays[layer.weight]).max()) / LARGEST[kind] for layer in layers}
+        scales |= {layer.weight: float(np.abs(arrays[layer.weight]).max() or 1.0) / LARGEST[kind] for layer in layers}
     overrides = {
         name: [{"scale": np.array(scale, np.float32), "zero_point": zero, "quant_type": _TYPES[kind]}]
         for name, scale in scales.items()
@@ -83,6 +83,7 @@ def _quantized(
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
+            "QDQDisableWeightAdjustForInt32Bias": True,
             "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
             "TensorQuantOverrides": overrides,
         },

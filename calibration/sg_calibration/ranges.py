@@ -163,6 +163,8 @@ def read_table(path: Path, identity: str) -> RangeTable:
         content = json.loads(path.read_text())
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {content['schema_version']}")
+        if not isinstance(content["identity"], str):
+            raise ValueError(f"identity {content['identity']!r}")
         layers = {
             name: LayerRange(tuple(map(float, layer["largest"])), {m: float(layer["thresholds"][m]) for m in METHODS})
             for name, layer in content["layers"].items()

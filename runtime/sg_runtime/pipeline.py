@@ -80,7 +80,7 @@ class Pipeline:
         if fixed is not None and batch not in (None, fixed):
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
         plan = opened.manifest.quantization
-        if plan is not None and not plan.passed:
+        if plan is not None and plan.remarks:
             LOG.warning("warning: %s: %s", bundle, "; ".join(plan.remarks))
         opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream, capture=capture)
         sizes = opened_backend.batches

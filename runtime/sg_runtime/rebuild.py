@@ -58,8 +58,9 @@ def _precision_words(manifest: Manifest, base: str) -> list[str]:
     if plan is None:
         return [base]
     excluded = [word for layer in plan.layers if layer.reason == "excluded" for word in ("--exclude", layer.name)]
+    gates = ["--gate-cosine", _text(plan.gates.cosine), "--gate-guided", _text(plan.gates.guided)]
     allowed = [] if plan.passed else ["--allow-quality-loss"]
-    return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *allowed]
+    return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *gates, *allowed]
 
 
 def _text(number: float) -> str:

@@ -123,4 +123,4 @@ def test_load_of_a_bundle_that_has_lost_its_engines_is_refused(bundle: Path, edi
     """Neither engines nor graphs: there is nothing to run."""
     shutil.rmtree(bundle / "engines")
     edit(lambda content: content.update(engines=[], files={}))
-    refused("does not run yet")
+    refused("expected ONNX graphs, found engines alone")

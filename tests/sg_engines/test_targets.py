@@ -21,6 +21,7 @@ def test_table_has_the_gpus_that_the_library_has() -> None:
     ("numbers", "products"),
     [
         (FROM_AMPERE, ["fp32", "fp16", "bf16"]),
+        ((86, 89, 120), ["int8", "fp16", "fp32"]),
         ((89, 120, 121), ["fp8", "fp16"]),
         ((75,), ["fp16"]),
         ((75, 120), ["fp16", "fp16"]),
@@ -47,10 +48,15 @@ def test_check_targets_without_gpus_passes_for_tensorrt(products: list[str]) -> 
             ["fp32", "bf16"],
             "--sm 75: expected matrix products in fp16, found bf16, fp32: {}: 80, 86, 89, 120, 121",
         ),
+        ((75,), ["int8"], "--sm 75: expected matrix products in fp16, found int8: {}: 80, 86, 89, 120, 121"),
         ((75,), ["fp8"], "--sm 75: expected matrix products in fp16, found fp8: {}: 89, 120, 121"),
-        ((80,), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
-        ((86,), ["fp32", "fp8"], "--sm 86: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
-        ((89, 80), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, found fp8: {}: 89, 120, 121"),
+        ((80,), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121"),
+        (
+            (86,),
+            ["fp32", "fp8"],
+            "--sm 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121",
+        ),
+        ((89, 80), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121"),
     ],
 )
 def test_check_targets_of_a_type_that_a_gpu_has_not_names_those_that_have(

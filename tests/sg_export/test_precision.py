@@ -9,7 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from sg_export.graphs import GraphSpec
+from sg_calibration.layers import layers_of
+from sg_calibration.qdq import Kind
+from sg_export.cost import count_cost, layer_macs
+from sg_export.graphs import GraphSpec, keep_sizes
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
@@ -21,8 +24,10 @@ from sg_export.precision import (
     fp32_layers,
     half_attentions,
     to_half,
+    weight_of,
     weighted_products,
 )
+from sg_export.quantization import quantized_model
 from sg_export.trace import DEFAULT_OPSET, trace
 from sg_export.weights import write_graphs
 from sg_runtime.errors import ExportError
@@ -187,3 +192,67 @@ def test_check_types_of_a_graph_left_in_fp32_names_a_node(loaded: LoadedModel, t
     check_types(path, "fp32", ())
     with pytest.raises(ExportError, match=r"node blocks.0.attn.qkv/MatMul: expected FLOAT16, found FLOAT; please"):
         check_types(path, "fp16", EMBEDDERS_AND_HEAD)
+
+
+def quantized(loaded: LoadedModel, kind: Kind, folder: Path) -> ir.Model:
+    """The guided graph with all layers but the first block's quantized."""
+    (path,) = write_graphs([traced(loaded, GUIDED)], folder, "weights.bin")
+    names = [name for name in layers_of(onnx.load(path)) if not name.startswith("blocks.0.")]
+    return quantized_model(path, kind, dict.fromkeys(names, 4.0), names)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weight_of_sees_through_dequantize_linear(kind: Kind, loaded: LoadedModel, tmp_path: Path) -> None:
+    plain, graph = traced(loaded, GUIDED).graph, quantized(loaded, kind, tmp_path).graph
+    assert {name for name, _ in weighted_products(graph)} == {name for name, _ in weighted_products(plain)}
+    stored = [weight_of(node) for name, node in weighted_products(graph) if belongs(name, ("blocks.1", "blocks.2"))]
+    assert len(stored) == 8
+    assert all(weight is not None and weight.is_initializer() and weight.dtype.itemsize == 1 for weight in stored)  # type: ignore[union-attr]
+    assert sum(weight_of(node) is None for node in graph if node.op_type == "MatMul") == 2 * 5, "attention's"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", HALF)
+def test_to_half_of_a_quantized_graph_has_half_precision_after_dequantizing(
+    precision: HalfPrecision, kind: Kind, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    model, layers = quantized(loaded, kind, tmp_path), fp32_layers(loaded.model, precision)
+    to_half(model.graph, precision, layers)
+    half, dequantized = HALF[precision], 0
+    for weight, node in weighted_products(model.graph):
+        expected = FLOAT if belongs(weight, layers) else half
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None} == {expected}, weight
+        for value in node.inputs[:2]:
+            assert value is not None
+            source = value.producer()
+            if source is not None and source.op_type == "DequantizeLinear":
+                dequantized += 1
+                assert source.inputs[1].dtype == expected, "a scale has the type that it gives"  # type: ignore[union-attr]
+                assert source.inputs[0].dtype.itemsize == 1  # type: ignore[union-attr]
+    assert dequantized == 2 * 8
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            assert node.inputs[0].dtype == node.inputs[1].dtype  # type: ignore[union-attr]
+    (tmp_path / "half").mkdir()
+    (path,) = write_graphs([model], tmp_path / "half", "weights.bin")
+    onnx.checker.check_model(str(path))
+    onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True)
+    check_types(path, precision, layers)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_count_cost_of_a_quantized_graph_has_the_same_products_and_fewer_bytes(
+    kind: Kind, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    sizes = keep_sizes(GUIDED, (9, 4))
+    plain, graph = traced(loaded, GUIDED).graph, quantized(loaded, kind, tmp_path).graph
+    before, after = count_cost(plain, sizes), count_cost(graph, sizes)
+    assert (after.linear_macs, after.attention_macs) == (before.linear_macs, before.attention_macs)
+    assert layer_macs(graph, sizes) == layer_macs(plain, sizes)
+    weights = sum(
+        int(np.prod(weight_of(node).shape))
+        for name, node in weighted_products(plain)
+        if belongs(name, ("blocks.1", "blocks.2"))
+    )  # type: ignore[union-attr, arg-type]
+    # Three of four bytes, but for scales: one of four bytes for each output channel, at most 36, and zero points.
+    assert 0 <= after.weight_bytes - (before.weight_bytes - 3 * weights) < 8 * (36 * 5 + 3 * 5)

@@ -29,6 +29,7 @@ BUNDLES = (
     "tiny_cosine_bundle",
     "plain_bundle",
     "engine_bundle",
+    "tiny_int8_bundle",
 )
 
 Asked = Callable[[str], tuple[str, CompileOptions]]
@@ -243,3 +244,28 @@ def test_build_command_for_the_cpu_is_in_fp32(manifest: Manifest, asked: Asked, 
 def test_build_command_for_every_target_parses(manifest: Manifest, target: str | None) -> None:
     _, name, *words = shlex.split(build_command(manifest, "out", target=target))
     main.commands[name].make_context(name, words, parent=click.Context(main))  # raises for a wrong option or value
+
+
+@pytest.mark.parametrize("manifest", ["tiny_int8_bundle"], indirect=True)
+def test_build_command_of_a_quantized_bundle_asks_for_the_same_type_layers_and_base(
+    manifest: Manifest, asked: Asked
+) -> None:
+    plan = manifest.quantization
+    assert plan is not None
+    quantize = asked(build_command(manifest, "out"))[1].quantize
+    assert quantize is not None
+    assert (quantize.type, quantize.rule, quantize.exclude) == ("int8", "percentile", ("blocks.2.mlp.fc2",))
+    assert not quantize.allow_quality_loss
+    failed = replace(manifest, quantization=replace(plan, passed=False, type="fp8", method="entropy"))
+    _, options = asked(build_command(replace(failed, precision="fp16"), "out"))
+    assert options.quantize is not None
+    assert (options.precision, options.quantize.type, options.quantize.rule) == ("fp16", "fp8", "entropy")
+    assert options.quantize.allow_quality_loss
+
+
+@pytest.mark.parametrize("manifest", ["tiny_int8_bundle"], indirect=True)
+def test_build_command_of_a_quantized_bundle_asks_for_the_same_gates(manifest: Manifest, asked: Asked) -> None:
+    assert manifest.quantization is not None
+    quantize = asked(build_command(manifest, "out"))[1].quantize
+    assert quantize is not None
+    assert quantize.limits == manifest.quantization.gates

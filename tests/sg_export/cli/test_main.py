@@ -12,7 +12,7 @@ import pytest
 from sg_export.cli import main
 from sg_runtime import __version__
 
-COMMANDS = ["build", "generate", "inspect", "verify", "bench", "doctor"]
+COMMANDS = ["build", "calibrate", "generate", "inspect", "verify", "bench", "report", "doctor"]
 
 
 def test_main_has_the_commands() -> None:

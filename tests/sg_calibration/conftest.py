@@ -1,0 +1,26 @@
+"""The tiny model's FP32 bundle, as calibration sees it."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from sg_export.quantization import reference_pipeline
+from sg_runtime.bundle import Bundle
+from sg_runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def pipe(reference: Bundle) -> Pipeline:
+    return reference_pipeline(reference)
+
+
+@pytest.fixture
+def guided(reference: Bundle) -> onnx.ModelProto:
+    """A guided graph of one's own, with its weights."""
+    return onnx.load(reference.path / "graphs/guided-16-8.onnx")

@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from sg_export.loading import LoadedModel
+from sg_runtime.errors import NonFiniteError
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import FLOAT32_MAX, GuidancePlan, StratumQuality
+from sg_runtime.manifest import FLOAT32_MAX, GuidancePlan, SamplerName, StratumQuality
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.plan import BranchPlan, Plan
 from sg_runtime.sampling import integrate, precondition, run_times, updates
@@ -98,7 +99,7 @@ def walk(
     states: list[Array] = []
     found: list[tuple[Array, Array]] = []
 
-    def sampled(shift: int) -> Array:
+    def run_with(shift: int) -> Array:
         counters = [(update.step + shift, update.evaluation) for update in run]
         plan = pipe.prepare([u.time for u in run], classes, seeds, counters=counters, guidance=guidance)
 
@@ -112,8 +113,8 @@ def walk(
 
         return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
 
-    samples = sampled(0)
-    other = sampled(OTHER_SUBSETS) if noise and guidance.weak.sparsity > 0 else samples
+    samples = run_with(0)
+    other = run_with(OTHER_SUBSETS) if noise and guidance.weak.sparsity > 0 else samples
     return Walk(
         guidance,
         tuple(classes),
@@ -157,11 +158,29 @@ def run_distance(pipe: Pipeline, walks: Sequence[Walk]) -> float:
     """Relative L2 distance of whole runs to the walks' samples, at their seeds and subsets; the worst."""
     return max(
         distance(
-            pipe.sample(own.classes, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
+            sampled(pipe, own.classes, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
             own.samples,
         )
         for own in walks
     )
+
+
+def sampled(
+    pipe: Pipeline,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    sampler: SamplerName,
+    guidance: GuidancePlan,
+    fused: bool = True,
+) -> Array:
+    """What the pipeline samples, NaN where that is no number."""
+    try:
+        return pipe.sample(classes, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
+    except NonFiniteError:
+        model = pipe.bundle.manifest.model
+        return np.full((len(classes), model.channels, model.image_size, model.image_size), np.nan, np.float32)
 
 
 def distance(found: Array, wanted: Array) -> float:

@@ -29,7 +29,7 @@ from sg_export.checkpoint import Overrides, Weights
 from sg_export.emulate import emulated
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.progress import Report, silent
-from sg_export.quality import by_pipeline, by_pytorch, walk
+from sg_export.quality import by_pipeline, by_pytorch, sampled, walk
 from sg_export.reference import REFERENCES, reference_path
 from sg_export.runners import LaneRunner, TorchRunner
 from sg_runtime.backends.ort import OrtBackend, open_session
@@ -380,7 +380,7 @@ def _compare_run(
         weak_levels=levels(manifest, guidance.weak_network),
         karras=manifest.sampling.karras,
     )
-    found = pipeline.sample(classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
+    found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     gates, name = GATES[manifest.precision], _run_name(guidance, sampler, fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
@@ -407,7 +407,7 @@ def _compare_quantized(
             comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, 1.0, gates.cosine))
         both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
         comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, -1.0))
-    samples = pipeline.sample(classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
+    samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
     subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
     comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, gates.guided, -1.0))
     return comparisons

@@ -75,7 +75,11 @@ def build_in_child(
 
 def _with_remedy(reason: str) -> str:
     """The reason, and what to do where it is a lack of memory, which the library tells in several ways."""
-    return f"{reason}: {LESS_MEMORY}" if re.search("bad_alloc|memory r[au]n|out of ?memory", reason, re.I) else reason
+    return (
+        f"{reason}: {LESS_MEMORY}"
+        if re.search("bad_alloc|memory r[au]n|out of ?memory|allocate memory", reason, re.I)
+        else reason
+    )
 
 
 def _died(code: int, last_words: list[str]) -> str:

@@ -313,8 +313,8 @@ def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -
     assert sg_engines.child._peak_memory() == 123
 
 
-# The address space of a child: in the first it cannot load the library's code, in the second it cannot build.
-@pytest.mark.parametrize("megabytes", [400, 700])
+# The address space of a child, in which it loads the library but cannot build.
+@pytest.mark.parametrize("megabytes", [550, 700])
 def test_build_in_child_without_enough_memory_says_what_to_do(
     megabytes: int, products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

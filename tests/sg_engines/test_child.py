@@ -314,7 +314,7 @@ def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 # The address space of a child, in which it loads the library but cannot build.
-@pytest.mark.parametrize("megabytes", [550, 700])
+@pytest.mark.parametrize("megabytes", [500, 600])
 def test_build_in_child_without_enough_memory_says_what_to_do(
     megabytes: int, products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,6 @@ from sg_export.options import DEFAULT_ENGINE_BATCH, DEFAULT_SPARSITY, CompileOpt
 from sg_export.output import check_output, new_folder
 from sg_export.precision import check_types, fp32_layers, half_attentions, to_half
 from sg_export.progress import Report, silent
-from sg_export.quantization import plan_quantization, quantized_models
 from sg_export.trace import trace
 from sg_export.weights import write_graphs
 from sg_runtime import __version__
@@ -100,6 +99,8 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         traced = {name: _trace(networks, own[0], options, counted) for name, own in files.items()}
         quantization = None
         if options.quantize is not None:
+            from sg_export.quantization import plan_quantization, quantized_models  # needs ONNX Runtime
+
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
                 exact = replace(options, precision="fp32", keep_onnx=bool(options.libraries))
                 written = _pack(networks, files, traced, (), exact, Path(scratch), counted)

@@ -397,7 +397,7 @@ def test_compile_on_a_full_disk_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sg_export.compiler.quantized_models", full)
+    monkeypatch.setattr("sg_export.quantization.quantized_models", full)
     monkeypatch.setattr(quantization, "_least", lambda passes, most: 0)
     with pytest.raises(ExportError, match="the disk is full"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", (0.5,), quantize=quantize_tiny("int8")))

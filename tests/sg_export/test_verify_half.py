@@ -61,7 +61,7 @@ def test_pipeline_runs_fp16_on_the_cpu_and_refuses_bf16(half_bundle: Path) -> No
         assert np.isfinite(samples).all()
     else:
         with pytest.raises(BundleError, match="its graphs are in BF16, which ONNX Runtime's CPU provider does not run"):
-            Pipeline.load(half_bundle)
+            Pipeline.load(half_bundle, "cpu")
 
 
 def test_verify_of_an_overflow_names_the_first_operator(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--guidance", "autoguidance"], "'autoguidance' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
         (["--prediction", "eps"], "'eps' is not one of 'flow', 'edm'"),
         (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
-        (["--precision", "int8"], "'int8' is not one of 'fp32', 'fp16', 'bf16'"),
+        (["--precision", "int4"], "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8', 'fp8'"),
         (["--precision", "bf16"], "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16"),
         (["--target", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx', 'tensorrt'"),
         (

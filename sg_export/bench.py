@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from sg_engines.child import peak_memory
 from sg_export.progress import Report, silent
 from sg_export.step_cost import step_costs
 from sg_runtime.backends import Choice, choose_backend
@@ -126,7 +127,7 @@ def bench(
     classes = [number % manifest.model.num_classes for number in range(count)]
     report("warming up", 0, None)
     pipe.warmup(count, steps=steps)
-    peak = _process_peak() if before is None else before - _free_gpu_bytes(choice.number)
+    peak = peak_memory() if before is None else before - _free_gpu_bytes(choice.number)
 
     ours = _Ours(pipe, classes, steps)
     makers: dict[str, Callable[[], float]] = {"ours": ours}
@@ -161,7 +162,7 @@ def bench(
         str(bundle),
         choice.name,
         choice.rejected,
-        "cpu" if on_cpu else f"cuda:{choice.number}",
+        _torch_device(choice),
         count,
         steps,
         manifest.sampling.sampler,
@@ -219,14 +220,6 @@ def _batch(bundle: Bundle, images: int | None, on_cpu: bool) -> int | None:
     if manifest.batch is not None or manifest.engines:
         return None
     return images or (1 if on_cpu else None)
-
-
-def _process_peak() -> int | None:
-    """The most memory that this process had so far, from the kernel."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return peaks[0] if peaks else None
 
 
 def _free_gpu_bytes(number: int) -> int:

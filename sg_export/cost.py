@@ -27,9 +27,7 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
     for node in graph:
         if node.op_type not in PRODUCTS:
             continue
-        right, output = node.inputs[1], node.outputs[0]
-        assert right is not None
-        macs = _elements(output, size_of) * _reduced(node, right, size_of)
+        macs = _macs(node, size_of)
         if weight_of(node) is not None:
             linear += macs
         else:
@@ -49,9 +47,7 @@ def layer_macs(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> dict[
     batch, found = _shape(graph.inputs[0])[0], {}
     images = batch if isinstance(batch, int) else 1
     for name, node in weighted_products(graph):
-        right = node.inputs[1]
-        assert right is not None
-        found[name] = _elements(node.outputs[0], size_of) * _reduced(node, right, size_of) // images
+        found[name] = _macs(node, size_of) // images
     return found
 
 
@@ -71,11 +67,14 @@ def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> in
     return peak
 
 
-def _reduced(node: ir.Node, right: ir.Value, size_of: Callable[[Dimension], int]) -> int:
-    """How many products make up one output value."""
+def _macs(node: ir.Node, size_of: Callable[[Dimension], int]) -> int:
+    """Multiply-adds of a product: output values, times how many products make up one."""
+    right = node.inputs[1]
+    assert right is not None
     shape = _shape(right)
     transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-    return math.prod(map(size_of, shape[1:] if node.op_type == "Conv" or transposed else shape[-2:-1]))
+    reduced = math.prod(map(size_of, shape[1:] if node.op_type == "Conv" or transposed else shape[-2:-1]))
+    return _elements(node.outputs[0], size_of) * reduced
 
 
 def _bytes(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:

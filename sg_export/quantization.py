@@ -12,11 +12,11 @@ import onnx
 import onnx_ir as ir
 from onnxruntime import InferenceSession
 
-from sg_calibration.feeds import collect, given_shards, images_of, read_shard
+from sg_calibration.feeds import Split, collect, given_shards, images_of, read_shard
 from sg_calibration.layers import check_names, layers_of
 from sg_calibration.qdq import quantize
 from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
-from sg_calibration.settings import FeedSettings
+from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.cost import layer_macs
 from sg_export.emulate import emulated
 from sg_export.graphs import GraphSpec, keep_sizes
@@ -43,7 +43,7 @@ Tell = Callable[[str, float | None], None]
 MARGIN = 0.9
 """Share of the gates' room that the search may use, as it sees other images than the gates."""
 
-STRATA = 25
+STRATA = LEAST_STRATA
 ROUNDS = 7
 BATCH = 8
 """Most images in one run of a graph while ranges and errors are measured."""
@@ -102,17 +102,7 @@ def plan_quantization(
     check_names("--exclude", options.exclude, known)
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
     open_layers = [name for name in known if name not in options.exclude]
-    walks = [
-        walk(
-            pipe,
-            by_pipeline(pipe),
-            guidance,
-            *images_of("search", manifest.model, options.search_images),
-            STRATA,
-            noise=False,
-        )
-        for guidance in built_guidances(manifest)
-    ]
+    walks = _walks(pipe, "search", options.search_images, noise=False)
     sensitivities = {}
     for number, name in enumerate(open_layers):
         tell(f"measuring what {name} is worth", number / len(open_layers))
@@ -128,10 +118,7 @@ def plan_quantization(
     quantized = [name for name in open_layers if name not in worst_first[:returned]]
     tell("judging the result", None)
     candidate = makes(quantized)
-    judged = [
-        walk(pipe, by_pipeline(pipe), guidance, *images_of("gate", manifest.model, options.gate_images), STRATA)
-        for guidance in built_guidances(manifest)
-    ]
+    judged = _walks(pipe, "gate", options.gate_images)
     quality = judge(candidate, judged)
     holds = _holds(quality, options.limits)
     if not holds and not options.allow_quality_loss:
@@ -171,6 +158,13 @@ def plan_quantization(
         remarks=tuple(remarks),
     )
     return result, {name: ranges[name] for name in quantized if name in ranges}
+
+
+def _walks(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
+    """A walk of the pipeline by each guidance that was built, on images of this split."""
+    manifest = pipe.bundle.manifest
+    own = images_of(split, manifest.model, images)
+    return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
 
 
 def quantized_models(

@@ -134,7 +134,7 @@ def _main() -> None:
     except (EngineError, OSError) as error:
         _tell(events, {"error": str(error)})
     else:
-        _tell(events, {"memory_bytes": _peak_memory()})
+        _tell(events, {"memory_bytes": peak_memory()})
 
 
 def _tell(events: IO[str], event: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def _tell(events: IO[str], event: dict[str, Any]) -> None:
         os._exit(1)
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes of this program's largest resident set; Linux counts in `getrusage` that of the program that started it."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -151,6 +151,13 @@ INTERVAL = click.option(
 )
 
 
+def _decorated(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """The command with these options, in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def model_options(command: F) -> F:
     """Options that state what a checkpoint does not."""
     options = (
@@ -163,9 +170,7 @@ def model_options(command: F) -> F:
             "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is none of upstream's."
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
 def feed_options(command: F) -> F:
@@ -195,9 +200,7 @@ def feed_options(command: F) -> F:
             "--calib-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Their first seed."
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
 def quantization_options(command: F) -> F:
@@ -220,9 +223,7 @@ def quantization_options(command: F) -> F:
         click.option("--gate-guided", type=click.FloatRange(0), help="[default: 0.1 for int8, 0.06 for fp8]"),
         click.option("--allow-quality-loss", is_flag=True, help="Write the bundle though its gates do not hold."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
 def device_options(command: F) -> F:
@@ -231,9 +232,7 @@ def device_options(command: F) -> F:
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 for another GPU."),
         click.option("--backend", type=click.Choice(BACKENDS), help="[default: the best that works here]"),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _decorated(command, options)
 
 
 @contextmanager

@@ -307,11 +307,11 @@ def test_plan_goes_through_json_unchanged(cache: Path | None) -> None:
 
 def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux says it in a file; elsewhere `getrusage` does, which on Linux may be of the starting process, too."""
-    peak = sg_engines.child._peak_memory()
+    peak = sg_engines.child.peak_memory()
     assert 50e6 < peak < 20e9
     monkeypatch.setattr(sg_engines.child, "Path", lambda name: SimpleNamespace(exists=lambda: False))
     monkeypatch.setattr(sg_engines.child.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=123))
-    assert sg_engines.child._peak_memory() == 123
+    assert sg_engines.child.peak_memory() == 123
 
 
 def test_build_in_child_without_enough_memory_says_what_to_do(

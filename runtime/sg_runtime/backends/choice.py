@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -26,6 +25,9 @@ BACKENDS = (
 """All backends, those that "auto" takes first, the best first; the others build engines when they open a bundle."""
 
 _AUTOMATIC = 4
+
+_LIBRARIES: dict[str, EngineLibrary] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""The library of the backends that run engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,10 @@ def open_backend(
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
-    if choice.name in ("tensorrt", "tensorrt-rtx"):
+    if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
 
-        library: EngineLibrary = "tensorrt" if choice.name == "tensorrt" else "tensorrt_rtx"
-        return TrtBackend(bundle, library, choice.number, stream, capture)
+        return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture)
     from sg_runtime.backends.ort import OrtBackend
 
     return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture)
@@ -113,11 +114,10 @@ def _parse(device: str) -> tuple[str, int]:
 
 def _check(bundle: Bundle, name: str, number: int, batch: int | None) -> None:
     """Raise unless the backend can run the bundle here."""
-    checks: dict[str, Callable[[], None]] = {
-        "tensorrt-rtx": lambda: _check_engines(bundle, "tensorrt_rtx", number, batch),
-        "tensorrt": lambda: _check_engines(bundle, "tensorrt", number, batch),
-    }
-    checks.get(name, lambda: _check_onnx(bundle, name, number))()
+    if name in _LIBRARIES:
+        _check_engines(bundle, _LIBRARIES[name], number, batch)
+    else:
+        _check_onnx(bundle, name, number)
 
 
 def _check_engines(bundle: Bundle, library: EngineLibrary, number: int, batch: int | None) -> None:

@@ -1,31 +1,50 @@
 """INT8 and FP8: which way to find ranges is best, what the default build reaches at every time, its size and its speed.
 
-    python -m benchmarks.quantization --model glyphs S/2 --output benchmarks/results/quantization.json
+    python -m benchmarks.quantization --modelopt --output benchmarks/results/quantization.json
+    python -m benchmarks.quantization --model S/2 --output benchmarks/results/quantization.json
+
+An output that is there already, of the same machine and libraries, keeps its other models.
 
 Everything on ONNX Runtime's CPU provider, over FP32, for SG at sparsities 0 and 0.5. Methods: all layers quantized, the
-same calibration, judged on images, classes and token subsets of their own: the worst of 25 times. Default: what
-`sg-export build --precision` makes, its search included; sizes of the weights, and the time of a guided step over that
-of FP32, in turn. S/2 has random weights, which are harder to quantize than trained ones in no known way.
+same calibration, judged on images, classes and token subsets of their own: the worst of 25 times; with `--modelopt`
+beside NVIDIA's ModelOpt (nvidia-modelopt[onnx]) on the same feeds, with its own choice of operators. Default: what
+`sg-export build --precision` makes with this calibration, its search included, and how long that takes. Speed: one
+guided step by every bundle, in turn, round by round; a ratio is the median of the rounds' ratios to FP32. S/2 has
+random weights: it shows cost and speed, not how well a trained S/2 takes eight bits.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_step import random_checkpoint
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+
+from benchmarks.guided_step import PAUSE, random_checkpoint
 from benchmarks.machine import machine
-from sg_calibration.feeds import images_of
+from sg_calibration.feeds import collect, images_of, read_shard
+from sg_calibration.ranges import RangeTable, identity_of, write_table
 from sg_calibration.settings import METHODS, FeedSettings
 from sg_export import CompileOptions, Overrides, compile
-from sg_export.quality import by_pipeline, judge, walk
-from sg_export.quantization import STRATA, measure_ranges, quantized_pipeline, reference_pipeline
+from sg_export.quality import Walk, by_pipeline, judge, walk
+from sg_export.quantization import BATCH, STRATA, measure_ranges, quantized_pipeline, reference_pipeline
 from sg_export.quantize_options import QuantizeOptions
+from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import QuantizedType
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.steps import StepRunner, launches
+
+Feeds = dict[str, NDArray[Any]]
 
 
 def main() -> None:
@@ -34,6 +53,9 @@ def main() -> None:
     parser.add_argument("--type", choices=["int8", "fp8"], nargs="+", default=["int8", "fp8"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--images", type=int, default=8, help="Images that methods are judged on.")
+    parser.add_argument("--modelopt", action="store_true")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="Images in a step that is timed.")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -42,74 +64,190 @@ def main() -> None:
             folder = Path(scratch)
             checkpoint, overrides = (name, Overrides()) if name == "glyphs" else random_checkpoint(name, folder)
             reference = compile(checkpoint, CompileOptions(folder / "fp32", (0.5,), overrides=overrides))
-            feeds = FeedSettings(options.samples)
-            rows = methods(reference, options.type, feeds, options.images)
-            built = [
-                default(checkpoint, overrides, kind, feeds, reference, folder / f"bundle-{kind}")
-                for kind in options.type
-            ]
-            results.append({"model": name, "methods": rows, "default": built})
-    if options.output:
-        content = {
-            "machine": machine("numpy", "onnxruntime"),
-            "setup": {"samples": options.samples, "images": options.images},
-            "models": results,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+            began = time.perf_counter()
+            ranges = measure_ranges(reference, FeedSettings(options.samples), None, None, lambda stage, share: None)
+            write_table(ranges, folder / "ranges.json")
+            calibration_seconds = time.perf_counter() - began
+            rows = methods(reference, options.type, ranges, options.images)
+            if options.modelopt:
+                rows += modelopt(reference, options.type, FeedSettings(options.samples), options.images, folder)
+            bundles, built = {"fp32": reference}, []
+            for kind in options.type:
+                quantize = QuantizeOptions(kind, table=folder / "ranges.json")
+                began = time.perf_counter()
+                bundles[kind] = compile(
+                    checkpoint, CompileOptions(folder / kind, (0.5,), overrides=overrides, quantize=quantize)
+                )
+                built.append({"seconds": time.perf_counter() - began, **described(bundles[kind], reference)})
+            results.append(
+                {
+                    "model": name,
+                    "calibration_seconds": calibration_seconds,
+                    "methods": rows,
+                    "default": built,
+                    "speed": [row for batch in options.batch for row in speed(bundles, batch, options.rounds)],
+                }
+            )
+        if options.output:
+            write(options.output, results, {"samples": options.samples, "images": options.images})
 
 
-def methods(reference: Bundle, kinds: list[QuantizedType], feeds: FeedSettings, images: int) -> list[dict[str, Any]]:
+def write(path: Path, models: list[dict[str, Any]], setup: dict[str, int]) -> None:
+    """Write the results; those of other models that are in the file stay, if they are of the same machine and setup."""
+    content: dict[str, Any] = {"machine": machine("numpy", "onnxruntime"), "setup": setup}
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        kept = before.pop("models") if before == content else []
+    names = {own["model"] for own in models}
+    content["models"] = [own for own in kept if own["model"] not in names] + models
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def methods(reference: Bundle, kinds: list[QuantizedType], table: RangeTable, images: int) -> list[dict[str, Any]]:
     """The worst of all times, with all layers quantized, by type and method."""
-    pipe = reference_pipeline(reference)
-    table = measure_ranges(reference, feeds, None, None, lambda stage, share: None)
-    walks = [
-        walk(pipe, by_pipeline(pipe), guidance, *images_of("gate", reference.manifest.model, images), STRATA)
-        for guidance in built_guidances(reference.manifest)
-    ]
+    walks = gate_walks(reference, images)
     rows = []
     for kind in kinds:
         for method in METHODS:
-            ranges = table.ranges(method)
-            quality = judge(quantized_pipeline(reference, kind, ranges, list(ranges)), walks)
-            row = {
-                "type": kind,
-                "method": method,
-                "guided": max(q.guided for q in quality),
-                "cosine": min(min(q.strong, q.weak) for q in quality),
-            }
-            print(row, flush=True)
-            rows.append(row)
+            own = table.ranges(method)
+            rows.append(judged(kind, method, quantized_pipeline(reference, kind, own, list(own)), walks))
     return rows
 
 
-def default(
-    checkpoint: str | Path,
-    overrides: Overrides,
-    kind: QuantizedType,
-    feeds: FeedSettings,
-    reference: Bundle,
-    path: Path,
-) -> dict[str, Any]:
-    """What a default build makes."""
-    options = CompileOptions(path, (0.5,), overrides=overrides, quantize=QuantizeOptions(kind, feeds=feeds))
-    bundle = compile(checkpoint, options)
+def gate_walks(reference: Bundle, images: int) -> list[Walk]:
+    """Runs of the reference that results are judged along."""
+    pipe, manifest = reference_pipeline(reference), reference.manifest
+    own = images_of("gate", manifest.model, images)
+    return [walk(pipe, by_pipeline(pipe), guidance, *own, STRATA) for guidance in built_guidances(manifest)]
+
+
+def judged(kind: QuantizedType, method: str, pipe: Pipeline, walks: list[Walk]) -> dict[str, Any]:
+    """A row of the table of methods."""
+    quality = judge(pipe, walks)
+    guided, cosine = max(q.guided for q in quality), min(min(q.strong, q.weak) for q in quality)
+    row = {"type": kind, "method": method, "guided": guided, "cosine": cosine}
+    print(row, flush=True)
+    return row
+
+
+def modelopt(
+    reference: Bundle, kinds: list[QuantizedType], settings: FeedSettings, images: int, folder: Path
+) -> list[dict[str, Any]]:
+    """The same for the guided graph as ModelOpt quantizes it by its defaults, over FP32."""
+    from modelopt.onnx.quantization import quantize
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    feeds = guided_feeds(reference, settings, folder / "feeds")
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime is untyped
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self.left = iter(feeds)
+
+        def get_first(self) -> Feeds:
+            return feeds[0]
+
+        def get_next(self) -> Feeds | None:
+            return next(self.left, None)
+
+    guided = reference.onnx(next(graph for graph in reference.manifest.graphs if graph.kind == "guided"))
+    source, made = folder / "plain.onnx", folder / "modelopt.onnx"
+    onnx.save(onnx.load(guided), source)  # one file: ModelOpt moves it about
+    walks = gate_walks(reference, images)
+
+    def opened(path: Path) -> InferenceSession:
+        return open_session(path, made.read_bytes() if path == guided else None)
+
+    rows = []
+    for kind in kinds:
+        for method in ("max", "entropy"):
+            quantize(
+                str(source),
+                quantize_mode=kind,
+                calibration_method=method,
+                calibration_data_reader=Reader(),
+                calibration_eps=["cpu"],
+                high_precision_dtype="fp32",
+                output_path=str(made),
+                log_level="ERROR",
+            )
+            pipe = Pipeline(reference, OrtBackend(reference, open_graph=opened), BATCH)
+            rows.append(judged(kind, f"ModelOpt, {method}", pipe, walks))
+    return rows
+
+
+def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> list[Feeds]:
+    """Inputs of the guided graph along the runs that ranges are measured on."""
+    pipe, manifest = reference_pipeline(reference), reference.manifest
+    (guidance,) = built_guidances(manifest)
+    runner = StepRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
+    feeds = []
+    for path in collect(pipe, [guidance], settings, folder, identity_of(manifest), lambda *_: None):
+        shard = read_shard(path, manifest.model)
+        images = (shard.classes(manifest.model), shard.seed.tolist())
+        plan = pipe.prepare(shard.time, *images, counters=shard.counters, guidance=guidance)
+        for index, x in enumerate(shard.x):
+            (launch,) = launches(manifest, plan, index, 0.0, 1.0, 0.0)
+            for group in runner.groups(len(x)):
+                own = runner.feeds(launch, x, x, index, group)
+                feeds.append({name: np.asarray(value) for name, value in own.items()})
+    return feeds
+
+
+def described(bundle: Bundle, reference: Bundle) -> dict[str, Any]:
+    """What a default build made."""
     plan = bundle.manifest.quantization
     assert plan is not None
     sizes = [b.manifest.files["graphs/weights.bin"].size for b in (bundle, reference)]
     facts = {
-        "type": kind,
+        "type": plan.type,
         "layers": len(plan.layers),
         "high_precision": [layer.name for layer in plan.layers if not layer.quantized],
         "quality": [asdict(quality) for quality in plan.quality],
         "runs": plan.runs,
         "mask_noise": plan.mask_noise,
+        "remarks": plan.remarks,
         "weights_bytes": sizes[0],
         "weights_of_fp32": sizes[0] / sizes[1],
-        "time_of_fp32": plan.time_ratio,
         "sensitivity": {layer.name: layer.sensitivity for layer in plan.layers},
     }
     print({name: value for name, value in facts.items() if name not in ("quality", "sensitivity")}, flush=True)
     return facts
+
+
+def speed(bundles: Mapping[str, Bundle], batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a guided step by every bundle, and the ratio to FP32: medians and quartiles of rounds."""
+    pipes = {name: Pipeline.load(bundle.path, device="cpu", batch=batch) for name, bundle in bundles.items()}
+    classes, seeds = [image % 4 for image in range(batch)], list(range(batch))
+    plans = {name: pipe.prepare([0.6], classes, seeds) for name, pipe in pipes.items()}
+    x = pipes["fp32"].initial_noise(seeds)
+    times: dict[str, list[float]] = {name: [] for name in pipes}
+    for number in range(rounds + 1):  # the first one warms up
+        for name, pipe in pipes.items():
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            pipe.guided(x, plans[name], 0)
+            if number:
+                times[name].append(1e3 * (time.perf_counter() - began))
+    rows = []
+    for name, own in times.items():
+        ratios = [mine / base for mine, base in zip(own, times["fp32"], strict=True)]
+        (low, median, high), (low_ratio, ratio, high_ratio) = (statistics.quantiles(v) for v in (own, ratios))
+        row = {
+            "precision": name,
+            "batch": batch,
+            "rounds": rounds,
+            "median_ms": median,
+            "quartiles_ms": [low, high],
+            "ratio": ratio,
+            "ratio_quartiles": [low_ratio, high_ratio],
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

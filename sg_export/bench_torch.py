@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sg_export.loading import LoadedModel
-from sg_export.verify import reload_checkpoint, reload_weak
+from sg_export.reload import reload_checkpoint, reload_weak
 from sg_runtime import random
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guidance_table, levels

@@ -76,6 +76,8 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     """
     check_output(options.output, options.force)
     check_libraries(options.libraries)
+    if options.quantize is not None:
+        options.quantize.check_files()
     report(f"loading {checkpoint}", 0, None)
     loaded = load_model(checkpoint, weights=options.weights, overrides=options.overrides)
     weak = None

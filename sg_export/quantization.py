@@ -25,16 +25,18 @@ from sg_export.quality import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize_options import QuantizeOptions
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import CalibrationError, GateError
+from sg_runtime.errors import CalibrationError, GateError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
+    MANIFEST_FILE,
     Gates,
     LayerPlan,
     Precision,
     Quantization,
     QuantizedType,
     StratumQuality,
+    read_manifest,
 )
 from sg_runtime.pipeline import Pipeline
 
@@ -81,7 +83,7 @@ def plan_quantization(
 
     base, fp32_layers: the precision of the rest, see `precision.to_half`.
 
-    Raises GateError where the gates do not hold, UsageError for an unknown layer.
+    Raises GateError where the gates do not hold, UsageError for an unknown layer or the plan of another network.
     """
     manifest, pipe = reference.manifest, reference_pipeline(reference)
     if options.table is not None:
@@ -99,23 +101,9 @@ def plan_quantization(
             f"{options.table}: expected ranges of all {len(steps)} layers of the step graphs, found none of "
             f"{', '.join(missing[:5])}: make it anew with sg-export calibrate"
         )
-    check_names("--exclude", options.exclude, known)
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
-    open_layers = [name for name in known if name not in options.exclude]
-    walks = _walks(pipe, "search", options.search_images, noise=False)
-    sensitivities = {}
-    for number, name in enumerate(open_layers):
-        tell(f"measuring what {name} is worth", number / len(open_layers))
-        quality = judge(makes([name]), walks, strata=range(0, STRATA, STRATA // 4))
-        sensitivities[name] = max(stratum.guided for stratum in quality)
-    worst_first = sorted(open_layers, key=lambda name: -sensitivities[name])
-
-    def passes(returned: int) -> bool:
-        tell(f"trying with {returned} layers in high precision", None)
-        return _holds(judge(makes(worst_first[returned:]), walks), options.limits, MARGIN)
-
-    returned = _least(passes, len(worst_first))
-    quantized = [name for name in open_layers if name not in worst_first[:returned]]
+    choice = _search(pipe, known, options, makes, tell) if options.plan is None else _choice_of(options.plan, known)
+    quantized = [name for name in known if choice[name].quantized]
     tell("judging the result", None)
     candidate = makes(quantized)
     judged = _walks(pipe, "gate", options.gate_images)
@@ -125,16 +113,11 @@ def plan_quantization(
         raise GateError(_failure(quality, options))
     layers = []
     for name, facts in known.items():
-        reason = "quantized"
-        if name in options.exclude:
-            reason = "excluded"
-        elif name in worst_first[:returned]:
-            reason = "returned by the search"
-        saved = facts.weight_bytes - facts.weight_bytes // 4 if name in quantized else 0
+        own = choice[name]
+        saved = facts.weight_bytes - facts.weight_bytes // 4 if own.quantized else 0
+        weight_only = name not in ranges
         layers.append(
-            LayerPlan(
-                name, name in quantized, name not in ranges, reason, sensitivities.get(name), saved, facts.linear_macs
-            )
+            LayerPlan(name, own.quantized, weight_only, own.reason, own.sensitivity, saved, facts.linear_macs)
         )
     remarks = [] if holds else [f"its gates do not hold: {_failure(quality, options)}"]
     ratio = _time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
@@ -158,6 +141,57 @@ def plan_quantization(
         remarks=tuple(remarks),
     )
     return result, {name: ranges[name] for name in quantized if name in ranges}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Whether a layer is quantized, as in LayerPlan."""
+
+    quantized: bool
+    reason: str
+    sensitivity: float | None
+
+
+def _search(
+    pipe: Pipeline,
+    known: Collection[str],
+    options: QuantizeOptions,
+    makes: Callable[[Sequence[str]], Pipeline],
+    tell: Tell,
+) -> dict[str, _Choice]:
+    """Layers return to high precision, the most sensitive first, as few as the gates need on the search's images."""
+    check_names("--exclude", options.exclude, known)
+    open_layers = [name for name in known if name not in options.exclude]
+    walks = _walks(pipe, "search", options.search_images, noise=False)
+    sensitivities: dict[str, float] = {}
+    for number, name in enumerate(open_layers):
+        tell(f"measuring what {name} is worth", number / len(open_layers))
+        quality = judge(makes([name]), walks, strata=range(0, STRATA, STRATA // 4))
+        sensitivities[name] = max(stratum.guided for stratum in quality)
+    worst_first = sorted(open_layers, key=lambda name: -sensitivities[name])
+
+    def passes(returned: int) -> bool:
+        tell(f"trying with {returned} layers in high precision", None)
+        return _holds(judge(makes(worst_first[returned:]), walks), options.limits, MARGIN)
+
+    returned = worst_first[: _least(passes, len(worst_first))]
+    choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
+    choice |= {name: _Choice(False, "returned by the search", sensitivities[name]) for name in returned}
+    return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
+
+
+def _choice_of(path: Path, known: Collection[str]) -> dict[str, _Choice]:
+    """The choice that the bundle at `path` was built with. Raises UsageError where it is none of these layers'."""
+    plan = read_manifest(path / MANIFEST_FILE).quantization
+    if plan is None:
+        raise UsageError(f"--plan {path}: expected a quantized bundle, found one of high precision alone")
+    choice = {layer.name: _Choice(layer.quantized, layer.reason, layer.sensitivity) for layer in plan.layers}
+    if odd := sorted(choice.keys() ^ set(known)):
+        raise UsageError(
+            f"--plan {path}: expected a plan of this model's {len(known)} layers, found one of {len(choice)}; only one "
+            f"of them has {', '.join(odd[:5])}"
+        )
+    return choice
 
 
 def _walks(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:

@@ -20,8 +20,9 @@ class QuantizeOptions:
     """How to quantize.
 
     table: ranges from `sg-export calibrate`; without one they are measured, on `data`, a user's shards, or on guided
-    runs by `feeds`. method: see `rule`. exclude: layers that stay in high precision. gates: in place of GATES.
-    search_images, gate_images: for every guidance. allow_quality_loss: write the bundle though it fails its gates.
+    runs by `feeds`. method: see `rule`. exclude: layers that stay in high precision. plan: a quantized bundle whose
+    choice of layers holds, in place of a search. gates: in place of GATES. search_images, gate_images: for every
+    guidance. allow_quality_loss: write the bundle though it fails its gates.
     """
 
     type: QuantizedType = "int8"
@@ -30,6 +31,7 @@ class QuantizeOptions:
     data: Path | None = None
     feeds: FeedSettings = field(default_factory=FeedSettings)
     exclude: tuple[str, ...] = ()
+    plan: Path | None = None
     gates: Gates | None = None
     search_images: int = 4
     gate_images: int = 8
@@ -42,6 +44,16 @@ class QuantizeOptions:
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {self.method!r}")
         if self.table is not None and self.data is not None:
             raise UsageError("--calibration and --calib-data: expected one of them: the table has the ranges already")
+        if self.plan is not None and self.exclude:
+            raise UsageError("--plan and --exclude: expected one of them: the plan says which layers are left out")
+
+    def check_files(self) -> None:
+        """Raise UsageError where a file or folder that is asked for is not there."""
+        if self.table is not None and not self.table.is_file():
+            raise UsageError(f"--calibration {self.table}: found no file: make it with sg-export calibrate")
+        for option, folder in (("--calib-data", self.data), ("--plan", self.plan)):
+            if folder is not None and not folder.is_dir():
+                raise UsageError(f"{option} {folder}: found no folder of this name")
 
     @property
     def rule(self) -> Method:

@@ -1,48 +1,39 @@
 """Parity of a bundle with its checkpoint in PyTorch, by Polygraphy: every graph over time, and whole sampling runs."""
 
 import functools
-import json
-import os
-import shlex
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import polygraphy
 import torch
 from numpy.typing import NDArray
-from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
-from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
-from sg_calibration.feeds import images_of
-from sg_calibration.settings import LEAST_STRATA
 from sg_export import graphs, two_pass
 from sg_export.activations import first_overflow
-from sg_export.checkpoint import Overrides, Weights
 from sg_export.emulate import emulated
-from sg_export.loading import LoadedModel, load_model, load_weak
+from sg_export.loading import LoadedModel
+from sg_export.parity import IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of, save_run
 from sg_export.progress import Report, silent
-from sg_export.quality import by_pipeline, by_pytorch, sampled, walk
-from sg_export.reference import REFERENCES, reference_path
+from sg_export.quality import sampled
+from sg_export.reload import reload_checkpoint, reload_weak
 from sg_export.runners import LaneRunner, TorchRunner
+from sg_export.verify_quantized import compare_guidance, feeds_of
+from sg_runtime.backends import Lane
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import BundleError, CheckpointError, UsageError
-from sg_runtime.files import replacing, sha256_of
-from sg_runtime.guidance import built_guidances, guide, levels
-from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Precision, SamplerName, Source
+from sg_runtime.guidance import built_guidances, levels
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Precision, SamplerName
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
 
 TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
-IMAGES = 2
 RUN_STEPS = 10
 
 
@@ -66,37 +57,6 @@ independently, so that a run is no further off than one of its evaluations. The 
 they catch a wrong sign or order at a glance."""
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed.
-
-    overflow: the first operator of the graph that gave an infinity or a NaN, None where all is finite.
-    """
-
-    subject: str
-    output: str
-    time: float | None
-    max_abs: float
-    relative_l2: float
-    cosine: float
-    gate: float
-    passed: bool
-    overflow: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """All comparisons of a bundle, and the Polygraphy commands that repeat them where their data was saved."""
-
-    comparisons: tuple[Comparison, ...]
-    commands: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every comparison did."""
-        return all(comparison.passed for comparison in self.comparisons)
-
-
 def verify(
     bundle: str | Path,
     checkpoint: str | Path | None = None,
@@ -113,7 +73,8 @@ def verify(
     checkpoint, weak_checkpoint: by default the reference model, or the file of that name beside the bundle or here.
     device, backend: what runs the bundle, see `Pipeline.load`; without either the graphs run on the CPU, those in half
     precision in FP32 with their rounding. times: in (0, 1]; an edm model is compared at the noise levels that lie as
-    far along its run. save_polygraphy: a folder for inputs and PyTorch's outputs in Polygraphy's format.
+    far along its run. A quantized bundle is compared at all times of a guided run instead. save_polygraphy: a folder
+    for inputs and PyTorch's outputs in Polygraphy's format.
 
     Raises CheckpointError where the checkpoint is missing or not the one that the bundle was built from, BundleError
     for a damaged bundle.
@@ -129,129 +90,95 @@ def verify(
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
     weak = reload_weak(opened, weak_checkpoint, loaded)
-    networks = {"main": loaded, "weak": weak or loaded}
     if save_polygraphy is not None:
         save_polygraphy.mkdir(parents=True, exist_ok=True)
-    comparisons: list[Comparison] = []
-    commands: list[str] = []
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     if opened.manifest.quantization is not None:
-        for guidance in built_guidances(opened.manifest):
-            report(f"comparing at every time, {guidance.mode} {_rates(guidance)}", 0, None)
-            comparisons += _compare_quantized(pipeline, loaded, weak, guidance)
-        return Parity(tuple(comparisons), ())
-    singles = any(graph.kind in ("dense", "sparse") for graph in opened.manifest.graphs)
+        return _compare_quantized(pipeline, loaded, weak, times, save_polygraphy, report)
+    return _compare(pipeline, lane, loaded, weak, times, save_polygraphy, report)
+
+
+def _compare(
+    pipeline: Pipeline,
+    lane: Lane | None,
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    times: Sequence[float],
+    folder: Path | None,
+    report: Report,
+) -> Parity:
+    """Every graph at these times, and whole runs."""
+    bundle = pipeline.bundle
+    manifest = bundle.manifest
+    singles = any(graph.kind in ("dense", "sparse") for graph in manifest.graphs)
     runs = [
         (guidance, sampler, fused)
-        for guidance in _guidances(opened.manifest)
+        for guidance in _guidances(manifest)
         for sampler in SAMPLERS
         for fused in ((True, False) if guidance.mode in ("sg", "cfg", "cfg+sg") else (False,))
         if fused or singles
     ]
-    stages = len(opened.manifest.graphs) + len(runs)
+    stages = len(manifest.graphs) + len(runs)
     rows = IMAGES if pipeline.backend.batches is None else pipeline.backend.batches[0]
-    for number, graph in enumerate(opened.manifest.graphs):
+    comparisons: list[Comparison] = []
+    commands: list[str] = []
+    for number, graph in enumerate(manifest.graphs):
         report(f"comparing {graph.name}", number, stages)
-        feeds = [_feed(opened.manifest, networks[graph.network], graph, t, k, rows) for k, t in enumerate(times)]
+        network = loaded if graph.network == "main" else weak
+        assert network is not None
+        feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
         if lane is None:
-            runner = OnnxrtRunner(
-                functools.partial(_open, opened.onnx(graph), opened.manifest.precision), "onnxruntime"
-            )
+            runner = OnnxrtRunner(functools.partial(_open, bundle.onnx(graph), manifest.precision), "onnxruntime")
         else:
             runner = LaneRunner(lane, pipeline.backend.name, graph)
-        comparisons += _compare_graph(opened, networks[graph.network], graph, runner, times, feeds, save_polygraphy)
-        # Polygraphy runs ONNX files alone, and none in BF16 here.
-        if save_polygraphy is not None and graph.file is not None and opened.manifest.precision != "bf16":
-            commands.append(_polygraphy_command(opened, graph, save_polygraphy))
-    for number, run in enumerate(runs, len(opened.manifest.graphs)):
+        results = Comparator.run([TorchRunner(network, graph), runner], data_loader=feeds)
+        if folder is not None:
+            commands += save_run(bundle, graph, folder, feeds, results[0])
+        comparisons += _judged(bundle, graph, times, feeds, results)
+    for number, run in enumerate(runs, len(manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
         comparisons.append(_compare_run(pipeline, loaded, weak, *run))
     return Parity(tuple(comparisons), tuple(commands))
 
 
-def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
-    """Write the comparisons with the versions they were made with as JSON."""
-    weak_source = bundle.manifest.weak_source
-    content = {
-        "bundle": bundle.path.name,
-        "source": asdict(bundle.manifest.source),
-        "weak_source": None if weak_source is None else asdict(weak_source),
-        "passed": parity.passed,
-        "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)},
-        "threads": {"torch": torch.get_num_threads(), "machine": os.cpu_count()},
-        "comparisons": [asdict(comparison) for comparison in parity.comparisons],
-    }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
-    """Load the checkpoint that the manifest names, with the facts that it was built with."""
-    source, model = bundle.manifest.source, bundle.manifest.model
-    path = _find(bundle, source, checkpoint, "--checkpoint")
-    loaded = load_model(path, weights=_weights(source), overrides=_stated(bundle))
-    if loaded.facts != model:
-        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
-    return loaded
-
-
-def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedModel) -> LoadedModel | None:
-    """Load the checkpoint of the weak network, where the bundle has one."""
-    source = bundle.manifest.weak_source
-    if source is None:
-        if checkpoint is not None:
-            raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
-        return None
-    path = _find(bundle, source, checkpoint, "--weak-checkpoint")
-    return load_weak(path, strong, _weights(source), _stated(bundle))
-
-
-def _stated(bundle: Bundle) -> Overrides:
-    """What was known of the model when the bundle was built."""
-    model = bundle.manifest.model
-    return Overrides(model.route, model.heads, model.prediction)
-
-
-def _weights(source: Source) -> Weights | None:
-    return None if source.weights == "bare" else source.weights
-
-
-def _find(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> str | Path:
-    """The file of `source`, or the name of the reference model that it is; its hash is that of the manifest."""
-    if checkpoint is None:
-        candidates = [bundle.path.parent / source.file, Path(source.file)]
-        found = [path for path in candidates if path.is_file()]
-        checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give {option}"
-            )
-    path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
-    if (found_hash := sha256_of(path)) != source.sha256:
-        raise CheckpointError(
-            f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
-            f"found {found_hash[:12]}…: give its checkpoint, or build a new bundle from this one"
-        )
-    return checkpoint
-
-
-def _compare_graph(
-    bundle: Bundle,
+def _compare_quantized(
+    pipeline: Pipeline,
     loaded: LoadedModel,
-    graph: GraphFacts,
-    runner: BaseRunner,
+    weak: LoadedModel | None,
     times: Sequence[float],
-    feeds: Sequence[dict[str, NDArray[Any]]],
     folder: Path | None,
+    report: Report,
+) -> Parity:
+    """Branches and guided prediction at every time of runs of PyTorch's, by the bundle's own gates, and whole runs."""
+    bundle = pipeline.bundle
+    guidances = built_guidances(bundle.manifest)
+    comparisons: list[Comparison] = []
+    feeds: dict[str, list[Feed]] = {}
+    for number, guidance in enumerate(guidances):
+        report(f"comparing at every time, {guidance.mode} {rates_of(guidance)}", number, len(guidances))
+        own, compared = compare_guidance(pipeline, loaded, weak, guidance)
+        comparisons += compared
+        if folder is not None:
+            feeds |= feeds_of(pipeline, own)
+    if folder is None:
+        return Parity(tuple(comparisons), ())
+    commands: list[str] = []
+    for graph in bundle.manifest.graphs:
+        network = loaded if graph.network == "main" else weak
+        assert network is not None
+        if graph.kind == "condition":
+            feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, IMAGES) for k, t in enumerate(times)]
+        if graph.name in feeds:
+            (wanted,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds[graph.name])
+            commands += save_run(bundle, graph, folder, feeds[graph.name], wanted)
+    return Parity(tuple(comparisons), tuple(commands))
+
+
+def _judged(
+    bundle: Bundle, graph: GraphFacts, times: Sequence[float], feeds: Sequence[Feed], results: RunResults
 ) -> list[Comparison]:
+    """Results of the graph beside PyTorch's, the first."""
     precision = bundle.manifest.precision
-    results = Comparator.run([TorchRunner(loaded, graph), runner], data_loader=feeds)
-    if folder is not None:
-        stem = graph.name
-        save_json(feeds, str(folder / f"{stem}-inputs.json"))
-        RunResults([results[0]]).save(str(folder / f"{stem}-outputs.json"))
     comparisons: list[Comparison] = []
 
     def compare(wanted: Any, found: Any) -> OrderedDict[str, bool]:
@@ -282,24 +209,6 @@ def _emulated(bundle: Bundle) -> Pipeline:
 def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
     """A session over a graph; one in half precision is computed in FP32 with the rounding of half precision."""
     return open_session(path, None if precision == "fp32" else emulated(path))
-
-
-def compare_arrays(
-    subject: str,
-    output: str,
-    t: float | None,
-    wanted: NDArray[np.float32],
-    found: NDArray[np.float32],
-    gate: float,
-    least_cosine: float,
-) -> Comparison:
-    """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
-    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    norm = float(np.linalg.norm(a))
-    relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
-    cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
-    passed = relative <= gate and cosine >= least_cosine
-    return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
 
 
 def _feed(
@@ -348,14 +257,7 @@ def _guidances(manifest: Manifest) -> list[GuidancePlan]:
     plan = manifest.guidance
     alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
     others = (*built_guidances(manifest), alone)
-    return [plan, *(other for other in others if (other.mode, _rates(other)) != (plan.mode, _rates(plan)))]
-
-
-def _rates(guidance: GuidancePlan) -> str:
-    """Strong and weak sparsity as a user writes them, FIRST:LAST where they change; one where both are the same."""
-    ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
-    shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
-    return "/".join(shown[:1] if guidance.mode in ("none", "cfg") else shown)
+    return [plan, *(other for other in others if (other.mode, rates_of(other)) != (plan.mode, rates_of(plan)))]
 
 
 def _compare_run(
@@ -385,43 +287,6 @@ def _compare_run(
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
 
-def _compare_quantized(
-    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
-) -> list[Comparison]:
-    """Branches and guided prediction at every time of a run of PyTorch's, by the bundle's gates; then a whole run.
-
-    Beside that stands how far another draw of token subsets would lead.
-    """
-    manifest = pipeline.bundle.manifest
-    assert manifest.quantization is not None
-    gates = manifest.quantization.gates
-    classes, seeds = images_of("gate", manifest.model, IMAGES)
-    own = walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA)
-    plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
-    comparisons = []
-    name = f"{guidance.mode} {_rates(guidance)}"
-    for index, time in enumerate(own.times):
-        wanted = own.strong[index], own.weak[index]
-        found = branches(own.states[index], plan, index)
-        for branch, w, f in zip(("strong", "weak"), wanted, found, strict=True):
-            comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, 1.0, gates.cosine))
-        both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
-        comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, -1.0))
-    samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
-    subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
-    comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, gates.guided, -1.0))
-    return comparisons
-
-
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
     where = " in one graph" if fused else " in two graphs" if guidance.mode != "none" else ""
-    return f"{RUN_STEPS} {sampler} steps, {guidance.mode} {_rates(guidance)}{where}"
-
-
-def _polygraphy_command(bundle: Bundle, graph: GraphFacts, folder: Path) -> str:
-    stem = graph.name
-    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
-    words += ["--load-inputs", str(folder / f"{stem}-inputs.json")]
-    tolerance = "1e-4" if bundle.manifest.precision == "fp32" else "2e-2"
-    words += ["--load-outputs", str(folder / f"{stem}-outputs.json"), "--atol", tolerance, "--rtol", tolerance]
-    return shlex.join(words)
+    return f"{RUN_STEPS} {sampler} steps, {guidance.mode} {rates_of(guidance)}{where}"

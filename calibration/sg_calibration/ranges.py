@@ -76,6 +76,7 @@ def measure(
     collector = HistogramCollector("percentile", True, BINS, 128, PERCENTILE, "same")
     observers: dict[str, _Observer] = {}
     largest: dict[str, dict[float, float]] = {}
+    ends: dict[str, tuple[float, float]] = {}
     counts: dict[str, int] = {}
     images = evaluations = 0
     runner = StepRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
@@ -104,6 +105,8 @@ def measure(
                             at = largest.setdefault(name, {})
                             time = float(shard.time[index])
                             at[time] = max(at.get(time, 0.0), float(np.abs(value).max()))
+                            low, high = ends.get(name, (np.inf, -np.inf))
+                            ends[name] = min(low, float(value.min())), max(high, float(value.max()))
                             counts[name] = counts.get(name, 0) + value.size
     if not counts or min(counts.values()) < LEAST_VALUES:
         name = min(counts, key=lambda key: counts[key], default="every layer")
@@ -114,8 +117,12 @@ def measure(
         thresholds = {"percentile": collector.compute_percentile(), "entropy": collector.compute_entropy()}
     layers = {}
     for name, at in largest.items():
-        if max(at.values()) == 0:
-            raise CalibrationError(f"{name}: expected inputs that change, found zeros alone: exclude the layer")
+        low, high = ends[name]
+        if low == high:
+            raise CalibrationError(
+                f"{name}: expected inputs that change, found {low:g} alone: check the checkpoint, or give other "
+                f"--calib-data"
+            )
         found = {"min-max": max(at.values())}
         found |= {method: float(np.abs(values[name][:2]).max()) for method, values in thresholds.items()}
         layers[name] = LayerRange(tuple(at[time] for time in sorted(at, reverse=True)), found)

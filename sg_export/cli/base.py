@@ -219,6 +219,12 @@ def quantization_options(command: F) -> F:
             help="How a range follows from what was seen.  [default: percentile for int8, min-max for fp8]",
         ),
         click.option("--exclude", multiple=True, metavar="LAYER", help="A layer to leave as it is; repeatable."),
+        click.option(
+            "--plan",
+            type=click.Path(path_type=Path),
+            metavar="BUNDLE",
+            help="A quantized bundle whose choice of layers to take over, in place of a search.",
+        ),
         click.option("--gate-cosine", type=click.FloatRange(0, 1), help="[default: 0.99 for int8, 0.995 for fp8]"),
         click.option("--gate-guided", type=click.FloatRange(0), help="[default: 0.1 for int8, 0.06 for fp8]"),
         click.option("--allow-quality-loss", is_flag=True, help="Write the bundle though its gates do not hold."),

@@ -141,6 +141,7 @@ def build(
     calib_seed: int,
     method: Any,
     exclude: tuple[str, ...],
+    plan: Path | None,
     gate_cosine: float | None,
     gate_guided: float | None,
     allow_quality_loss: bool,
@@ -195,6 +196,7 @@ def build(
             calib_data,
             FeedSettings(calib_samples, calib_steps, calib_seed),
             exclude,
+            plan,
             Gates(
                 usual.cosine if gate_cosine is None else gate_cosine,
                 usual.guided if gate_guided is None else gate_guided,

@@ -11,7 +11,9 @@ from sg_export.cli.base import Command, Failure, print_table, progress, writing
 from sg_runtime.backends import BACKENDS
 
 if TYPE_CHECKING:
-    from sg_export.verify import Comparison
+    from collections.abc import Sequence
+
+    from sg_export.parity import Comparison
 
 
 @click.command(cls=Command)
@@ -45,7 +47,8 @@ def verify(
 
     The checkpoint is loaded anew, and must be the file that the bundle was built from. Every graph is compared at
     times from 0.02 to 0.98, a guided graph with two separate passes; then whole runs, at equal seeds and token
-    subsets. Ends with exit code 5 where a gate fails.
+    subsets. A quantized bundle is compared at every time of a guided run of PyTorch's, by the gates that it was built
+    with. Ends with exit code 5 where a gate fails.
 
     \b
     Examples:
@@ -53,8 +56,8 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
+    from sg_export.parity import write_parity
     from sg_export.verify import verify as compare
-    from sg_export.verify import write_parity
     from sg_runtime.bundle import Bundle
 
     with progress(quiet) as report:
@@ -68,17 +71,9 @@ def verify(
             report=report,
         )
     target = output or bundle / "verify.json"
+    quantized = any(c.output == "guided" for c in parity.comparisons)
     if not quiet:
-        runs = itertools.groupby(parity.comparisons, key=lambda c: (c.subject, c.time))
-        worst_outputs = [max(outputs, key=_excess) for _, outputs in runs]
-        rows = [
-            (c.subject, c.time, c.output, c.max_abs, c.relative_l2, f"{c.cosine:.7f}", "pass" if c.passed else "FAIL")
-            for c in worst_outputs
-        ]
-        columns = ("graph or run", "t", "worst output", "max abs", "relative L2", "cosine", "verdict")
-        gates = sorted({c.gate for c in parity.comparisons})
-        print_table(f"{bundle} beside PyTorch", columns, rows)
-        click.echo(f"gates, relative L2: {' for a graph, '.join(f'{gate:g}' for gate in gates)} for a whole run")
+        (_print_strata if quantized else _print_worst)(bundle, parity.comparisons)
         for command in parity.commands:
             click.echo(command)
     with writing(target):
@@ -88,7 +83,7 @@ def verify(
     failed = [c for c in parity.comparisons if not c.passed]
     if failed:
         worst = max(failed, key=_excess)
-        remedy = "build the bundle anew"
+        remedy = "leave more layers in high precision, or calibrate on more" if quantized else "build the bundle anew"
         if worst.overflow is not None:
             remedy = f"{worst.overflow} is the first to leave the range of half precision: build with bf16 or fp32"
         raise Failure(
@@ -96,6 +91,40 @@ def verify(
             f"expected relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}; {remedy}",
             5,
         )
+
+
+def _print_worst(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
+    """Every graph run and sampling run, by its worst output."""
+    runs = itertools.groupby(comparisons, key=lambda c: (c.subject, c.time))
+    worst_outputs = [max(outputs, key=_excess) for _, outputs in runs]
+    rows = [
+        (c.subject, c.time, c.output, c.max_abs, c.relative_l2, f"{c.cosine:.7f}", _verdict([c])) for c in worst_outputs
+    ]
+    columns = ("graph or run", "t", "worst output", "max abs", "relative L2", "cosine", "verdict")
+    gates = sorted({c.gate for c in comparisons})
+    print_table(f"{bundle} beside PyTorch", columns, rows)
+    click.echo(f"gates, relative L2: {' for a graph, '.join(f'{gate:g}' for gate in gates)} for a whole run")
+
+
+def _print_strata(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
+    """A quantized bundle: every time of every guidance, and the whole runs."""
+    columns = ("t", "cosine, strong", "cosine, weak", "guided, relative L2", "verdict")
+    for subject, found in itertools.groupby(comparisons, key=lambda c: c.subject):
+        own = list(found)
+        if own[0].time is None:
+            click.echo(f"{subject}: relative L2 {own[0].relative_l2:.2%}, gate {own[0].gate:.0%}: {_verdict(own)}")
+            continue
+        rows = [
+            (time, f"{strong.cosine:.5f}", f"{weak.cosine:.5f}", f"{guided.relative_l2:.2%}", _verdict(three))
+            for time, group in itertools.groupby(own, key=lambda c: c.time)
+            for three in [list(group)]
+            for strong, weak, guided in [three]
+        ]
+        print_table(f"{bundle}, {subject}, beside PyTorch", columns, rows)
+
+
+def _verdict(comparisons: "Sequence[Comparison]") -> str:
+    return "pass" if all(c.passed for c in comparisons) else "FAIL"
 
 
 def _excess(comparison: "Comparison") -> float:

@@ -137,11 +137,14 @@ def test_measure_of_inputs_that_are_not_finite_names_the_layer(
         measure(pipe, built_guidances(pipe.bundle.manifest), shards)
 
 
-def test_measure_of_inputs_that_are_zeros_names_the_layer(
-    altered: Callable[..., Pipeline], shards: list[Shard]
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_measure_of_inputs_that_never_change_names_the_layer(
+    value: float, altered: Callable[..., Pipeline], shards: list[Shard]
 ) -> None:
-    pipe = altered(blocks__1__mlp__fc1=0.0)
-    with pytest.raises(CalibrationError, match=r"blocks.1.mlp.fc2: .*found zeros alone: exclude the layer"):
+    pipe = altered(blocks__1__mlp__fc1__weight=0.0, blocks__1__mlp__fc1__bias=value)
+    with pytest.raises(
+        CalibrationError, match=r"blocks.1.mlp.fc2: expected inputs that change, found [\d.]+ alone: ch"
+    ):
         measure(pipe, built_guidances(pipe.bundle.manifest), shards[:1])
 
 

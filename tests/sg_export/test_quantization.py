@@ -267,6 +267,34 @@ def test_plan_with_an_unknown_layer_names_near_ones(reference: Bundle, quantize_
         plan_quantization(reference, quantize_tiny("int8", exclude=("blocks.1.mlp.fc",)), "fp32", (), silent)
 
 
+def test_plan_of_another_bundle_is_taken_over_without_a_search(
+    reference: Bundle, tiny_int8_bundle: Path, quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "_search", None)
+    plan, ranges = plan_quantization(
+        reference, quantize_tiny("int8", exclude=(), plan=tiny_int8_bundle), "fp32", (), silent
+    )
+    wanted = Bundle.open(tiny_int8_bundle).manifest.quantization
+    assert wanted is not None
+    assert plan.layers == wanted.layers
+    assert plan.quality == wanted.quality
+    assert ranges.keys() == {layer.name for layer in plan.layers if layer.quantized and not layer.weight_only}
+
+
+def test_plan_that_does_not_fit_is_refused(
+    reference: Bundle, tiny_bundle: Path, tiny_int8_bundle: Path, quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    content = json.loads((tiny_int8_bundle / "manifest.json").read_text())
+    content["quantization"]["layers"].pop(0)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    for path, message in (
+        (tiny_bundle, "expected a quantized bundle, found one of high precision alone"),
+        (tmp_path, "expected a plan of this model's 16 layers, found one of 15; only one of them has blocks.0."),
+    ):
+        with pytest.raises(UsageError, match=f"--plan {path}: {message}"):
+            plan_quantization(reference, quantize_tiny("int8", exclude=(), plan=path), "fp32", (), silent)
+
+
 def test_plan_with_the_table_of_another_checkpoint_is_refused(tiny_edm_bundle: Path, quantize_tiny: Quantize) -> None:
     with pytest.raises(CalibrationError, match="found those of another"):
         plan_quantization(Bundle.open(tiny_edm_bundle), quantize_tiny("int8"), "fp32", (), silent)

@@ -17,17 +17,9 @@ import torch
 
 from sg_export.compiler import compile
 from sg_export.options import CompileOptions
-from sg_export.verify import (
-    GATES,
-    TIMES,
-    Comparison,
-    Parity,
-    compare_arrays,
-    reload_checkpoint,
-    reload_weak,
-    verify,
-    write_parity,
-)
+from sg_export.parity import Comparison, Parity, compare_arrays, write_parity
+from sg_export.reload import reload_checkpoint, reload_weak
+from sg_export.verify import GATES, TIMES, verify
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of

@@ -80,6 +80,11 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     assert refused(2, *build, "--precision", "fp8", "--target", "tensorrt-rtx").startswith(
         "precision fp8: expected --sm"
     )
+    for option in ("--calib-data", "--plan"):
+        missing = refused(2, *build, "--precision", "int8", option, tmp_path / "none")
+        assert missing == f"{option} {tmp_path / 'none'}: found no folder of this name"
+    both = ("--plan", tmp_path, "--exclude", "blocks.0.mlp.fc1")
+    assert refused(2, *build, "--precision", "int8", *both).startswith("--plan and --exclude: expected one of them")
     near = refused(2, *build, "--precision", "int8", *LEAST, "--exclude", "blocks.0.mlp.fc")
     assert "near: blocks.0.mlp.fc" in near
     assert "found those of another" in refused(6, *build, "--precision", "int8", "--calibration", tiny_ranges)
@@ -127,3 +132,7 @@ def test_verify_of_a_quantized_bundle_compares_branches_at_every_time(
     runs = [row for row in parity["comparisons"] if row["output"] == "samples"]
     assert len(runs) == 2
     assert all("other subsets: " in row["subject"] and row["passed"] for row in runs)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    strata = [words for words in lines if words[-1:] == ["pass"] and words[-2].endswith("%") and len(words) == 5]
+    assert len(strata) == 50, "25 times of each pair"
+    assert sum(line.startswith("25 euler steps, sg ") for line in result.stdout.splitlines()) == 2

@@ -224,6 +224,23 @@ def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
     assert "Passed: 8/8 iterations" in done.stdout
 
 
+def test_verify_of_a_quantized_bundle_leaves_states_of_guided_runs_for_polygraphy(
+    cli: Callable[..., Any], tiny_int8_bundle: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
+    result = cli("verify", tiny_int8_bundle, *words)
+    assert result.exit_code == 0, result.output
+    commands = [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
+    assert len(commands) == 3
+    for command, runs in zip(commands, (8, 9, 9), strict=True):
+        done = shell(command, environment, tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Passed: {runs}/{runs} iterations" in done.stdout
+    strict = commands[-1].replace("threshold 0.5", "threshold 0.99999999")
+    assert strict != commands[-1]
+    assert shell(strict, environment, tmp_path).returncode != 0
+
+
 def test_verify_printed_polygraphy_command_fails_on_other_outputs(
     saved: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:

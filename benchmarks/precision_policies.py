@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engine_builds import load
 from benchmarks.machine import machine
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_engines.child import build_in_child
 from sg_engines.trt import EnginePlan
 from sg_export import LoadedModel
@@ -36,7 +37,7 @@ from sg_export.activations import range_shares
 from sg_export.emulate import emulated
 from sg_export.engine_build import count_fused_attention, profile_shapes
 from sg_export.graphs import GraphSpec
-from sg_export.precision import EMBEDDERS_AND_HEAD, HALF, cast, fp32_layers, half_attentions, to_half
+from sg_export.precision import HALF, cast, fp32_layers, half_attentions, to_half
 from sg_export.trace import DEFAULT_OPSET, trace
 from sg_export.verify import TIMES
 from sg_export.weights import write_graphs

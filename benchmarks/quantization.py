@@ -30,12 +30,13 @@ from onnxruntime import InferenceSession
 
 from benchmarks.guided_step import PAUSE, random_checkpoint
 from benchmarks.machine import machine
-from sg_calibration.feeds import collect, images_of, read_shard
+from sg_calibration.feeds import collect, read_shard
+from sg_calibration.layers import layers_of
 from sg_calibration.ranges import RangeTable, identity_of, write_table
 from sg_calibration.settings import METHODS, FeedSettings
 from sg_export import CompileOptions, Overrides, compile
-from sg_export.quality import Walk, by_pipeline, judge, walk
-from sg_export.quantization import BATCH, STRATA, measure_ranges, quantized_pipeline, reference_pipeline
+from sg_export.quality import Walk, judge
+from sg_export.quantization import BATCH, measure_ranges, quantized_pipeline, reference_pipeline, walks_of
 from sg_export.quantize_options import QuantizeOptions
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
@@ -98,7 +99,8 @@ def write(path: Path, models: list[dict[str, Any]], setup: dict[str, int]) -> No
     kept: list[dict[str, Any]] = []
     if path.exists():
         before = json.loads(path.read_text())
-        kept = before.pop("models") if before == content else []
+        kept = before.pop("models")
+        kept = kept if before == content else []
     names = {own["model"] for own in models}
     content["models"] = [own for own in kept if own["model"] not in names] + models
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -106,20 +108,15 @@ def write(path: Path, models: list[dict[str, Any]], setup: dict[str, int]) -> No
 
 def methods(reference: Bundle, kinds: list[QuantizedType], table: RangeTable, images: int) -> list[dict[str, Any]]:
     """The worst of all times, with all layers quantized, by type and method."""
-    walks = gate_walks(reference, images)
+    walks = walks_of(reference_pipeline(reference), "gate", images)
+    graphs = [onnx.load(reference.onnx(graph), load_external_data=False) for graph in reference.manifest.graphs]
+    layers = sorted({name for graph in graphs for name in layers_of(graph)})
     rows = []
     for kind in kinds:
         for method in METHODS:
-            own = table.ranges(method)
-            rows.append(judged(kind, method, quantized_pipeline(reference, kind, own, list(own)), walks))
+            pipe = quantized_pipeline(reference, kind, table.ranges(method), layers)
+            rows.append(judged(kind, method, pipe, walks))
     return rows
-
-
-def gate_walks(reference: Bundle, images: int) -> list[Walk]:
-    """Runs of the reference that results are judged along."""
-    pipe, manifest = reference_pipeline(reference), reference.manifest
-    own = images_of("gate", manifest.model, images)
-    return [walk(pipe, by_pipeline(pipe), guidance, *own, STRATA) for guidance in built_guidances(manifest)]
 
 
 def judged(kind: QuantizedType, method: str, pipe: Pipeline, walks: list[Walk]) -> dict[str, Any]:
@@ -156,7 +153,7 @@ def modelopt(
     guided = reference.onnx(next(graph for graph in reference.manifest.graphs if graph.kind == "guided"))
     source, made = folder / "plain.onnx", folder / "modelopt.onnx"
     onnx.save(onnx.load(guided), source)  # one file: ModelOpt moves it about
-    walks = gate_walks(reference, images)
+    walks = walks_of(reference_pipeline(reference), "gate", images)
 
     def opened(path: Path) -> InferenceSession:
         return open_session(path, made.read_bytes() if path == guided else None)

@@ -104,7 +104,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
             from sg_export.quantization import plan_quantization, quantized_models  # needs ONNX Runtime
 
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
-                exact = replace(options, precision="fp32", keep_onnx=bool(options.libraries))
+                exact = replace(options, precision="fp32", quantize=None, keep_onnx=bool(options.libraries))
                 written = _pack(networks, files, traced, (), exact, Path(scratch), counted)
                 manifest = _manifest(loaded, weak, plan, exact, (), None, written, (), Path(scratch))
                 reference = Bundle(Path(scratch), manifest)

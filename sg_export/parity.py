@@ -1,6 +1,7 @@
 """Comparisons of a bundle with PyTorch, and how they are written."""
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -23,14 +24,15 @@ from sg_runtime.manifest import GraphFacts, GuidancePlan
 Feed = dict[str, NDArray[Any]]
 
 IMAGES = 2
-"""Images in every comparison."""
+"""Images in a comparison of graphs or runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison with PyTorch. time: t of a graph run, None for a whole run. gate: the most relative L2 allowed.
+    """One comparison with PyTorch. time: t of a graph run, None for a whole run.
 
-    overflow: the first operator of the graph that gave an infinity or a NaN, None where all is finite.
+    gate: the most relative L2 allowed. least_cosine: the least cosine. None where there is no such gate. overflow: the
+    first operator of the graph that gave an infinity or a NaN, None where all is finite.
     """
 
     subject: str
@@ -39,7 +41,8 @@ class Comparison:
     max_abs: float
     relative_l2: float
     cosine: float
-    gate: float
+    gate: float | None
+    least_cosine: float | None
     passed: bool
     overflow: str | None = None
 
@@ -63,16 +66,18 @@ def compare_arrays(
     t: float | None,
     wanted: NDArray[np.float32],
     found: NDArray[np.float32],
-    gate: float,
-    least_cosine: float,
+    gate: float | None,
+    least_cosine: float | None,
 ) -> Comparison:
     """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     norm = float(np.linalg.norm(a))
     relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
     cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
-    passed = relative <= gate and cosine >= least_cosine
-    return Comparison(subject, output, t, float(np.abs(b - a).max()), relative, cosine, gate, bool(passed))
+    passed = np.isfinite(relative) and (gate is None or relative <= gate)
+    passed = passed and (least_cosine is None or cosine >= least_cosine)
+    most = float(np.abs(b - a).max())
+    return Comparison(subject, output, t, most, relative, cosine, gate, least_cosine, bool(passed))
 
 
 def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
@@ -85,10 +90,15 @@ def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
         "passed": parity.passed,
         "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)},
         "threads": {"torch": torch.get_num_threads(), "machine": os.cpu_count()},
-        "comparisons": [asdict(comparison) for comparison in parity.comparisons],
+        "comparisons": [_finite(asdict(comparison)) for comparison in parity.comparisons],
     }
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """None for what JSON has no number for."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in facts.items()}
 
 
 def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:

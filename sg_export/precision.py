@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision
@@ -30,10 +31,6 @@ HALF: Mapping[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16"
 _FP32 = ir.DataType.FLOAT
 _SUFFIX = {_FP32: "fp32"} | {dtype: name for name, dtype in HALF.items()}
 _NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
-
-
-EMBEDDERS_AND_HEAD = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
-"""Modules at the ends of the network, which cost little and whose rounding nothing later makes good."""
 
 
 def fp32_layers(model: SparseModel, precision: Precision, *, whole: bool = False) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def walk(
         return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
 
     samples = run_with(0)
-    other = run_with(OTHER_SUBSETS) if noise and guidance.weak.sparsity > 0 else samples
+    sparse = max(guidance.strong.sparsity, guidance.weak.sparsity) > 0
+    other = run_with(OTHER_SUBSETS) if noise and sparse else samples
     return Walk(
         guidance,
         tuple(classes),

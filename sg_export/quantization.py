@@ -32,6 +32,7 @@ from sg_runtime.manifest import (
     MANIFEST_FILE,
     Gates,
     LayerPlan,
+    NetworkName,
     Precision,
     Quantization,
     QuantizedType,
@@ -86,6 +87,9 @@ def plan_quantization(
     Raises GateError where the gates do not hold, UsageError for an unknown layer or the plan of another network.
     """
     manifest, pipe = reference.manifest, reference_pipeline(reference)
+    known = _known(reference)
+    check_names("--exclude", options.exclude, known)
+    given = None if options.plan is None else _choice_of(options.plan, known, options.type)
     if options.table is not None:
         table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
     else:
@@ -94,7 +98,6 @@ def plan_quantization(
             write_table(table, Path(scratch) / "table.json")
             digest = sha256_of(Path(scratch) / "table.json")
     ranges = table.ranges(options.rule)
-    known = _known(reference)
     steps = [name for name, facts in known.items() if facts.in_steps]
     if missing := [name for name in steps if name not in ranges]:
         raise CalibrationError(
@@ -102,15 +105,15 @@ def plan_quantization(
             f"{', '.join(missing[:5])}: make it anew with sg-export calibrate"
         )
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
-    choice = _search(pipe, known, options, makes, tell) if options.plan is None else _choice_of(options.plan, known)
+    choice = given or _search(pipe, known, options, makes, tell)
     quantized = [name for name in known if choice[name].quantized]
     tell("judging the result", None)
     candidate = makes(quantized)
-    judged = _walks(pipe, "gate", options.gate_images)
+    judged = walks_of(pipe, "gate", options.gate_images)
     quality = judge(candidate, judged)
     holds = _holds(quality, options.limits)
     if not holds and not options.allow_quality_loss:
-        raise GateError(_failure(quality, options))
+        raise GateError(f"{_failure(quality, options)}: {_remedy(options)}")
     layers = []
     for name, facts in known.items():
         own = choice[name]
@@ -160,9 +163,8 @@ def _search(
     tell: Tell,
 ) -> dict[str, _Choice]:
     """Layers return to high precision, the most sensitive first, as few as the gates need on the search's images."""
-    check_names("--exclude", options.exclude, known)
     open_layers = [name for name in known if name not in options.exclude]
-    walks = _walks(pipe, "search", options.search_images, noise=False)
+    walks = walks_of(pipe, "search", options.search_images, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
         tell(f"measuring what {name} is worth", number / len(open_layers))
@@ -180,12 +182,13 @@ def _search(
     return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
 
 
-def _choice_of(path: Path, known: Collection[str]) -> dict[str, _Choice]:
-    """The choice that the bundle at `path` was built with. Raises UsageError where it is none of these layers'."""
-    plan = read_manifest(path / MANIFEST_FILE).quantization
-    if plan is None:
-        raise UsageError(f"--plan {path}: expected a quantized bundle, found one of high precision alone")
-    choice = {layer.name: _Choice(layer.quantized, layer.reason, layer.sensitivity) for layer in plan.layers}
+def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[str, _Choice]:
+    """The choice that the bundle at `path` was built with. Raises UsageError where it is none for these layers."""
+    manifest = read_manifest(path / MANIFEST_FILE)
+    plan = manifest.quantization
+    if plan is None or plan.type != kind:
+        raise UsageError(f"--plan {path}: expected a bundle in {kind}, found one in {manifest.precision_name}")
+    choice = {layer.name: _Choice(layer.quantized, f"as in {path.resolve().name}", None) for layer in plan.layers}
     if odd := sorted(choice.keys() ^ set(known)):
         raise UsageError(
             f"--plan {path}: expected a plan of this model's {len(known)} layers, found one of {len(choice)}; only one "
@@ -194,7 +197,7 @@ def _choice_of(path: Path, known: Collection[str]) -> dict[str, _Choice]:
     return choice
 
 
-def _walks(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
+def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
     """A walk of the pipeline by each guidance that was built, on images of this split."""
     manifest = pipe.bundle.manifest
     own = images_of(split, manifest.model, images)
@@ -236,8 +239,11 @@ class _LayerFacts:
 
 
 def _known(reference: Bundle) -> dict[str, _LayerFacts]:
-    """All quantizable layers, in the order of the network; multiply-adds of the first guided or other step graph."""
-    found: dict[str, _LayerFacts] = {}
+    """All quantizable layers, in the order of the network.
+
+    Multiply-adds are of the first guided or other step graph, bytes and multiply-adds of both networks together.
+    """
+    found: dict[str, dict[NetworkName, _LayerFacts]] = {}
     for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
         path = reference.onnx(graph)
         model, in_steps = ir.load(path).graph, graph.kind != "condition"
@@ -245,8 +251,17 @@ def _known(reference: Bundle) -> dict[str, _LayerFacts]:
         for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
             weight = model.initializers[layer.weight].const_value
             assert weight is not None
-            found.setdefault(name, _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps))
-    return {name: found[name] for name in sorted(found, key=_place)}
+            own = _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
+            found.setdefault(name, {}).setdefault(graph.network, own)
+    facts = {}
+    for name in sorted(found, key=_place):
+        networks = found[name].values()
+        facts[name] = _LayerFacts(
+            sum(one.weight_bytes for one in networks),
+            sum(one.linear_macs for one in networks),
+            any(one.in_steps for one in networks),
+        )
+    return facts
 
 
 def _place(name: str) -> list[str]:
@@ -302,9 +317,18 @@ def _failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -> str
     return (
         f"{options.type}: expected a cosine of at least {gates.cosine:g} for each branch and a guided prediction "
         f"within {gates.guided:.0%} at every time, found {min(branch.strong, branch.weak):.4f} at {branch.time:.3g} "
-        f"and {guided.guided:.1%} at {guided.time:.3g}: exclude more layers, give more --calib-samples, another "
-        f"--method, or --allow-quality-loss"
+        f"and {guided.guided:.1%} at {guided.time:.3g}"
     )
+
+
+def _remedy(options: QuantizeOptions) -> str:
+    """What may help a result that its gates refuse."""
+    ways = ["another --method", "wider gates", "--allow-quality-loss"]
+    if options.plan is not None:
+        ways.insert(0, "a search of its own, without --plan")
+    if options.table is None and options.data is None:
+        ways.insert(0, "more --calib-samples")
+    return f"try {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _least(passes: Callable[[int], bool], most: int) -> int:

@@ -1,5 +1,6 @@
 """How to quantize, and which requests are refused before any work."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,9 @@ from sg_runtime.manifest import Gates, QuantizedType
 
 GATES: Mapping[QuantizedType, Gates] = {"int8": Gates(0.99, 0.10), "fp8": Gates(0.995, 0.06)}
 """By default."""
+
+GATE_IMAGES = 8
+"""Images that gates are judged on, all together, for every guidance."""
 
 DEFAULT_METHODS: Mapping[QuantizedType, Method] = {"int8": "percentile", "fp8": "min-max"}
 """What `benchmarks/quantization.py` found best: INT8 gains from cutting off outliers, FP8 has room for them."""
@@ -34,7 +38,7 @@ class QuantizeOptions:
     plan: Path | None = None
     gates: Gates | None = None
     search_images: int = 4
-    gate_images: int = 8
+    gate_images: int = GATE_IMAGES
     allow_quality_loss: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +46,11 @@ class QuantizeOptions:
             raise UsageError(f"type: expected one of {', '.join(GATES)}, found {self.type!r}")
         if self.method is not None and self.method not in METHODS:
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.gates is not None and not (0 <= self.gates.cosine <= 1 and 0 <= self.gates.guided < math.inf):
+            raise UsageError(
+                f"gates: expected a cosine from 0 to 1 and a finite distance, found {self.gates.cosine:g} and "
+                f"{self.gates.guided:g}"
+            )
         if self.table is not None and self.data is not None:
             raise UsageError("--calibration and --calib-data: expected one of them: the table has the ranges already")
         if self.plan is not None and self.exclude:

@@ -41,7 +41,6 @@ class BundleReport:
     backend: str
     bytes: int
     seconds: float
-    costs: Sequence[StepCost]
     samples: dict[str, NDArray[np.uint8]]
     quality: tuple[StratumQuality, ...] | None
     runs: float | None
@@ -49,9 +48,13 @@ class BundleReport:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All bundles, the first being what the others are compared with. mask_noise: see `quality.Walk`."""
+    """All bundles, the first being what the others are compared with.
+
+    costs: of a step of the first one. mask_noise: see `quality.Walk`.
+    """
 
     bundles: tuple[BundleReport, ...]
+    costs: tuple[StepCost, ...]
     mask_noise: float
     scale: float
     images: int
@@ -79,13 +82,18 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
                 pipe.backend.name,
                 sum(file.size for file in own.manifest.files.values()),
                 _seconds(pipe),
-                step_costs(own.manifest),
                 _samples(pipe),
                 judge(pipe, walks) if number else None,
                 run_distance(pipe, walks) if number else None,
             )
         )
-    return Page(tuple(found), max(own.mask_noise for own in walks), first.manifest.guidance.scale, IMAGES)
+    return Page(
+        tuple(found),
+        tuple(step_costs(first.manifest)),
+        max(own.mask_noise for own in walks),
+        first.manifest.guidance.scale,
+        IMAGES,
+    )
 
 
 def _shared(bundles: Sequence[Bundle]) -> list[GuidancePlan]:

@@ -52,7 +52,8 @@ def render(page: Page) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(model.family)}, {model.depth} blocks of width {model.width}, {model.tokens} tokens, route "
         f"{escape(str(model.route))}, {model.parameters / 1e6:.1f} M parameters. Made by sg-export {__version__}; "
-        f"every figure was measured or counted on the machine that made this page.</p>",
+        f"times and distances were measured on the machine that made this page, layers and remarks where a bundle was "
+        f"built.</p>",
         "<h2>Bundles</h2>",
         _table(
             ["bundle", "precision", "MB", "run of one image, ms", "times the first", "backend"],
@@ -80,7 +81,7 @@ def render(page: Page) -> str:
                     f"{cost.attention_macs / 1e9:.4g}",
                     f"{(cost.weight_bytes + cost.condition_bytes) / 1e6:.4g}",
                 ]
-                for cost in page.bundles[0].costs
+                for cost in page.costs
             ],
         ),
         *_quality(page),
@@ -125,10 +126,10 @@ def _quality(page: Page) -> list[str]:
     return [
         "<h2>Distance to the first bundle, over time</h2>",
         f"<p>Relative L2 distance of the guided prediction at ω = {page.scale:g} along the same runs, from noise "
-        f"(left) to the image (right). Dashed: the gate. Two runs of the first bundle whose token subsets differ end "
+        f"(left) to the image (right). Dashed: the gates. Two runs of the first bundle whose token subsets differ end "
         f"{page.mask_noise:.2%} apart.</p>",
         _key([bundle.name for bundle in compared]),
-        _lines(lines, max(gates, default=None)),
+        _lines(lines, sorted(set(gates))),
         _table(["", "strong branch, least cosine", "weak branch", "guided, most", "whole runs"], rows),
     ]
 
@@ -140,10 +141,10 @@ def _key(names: Sequence[str]) -> str:
     return f'<div class="key">{marks}</div>'
 
 
-def _lines(lines: Sequence[Sequence[tuple[float, float]]], gate: float | None) -> str:
+def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float]) -> str:
     """Lines over time, which falls to the right."""
     width, height, left, bottom = 640, 240, 52, 26
-    top = max([value for line in lines for _, value in line] + ([gate] if gate else [])) * 1.08 or 1.0
+    top = max([value for line in lines for _, value in line] + list(gates)) * 1.08 or 1.0
     times = [time for line in lines for time, _ in line]
     first, last = max(times), min(times)
 
@@ -160,7 +161,7 @@ def _lines(lines: Sequence[Sequence[tuple[float, float]]], gate: float | None) -
         x = float(place(time, 0).partition(",")[0])
         anchor = "start" if time == first else "end" if time == last else "middle"
         marks.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">t = {time:.3g}</text>')
-    if gate is not None:
+    for gate in gates:
         start, end = place(first, gate).split(","), place(last, gate).split(",")
         marks.append(f'<line class="gate" x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>')
     for k, line in enumerate(lines):

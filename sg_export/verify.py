@@ -94,7 +94,9 @@ def verify(
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     if opened.manifest.quantization is not None:
-        return _compare_quantized(pipeline, loaded, weak, times, save_polygraphy, report)
+        return _compare_quantized(
+            pipeline, lane or pipeline.backend.lane(), loaded, weak, times, save_polygraphy, report
+        )
     return _compare(pipeline, lane, loaded, weak, times, save_polygraphy, report)
 
 
@@ -143,6 +145,7 @@ def _compare(
 
 def _compare_quantized(
     pipeline: Pipeline,
+    lane: Lane,
     loaded: LoadedModel,
     weak: LoadedModel | None,
     times: Sequence[float],
@@ -159,7 +162,7 @@ def _compare_quantized(
         own, compared = compare_guidance(pipeline, loaded, weak, guidance)
         comparisons += compared
         if folder is not None:
-            feeds |= feeds_of(pipeline, own)
+            feeds |= feeds_of(pipeline, lane, own)
     if folder is None:
         return Parity(tuple(comparisons), ())
     commands: list[str] = []

@@ -5,8 +5,10 @@ import numpy as np
 from sg_calibration.feeds import images_of
 from sg_calibration.settings import LEAST_STRATA
 from sg_export.loading import LoadedModel
-from sg_export.parity import IMAGES, Comparison, Feed, compare_arrays, rates_of
+from sg_export.parity import Comparison, Feed, compare_arrays, rates_of
 from sg_export.quality import Walk, by_pipeline, by_pytorch, sampled, walk
+from sg_export.quantize_options import GATE_IMAGES
+from sg_runtime.backends import Lane
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan
 from sg_runtime.pipeline import Pipeline
@@ -19,14 +21,14 @@ EVERY = 3
 def compare_guidance(
     pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
 ) -> tuple[Walk, list[Comparison]]:
-    """A guided run of PyTorch's, and the bundle's predictions at every time of it; then the bundle's own run.
+    """A guided run of PyTorch's, and the bundle's predictions at every time of it, by the gates of its build.
 
-    Beside that stands how far another draw of token subsets would lead.
+    Then the bundle's own run, without a gate: beside it stands how far another draw of token subsets would lead.
     """
     manifest = pipeline.bundle.manifest
     assert manifest.quantization is not None
     gates = manifest.quantization.gates
-    classes, seeds = images_of("gate", manifest.model, IMAGES)
+    classes, seeds = images_of("gate", manifest.model, GATE_IMAGES)
     own = walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA)
     plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
     comparisons = []
@@ -35,19 +37,19 @@ def compare_guidance(
         wanted = own.strong[index], own.weak[index]
         found = branches(own.states[index], plan, index)
         for branch, w, f in zip(("strong", "weak"), wanted, found, strict=True):
-            comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, 1.0, gates.cosine))
+            comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, None, gates.cosine))
         both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
-        comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, -1.0))
+        comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, None))
     samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
     subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
-    comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, gates.guided, -1.0))
+    comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, None, None))
     return own, comparisons
 
 
-def feeds_of(pipeline: Pipeline, own: Walk) -> dict[str, list[Feed]]:
+def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:
     """Inputs along a run of the graphs that it runs, by their names."""
     manifest = pipeline.bundle.manifest
-    runner = StepRunner(manifest, pipeline.backend.lane(), pipeline.batch, pipeline.backend.batches)
+    runner = StepRunner(manifest, lane, pipeline.batch, pipeline.backend.batches)
     plan = pipeline.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
     feeds: dict[str, list[Feed]] = {}
     for index in range(0, len(own.times), EVERY):
@@ -55,5 +57,10 @@ def feeds_of(pipeline: Pipeline, own: Walk) -> dict[str, list[Feed]]:
         for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
             for group in runner.groups(len(x)):
                 given = runner.feeds(launch, x, x, index, group)
-                feeds.setdefault(launch.graph.name, []).append({k: np.asarray(value) for k, value in given.items()})
+                feeds.setdefault(launch.graph.name, []).append(
+                    {
+                        k: np.asarray(v) if isinstance(v, np.ndarray | np.generic) else lane.memory.download(v)
+                        for k, v in given.items()
+                    }
+                )
     return feeds

@@ -6,6 +6,7 @@ they are of. Token subsets are not stored: seed, step and evaluation draw them a
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sg_calibration.settings import FeedSettings
+from sg_calibration.settings import SEEDS, FeedSettings
 from sg_runtime.errors import CalibrationError
 from sg_runtime.files import replacing, sha256_of
 from sg_runtime.manifest import GuidancePlan, ModelFacts
@@ -26,7 +27,7 @@ Split = Literal["calibration", "search", "gate"]
 
 MANIFEST_FILE = "feeds.json"
 _PLACES: Mapping[Split, tuple[int, ...]] = {"calibration": (0, 1), "search": (2,), "gate": (3,)}
-_SEEDS: Mapping[Split, int] = {"calibration": 0, "search": 1 << 40, "gate": 1 << 41}
+_SEEDS: Mapping[Split, int] = {"calibration": 0, "search": SEEDS, "gate": 2 * SEEDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,12 @@ class Shard:
         """(step, evaluation) of each evaluation."""
         return [(int(step), int(number)) for step, number in zip(self.step, self.evaluation, strict=True)]
 
+
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy raises for a file that is no archive of arrays."""
 
 _TYPES = {"x": "float32", "time": "float64", "step": "int64", "evaluation": "int64", "label": "int64", "seed": "uint64"}
 
@@ -133,7 +140,7 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     try:
         with path.open("rb") as stream, np.load(stream) as archive:
             found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise CalibrationError(f"{path}: expected a NumPy archive, found something else ({error})") from None
     if missing := {"x", "time", "label"} - found.keys():
         raise CalibrationError(f"{path}: expected arrays x, time and label, found no {', '.join(sorted(missing))}")
@@ -188,8 +195,9 @@ def _write(path: Path, shard: Shard) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
-        dict(content["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if not isinstance(content["shards"], dict):
+            raise TypeError("shards")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CalibrationError(
             f"{folder / MANIFEST_FILE}: expected the list of the shards, found something else: collect anew"
         ) from None

@@ -10,7 +10,7 @@ from sg_runtime.errors import UsageError
 
 PRODUCTS = ("MatMul", "Gemm")
 
-HIGH_PRECISION = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
+EMBEDDERS_AND_HEAD = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
 """Modules at the ends of the network, whose rounding nothing later makes good and which cost little."""
 
 
@@ -34,7 +34,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
     for node in model.graph.node:
         if node.op_type in PRODUCTS and node.input[1] in weights:
             name = node.input[1].removesuffix(".T").removesuffix(".weight")
-            if not any(f"{name}.".startswith(f"{end}.") for end in HIGH_PRECISION):
+            if not any(f"{name}.".startswith(f"{end}.") for end in EMBEDDERS_AND_HEAD):
                 found[name] = Layer(name, node.name, node.input[0], node.input[1])
     return found
 

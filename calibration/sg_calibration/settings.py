@@ -12,6 +12,10 @@ LEAST_STRATA = 25
 """Times at which ranges must have been seen: activations of a diffusion transformer change along a run."""
 
 
+SEEDS = 1 << 40
+"""Of calibration; those of search and gates lie beyond."""
+
+
 @dataclass(frozen=True, slots=True)
 class FeedSettings:
     """How much to collect: `samples` images for each guidance, along Heun runs of `steps` steps, a stratum each."""
@@ -25,3 +29,5 @@ class FeedSettings:
             raise UsageError(f"--calib-samples: expected at least 1, found {self.samples}")
         if self.steps < LEAST_STRATA:
             raise UsageError(f"--calib-steps: expected at least {LEAST_STRATA}, found {self.steps}")
+        if not 0 <= self.seed < SEEDS:
+            raise UsageError(f"--calib-seed: expected 0 to {SEEDS - 1}, found {self.seed}")

@@ -1,7 +1,8 @@
 """The Sparse Guidance update, the choice of branches for a run, and what guides each of its evaluations."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,15 +79,27 @@ def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
 
 
 def built_guidances(manifest: Manifest) -> list[GuidancePlan]:
-    """Every guidance at constant sparsities that the bundle has graphs for: its pairs; else its default branches."""
+    """Every guidance at constant sparsities that the bundle has graphs for, at the largest of its default scales.
+
+    Its guided graphs' pairs; without those, all levels of the branches that its default mode runs by graphs of their
+    own.
+    """
     plan = manifest.guidance
+    scale = max(plan.scale, plan.scale if plan.scale_last is None else plan.scale_last, key=abs)
     modes: dict[tuple[bool, bool], GuidanceMode] = {(True, True): "cfg", (True, False): "cfg+sg"}
     pairs = []
     for graph in manifest.graphs:
         if graph.kind == "guided":
             strong, weak = graph.levels
-            pairs.append(GuidancePlan(modes.get((graph.null_weak, strong == weak), "sg"), strong, weak, plan.scale))
-    return pairs or [GuidancePlan(plan.mode, plan.strong, plan.weak, plan.scale)]
+            pairs.append(GuidancePlan(modes.get((graph.null_weak, strong == weak), "sg"), strong, weak, scale))
+    if pairs:
+        return pairs
+    both: Iterable[tuple[Level, Level]]
+    if plan.mode == "autoguidance":
+        both = itertools.product(levels(manifest), levels(manifest, "weak"))
+    else:
+        both = ((level, level) for level in levels(manifest))
+    return [GuidancePlan(plan.mode, strong, weak, scale) for strong, weak in both]
 
 
 def choose(

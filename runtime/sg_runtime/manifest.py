@@ -37,7 +37,7 @@ _LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guide
 """Levels of a graph, by its kind."""
 
 
-class _Strict:
+class Strict:
     """Unknown keys and values of another type are errors."""
 
     __slots__ = ()
@@ -51,7 +51,7 @@ def _check_counts(owner: object, least: int, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Route(_Strict):
+class Route(Strict):
     """Blocks `start` to `end`, both included, run on the kept tokens alone."""
 
     start: int
@@ -76,7 +76,7 @@ class Route(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Level(_Strict):
+class Level(Strict):
     """A sparsity as asked for, in [0, 1), and the number of tokens that the family's rounding keeps at it."""
 
     sparsity: float
@@ -89,7 +89,7 @@ class Level(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts(_Strict):
+class ModelFacts(Strict):
     """What the runtime and its user need to know of the network.
 
     Class index `num_classes` means "no class". tokens is N; modulations is M, the values that a step needs of time and
@@ -120,7 +120,7 @@ class ModelFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class GuidancePlan(_Strict):
+class GuidancePlan(Strict):
     """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7 and 8.
 
     none: the strong branch alone. cfg: the weak branch has no class, at the same sparsity. sg: the weak branch has
@@ -177,7 +177,7 @@ class GuidancePlan(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Karras(_Strict):
+class Karras(Strict):
     """Noise levels of an edm run: evenly spaced in sigma**(1 / rho), from the highest to the lowest, then 0."""
 
     sigma_min: float
@@ -193,7 +193,7 @@ class Karras(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling(_Strict):
+class Sampling(Strict):
     """Defaults of a run. `karras` is None for flow models, whose times go from 1 to 0 in even steps."""
 
     sampler: SamplerName
@@ -205,7 +205,7 @@ class Sampling(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts(_Strict):
+class TensorFacts(Strict):
     """An input or output of a graph; a symbolic dimension is its name."""
 
     name: str
@@ -214,7 +214,7 @@ class TensorFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Cost(_Strict):
+class Cost(Strict):
     """Counted from the graph, for one image (or one row of `condition`).
 
     linear_macs, attention_macs: multiply-adds. weight_bytes: weights as they are read, once for each operator that
@@ -229,7 +229,7 @@ class Cost(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class GraphFacts(_Strict):
+class GraphFacts(Strict):
     """One graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided.
 
     file: its ONNX file, which graphs of other levels may share, or None where engines alone hold it.
@@ -261,7 +261,7 @@ class GraphFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Profile(_Strict):
+class Profile(Strict):
     """The shapes of one optimization profile, min = opt = max: images (or rows of condition), and kept tokens."""
 
     batch: int
@@ -275,7 +275,7 @@ class Profile(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineFacts(_Strict):
+class EngineFacts(Strict):
     """One engine: the graphs of a kind, network and weak condition, at the shapes of its profiles.
 
     version: of the library that built it and that alone reads it. compute_capabilities: of the GPUs that it was built
@@ -301,7 +301,7 @@ class EngineFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerPlan(_Strict):
+class LayerPlan(Strict):
     """What became of a quantizable layer.
 
     quantized: whether it is; its activations too, unless weight_only. reason: why, as inspect shows it. sensitivity:
@@ -319,7 +319,7 @@ class LayerPlan(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class StratumQuality(_Strict):
+class StratumQuality(Strict):
     """How close the predictions at one time (t, or sigma) are to FP32: the worst over the guidances that are built.
 
     strong, weak: cosine of each branch. guided: relative L2 distance of the guided prediction.
@@ -332,7 +332,7 @@ class StratumQuality(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Gates(_Strict):
+class Gates(Strict):
     """What a quantized bundle must reach at every time: the least cosine of a branch, the most guided distance."""
 
     cosine: float
@@ -340,7 +340,7 @@ class Gates(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization(_Strict):
+class Quantization(Strict):
     """How the graphs were quantized, and what it did to them, as measured when they were built.
 
     type: of the products' weights and activations. method: of the ranges; table_sha256: of the table that they are
@@ -366,7 +366,7 @@ class Quantization(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Source(_Strict):
+class Source(Strict):
     """The checkpoint a bundle was built from.
 
     weights: which set of the file, "bare" where it has only one. reference: the name of a model that ships with
@@ -385,7 +385,7 @@ class Source(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class FileFacts(_Strict):
+class FileFacts(Strict):
     """Size in bytes and SHA-256 in lower-case hex."""
 
     size: int
@@ -393,7 +393,7 @@ class FileFacts(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(_Strict):
+class Manifest(Strict):
     """A bundle. `batch` is the image count that the ONNX graphs are fixed to, None where it is symbolic.
 
     precision: of the products of all graphs, but for those of `fp32_layers`, modules by their names in the checkpoint,

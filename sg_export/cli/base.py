@@ -5,12 +5,13 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from sg_export.progress import Report, silent
 from sg_runtime.backends import BACKENDS
@@ -19,6 +20,13 @@ from sg_runtime.guidance import Ramp
 from sg_runtime.manifest import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
+RUNS = ("calib_samples", "calib_steps", "calib_seed")
+"""Options of the runs that ranges are measured on."""
+QUANTIZATION = (
+    *("calibration", "calib_data", *RUNS, "method", "exclude", "plan"),
+    *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
+)
+"""Options of INT8 and FP8 alone."""
 EXTRAS = {
     "ml_dtypes": "export",
     "onnx": "export",
@@ -230,6 +238,20 @@ def quantization_options(command: F) -> F:
         click.option("--allow-quality-loss", is_flag=True, help="Write the bundle though its gates do not hold."),
     )
     return _decorated(command, options)
+
+
+def refuse_given(names: Collection[str], why: str) -> None:
+    """Raise UsageError for the first of these options of the running command that was given."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]}: {why}")
+
+
+def check_parent(path: Path) -> None:
+    """Raise UsageError where a file cannot be written for want of its folder, before any work."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: cannot be written: found no folder {path.absolute().parent}")
 
 
 def device_options(command: F) -> F:

@@ -8,6 +8,8 @@ import click
 
 from sg_export.cli.base import (
     INTERVAL,
+    QUANTIZATION,
+    RUNS,
     Command,
     ComputeCapabilityType,
     RampType,
@@ -16,6 +18,7 @@ from sg_export.cli.base import (
     model_options,
     progress,
     quantization_options,
+    refuse_given,
 )
 
 if TYPE_CHECKING:
@@ -179,7 +182,6 @@ def build(
     from sg_export.options import DEFAULT_SPARSITY, CompileOptions
     from sg_export.quantize_options import GATES, QuantizeOptions
     from sg_export.reference import DEFAULT_REFERENCE
-    from sg_runtime.errors import UsageError
     from sg_runtime.manifest import Gates, adapter
 
     if model is None:
@@ -188,6 +190,8 @@ def build(
             click.echo(f"no MODEL given: building the reference model {model}", err=True)
     quantize = None
     if precision in ("int8", "fp8"):
+        if calibration is not None or calib_data is not None:
+            refuse_given(RUNS, "only where ranges are measured on runs, without --calibration and --calib-data")
         usual = GATES[precision]
         quantize = QuantizeOptions(
             precision,
@@ -204,8 +208,8 @@ def build(
             allow_quality_loss=allow_quality_loss,
         )
         precision = base_precision or ("fp32" if "onnxruntime" in target else "fp16")
-    elif base_precision is not None:
-        raise UsageError("--base-precision: only with --precision int8 or fp8: give --precision itself")
+    else:
+        refuse_given(QUANTIZATION, f"only with --precision int8 or fp8, found {precision}")
     options = CompileOptions(
         output=output or Path(f"{Path(model).stem}-bundle"),
         sparsity=sparsity,

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from sg_export.cli.base import Command, feed_options, model_options, progress, writing
+from sg_export.cli.base import (
+    RUNS,
+    Command,
+    check_parent,
+    feed_options,
+    model_options,
+    progress,
+    refuse_given,
+    writing,
+)
 
 
 @click.command(cls=Command)
@@ -54,6 +63,7 @@ def calibrate(
       sg-export calibrate --sparsity 0.5 --calib-samples 32 -o ranges.json
       sg-export build --sparsity 0.5 --precision int8 --calibration ranges.json
     """
+    from sg_calibration.feeds import given_shards
     from sg_calibration.ranges import write_table
     from sg_calibration.settings import FeedSettings
     from sg_export.checkpoint import Overrides
@@ -62,6 +72,10 @@ def calibrate(
     from sg_export.quantization import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
 
+    check_parent(output)
+    if calib_data is not None:
+        refuse_given((*RUNS, "folder"), "only where ranges are measured on runs, without --calib-data")
+        given_shards(calib_data)  # raises where there are none, before anything is traced
     feeds = FeedSettings(calib_samples, calib_steps, calib_seed)
     with progress(quiet) as report, tempfile.TemporaryDirectory() as scratch:
 

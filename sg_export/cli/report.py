@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.base import Command, progress, writing
+from sg_export.cli.base import Command, check_parent, progress, writing
 
 
 @click.command(cls=Command)
@@ -25,6 +25,7 @@ def report(bundles: tuple[Path, ...], device: str, output: Path, quiet: bool) ->
     from sg_export.report_page import render
     from sg_runtime.files import replacing
 
+    check_parent(output)
     with progress(quiet) as tell:
         page = render(collect(bundles, device=device, report=tell))
     with writing(output), replacing(output) as temporary:

@@ -55,6 +55,8 @@ def test_feed_settings_with_too_little_are_refused() -> None:
         FeedSettings(samples=0)
     with pytest.raises(UsageError, match="--calib-steps: expected at least 25, found 24"):
         FeedSettings(steps=24)
+    with pytest.raises(UsageError, match=r"--calib-seed: expected 0 to \d+, found 1099511627776"):
+        FeedSettings(seed=1 << 40)
 
 
 def test_collect_has_both_heun_evaluations_of_all_strata_for_every_pair(
@@ -188,7 +190,7 @@ def test_collect_and_given_shards_refuse_altered_ones(again: Collect, tmp_path: 
         again(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": 1}', '{"shards": []}', "[" * 100_000, "\x00"])
 def test_collect_with_a_damaged_list_is_refused(text: str, again: Collect, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(text)
     with pytest.raises(CalibrationError, match="expected the list of the shards, found something else: collect anew"):
@@ -245,14 +247,17 @@ def test_read_shard_with_a_fault_names_it(
         read_shard(tmp_path / "own.npz", facts)
 
 
-@pytest.mark.parametrize("content", ["text", "empty", "half a shard", "one array"])
+@pytest.mark.parametrize("content", ["damaged", "text", "empty", "half a shard", "one array"])
 def test_read_shard_of_another_file_is_refused(
     content: str, tmp_path: Path, facts: ModelFacts, collected: list[Path]
 ) -> None:
     path = tmp_path / "own.npz"
     with path.open("wb") as stream:
         np.save(stream, np.zeros(3))
-    files = {"text": b"text", "empty": b"", "half a shard": collected[0].read_bytes()[:1000]}
+    np.savez_compressed(tmp_path / "packed.npz", **arrays())
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[60:70] = b"\xff" * 10
+    files = {"damaged": bytes(packed), "text": b"text", "empty": b"", "half a shard": collected[0].read_bytes()[:1000]}
     path.write_bytes(files.get(content, path.read_bytes()))
     with pytest.raises(CalibrationError, match="expected a NumPy archive, found something else"):
         read_shard(path, facts)

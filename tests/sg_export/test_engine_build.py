@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import tensorrt_rtx
 
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_export import engine_build
 from sg_export.compiler import compile
 from sg_export.engine_build import check_libraries, count_fused_attention
 from sg_export.options import CompileOptions
-from sg_export.precision import EMBEDDERS_AND_HEAD
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import Gpu
 from sg_runtime.errors import EngineError, ExportError, MissingExtraError, UsageError

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from sg_calibration.layers import layers_of
+from sg_calibration.layers import EMBEDDERS_AND_HEAD, layers_of
 from sg_calibration.qdq import Kind
 from sg_export.cost import count_cost, layer_macs
 from sg_export.graphs import GraphSpec, keep_sizes
@@ -17,7 +17,6 @@ from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.precision import (
-    EMBEDDERS_AND_HEAD,
     HALF,
     belongs,
     check_types,

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from sg_calibration.feeds import images_of
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_calibration.settings import FeedSettings
 from sg_export import quantization
 from sg_export.compiler import compile
 from sg_export.options import CompileOptions
-from sg_export.precision import EMBEDDERS_AND_HEAD, check_types
+from sg_export.precision import check_types
 from sg_export.quantization import _least, plan_quantization, reference_pipeline
 from sg_export.quantize_options import DEFAULT_METHODS, GATES, QuantizeOptions
 from sg_runtime.bundle import Bundle
@@ -229,7 +230,7 @@ def test_compile_that_fails_its_gates_writes_nothing(
     quantize = quantize_tiny("int8", gates=Gates(1.0, 0.0), exclude=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "_least", lambda passes, most: 0)
-        with pytest.raises(GateError, match=r"int8: expected a cosine .* or --allow-quality-loss") as caught:
+        with pytest.raises(GateError, match=r"int8: expected a cosine .*: try another .* or --allow-qua") as caught:
             compile(tiny_checkpoint, CompileOptions(tmp_path / "out", (0.5,), quantize=quantize))
     assert caught.value.exit_code == 5
     assert not list(tmp_path.iterdir())
@@ -276,7 +277,8 @@ def test_plan_of_another_bundle_is_taken_over_without_a_search(
     )
     wanted = Bundle.open(tiny_int8_bundle).manifest.quantization
     assert wanted is not None
-    assert plan.layers == wanted.layers
+    assert [(layer.name, layer.quantized) for layer in plan.layers] == [(w.name, w.quantized) for w in wanted.layers]
+    assert {(layer.reason, layer.sensitivity) for layer in plan.layers} == {("as in tiny-int8", None)}
     assert plan.quality == wanted.quality
     assert ranges.keys() == {layer.name for layer in plan.layers if layer.quantized and not layer.weight_only}
 
@@ -288,11 +290,22 @@ def test_plan_that_does_not_fit_is_refused(
     content["quantization"]["layers"].pop(0)
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     for path, message in (
-        (tiny_bundle, "expected a quantized bundle, found one of high precision alone"),
+        (tiny_bundle, "expected a bundle in int8, found one in fp32"),
         (tmp_path, "expected a plan of this model's 16 layers, found one of 15; only one of them has blocks.0."),
     ):
         with pytest.raises(UsageError, match=f"--plan {path}: {message}"):
             plan_quantization(reference, quantize_tiny("int8", exclude=(), plan=path), "fp32", (), silent)
+    with pytest.raises(UsageError, match="expected a bundle in fp8, found one in int8"):
+        plan_quantization(reference, quantize_tiny("fp8", exclude=(), plan=tiny_int8_bundle), "fp32", (), silent)
+
+
+def test_compile_holds_the_fp32_reference_to_the_limit_of_fp32(
+    tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sg_export.compiler.MAX_BUILD_ERROR", {"fp32": 0.0})
+    with pytest.raises(ExportError, match="relative L2"):
+        compile(tiny_checkpoint, CompileOptions(tmp_path / "out", (0.5,), quantize=quantize_tiny("int8")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_plan_with_the_table_of_another_checkpoint_is_refused(tiny_edm_bundle: Path, quantize_tiny: Quantize) -> None:

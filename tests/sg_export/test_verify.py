@@ -283,7 +283,7 @@ def test_reload_weak_where_there_is_none(fixed_bundle: Path, tiny_checkpoint: Pa
 
 def test_write_parity_holds_what_was_measured(fixed_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(fixed_bundle)
-    good = Comparison("dense", "next", 0.5, 1e-6, 2e-7, 1.0, 1e-5, True)
+    good = Comparison("dense", "next", 0.5, 1e-6, 2e-7, 1.0, 1e-5, 0.9999, True)
     write_parity(Parity((good, replace(good, time=None, passed=False)), ()), bundle, tmp_path / "verify.json")
     assert [path.name for path in tmp_path.iterdir()] == ["verify.json"]
     content = json.loads((tmp_path / "verify.json").read_text())
@@ -302,10 +302,18 @@ def test_write_parity_holds_what_was_measured(fixed_bundle: Path, tmp_path: Path
         "relative_l2": 2e-7,
         "cosine": 1.0,
         "gate": 1e-5,
+        "least_cosine": 0.9999,
         "passed": True,
         "overflow": None,
     }
     assert content["comparisons"][1]["time"] is None
+
+
+def test_write_parity_of_what_is_no_number_is_json(fixed_bundle: Path, tmp_path: Path) -> None:
+    lost = Comparison("dense", "next", 0.5, math.nan, math.inf, math.nan, 1e-5, None, False)
+    write_parity(Parity((lost,), ()), Bundle.open(fixed_bundle), tmp_path / "verify.json")
+    (found,) = json.loads((tmp_path / "verify.json").read_text(), parse_constant=pytest.fail)["comparisons"]
+    assert [found[name] for name in ("max_abs", "relative_l2", "cosine")] == [None] * 3
 
 
 def test_write_parity_of_two_networks_names_both_checkpoints(tiny_autoguidance_bundle: Path, tmp_path: Path) -> None:
@@ -341,6 +349,15 @@ def test_compare_arrays_measures_by_hand() -> None:
 def test_compare_arrays_passes_within_the_gate_alone(found: list[float], passed: bool) -> None:
     with np.errstate(invalid="ignore"):
         assert compare([1.0, -2.0, 2.0], found).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "least_cosine", "passed"), [(0.2, None, True), (0.05, None, False), (None, 0.99, True), (None, 1.0, False)]
+)
+def test_compare_arrays_by_one_gate_alone(gate: float | None, least_cosine: float | None, passed: bool) -> None:
+    wanted, found = np.array([3, 4], np.float32), np.array([3, 4.5], np.float32)
+    assert compare_arrays("a", "next", 0.5, wanted, found, gate, least_cosine).passed is passed
+    assert not compare_arrays("a", "next", 0.5, wanted, found * np.float32(math.nan), None, None).passed
 
 
 def test_compare_arrays_of_other_direction_fails_within_a_wide_gate() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import (
     StepGuidance,
+    built_guidances,
     choose,
     cosine,
     guidance_table,
@@ -197,6 +198,26 @@ def test_levels_of_a_bundle_are_distinct_and_densest_first(manifest: Manifest) -
 def test_levels_of_two_networks_are_those_of_each(two_networks: Manifest) -> None:
     assert levels(two_networks) == [DENSE]
     assert levels(two_networks, "weak") == [DENSE, HALF]
+
+
+def test_built_guidances_are_all_pairs_at_the_largest_scale(manifest: Manifest, tiny_cosine_bundle: Path) -> None:
+    plans = built_guidances(manifest)
+    assert [(plan.mode, plan.strong, plan.weak) for plan in plans] == [("sg", DENSE, HALF), ("sg", QUARTER, HALF)]
+    falling = read_manifest(tiny_cosine_bundle / "manifest.json")
+    rising = replace(falling, guidance=replace(falling.guidance, scale=1.5, scale_last=3.0))
+    for ramped in (falling, rising):
+        assert {plan.scale for plan in built_guidances(ramped)} == {3.0}
+
+
+def test_built_guidances_without_guided_graphs_are_all_levels(manifest: Manifest, two_networks: Manifest) -> None:
+    assert [(p.mode, p.strong, p.weak) for p in built_guidances(two_networks)] == [
+        ("autoguidance", DENSE, level) for level in levels(two_networks, "weak")
+    ]
+    singles = tuple(graph for graph in manifest.graphs if graph.kind != "guided")
+    alone = replace(manifest, graphs=singles, guidance=GuidancePlan("none", DENSE, DENSE, 1.0))
+    assert [(p.mode, p.strong, p.weak) for p in built_guidances(alone)] == [
+        ("none", level, level) for level in (DENSE, QUARTER, HALF)
+    ]
 
 
 def test_choose_of_nothing_is_the_plan_of_the_bundle(manifest: Manifest) -> None:

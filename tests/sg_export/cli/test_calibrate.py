@@ -72,7 +72,14 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     refused: Run, quick_checkpoint: Path, tiny_ranges: Path, tmp_path: Path
 ) -> None:
     build = ("build", quick_checkpoint, "-o", tmp_path / "out")
-    assert refused(2, *build, "--base-precision", "fp16").startswith("--base-precision: only with --precision int8 or ")
+    for words in (("--base-precision", "fp16"), ("--exclude", "blocks.0.mlp.fc1"), ("--calib-samples", 16)):
+        assert refused(2, *build, *words) == f"{words[0]}: only with --precision int8 or fp8, found fp32"
+    unused = ("--calibration", tiny_ranges, "--calib-samples", 4)
+    assert refused(2, *build, "--precision", "int8", *unused).startswith(
+        "--calib-samples: only where ranges are measur"
+    )
+    for gate in ("inf", "nan"):
+        assert refused(2, *build, "--precision", "int8", "--gate-guided", gate).startswith("gates: expected a cosine ")
     missing = refused(2, *build, "--precision", "int8", "--calibration", tmp_path / "none.json")
     assert missing.endswith("found no file: make it with sg-export calibrate")
     both = ("--calibration", tiny_ranges, "--calib-data", tmp_path)

@@ -1,6 +1,9 @@
 """A quantized bundle beside its checkpoint in PyTorch, at every time of real guided runs, by the bundle's own gates."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from sg_calibration.feeds import images_of
 from sg_calibration.settings import LEAST_STRATA
@@ -11,6 +14,7 @@ from sg_export.quantize_options import GATE_IMAGES
 from sg_runtime.backends import Lane
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan
+from sg_runtime.memory import DeviceArray
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.steps import StepRunner, launches
 
@@ -47,20 +51,19 @@ def compare_guidance(
 
 
 def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:
-    """Inputs along a run of the graphs that it runs, by their names."""
+    """Inputs along a run of the graphs that it runs, by their names: the images of the first run of each."""
     manifest = pipeline.bundle.manifest
     runner = StepRunner(manifest, lane, pipeline.batch, pipeline.backend.batches)
     plan = pipeline.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
     feeds: dict[str, list[Feed]] = {}
     for index in range(0, len(own.times), EVERY):
         x = own.states[index]
+        group = next(runner.groups(len(x)))
         for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
-            for group in runner.groups(len(x)):
-                given = runner.feeds(launch, x, x, index, group)
-                feeds.setdefault(launch.graph.name, []).append(
-                    {
-                        k: np.asarray(v) if isinstance(v, np.ndarray | np.generic) else lane.memory.download(v)
-                        for k, v in given.items()
-                    }
-                )
+            given = runner.feeds(launch, x, x, index, group)
+            feeds.setdefault(launch.graph.name, []).append({name: _on_cpu(v, lane) for name, v in given.items()})
     return feeds
+
+
+def _on_cpu(value: DeviceArray, lane: Lane) -> NDArray[Any]:
+    return np.asarray(value) if isinstance(value, np.ndarray | np.generic) else lane.memory.download(value)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sg_calibration.feeds import Shard
 from sg_calibration.layers import Layer, layers_of
-from sg_calibration.settings import METHODS, Method
+from sg_calibration.settings import LEAST_STRATA, METHODS, Method
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing
@@ -73,7 +73,8 @@ def measure(
     """Run every shard through the graphs of every guidance, and see what comes into each layer.
 
     pipe: over FP32 graphs on the CPU. Both branches and all sparsities add to one range, as their tokens share the
-    tensors. Raises CalibrationError for an input that is not finite or always the same, and for too few values.
+    tensors. Raises CalibrationError for an input that is not finite or always the same, and for too few values or
+    times.
     """
     manifest = pipe.bundle.manifest
     histograms: dict[str, _Histogram] = {}
@@ -115,6 +116,12 @@ def measure(
         raise CalibrationError(
             f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more --calib-samples"
         )
+    times = tuple(sorted({time for at in largest.values() for time in at}, reverse=True))
+    if len(times) < LEAST_STRATA:
+        raise CalibrationError(
+            f"calibration data: expected at least {LEAST_STRATA} different times along a run, found {len(times)}: "
+            f"activations change along a run, so give states of all of it"
+        )
     layers = {}
     for name, at in largest.items():
         low, high = ends[name]
@@ -127,7 +134,6 @@ def measure(
         found = {"min-max": largest_of_all, "percentile": seen_of.percentile(), "entropy": seen_of.entropy()}
         found = {method: min(value, largest_of_all) for method, value in found.items()}
         layers[name] = LayerRange(tuple(at[time] for time in sorted(at, reverse=True)), found)
-    times = tuple(sorted({time for at in largest.values() for time in at}, reverse=True))
     return RangeTable(identity_of(manifest), images, evaluations, times, layers)
 
 

@@ -149,6 +149,13 @@ def test_measure_of_too_few_values_is_refused(pipe: Pipeline, shards: list[Shard
             measure(pipe, plans, few)
 
 
+def test_measure_of_too_few_times_is_refused(pipe: Pipeline, shards: list[Shard]) -> None:
+    few = [replace(shard, x=shard.x[:9], time=shard.time[:9]) for shard in shards]
+    few = [replace(shard, step=shard.step[:9], evaluation=shard.evaluation[:9]) for shard in few]
+    with pytest.raises(CalibrationError, match=r"expected at least 25 different times along a run, found \d:"):
+        measure(pipe, built_guidances(pipe.bundle.manifest), few)
+
+
 @pytest.fixture
 def altered(reference: Bundle, tmp_path: Path) -> Callable[..., Pipeline]:
     """The tiny model's FP32 graphs with an initializer filled with a number, by name."""

@@ -23,7 +23,7 @@ BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 MAY_IMPORT = {
     "sg_runtime": {"numpy", "PIL", "pydantic"} | BACKENDS,
     "sg_engines": {"sg_runtime", "numpy", "onnx", "onnx_ir"} | BACKENDS,
-    "sg_calibration": {"sg_runtime", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime"},
+    "sg_calibration": {"sg_runtime", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic"},
     "sg_export": {"sg_runtime", "sg_engines", "sg_calibration", "click", "numpy", "onnx", "onnx_ir", "onnxscript"}
     | {"PIL", "ml_dtypes", "polygraphy", "pydantic", "rich", "safetensors", "sympy", "torch"}
     | BACKENDS,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class RangeTable(Strict):
     images: int
     evaluations: int
     times: tuple[float, ...]
-    layers: Mapping[str, LayerRange] = field(default_factory=dict)
+    layers: Mapping[str, LayerRange]
     schema_version: int = SCHEMA_VERSION
 
     def ranges(self, method: Method) -> dict[str, float]:

@@ -104,7 +104,7 @@ def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> N
         (
             "tiny_autoguidance",
             ["condition", "dense", "weak-condition", "weak-dense", "weak-sparse-8"],
-            ["autoguidance 0/0.5", "none 0"],
+            ["autoguidance 0/0.5", "autoguidance 0/0", "none 0"],
         ),
         (
             "tiny_cosine",
@@ -190,7 +190,11 @@ def test_verify_of_altered_weak_weights_fails_the_weak_graphs(
     weak = tiny_checkpoint.with_name("tiny-weak.safetensors")
     parity = verify(bundle, tiny_checkpoint, weak_checkpoint=weak, times=(0.3,))
     failed = {comparison.subject for comparison in parity.comparisons if not comparison.passed}
-    guided = {f"10 {sampler} steps, autoguidance 0/0.5 in two graphs" for sampler in ("euler", "heun")}
+    guided = {
+        f"10 {sampler} steps, autoguidance 0/{weak} in two graphs"
+        for sampler in ("euler", "heun")
+        for weak in ("0", "0.5")
+    }
     assert failed == {"weak-dense", "weak-sparse-8"} | guided
 
 

@@ -102,7 +102,7 @@ def _quality(content: dict[str, Any]) -> str:
         ]
         (accuracy, spread), *frechet = ((statistics.mean(values), statistics.stdev(values)) for values in figures)
         shown = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in frechet]
-        rows.append((row["name"], TITLES[row["precision"]], f"{accuracy:.1%} ± {spread:.1%}", *shown))
+        rows.append((row["name"], TITLES[row["precision"]], f"{accuracy:.2%} ± {spread:.2%}", *shown))
     protocol = content["protocol"]
     text = (
         f"{protocol['samples']} samples of each of {protocol['seeds']} seeds, {protocol['steps']} Euler steps; mean ± "

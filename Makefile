@@ -1,4 +1,5 @@
 # make demo    a bundle of the reference model and a grid of its images, in demo/
+# make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
 # make test    the tests, with coverage
 # make lint    ruff and mypy
 # make clean   remove what these made, .venv included
@@ -15,7 +16,7 @@ BUNDLE := demo/glyphs-bundle
 GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo report test lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -23,6 +24,9 @@ help:
 demo: $(GRID)
 	@echo "One image of every class: $(CURDIR)/$(GRID)"
 	@echo "The bundle they came from: $(CURDIR)/$(BUNDLE)"
+
+report: demo/report.html
+	@echo "FP32, FP16 and INT8 side by side: $(CURDIR)/demo/report.html"
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=
@@ -45,6 +49,17 @@ $(GRID): $(BUNDLE)/manifest.json
 $(BUNDLE)/manifest.json: $(SOURCES) | $(VENV)/installed-demo
 	mkdir -p demo
 	$(BIN)/sg-export build --sparsity 0.5 -o $(BUNDLE) --force
+
+demo/report.html: $(BUNDLE)/manifest.json demo/glyphs-fp16/manifest.json demo/glyphs-int8/manifest.json
+	$(BIN)/sg-export report $(dir $^) -o $@
+
+demo/report.png: demo/report.html
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1195 \
+	    --screenshot=$(CURDIR)/$@ file://$(CURDIR)/demo/report.html
+
+demo/glyphs-%/manifest.json: $(SOURCES) | $(VENV)/installed-demo
+	mkdir -p demo
+	$(BIN)/sg-export build --sparsity 0.5 --precision $* -o $(@D) --force
 
 $(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
 	$(PIP) -e '.[export,ort]'

@@ -24,7 +24,9 @@ from sg_runtime.pipeline import Pipeline
 
 IMAGES = 16
 JUDGED = 4
-ROUNDS = 5
+ROUNDS = 7
+PAUSE = 0.05
+"""Seconds before a run is timed: threads of the one before it still spin for a while."""
 MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg")
 
 
@@ -70,18 +72,20 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
     pipes = [Pipeline.load(path, device, verify_hashes=False) for path in bundles]
     classes, seeds = images_of("gate", first.manifest.model, JUDGED)
     shared = _shared(opened)
-    report("walking along the first bundle", 0, 1 + len(pipes))
+    report("walking along the first bundle", 0, 2 + len(pipes))
     walks = [walk(pipes[0], by_pipeline(pipes[0]), plan, classes, seeds, LEAST_STRATA) for plan in shared]
+    report("timing", 1, 2 + len(pipes))
+    seconds = _seconds(pipes)
     found = []
     for number, (own, pipe) in enumerate(zip(opened, pipes, strict=True)):
-        report(f"sampling {own.path}", 1 + number, 1 + len(pipes))
+        report(f"sampling {own.path}", 2 + number, 2 + len(pipes))
         found.append(
             BundleReport(
                 own.path.name,
                 own.manifest,
                 pipe.backend.name,
                 sum(file.size for file in own.manifest.files.values()),
-                _seconds(pipe),
+                seconds[number],
                 _samples(pipe),
                 judge(pipe, walks) if number else None,
                 run_distance(pipe, walks) if number else None,
@@ -106,15 +110,20 @@ def _shared(bundles: Sequence[Bundle]) -> list[GuidancePlan]:
     return shared
 
 
-def _seconds(pipe: Pipeline) -> float:
-    """A default run of one image: the median."""
-    pipe.warmup()
-    times = []
+def _seconds(pipes: Sequence[Pipeline]) -> list[float]:
+    """A default run of one image by each, in turn, round by round: the medians."""
+    for pipe in pipes:
+        pipe.warmup()
+    rounds = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
-        pipe.sample([0], [0])
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        times = []
+        for pipe in pipes:
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            pipe.sample([0], [0])
+            times.append(time.perf_counter() - began)
+        rounds.append(times)
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:

@@ -80,8 +80,6 @@ def measure(
     histograms: dict[str, _Histogram] = {}
     observers: dict[str, _Observer] = {}
     largest: dict[str, dict[float, float]] = {}
-    ends: dict[str, tuple[float, float]] = {}
-    counts: dict[str, int] = {}
     images = evaluations = 0
     runner = StepRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
     for number, shard in enumerate(shards):
@@ -104,13 +102,11 @@ def measure(
                         seen = observers[launch.graph.name](runner.feeds(launch, x, x, index, group))
                         _check(seen)
                         for name, value in seen.items():
-                            histograms.setdefault(name, _Histogram()).add(value)
+                            highest = histograms.setdefault(name, _Histogram()).add(value)
                             at = largest.setdefault(name, {})
                             time = float(shard.time[index])
-                            at[time] = max(at.get(time, 0.0), float(np.abs(value).max()))
-                            low, high = ends.get(name, (np.inf, -np.inf))
-                            ends[name] = min(low, float(value.min())), max(high, float(value.max()))
-                            counts[name] = counts.get(name, 0) + value.size
+                            at[time] = max(at.get(time, 0.0), highest)
+    counts = {name: int(histogram.counts.sum()) for name, histogram in histograms.items()}
     if not counts or min(counts.values()) < LEAST_VALUES:
         name = min(counts, key=lambda key: counts[key], default="every layer")
         raise CalibrationError(
@@ -124,13 +120,13 @@ def measure(
         )
     layers = {}
     for name, at in largest.items():
-        low, high = ends[name]
-        if low == high:
+        seen_of = histograms[name]
+        if seen_of.low == seen_of.high:
             raise CalibrationError(
-                f"{name}: expected inputs that change, found {low:g} alone: check the checkpoint, or give other "
-                f"--calib-data"
+                f"{name}: expected inputs that change, found {seen_of.low:g} alone: check the checkpoint, or give "
+                f"other --calib-data"
             )
-        largest_of_all, seen_of = max(at.values()), histograms[name]
+        largest_of_all = max(at.values())
         found = {"min-max": largest_of_all, "percentile": seen_of.percentile(), "entropy": seen_of.entropy()}
         found = {method: min(value, largest_of_all) for method, value in found.items()}
         layers[name] = LayerRange(tuple(at[time] for time in sorted(at, reverse=True)), found)
@@ -138,7 +134,7 @@ def measure(
 
 
 class _Histogram:
-    """How often magnitudes occur, in equal bins from 0.
+    """How often magnitudes occur, in equal bins from 0; and the lowest and the highest value.
 
     The bins double their width where a value lies beyond them. (ONNX Runtime's collector keeps the width that the first
     batch asks for, so that a later outlier makes bins without end.)
@@ -147,8 +143,11 @@ class _Histogram:
     def __init__(self) -> None:
         self.top = 1e-20
         self.counts = np.zeros(BINS, np.int64)
+        self.low, self.high = np.inf, -np.inf
 
-    def add(self, values: NDArray[np.float32]) -> None:
+    def add(self, values: NDArray[np.float32]) -> float:
+        """Count these values; returns the largest magnitude among them."""
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         magnitudes = np.abs(values).ravel()
         highest = float(magnitudes.max(initial=0.0))
         if not self.counts.any():
@@ -158,6 +157,7 @@ class _Histogram:
             self.top *= 2
         places = (magnitudes * (BINS / self.top)).astype(np.int64)
         self.counts += np.bincount(np.minimum(places, BINS - 1), minlength=BINS)
+        return highest
 
     def percentile(self) -> float:
         """The magnitude that a share PERCENTILE of the values does not exceed, to a bin's width."""

@@ -89,28 +89,33 @@ def verify(
         lane = pipeline.backend.lane()
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
-    weak = reload_weak(opened, weak_checkpoint, loaded)
+    sides = _Sides(pipeline, loaded, reload_weak(opened, weak_checkpoint, loaded))
     if save_polygraphy is not None:
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     if opened.manifest.quantization is not None:
-        return _compare_quantized(
-            pipeline, lane or pipeline.backend.lane(), loaded, weak, times, save_polygraphy, report
-        )
-    return _compare(pipeline, lane, loaded, weak, times, save_polygraphy, report)
+        return _compare_quantized(sides, lane or pipeline.backend.lane(), times, save_polygraphy, report)
+    return _compare(sides, lane, times, save_polygraphy, report)
 
 
-def _compare(
-    pipeline: Pipeline,
-    lane: Lane | None,
-    loaded: LoadedModel,
-    weak: LoadedModel | None,
-    times: Sequence[float],
-    folder: Path | None,
-    report: Report,
-) -> Parity:
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """A bundle as it runs, and its networks in PyTorch."""
+
+    pipeline: Pipeline
+    loaded: LoadedModel
+    weak: LoadedModel | None
+
+    def network(self, graph: GraphFacts) -> LoadedModel:
+        """The one that the graph was made from."""
+        found = self.loaded if graph.network == "main" else self.weak
+        assert found is not None
+        return found
+
+
+def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: Path | None, report: Report) -> Parity:
     """Every graph at these times, and whole runs."""
-    bundle = pipeline.bundle
+    pipeline, bundle = sides.pipeline, sides.pipeline.bundle
     manifest = bundle.manifest
     singles = any(graph.kind in ("dense", "sparse") for graph in manifest.graphs)
     runs = [
@@ -126,8 +131,7 @@ def _compare(
     commands: list[str] = []
     for number, graph in enumerate(manifest.graphs):
         report(f"comparing {graph.name}", number, stages)
-        network = loaded if graph.network == "main" else weak
-        assert network is not None
+        network = sides.network(graph)
         feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
         if lane is None:
             runner = OnnxrtRunner(functools.partial(_open, bundle.onnx(graph), manifest.precision), "onnxruntime")
@@ -139,36 +143,29 @@ def _compare(
         comparisons += _judged(bundle, graph, times, feeds, results)
     for number, run in enumerate(runs, len(manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
-        comparisons.append(_compare_run(pipeline, loaded, weak, *run))
+        comparisons.append(_compare_run(pipeline, sides.loaded, sides.weak, *run))
     return Parity(tuple(comparisons), tuple(commands))
 
 
 def _compare_quantized(
-    pipeline: Pipeline,
-    lane: Lane,
-    loaded: LoadedModel,
-    weak: LoadedModel | None,
-    times: Sequence[float],
-    folder: Path | None,
-    report: Report,
+    sides: _Sides, lane: Lane, times: Sequence[float], folder: Path | None, report: Report
 ) -> Parity:
     """Branches and guided prediction at every time of runs of PyTorch's, by the bundle's own gates, and whole runs."""
-    bundle = pipeline.bundle
+    bundle = sides.pipeline.bundle
     guidances = built_guidances(bundle.manifest)
     comparisons: list[Comparison] = []
     feeds: dict[str, list[Feed]] = {}
     for number, guidance in enumerate(guidances):
         report(f"comparing at every time, {guidance.mode} {rates_of(guidance)}", number, len(guidances))
-        own, compared = compare_guidance(pipeline, loaded, weak, guidance)
+        own, compared = compare_guidance(sides.pipeline, sides.loaded, sides.weak, guidance)
         comparisons += compared
         if folder is not None:
-            feeds |= feeds_of(pipeline, lane, own)
+            feeds |= feeds_of(sides.pipeline, lane, own)
     if folder is None:
         return Parity(tuple(comparisons), ())
     commands: list[str] = []
     for graph in bundle.manifest.graphs:
-        network = loaded if graph.network == "main" else weak
-        assert network is not None
+        network = sides.network(graph)
         if graph.kind == "condition":
             feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, IMAGES) for k, t in enumerate(times)]
         if graph.name in feeds:

@@ -120,12 +120,11 @@ def _print_strata(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
         if own[0].time is None:
             click.echo(f"{subject}; found: {own[0].relative_l2:.2%} from PyTorch's")
             continue
-        rows = [
-            (time, f"{strong.cosine:.5f}", f"{weak.cosine:.5f}", f"{guided.relative_l2:.2%}", _verdict(three))
-            for time, group in itertools.groupby(own, key=lambda c: c.time)
-            for three in [list(group)]
-            for strong, weak, guided in [three]
-        ]
+        rows = []
+        for strong, weak, guided in zip(own[::3], own[1::3], own[2::3], strict=True):
+            verdict = _verdict([strong, weak, guided])
+            cosines = (f"{strong.cosine:.5f}", f"{weak.cosine:.5f}")
+            rows.append((guided.time, *cosines, f"{guided.relative_l2:.2%}", verdict))
         print_table(f"{bundle}, {subject}, beside PyTorch", columns, rows)
 
 

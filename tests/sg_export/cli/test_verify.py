@@ -192,6 +192,14 @@ def shell(command: str, environment: dict[str, str], cwd: Path) -> "subprocess.C
     return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
+def printed_commands(cli: Callable[..., Any], bundle: Path, tmp_path: Path) -> list[str]:
+    """The commands that verify prints where it leaves its data for Polygraphy."""
+    words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
+    result = cli("verify", bundle, *words)
+    assert result.exit_code == 0, result.output
+    return [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
+
+
 def test_verify_save_polygraphy_leaves_a_pair_of_files_for_every_graph(
     saved: tuple[Path, list[str]], tiny_cfg_sg_bundle: Path
 ) -> None:
@@ -215,10 +223,8 @@ def test_verify_printed_polygraphy_command_passes(
 def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
     cli: Callable[..., Any], tiny_autoguidance_bundle: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
-    result = cli("verify", tiny_autoguidance_bundle, *words)
-    assert result.exit_code == 0, result.output
-    (command,) = (line for line in result.stdout.splitlines() if "weak-sparse-8.onnx" in line)
+    commands = printed_commands(cli, tiny_autoguidance_bundle, tmp_path)
+    (command,) = (line for line in commands if "weak-sparse-8.onnx" in line)
     done = shell(command, environment, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Passed: 8/8 iterations" in done.stdout
@@ -227,10 +233,7 @@ def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
 def test_verify_of_a_quantized_bundle_leaves_states_of_guided_runs_for_polygraphy(
     cli: Callable[..., Any], tiny_int8_bundle: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
-    result = cli("verify", tiny_int8_bundle, *words)
-    assert result.exit_code == 0, result.output
-    commands = [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
+    commands = printed_commands(cli, tiny_int8_bundle, tmp_path)
     assert len(commands) == 3
     for command, runs in zip(commands, (8, 9, 9), strict=True):
         done = shell(command, environment, tmp_path)

@@ -2,6 +2,7 @@
 # make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
 # make test    the tests, with coverage
 # make lint    ruff and mypy
+# make check-gpu  what only a GPU can show: tests and benchmarks/gpu_check.py, with the machine's own python3
 # make clean   remove what these made, .venv included
 #
 # Needs Python >= 3.10 with pip, and make. `make PYTHON=python3.12 test` chooses the interpreter that .venv is made with.
@@ -16,7 +17,7 @@ BUNDLE := demo/glyphs-bundle
 GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
-.PHONY: help demo report test lint clean
+.PHONY: help demo report test lint check-gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,6 +39,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# PyTorch with CUDA and onnxruntime-gpu are not in constraints.txt, so this does not use .venv.
+check-gpu:
+	$(PYTHON) -m pytest -m gpu tests/sg_runtime/test_gpu.py
+	$(PYTHON) -m benchmarks.gpu_check driver ort teardown micro xl
 
 clean:
 	rm -rf $(VENV) demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

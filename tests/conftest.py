@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor
 from weights import random_state
@@ -22,6 +23,10 @@ from sg_export.quantization import measure_ranges
 from sg_export.quantize_options import QuantizeOptions
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import Gates
+
+# A busy machine is no fault of the code.
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 
 TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
 """16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""

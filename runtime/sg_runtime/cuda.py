@@ -1,7 +1,6 @@
 """The memory of an NVIDIA GPU and the stream of one run, by the CUDA driver.
 
-Never run where this was written: there was no GPU. The driver's names and signatures are those of cuda-bindings, which
-a test checks.
+The driver's names and signatures are those of cuda-bindings, which a test checks.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +14,9 @@ from sg_runtime.devices import call, load_driver
 from sg_runtime.errors import DeviceMemoryError, UsageError
 
 Indices = NDArray[np.int64]
+
+_DEFAULT_STREAMS = (0, 1, 2)
+"""Handles of CUDA's default streams: that of the process (0 and 1) and that of the calling thread."""
 
 
 class CudaArray:
@@ -64,18 +66,24 @@ class CudaArray:
 
 
 class CudaMemory:
-    """The memory of GPU `number`, in the order of one stream: a new one, or that of the caller."""
+    """The memory of GPU `number`, in the order of one stream: a new one, or the caller's.
+
+    A default stream of CUDA is replaced by a new one: ONNX Runtime takes the handle 0 for "no stream given" and runs in
+    a stream of its own, and no default stream can be captured. Nothing is lost by that: DLPack orders what comes in
+    after the caller's work, and a run waits for its results.
+    """
 
     def __init__(self, number: int = 0, stream: object | None = None) -> None:
         """stream: its handle as an int, or an object with `__cuda_stream__` or `cuda_stream`; see `stream_handle`."""
         self.driver = load_driver()
         self.device = f"cuda:{number}"
         self._number = number
-        self._context = call(self.driver, "cuDevicePrimaryCtxRetain", call(self.driver, "cuDeviceGet", number))
-        self.enter()
-        flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        self._own = None if stream is not None else call(self.driver, "cuStreamCreate", flags)
-        self.stream = stream_handle(stream) if self._own is None else int(self._own)
+        self._context = use_gpu(number)
+        self._given = stream  # kept: libraries destroy a stream with its object
+        self.stream = 0 if stream is None else stream_handle(stream)
+        if self.stream in _DEFAULT_STREAMS:
+            flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self.stream = int(call(self.driver, "cuStreamCreate", flags))
 
     def enter(self) -> None:
         """Make this GPU the one of the calling thread."""
@@ -129,7 +137,7 @@ class CudaMemory:
         if device != (dlpack.CUDA, self._number):
             raise UsageError(f"expected a contiguous array on {self.device}, found {kind} on DLPack's device {device}")
         try:
-            found = dlpack.view(array, self.stream or 1)
+            found = dlpack.view(array, self.stream)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"expected an array that DLPack can hand on, found {kind} ({error})") from None
         if not found.contiguous:
@@ -192,6 +200,14 @@ class _Captured:
     def __del__(self) -> None:
         if hasattr(self, "executable"):
             self._driver.cuGraphExecDestroy(self.executable)
+
+
+def use_gpu(number: int) -> Any:
+    """Make GPU `number` the one of the calling thread, and return its primary context."""
+    driver = load_driver()
+    context = call(driver, "cuDevicePrimaryCtxRetain", call(driver, "cuDeviceGet", number))
+    call(driver, "cuCtxSetCurrent", context)
+    return context
 
 
 def stream_handle(stream: Any) -> int:

@@ -1,5 +1,6 @@
 """Branches packed along the token axis: one matrix product for all rows, attention and modulation for each branch."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,12 @@ class Branches:
     modulations: tuple[Tensor, ...]
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
-        """packed (B, R, D) → (B, count, D) for each branch."""
-        return [packed] if len(self.counts) == 1 else torch.split(packed, list(self.counts), dim=1)
+        """packed (B, R, D) → (B, count, D) for each branch.
+
+        Slices, not one Split: ONNX Runtime's CUDA kernel copies the sizes of uneven parts from the host in every run.
+        """
+        ends = list(itertools.accumulate(self.counts))
+        return [packed[:, end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
     def vectors(self, start: int, count: int, width: int) -> list[tuple[Tensor, ...]]:
         """`count` vectors of `width` from place `start` of the modulations on, each (B, 1, width) per modulation."""

@@ -124,7 +124,8 @@ class TimestepEmbedder(nn.Module):
         """t (S,) → (S, D)."""
         steps = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) / FREQUENCIES * steps)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
+        waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -72,7 +72,7 @@ def dequantized(model: onnx.ModelProto, operator: str) -> tuple[NDArray[Any], ND
 
 
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=WEIGHTS)
 def test_quantize_int8_is_within_half_a_scale_of_each_output_channel(
     operator: str, weight: NDArray[np.float32]
@@ -90,7 +90,7 @@ def test_quantize_int8_is_within_half_a_scale_of_each_output_channel(
 
 
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=WEIGHTS.filter(lambda weight: np.abs(weight).max() > 1e-30))
 def test_quantize_fp8_rounds_to_e4m3_with_one_scale(operator: str, weight: NDArray[np.float32]) -> None:
     model = quantize(product(operator, weight), "fp8", {"layer": 1.0})

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -349,14 +350,6 @@ def test_hold_of_anothers_array_is_a_view_in_the_order_of_the_stream(
     assert driver.used == 0
 
 
-def test_hold_in_the_default_stream_names_it_as_dlpack_does(driver: Driver) -> None:
-    """0 is what PyTorch calls its usual stream, and 1 what DLPack calls it, where 0 is forbidden."""
-    memory = CudaMemory(stream=0)
-    foreign = Foreign(there(memory, numbers(2)))
-    np.testing.assert_array_equal(memory.download(memory.hold(foreign)), numbers(2))
-    assert foreign.streams == [1]
-
-
 def test_hold_of_an_array_elsewhere_is_refused(memory: CudaMemory) -> None:
     own = memory.empty((2,), np.float32)
     another = CudaArray(own.address, (2,), np.float32, 1, own)
@@ -443,6 +436,31 @@ def test_memory_in_a_given_stream_makes_none(driver: Driver) -> None:
     np.testing.assert_array_equal(memory.download(there(memory, numbers(3))), numbers(3))
     assert "cuStreamCreate" not in driver.calls
     assert CudaMemory().stream != CudaMemory().stream  # else each has one of its own
+
+
+@pytest.mark.parametrize("default", [0, 1, 2])
+def test_memory_in_a_default_stream_has_one_of_its_own_which_arrays_come_into(driver: Driver, default: int) -> None:
+    """0 is also what ONNX Runtime takes for "none", and what DLPack forbids."""
+    memory = CudaMemory(0, SimpleNamespace(cuda_stream=default))
+    assert memory.stream > 2
+    foreign = Foreign(there(memory, numbers(2)))
+    np.testing.assert_array_equal(memory.download(memory.hold(foreign)), numbers(2))
+    assert foreign.streams == [memory.stream]
+
+
+def test_memory_keeps_the_callers_stream_alive(driver: Driver) -> None:
+    """Libraries destroy a stream with its object."""
+
+    class Stream:
+        cuda_stream = driver.stream()
+
+    given = Stream()
+    alive = weakref.ref(given)
+    memory = CudaMemory(0, given)
+    del given
+    assert alive() is not None
+    del memory
+    assert alive() is None
 
 
 # Captured runs.

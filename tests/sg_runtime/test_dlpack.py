@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -176,7 +176,6 @@ cuts = st.builds(
 """Never of nothing, which has a test of its own."""
 
 
-@settings(deadline=None)
 @given(st.lists(cuts, min_size=3, max_size=3), st.permutations(range(3)))
 def test_view_is_contiguous_where_numpy_says_so(cut: list[slice], axes: list[int]) -> None:
     array = numbers((4, 3, 2))[tuple(cut)].transpose(axes)

@@ -29,7 +29,7 @@ from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, rea
 DENSE, QUARTER, HALF, MOST = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
 BUILT = [DENSE, QUARTER, HALF]
 
-few = settings(deadline=None, max_examples=50)
+few = settings(max_examples=50)
 
 
 # The update

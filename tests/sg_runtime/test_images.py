@@ -11,7 +11,7 @@ from PIL import Image
 from sg_runtime.errors import UsageError
 from sg_runtime.images import grid, save_png, to_pixels
 
-few = settings(deadline=None, max_examples=50)
+few = settings(max_examples=50)
 
 
 @pytest.mark.parametrize(

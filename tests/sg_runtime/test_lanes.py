@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -321,7 +321,6 @@ def test_sample_of_more_than_the_memory_holds_is_refused_before_its_noise_is_dra
     assert not drawn
 
 
-@settings(deadline=None)
 @given(batch=st.integers(1, 500), evaluations=st.integers(1, 500), separate=st.booleans(), share=st.floats(0, 1))
 def test_fitting_of_any_request_names_the_largest_that_fits(
     batch: int, evaluations: int, separate: bool, share: float, manifest: Manifest

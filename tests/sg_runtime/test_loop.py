@@ -260,7 +260,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(steps=STEPS, cuts=st.integers(1, 4), fused=st.booleans(), seed=st.integers(0, 9))
 def test_advance_of_any_updates_is_the_formula(
     steps: Any, cuts: int, fused: bool, seed: int, tiny_edm_bundle: Path

@@ -222,7 +222,7 @@ def read(tmp_path: Path) -> Callable[[Any], Manifest]:
 
 
 # One manifest after the other goes through the same file: the fixture of the folder need not be fresh for each.
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(manifests())
 def test_write_manifest_of_any_manifest_reads_back_equal_and_fits_the_schema(
     tmp_path: Path, validator: jsonschema.Draft202012Validator, manifest: Manifest
@@ -409,7 +409,6 @@ def test_source_by_name_is_the_reference_or_the_file(reference: str | None, name
 
 
 @given(routes)
-@settings(deadline=None)
 def test_route_of_its_own_text_is_the_same(route: Route) -> None:
     assert Route.parse(str(route)) == route
 

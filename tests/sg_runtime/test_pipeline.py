@@ -320,7 +320,7 @@ def test_decode_of_latents_is_refused_with_the_remedy(tiny_cfg_sg_bundle: Path) 
 images = st.tuples(st.integers(0, 4) | st.none(), st.integers(0, 2**64 - 1))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(images, min_size=4, max_size=4), st.integers(0, 4))
 def test_sample_of_an_image_in_any_company_is_the_same_bits(
     pipe: Pipeline, five: Array, company: list[tuple[int | None, int]], place: int

@@ -246,7 +246,7 @@ def test_prepare_of_a_longer_run_is_at_its_place_in_it(
 # An image's share of a plan
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     company=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2**64 - 1)), max_size=11),
     place=st.integers(0, 11),

@@ -23,8 +23,7 @@ MASK = 2**64 - 1
 WORDS = st.integers(0, MASK)
 PLACES = st.fixed_dictionaries({"step": WORDS, "evaluation": WORDS, "branch": WORDS})
 
-# No deadline, here and elsewhere: a busy machine is no fault of the code.
-few = settings(deadline=None, max_examples=50)
+few = settings(max_examples=50)
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:

@@ -83,7 +83,7 @@ def test_sample_with_progress_that_fails_leaves_its_error(tiny_bundle: Path) -> 
     assert seen == [(1, 6), (2, 6), (3, 6), (4, 6)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seeds=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4),
     purpose=st.sampled_from([random.INITIAL_NOISE, random.CHURN]),

@@ -42,7 +42,7 @@ PREDICTIONS: tuple[Prediction, ...] = ("flow", "edm")
 Array = NDArray[np.floating[Any]]
 Predict = Callable[[Array, float], Array]
 
-few = settings(deadline=None, max_examples=50)
+few = settings(max_examples=50)
 karras = st.builds(Karras, st.floats(0.02, 0.5), st.floats(1, 80), st.floats(1, 10))
 churns = st.builds(
     Churn, st.floats(0, 40), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 5.0, math.inf]), st.floats(0, 1.1)

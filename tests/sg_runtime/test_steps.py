@@ -420,7 +420,7 @@ def test_prediction_of_an_image_is_the_same_in_any_company(
     np.testing.assert_array_equal(two.runner.prediction(seven.x[:2], two.plan, 0), found[:2])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(images=st.integers(1, 40), batch=st.integers(1, 40))
 def test_groups_of_any_count_cover_each_image_in_order(
     images: int, batch: int, tiny_bundle: Path, tiny_cfg_bundle: Path, record: Callable[[Path], Any]

@@ -27,19 +27,28 @@ class Provider:
     """An execution provider, by ONNX Runtime's name.
 
     graph_option: the option that captures runs as CUDA graphs, one for each `gpu_graph_id`; None where the provider
-    has none, or one for a single graph alone. cache_option: the folder for what it compiles.
+    has none, or one for a single graph alone. cache_option: the folder for what it compiles. disabled_optimizers: by
+    ONNX Runtime's names.
     """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     graph_option: str | None = None
     cache_option: str | None = None
+    disabled_optimizers: tuple[str, ...] = ()
 
 
 PROVIDERS = {
     "onnxruntime-cpu": Provider("CPUExecutionProvider"),
-    # TF32 would make FP32 graphs a thousand times less exact.
-    "onnxruntime-cuda": Provider("CUDAExecutionProvider", {"use_tf32": "0"}, graph_option="enable_cuda_graph"),
+    "onnxruntime-cuda": Provider(
+        "CUDAExecutionProvider",
+        # TF32 would make FP32 graphs a thousand times less exact.
+        {"use_tf32": "0"},
+        graph_option="enable_cuda_graph",
+        # It makes one Split of all slices of the modulations, in parts of several sizes: that asks for pinned memory,
+        # 8 bytes for each modulation, which the arena of DiT-XL/2 allocates during the capture, where CUDA forbids it.
+        disabled_optimizers=("GatherSliceToSplitFusion",),
+    ),
     "onnxruntime-tensorrt": Provider(
         "TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}, cache_option="trt_engine_cache_path"
     ),
@@ -196,7 +205,10 @@ def open_session(
         ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's packages
     try:
         session = ort.InferenceSession(
-            str(path) if content is None else content, settings, providers=[(provider.name, dict(options or {}))]
+            str(path) if content is None else content,
+            settings,
+            providers=[(provider.name, dict(options or {}))],
+            disabled_optimizers=provider.disabled_optimizers,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(f"{path.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error

@@ -15,7 +15,7 @@ from typing import Any
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.backends.trt_check import NAMES
 from sg_runtime.bundle import Bundle
-from sg_runtime.cuda import CudaArray, CudaMemory
+from sg_runtime.cuda import CudaArray, CudaMemory, use_gpu
 from sg_runtime.errors import BundleError, DeviceError, EngineError
 from sg_runtime.files import cache_folder, replacing
 from sg_runtime.manifest import EngineFacts, EngineLibrary, GraphFacts
@@ -43,7 +43,7 @@ class TrtBackend:
         self.bundle, self.library, self.captures = bundle, library, capture
         self._number, self._stream = number, stream
         self._trt = import_module(library)
-        CudaMemory(number, 0).enter()  # TensorRT loads into the GPU of the calling thread
+        use_gpu(number)  # TensorRT loads into the GPU of the calling thread
         self._log = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._log)
         facts = [engine for engine in bundle.manifest.engines if engine.library == library]

@@ -13,6 +13,7 @@ from torch import Tensor
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
+from sg_export.models.sparse import SparseModel
 from sg_runtime.manifest import Route
 
 # FP32 rounds to 6e-8, and sums of another length add that up in another order: 1.6e-6 at most in 3000 random cases.
@@ -170,3 +171,12 @@ def test_forward_is_condition_then_predict(make_model: Callable[..., LoadedModel
     x, t, classes = torch.full((1, 2, 6, 6), 0.5), torch.tensor([0.3]), torch.tensor([2])
     assert torch.equal(model(x, t, classes), model.predict(x, model.condition(t, classes)))
     assert math.isfinite(float(model(x, t, classes).norm()))
+
+
+@pytest.mark.parametrize(("network", "end"), [(DiT, 1), (MaskDiT, 2)])
+def test_forward_in_bf16_takes_times_in_fp32(network: type[DiT], end: int) -> None:
+    """As the loop in PyTorch that `bench` compares with calls it on a GPU."""
+    config = DiTConfig(image_size=4, patch=2, channels=1, width=8, depth=2, heads=2, mlp_width=16, num_classes=3)
+    model = SparseModel(network(config), Route(0, end)).to(torch.bfloat16)
+    x, keep = torch.randn(2, 1, 4, 4, dtype=torch.bfloat16), torch.tensor([[0, 2], [1, 3]])
+    assert model(x, torch.rand(2), torch.tensor([0, 1]), keep).dtype == torch.bfloat16

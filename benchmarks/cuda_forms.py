@@ -1,0 +1,347 @@
+"""A guided step of DiT-XL/2 on ONNX Runtime's CUDA provider, in the forms that its graph could take.
+
+    python -m benchmarks.cuda_forms --output forms.jsonl
+
+Each form is the whole step at one image in FP16, from the latent to the next one, random weights, route 2-24. It is
+built node by node, compared with PyTorch in FP32, and timed as one CUDA graph. Needs a GPU, PyTorch with CUDA and
+onnxruntime-gpu >= 1.31.1.
+
+attention  plain: MatMul, Softmax, MatMul for each branch. mha: com.microsoft.MultiHeadAttention for each branch.
+           packed: com.microsoft.PackedMultiHeadAttention over the packed rows of both.
+norm       vector: SkipLayerNormalization whose gamma and beta are the modulation (one image, one class).
+           affine: the same without gamma and beta, then Mul and Add, which also serves more images.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+WIDTH, DEPTH, HEADS, TOKENS, ROUTE = 1152, 28, 16, 256, (2, 25)
+VECTORS = 8
+"""Of a block: shift, 1 + scale, gate, and gate times the bias of the product, for attention and for the MLP."""
+FORMS = (("packed", "vector"), ("packed", "affine"), ("mha", "vector"), ("plain", "affine"))
+KEPT = {"0/0.5": (256, 128), "0.5/0.9": (128, 26)}
+
+
+class Builder:
+    """Nodes and initializers of one step."""
+
+    def __init__(self, attention: str, norm: str, weights: dict[str, np.ndarray], depth: int) -> None:
+        self.attention_form, self.norm_form, self.weights, self.depth = attention, norm, weights, depth
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        names = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
+        node = helper.make_node(kind, list(inputs), names, f"{kind}_{len(self.nodes)}", domain=domain, **attributes)
+        self.nodes.append(node)
+        return names[0] if outputs == 1 else names
+
+    def contrib(self, kind: str, *inputs: str, **attributes: Any) -> Any:
+        return self.op(kind, *inputs, domain="com.microsoft", **attributes)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.initializers.setdefault(name, numpy_helper.from_array(value, name))
+        return name
+
+    def weight(self, name: str) -> str:
+        return self.constant(name, self.weights[name])
+
+    def ints(self, *values: int) -> str:
+        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def vector(self, block: int, number: int) -> str:
+        """One modulation vector, (D,)."""
+        return self.vectors[block * VECTORS + number]
+
+    def attend(self, qkv: str, block: int, counts: tuple[int, ...]) -> str:
+        """qkv (R, 3D) without bias → (R, D)."""
+        size, rows = WIDTH // HEADS, sum(counts)
+        if self.attention_form == "packed":
+            longest = max(counts)
+            starts = np.cumsum([0, *counts])
+            places = [list(range(n)) for n in counts]
+            filler = [[longest * b + k for k in range(counts[b], longest)] for b in range(len(counts))]
+            valid = [longest * b + place for b, own in enumerate(places) for place in own]
+            offsets = np.array(valid + [one for part in filler for one in part], np.int32).reshape(len(counts), longest)
+            key = "_".join(map(str, counts))
+            query = self.op("Reshape", qkv, self.ints(rows, HEADS, 3, size))
+            return self.contrib(
+                "PackedMultiHeadAttention", query, "", "", self.weight(f"{block}.qkv.bias"),
+                self.constant(f"offsets_{key}", offsets), self.constant(f"starts_{key}", starts.astype(np.int32)),
+                num_heads=HEADS,
+            )  # fmt: skip
+        # Packed weights are (heads, 3, size); the others take (3, heads, size).
+        qkv = self.op("Add", qkv, self.weight(f"{block}.qkv.bias"))
+        parts = [qkv] if len(counts) == 1 else self.op("Split", qkv, self.ints(*counts), outputs=len(counts), axis=0)
+        done = []
+        for count, part in zip(counts, parts, strict=True):
+            heads = self.op("Split", part, outputs=3, axis=-1, num_outputs=3)
+            if self.attention_form == "mha":
+                q, k, v = (self.op("Reshape", one, self.ints(1, count, WIDTH)) for one in heads)
+                out = self.contrib("MultiHeadAttention", q, k, v, num_heads=HEADS)
+            else:
+                q, k, v = (self.op("Reshape", one, self.ints(1, count, HEADS, size)) for one in heads)
+                q, v = (self.op("Transpose", one, perm=[0, 2, 1, 3]) for one in (q, v))
+                k = self.op("Transpose", k, perm=[0, 2, 3, 1])
+                scale = self.constant("attention_scale", np.float16(size**-0.5))
+                scores = self.op("Softmax", self.op("MatMul", self.op("Mul", q, scale), k), axis=-1)
+                out = self.op("Transpose", self.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+            done.append(self.op("Reshape", out, self.ints(count, WIDTH)))
+        return done[0] if len(done) == 1 else self.op("Concat", *done, axis=0)
+
+    def add_norm(self, x: str, update: str, gate: str, bias: str, shift: str, scale: str) -> tuple[str, str]:
+        """x + gate * update + bias, and that normed and modulated."""
+        gated = self.op("Mul", update, gate)
+        one, zero = self.constant("one", np.ones(WIDTH, np.float16)), self.constant("zero", np.zeros(WIDTH, np.float16))
+        vector = self.norm_form == "vector"
+        gamma, beta = (scale, shift) if vector else (one, zero)
+        normed, _, _, total = self.contrib(
+            "SkipLayerNormalization", x, gated, gamma, beta, bias, outputs=4, epsilon=1e-6
+        )
+        self.nodes[-1].output[1:3] = ["", ""]
+        return total, normed if vector else self.op("Add", self.op("Mul", normed, scale), shift)
+
+    def step(self, kept: tuple[int, int]) -> onnx.ModelProto:
+        # Even parts, at most 32 of one Split: others copy their sizes from the host in every run.
+        names = []
+        for block in range(self.depth + 1):
+            count = VECTORS if block < self.depth else 2
+            names += self.op("Split", f"vectors.{block}", outputs=count, axis=0, num_outputs=count)
+        # (1, D) each; SkipLayerNormalization wants (D,), which a Reshape gives without a kernel.
+        self.vectors = [self.op("Reshape", name, self.ints(WIDTH)) for name in names]
+        patches = self.op("Reshape", "x", self.ints(4, 16, 2, 16, 2))
+        patches = self.op("Transpose", patches, perm=[1, 3, 0, 2, 4])
+        patches = self.op("Cast", self.op("Reshape", patches, self.ints(TOKENS, 16)), to=TensorProto.FLOAT16)
+        x = self.op("Add", self.op("MatMul", patches, self.weight("embed")), self.weight("position"))
+        ones = self.constant("one", np.ones(WIDTH, np.float16))
+        normed = self.op("LayerNormalization", x, ones, axis=-1, epsilon=1e-6)
+        normed = self.op("Add", self.op("Mul", normed, self.vector(0, 1)), self.vector(0, 0))
+        start, stop = ROUTE if self.depth == DEPTH else (1, self.depth - 1)
+        counts: tuple[int, ...] = (TOKENS,)
+        for block in range(self.depth):
+            if block == start:
+                before, counts = (x, normed), kept
+                x, normed = self.op("Gather", x, "keep", axis=0), self.op("Gather", normed, "keep", axis=0)
+            if block == stop:
+                counts = (TOKENS, TOKENS)
+                x, normed = (
+                    self.op("Gather", self.op("Concat", whole, part, axis=0), "restore", axis=0)
+                    for whole, part in zip(before, (x, normed), strict=True)
+                )
+            y = self.attend(self.op("MatMul", normed, self.weight(f"{block}.qkv")), block, counts)
+            y = self.op("MatMul", y, self.weight(f"{block}.proj"))
+            v = [self.vector(block, number) for number in range(VECTORS)]
+            x, normed = self.add_norm(x, y, v[2], v[3], v[4], v[5])
+            hidden = self.op("MatMul", normed, self.weight(f"{block}.fc1"))
+            hidden = self.contrib("FastGelu", hidden, self.weight(f"{block}.fc1.bias"))
+            y = self.op("MatMul", hidden, self.weight(f"{block}.fc2"))
+            last = block == self.depth - 1
+            following = [self.vectors[-2], self.vectors[-1]] if last else [self.vector(block + 1, n) for n in (0, 1)]
+            x, normed = self.add_norm(x, y, v[6], v[7], *following)
+        strong, weak = self.op("Split", normed, outputs=2, axis=0, num_outputs=2)  # as many rows each
+        two = self.constant("scale", np.float16(2))
+        combined = self.op("Add", weak, self.op("Mul", self.op("Sub", strong, weak), two))
+        out = self.op("Cast", self.op("MatMul", combined, self.weight("head")), to=TensorProto.FLOAT)
+        out = self.op("Reshape", out, self.ints(16, 16, 2, 2, 4))
+        out = self.op("Reshape", self.op("Transpose", out, perm=[4, 0, 2, 1, 3]), self.ints(1, 4, 32, 32))
+        step = self.constant("step", np.float32(-1 / 40))
+        self.nodes.append(helper.make_node("Add", ["x", self.op("Mul", out, step)], ["next"]))
+        rows = sum(kept)
+        inputs = [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 32, 32]),
+            *(
+                helper.make_tensor_value_info(
+                    f"vectors.{block}", TensorProto.FLOAT16, [VECTORS if block < self.depth else 2, WIDTH]
+                )
+                for block in range(self.depth + 1)
+            ),
+            helper.make_tensor_value_info("keep", TensorProto.INT64, [rows]),
+            helper.make_tensor_value_info("restore", TensorProto.INT64, [2 * TOKENS]),
+        ]
+        outputs = [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, 4, 32, 32])]
+        graph = helper.make_graph(self.nodes, "step", inputs, outputs, list(self.initializers.values()))
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def random_weights(depth: int) -> dict[str, np.ndarray]:
+    """FP16, each tensor in its own memory; the columns of qkv in the order 3, heads, size."""
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (WIDTH, 3 * WIDTH), "qkv.bias": (3 * WIDTH,), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH),
+              "fc1.bias": (4 * WIDTH,), "fc2": (4 * WIDTH, WIDTH)}  # fmt: skip
+    first = {name: (rng.standard_normal(shape, np.float32) * 0.03).astype(np.float16) for name, shape in shapes.items()}
+    weights = {f"{block}.{name}": np.roll(value, block) for block in range(depth) for name, value in first.items()}
+    ends = {"embed": (16, WIDTH), "position": (TOKENS, WIDTH), "head": (WIDTH, 16)}
+    return weights | {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in ends.items()}
+
+
+def packed_columns(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same network for packed attention: columns of qkv in the order heads, 3, size; its bias stays."""
+    size = WIDTH // HEADS
+
+    def packed(value: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(
+            value.reshape(WIDTH, 3, HEADS, size).transpose(0, 2, 1, 3).reshape(WIDTH, 3 * WIDTH)
+        )
+
+    return {name: packed(value) if name.endswith(".qkv") else value for name, value in weights.items()}
+
+
+def feeds(kept: tuple[int, int], depth: int) -> dict[str, np.ndarray]:
+    """Inputs of a step. keep: rows of the dense tokens. restore: rows of the dense tokens followed by the routed."""
+    rng = np.random.default_rng(1)
+    parts = [np.sort(rng.permutation(TOKENS)[:count]) for count in kept]
+    restore = [np.arange(TOKENS) for _ in kept]
+    routed = TOKENS
+    for places, part in zip(restore, parts, strict=True):
+        places[part] = routed + np.arange(len(part))
+        routed += len(part)
+    vectors = rng.standard_normal((depth * VECTORS + 2, WIDTH), np.float32) * 0.1
+    vectors[[*(b * VECTORS + n for b in range(depth) for n in (1, 5)), -1]] += 1
+    x = rng.standard_normal((1, 4, 32, 32), np.float32)
+    own = {f"vectors.{b}": vectors[b * VECTORS : (b + 1) * VECTORS].astype(np.float16) for b in range(depth + 1)}
+    return {"x": x, **own, "keep": np.concatenate(parts), "restore": np.concatenate(restore)}
+
+
+def reference(
+    weights: dict[str, np.ndarray], given: dict[str, np.ndarray], kept: tuple[int, int], depth: int, device: str
+) -> Any:
+    """The same step in PyTorch, FP32."""
+    import torch
+    import torch.nn.functional as F
+
+    w = {name: torch.from_numpy(value).to(device).float() for name, value in weights.items()}
+    f = {name: torch.from_numpy(value).to(device) for name, value in given.items()}
+    v = torch.cat([f[f"vectors.{block}"] for block in range(depth + 1)]).float()
+
+    def normed(x: Any, shift: Any, scale: Any) -> Any:
+        return F.layer_norm(x, (WIDTH,), eps=1e-6) * scale + shift
+
+    x = f["x"].reshape(4, 16, 2, 16, 2).permute(1, 3, 0, 2, 4).reshape(TOKENS, 16) @ w["embed"] + w["position"]
+    start, stop = ROUTE if depth == DEPTH else (1, depth - 1)
+    counts: list[int] = [TOKENS]
+    for block in range(depth):
+        if block == start:
+            before, counts, x = x, list(kept), x[f["keep"]]
+        if block == stop:
+            counts, x = [TOKENS, TOKENS], torch.cat([before, x])[f["restore"]]
+        m = v[block * VECTORS : (block + 1) * VECTORS]
+        qkv = normed(x, m[0], m[1]) @ w[f"{block}.qkv"] + w[f"{block}.qkv.bias"]
+        out = []
+        for part in qkv.split(counts):
+            q, k, value = part.reshape(1, -1, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+            out.append(F.scaled_dot_product_attention(q, k, value)[0].transpose(0, 1).reshape(-1, WIDTH))
+        x = x + torch.cat(out) @ w[f"{block}.proj"] * m[2] + m[3]
+        hidden = F.gelu(normed(x, m[4], m[5]) @ w[f"{block}.fc1"] + w[f"{block}.fc1.bias"], approximate="tanh")
+        x = x + hidden @ w[f"{block}.fc2"] * m[6] + m[7]
+    strong, weak = normed(x, v[-2], v[-1]).chunk(2)
+    out = (weak + 2 * (strong - weak)) @ w["head"]
+    return f["x"] - out.reshape(16, 16, 2, 2, 4).permute(4, 0, 2, 1, 3).reshape(1, 4, 32, 32) / 40
+
+
+def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
+    """Distance to PyTorch, kernels, and milliseconds of a replay."""
+    import onnxruntime as ort
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    kept = KEPT[pair]
+    own = packed_columns(weights) if attention == "packed" else weights
+    model = Builder(attention, norm, own, depth).step(kept)
+    stream = torch.cuda.Stream()
+    options = {
+        "device_id": "0",
+        "user_compute_stream": str(stream.cuda_stream),
+        "enable_cuda_graph": "1",
+        "use_tf32": "0",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin")
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        session = ort.InferenceSession(
+            str(path), settings, providers=[("CUDAExecutionProvider", options)], enable_fallback=0
+        )
+    given = feeds(kept, depth)
+    tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
+    tensors["next"] = torch.empty(1, 4, 32, 32, device="cuda")
+    kinds = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.int64: TensorProto.INT64}
+    binding = session.io_binding()
+    for name, tensor in tensors.items():
+        bind = binding.bind_output if name == "next" else binding.bind_input
+        bind(name, "cuda", 0, kinds[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+    torch.cuda.synchronize()
+
+    def run(number: str) -> None:
+        choice = ort.RunOptions()
+        choice.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        choice.add_run_config_entry("gpu_graph_id", number)
+        session.run_with_iobinding(binding, choice)
+
+    run("-1")
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        run("-1")
+        torch.cuda.synchronize()
+    rows = [
+        (e.key[:90], e.count, round(e.self_device_time_total))
+        for e in profiled.key_averages()
+        if e.self_device_time_total > 0
+    ]
+    rows.sort(key=lambda row: -row[2])
+    run("1")
+    torch.cuda.synchronize()
+    wanted = reference(weights, given, kept, depth, "cuda")
+    distance = float((tensors["next"] - wanted).norm() / (wanted - tensors["x"]).norm())
+    times = []
+    for _ in range(50):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(stream):
+            begin.record()
+            run("1")
+            end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {
+        "attention": attention,
+        "norm": norm,
+        "pair": pair,
+        "ms": round(middle, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "kernels": sum(row[1] for row in rows),
+        "kernel_us": sum(row[2] for row in rows),
+        "distance": distance,
+        "top": rows[:14],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=["/".join(form) for form in FORMS], nargs="+")
+    parser.add_argument("--depth", type=int, default=DEPTH)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    weights = random_weights(options.depth)
+    for pair in KEPT:
+        for attention, norm in [tuple(form.split("/")) for form in options.form or []] or FORMS:
+            try:
+                row = measure(attention, norm, pair, weights, options.depth)
+            except Exception as error:
+                row = {"attention": attention, "norm": norm, "pair": pair, "error": repr(error)[:500]}
+            print(json.dumps(row), flush=True)
+            if options.output:
+                with options.output.open("a") as stream:
+                    stream.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

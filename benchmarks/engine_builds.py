@@ -77,7 +77,7 @@ def load(name: str, folder: Path) -> LoadedModel:
 def measure(name: str, loaded: LoadedModel, precision: Precision, folder: Path) -> list[Row]:
     """Build with one profile and with three."""
     specs = [GraphSpec("guided", (loaded.level(0.0), loaded.level(rate))) for rate in WEAK]
-    model = trace(loaded.model, specs[0], loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
+    (model,) = trace(loaded.model, specs[:1], loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
     if precision != "fp32":
         to_half(model.graph, precision, fp32_layers(loaded.model, precision))
     attentions = half_attentions(model.graph)

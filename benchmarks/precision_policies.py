@@ -136,10 +136,8 @@ def measure(name: str, loaded: LoadedModel, folder: Path) -> list[Row]:
 def write(loaded: LoadedModel, spec: GraphSpec, folder: Path, change: Policy) -> Graphs:
     """Trace both graphs, with symbolic token counts, and change them."""
     folder.mkdir()
-    models = [
-        trace(loaded.model, one, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
-        for one in (GraphSpec("condition"), spec)
-    ]
+    specs = [GraphSpec("condition"), spec]
+    models = trace(loaded.model, specs, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
     for model in models:
         change(model)
     condition, guided = write_graphs(models, folder, "weights.bin")

@@ -96,9 +96,10 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         if options.libraries and (own[0].kind in ("condition", "guided") or not graphs.guided_alone(plan))
     }
     passes = 1 if options.quantize is None else 2
-    counted = _Counted(report, len(files) + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
+    tracings = len({spec.network for spec in specs})
+    counted = _Counted(report, tracings + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
     with new_folder(options.output, options.force) as folder:
-        traced = {name: _trace(networks, own[0], options, counted) for name, own in files.items()}
+        traced = _trace(networks, files, options, counted)
         quantization = None
         if options.quantize is not None:
             from sg_export.quantization import plan_quantization, quantized_models  # needs ONNX Runtime
@@ -233,13 +234,26 @@ def _files(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[GraphSp
     return files
 
 
-def _trace(networks: Networks, spec: GraphSpec, options: CompileOptions, counted: _Counted) -> ir.Model:
-    """The FP32 graph of a file."""
-    symbolic = bool(options.libraries)
-    counted(f"tracing {spec.shared_name if symbolic else spec.name}")
-    source = networks[spec.network]
-    assert source is not None
-    return trace(source.model, spec, source.facts, options.graph_batch, options.opset, symbolic_keep=symbolic)
+def _trace(
+    networks: Networks, files: Mapping[str, Sequence[GraphSpec]], options: CompileOptions, counted: _Counted
+) -> dict[str, ir.Model]:
+    """The FP32 graphs of all files."""
+    traced: dict[str, ir.Model] = {}
+    for network, source in networks.items():
+        own = {name: specs[0] for name, specs in files.items() if specs[0].network == network}
+        if source is None or not own:
+            continue
+        counted(f"tracing {', '.join(own)}")
+        models = trace(
+            source.model,
+            list(own.values()),
+            source.facts,
+            options.graph_batch,
+            options.opset,
+            symbolic_keep=bool(options.libraries),
+        )
+        traced |= zip(own, models, strict=True)
+    return traced
 
 
 def _pack(

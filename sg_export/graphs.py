@@ -1,6 +1,6 @@
 """The graphs of a bundle: what each computes, and the tensors it takes, in terms of one `SparseModel`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,24 +117,30 @@ class GraphModule(nn.Module):
         self.kind = spec.kind
         self.names = tuple(names)
 
-    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        given = dict(zip(self.names, values, strict=True))
-        if self.kind == "condition":
-            return self.model.condition(given["t"], given["class"])
-        x, modulations = given["x"], given["modulations"]
-        if self.kind == "guided":
-            output = self.model.guided(
-                given["c_in"] * x,
-                modulations,
-                given.get("keep_strong"),
-                given.get("keep_weak"),
-                given["scale"],
-                given.get("modulations_weak"),
-            )
-        else:
-            output = self.model.predict(given["c_in"] * x, modulations, given.get("keep"))
-        prediction = given["c_skip"] * x + given["c_out"] * output
-        return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
+    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The graph's outputs."""
+        found = compute(self.model, self.kind, dict(zip(self.names, values, strict=True)))
+        return found[0] if len(found) == 1 else found
+
+
+def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a graph of this kind, from its inputs by name."""
+    if kind == "condition":
+        return (model.condition(given["t"], given["class"]),)
+    x, modulations = given["x"], given["modulations"]
+    if kind == "guided":
+        output = model.guided(
+            given["c_in"] * x,
+            modulations,
+            given.get("keep_strong"),
+            given.get("keep_weak"),
+            given["scale"],
+            given.get("modulations_weak"),
+        )
+    else:
+        output = model.predict(given["c_in"] * x, modulations, given.get("keep"))
+    prediction = given["c_skip"] * x + given["c_out"] * output
+    return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
 
 
 def example(tensor: TensorFacts, tokens: int, sizes: dict[str, int], generator: torch.Generator) -> Tensor:

@@ -1,16 +1,20 @@
-"""From a PyTorch module to an ONNX graph that names its weights as the checkpoint does.
+"""From a PyTorch module to ONNX graphs that name their weights as the checkpoint does.
+
+All graphs of a network are exported as one program, in which each kind of layer is traced once for every form in which
+branches meet it; `sg_export.stamp` copies it to all layers of that form.
 
 Weights are hidden from the exporter's optimizer, so none is folded into a constant: the graphs of one model share all
 of them, and a model on PyTorch's meta device can be traced without any.
 """
 
 import ast
+import itertools
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import onnx_ir as ir
@@ -18,10 +22,13 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset20 as op
 from onnxscript import optimizer
+from torch import Tensor, nn
 
 from sg_export import graphs
 from sg_export.graphs import GraphSpec
+from sg_export.models.branches import Branches
 from sg_export.models.sparse import SparseModel
+from sg_export.stamp import DOMAIN, MODULE, Program, assemble
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import ModelFacts, TensorFacts
 
@@ -30,57 +37,145 @@ OPSETS = (20, 21, 22)
 """From 20 on Gelu is one operator; from 23 on PyTorch emits an Attention that not every backend builds in FP32."""
 _MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
 _WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
+_TRANSPOSED = ".T"
 _TRACED_SIZES = {"B": 2, "S": 3, "K": 2, "K_strong": 3, "K_weak": 2}
 """Sizes of the symbolic dimensions while tracing: not 0 or 1, which PyTorch would take for constants."""
 
 
 def trace(
     model: SparseModel,
-    spec: GraphSpec,
+    specs: Sequence[GraphSpec],
     facts: ModelFacts,
     batch: int | None,
     opset: int,
     *,
     symbolic_keep: bool = False,
-) -> ir.Model:
-    """Trace the graph `spec` of `model` with the tensors of `sg_export.graphs`.
+    each_layer: bool = False,
+) -> list[ir.Model]:
+    """Trace the graphs `specs` of `model` with the tensors of `sg_export.graphs`.
 
     The initializers view the model's parameters, whose names they bear; a linear layer's weight is stored transposed,
-    as MatMul takes it, under its name with ".T" added. Raises ExportError where PyTorch cannot export the model.
+    as MatMul takes it, under its name with ".T" added. each_layer: trace every layer by itself, which gives the same
+    graphs and takes longer. Raises ExportError where PyTorch cannot export the model.
     """
-    inputs = graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep)
-    outputs, name = graphs.outputs(spec, facts, batch), spec.shared_name if symbolic_keep else spec.name
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    values = tuple(graphs.example(tensor, facts.tokens, _TRACED_SIZES, generator).to(device) for tensor in inputs)
-    dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
-    dynamic = tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in inputs)
-    module = graphs.GraphModule(model, spec, [tensor.name for tensor in inputs]).eval()
+    tensors = [graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    state = _State(model)
+    program = _Program(state, specs, [[tensor.name for tensor in own] for own in tensors]).eval()
+    every = list(itertools.chain.from_iterable(tensors))
+    values, dynamic = _examples(every, facts.tokens, next(model.parameters()).device)
     try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(module, values, dynamic_shapes=(dynamic,))
+        with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
             exported = torch.onnx.export(
-                program,
+                torch.export.export(program, values, dynamic_shapes=(dynamic,)),
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
-                input_names=[tensor.name for tensor in inputs],
-                output_names=[tensor.name for tensor in outputs],
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
             )
     except Exception as error:  # PyTorch's exporter raises many kinds
         if _was_interrupt(error):
             raise KeyboardInterrupt from None
-        raise ExportError(f"graph {name}: PyTorch {torch.__version__} cannot export it: {error}") from error
+        names = ", ".join(_name(spec, symbolic_keep) for spec in specs if state.at in (spec, None))
+        raise ExportError(f"graph {names}: PyTorch {torch.__version__} cannot export it: {error}") from error
     assert exported is not None
-    graph_model = exported.model
-    graph_model.graph.name = name
-    _optimize_around_weights(graph_model)
-    _name_nodes(graph_model.graph)
-    passes.ClearMetadataAndDocStringPass()(graph_model)
-    _name_dimensions(graph_model.graph, inputs, outputs)
-    graph_model.producer_name, graph_model.producer_version = "sg-export", None
-    return graph_model
+    graph = exported.model.graph
+    _optimize_around_weights(exported.model)
+    _name_dimensions(graph, every)
+    for node in graph:
+        node.metadata_props[MODULE] = _module(node)
+    inputs, outputs = iter(graph.inputs), iter(graph.outputs)
+    whole = Program(
+        exported.model,
+        inputs=[{tensor.name: next(inputs) for tensor in own} for own in tensors],
+        outputs=[{tensor.name: next(outputs) for tensor in graphs.outputs(spec, facts, batch)} for spec in specs],
+        bodies=list(zip(state.traced, outputs, strict=True)),
+        weight=lambda name: _weight(model, name),
+        layer_name=model.network.layer_name,
+        layer_modulations=model.network.layer_modulations,
+    )
+    return [
+        _finished(assemble(whole, number, _name(spec, symbolic_keep)), graphs.outputs(spec, facts, batch))
+        for number, spec in enumerate(specs)
+    ]
+
+
+class _State:
+    """Stands in for the layers of a network: traces one of each form as a body, and puts a node in place of each run.
+
+    A form is the kind of a layer, with the token counts and modulations of the branches that meet it. traced: the
+    layers whose bodies there are. at: the graph that is being traced; None before and after.
+    """
+
+    def __init__(self, model: SparseModel) -> None:
+        self.model = model
+        self.bodies: list[Tensor] = []
+        self.traced: list[int] = []
+        self.at: GraphSpec | None = None
+        self._forms: dict[Hashable, int] = {}
+
+    def __call__(self, layers: range, tokens: Tensor, branches: Branches) -> Tensor:
+        network, counts = self.model.network, branches.counts
+        for kind, run in itertools.groupby(layers, network.layer_kind):
+            first, *others = run
+            values = (tokens, *branches.modulations)
+            form = self._forms.setdefault((kind, *map(str, counts), len(values)), len(self._forms))
+            if form == len(self.bodies):
+                inside, *modulations = (
+                    _marker("Inside", [value], value.shape, place=place) for place, value in enumerate(values)
+                )
+                own = Branches(counts, tuple(modulations)).of(network.layer_modulations(first))
+                self.traced.append(first)
+                self.bodies.append(network.layer(first, inside, own))
+            shape = (*tokens.shape[:2], self.bodies[form].shape[2])
+            tokens = _marker("Layers", values, shape, form=form, first=first, count=1 + len(others))
+        return tokens
+
+    @contextmanager
+    def in_place_of_layers(self) -> Iterator[None]:
+        """The model runs its layers by this object."""
+        own, self.model.run_layers = self.model.run_layers, self
+        try:
+            yield
+        finally:
+            self.model.run_layers = own
+
+
+class _Program(nn.Module):
+    """All graphs as one module: their inputs in turn → their outputs in turn, then the bodies of the layers."""
+
+    def __init__(self, state: _State, specs: Sequence[GraphSpec], names: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.model = state.model
+        self._state, self._specs, self._names = state, specs, names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        rest, outputs = iter(values), list[Tensor]()
+        for spec, names in zip(self._specs, self._names, strict=True):
+            self._state.at = spec
+            outputs += graphs.compute(self.model, spec.kind, {name: next(rest) for name in names})
+        self._state.at = None
+        return (*outputs, *self._state.bodies)
+
+
+def _marker(kind: str, values: Sequence[Tensor], shape: Sequence[int | torch.SymInt], **attributes: int) -> Tensor:
+    """A node of our own in the graph; see `sg_export.stamp`."""
+    name, first = f"{DOMAIN}::{kind}", values[0]
+    made = torch.onnx.ops.symbolic(name, values, {**attributes}, dtype=first.dtype, shape=shape, version=1)
+    return made if made.device == first.device else made.to(first.device)  # it is always made on the CPU
+
+
+def _examples(
+    tensors: Sequence[TensorFacts], tokens: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Values for the inputs of all graphs, and their symbolic dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
+    values = tuple(graphs.example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
+    return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
+
+
+def _name(spec: GraphSpec, symbolic_keep: bool) -> str:
+    return spec.shared_name if symbolic_keep else spec.name
 
 
 def attention(
@@ -107,64 +202,67 @@ def attention(
 
 
 def _optimize_around_weights(model: ir.Model) -> None:
-    """Optimize with the weights as inputs; then make them initializers again, those of linear layers transposed.
-
-    The other initializers get the graph's name in theirs, since a name stands for one tensor in all graphs.
-    """
+    """Optimize with the weights as values that nothing is known of; transposed ones become values by that name."""
     graph = model.graph
-    weights: dict[ir.Value, ir.TensorProtocol] = {}
+    weights: list[ir.Value] = []
     for name, initializer in list(graph.initializers.items()):
         if name.startswith(_WEIGHT_PREFIX):
-            assert initializer.const_value is not None
-            weights[initializer] = initializer.const_value
             initializer.const_value = None
             del graph.initializers[name]
-            graph.inputs.append(initializer)
+            weights.append(initializer)
+    graph.inputs.extend(weights)
     optimizer.optimize_ir(model)
-    for constant in list(graph.initializers.values()):  # the exporter numbers them anew in every graph
-        constant.name = f"{graph.name}.{constant.name}"
-    for initializer, tensor in weights.items():
-        graph.inputs.remove(initializer)
-        initializer.name = str(initializer.name).removeprefix(_WEIGHT_PREFIX)
-        for node in [use.node for use in initializer.uses() if use.node.op_type == "Transpose"]:
-            _replace_transposed(node, initializer, tensor)
-        if initializer.uses():
-            initializer.const_value = tensor
-            graph.register_initializer(initializer)
+    for weight in weights:
+        graph.inputs.remove(weight)
+        weight.name = str(weight.name).removeprefix(_WEIGHT_PREFIX)
+        transposed = ir.Value(name=f"{weight.name}{_TRANSPOSED}")
+        for node in [use.node for use in weight.uses() if use.node.op_type == "Transpose"]:
+            node.outputs[0].replace_all_uses_with(transposed)
+            graph.remove(node, safe=True)
 
 
-def _replace_transposed(node: ir.Node, weight: ir.Value, tensor: ir.TensorProtocol) -> None:
-    """Replace Transpose(weight) by an initializer that holds the transposed weight, made when it is written."""
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    output = node.outputs[0]
-    name = f"{weight.name}.T"
-    transposed = graph.initializers.get(name)
-    if transposed is None:
+def _weight(model: SparseModel, name: str) -> ir.Value:
+    """A parameter or buffer of the network as an initializer; with ".T" after its name transposed, when it is read."""
+    tensor = ir.tensor_adapters.TorchTensor(_tensor(model, name.removesuffix(_TRANSPOSED)))
+    made: ir.TensorProtocol = tensor
+    shape = ir.Shape(tensor.shape.numpy())
+    if name.endswith(_TRANSPOSED):
         shape = ir.Shape(reversed(tensor.shape.numpy()))
-        lazy = ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape, name=name)
-        transposed = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-        graph.register_initializer(transposed)
-    output.replace_all_uses_with(transposed)
-    graph.remove(node, safe=True)
+        made = ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=made)
 
 
-def _name_nodes(graph: ir.Graph) -> None:
-    """Name each node by the module that it comes from and what it does, as blocks.3.attn/Softmax.
+def _tensor(model: SparseModel, name: str) -> Tensor:
+    module, _, own = f"{_NETWORK_PREFIX}{name}".rpartition(".")
+    found: Tensor = getattr(model.get_submodule(module), own)
+    return found.detach()
 
-    Backends and Polygraphy tell of nodes by their names.
+
+def _module(node: ir.Node) -> str:
+    """The module that a node comes from, by its name in the network."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    module = f"{scopes[-2]}." if len(scopes) > 1 else "."
+    return module.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip(".")
+
+
+def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
+    """The model of a graph, with names of nodes and the shapes of its outputs.
+
+    A node is called by its module and what it does, as blocks.3.attn/Softmax: backends and Polygraphy report names.
     """
     used: Counter[str] = Counter()
-    for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
-        module = scopes[-2] if len(scopes) > 1 else ""
-        name = f"{f'{module}.'.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip('.')}/{node.op_type}"
+    for node in model.graph:
+        name = f"{node.metadata_props[MODULE]}/{node.op_type}"
         node.name = f"{name}_{used[name]}" if used[name] else name
         used[name] += 1
+    for value, facts in zip(model.graph.outputs, outputs, strict=True):
+        value.shape = ir.Shape(facts.shape)
+    passes.ClearMetadataAndDocStringPass()(model)
+    return model
 
 
-def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts], outputs: Sequence[TensorFacts]) -> None:
-    """Give the tracer's symbolic dimensions the names of the graph's tensors, everywhere, in sums too."""
+def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
+    """Give the tracer's symbolic dimensions the names of the graphs' tensors, everywhere, in sums too."""
     names: dict[str, str] = {}
     for value, facts in zip(graph.inputs, inputs, strict=True):
         assert value.shape is not None
@@ -180,8 +278,6 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts], outputs: Se
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([named(dim) for dim in value.shape])
-    for value, facts in zip(graph.outputs, outputs, strict=True):
-        value.shape = ir.Shape(facts.shape)
 
 
 def _was_interrupt(error: BaseException | None) -> bool:

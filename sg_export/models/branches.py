@@ -12,7 +12,8 @@ from torch import Tensor
 class Branches:
     """How packed tokens (B, R, D) divide, and what modulates them.
 
-    counts: tokens of each branch, R in all. modulations: (B, M), one that all branches share, or one for each.
+    counts: tokens of each branch, R in all. modulations: one that all branches share, or one for each: (B, M), or
+    (B, 1, own) where they are those of one layer.
     """
 
     counts: tuple[int, ...]
@@ -26,11 +27,13 @@ class Branches:
         ends = list(itertools.accumulate(self.counts))
         return [packed[:, end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
-    def vectors(self, start: int, count: int, width: int) -> list[tuple[Tensor, ...]]:
-        """`count` vectors of `width` from place `start` of the modulations on, each (B, 1, width) per modulation."""
-        size = count * width
-        parts = [m[:, None, start : start + size].chunk(count, dim=-1) for m in self.modulations]
-        return list(zip(*parts, strict=True))
+    def of(self, places: slice) -> "Branches":
+        """The same branches with the modulations of one layer, (B, 1, own), out of all, (B, M)."""
+        return Branches(self.counts, tuple(m[:, None, places] for m in self.modulations))
+
+    def vectors(self, count: int) -> list[tuple[Tensor, ...]]:
+        """A layer's modulations in `count` vectors of one width, each (B, 1, width) per modulation."""
+        return list(zip(*(m.chunk(count, dim=-1) for m in self.modulations), strict=True))
 
     def each(self, function: Callable[..., Tensor], packed: Tensor, *vectors: tuple[Tensor, ...]) -> Tensor:
         """`function(tokens, *vectors)` over all rows at once where the vectors are shared, else branch by branch."""

@@ -4,6 +4,7 @@ Module names are those of upstream's `dit.py` (commit fccf77c), so that its stat
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -95,9 +96,9 @@ class Block(Modulated):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, x: Tensor, branches: Branches, start: int) -> Tensor:
-        """x (B, R, D) → (B, R, D), modulated from place `start` of the modulations on."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = branches.vectors(start, 6, self.width)
+    def forward(self, x: Tensor, branches: Branches) -> Tensor:
+        """x (B, R, D) → (B, R, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = branches.vectors(6)
         y = self.attn(branches.each(modulate, self.norm1(x), shift1, scale1), branches)
         x = x + branches.each(torch.mul, y, gate1)
         y = self.mlp(branches.each(modulate, self.norm2(x), shift2, scale2))
@@ -179,7 +180,7 @@ class DiT(nn.Module):
     @property
     def modulations(self) -> int:
         """M: the vectors of every layer in order, then those of the final one."""
-        return self._start(self.layers) + self.final_layer.modulations
+        return sum(layer.modulations for layer in [*self.stack, self.final_layer])
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """All that the step needs of time and class: t (S,) float32, classes (S,) int64 → (S, M)."""
@@ -192,7 +193,17 @@ class DiT(nn.Module):
 
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
         """Layer `index` on packed tokens (B, R, D)."""
-        return self.stack[index](tokens, branches, self._start(index))
+        return self.stack[index](tokens, branches)
+
+    def layer_modulations(self, index: int) -> slice:
+        """The places of a layer's modulations; those of the final layer follow, by the index `layers`."""
+        layers = [*self.stack, self.final_layer]
+        start = sum(layer.modulations for layer in layers[:index])
+        return slice(start, start + layers[index].modulations)
+
+    def layer_kind(self, index: int) -> Hashable:
+        """All blocks are of one kind."""
+        return "block"
 
     def layer_name(self, index: int) -> str:
         """The name of a layer's module, with which those of its weights begin."""
@@ -208,7 +219,7 @@ class DiT(nn.Module):
 
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
         """The last modulation: normed (B, R, D) → (B, R, D)."""
-        shift, scale = branches.vectors(self._start(self.layers), 2, self.final_layer.width)
+        shift, scale = branches.of(self.layer_modulations(self.layers)).vectors(2)
         return branches.each(modulate, normed, shift, scale)
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -217,7 +228,3 @@ class DiT(nn.Module):
         side = c.image_size // c.patch
         patches = self.final_layer.linear(tokens).reshape(-1, side, side, c.patch, c.patch, c.channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.image_size, c.image_size)
-
-    def _start(self, index: int) -> int:
-        """The place in the modulations from which layer `index` has its own."""
-        return sum(layer.modulations for layer in self.stack[:index])

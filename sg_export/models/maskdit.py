@@ -4,6 +4,8 @@ Module names are those of upstream's `models/maskdit.py` (commit 73cfb96). The l
 last of the route: it runs on the kept tokens, and brings them to the decoder's width.
 """
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +38,9 @@ class DecoderLayer(Modulated):
         self.norm_decoder = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, decoder_width)
 
-    def forward(self, x: Tensor, branches: Branches, start: int) -> Tensor:
+    def forward(self, x: Tensor, branches: Branches) -> Tensor:
         """x (B, R, D) → (B, R, decoder width)."""
-        shift, scale = branches.vectors(start, 2, self.width)
+        shift, scale = branches.vectors(2)
         return self.linear(branches.each(modulate, self.norm_decoder(x), shift, scale))
 
 
@@ -68,6 +70,11 @@ class MaskDiT(DiT):
         if index == self.config.depth + 1:
             tokens = tokens + self.decoder_pos_embed.repeat(1, len(branches.counts), 1)
         return super().layer(index, tokens, branches)
+
+    def layer_kind(self, index: int) -> Hashable:
+        """Encoder block, the layer between, first decoder block, the other ones."""
+        between = self.config.depth
+        return "encoder" if index < between else min(index - between, 2)
 
     def dropped(self, tokens: Tensor) -> Tensor:
         """The mask token, (B, N, decoder width)."""

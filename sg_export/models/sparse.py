@@ -1,5 +1,6 @@
 """What every token-sparse network shares: the prefix, the route over the kept tokens, the suffix, the combination."""
 
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
@@ -27,7 +28,15 @@ class Network(Protocol):
         ...
 
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
-        """tokens (B, R, D) → (B, R, D), or another width that the next layer takes."""
+        """tokens (B, R, D) → (B, R, D), or another width that the next layer takes; with its own modulations."""
+        ...
+
+    def layer_modulations(self, index: int) -> slice:
+        """The places of a layer's modulations among all."""
+        ...
+
+    def layer_kind(self, index: int) -> Hashable:
+        """Equal for layers that compute the same with other weights: of these one is traced."""
         ...
 
     def layer_name(self, index: int) -> str:
@@ -43,7 +52,7 @@ class Network(Protocol):
         ...
 
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
-        """The last modulation: normed (B, R, D) → (B, R, D). Affine in `normed`."""
+        """The last modulation: normed (B, R, D) → (B, R, D). Affine in `normed`. `branches` have all modulations."""
         ...
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -58,6 +67,8 @@ class SparseModel(nn.Module):
         super().__init__()
         self.network: Network = network  # type: ignore[assignment]  # a module that is also a Network
         self.route = route
+        self.run_layers: Callable[[range, Tensor, Branches], Tensor] = self._run_layers
+        """Runs layers in order; `sg_export.trace` puts itself in its place."""
 
     def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
         """One branch: x (B, C, H, W), t (B,), classes (B,) and, where it is sparse, keep (B, K) → (B, C, H, W)."""
@@ -110,12 +121,12 @@ class SparseModel(nn.Module):
         embedded = network.embed(x)
         count = embedded.shape[1]
         prefix = Branches((count,) * len(modulations), modulations)
-        embedded = self._run(join([embedded] * len(modulations)), prefix, 0, start)
+        embedded = self.run_layers(range(start), join([embedded] * len(modulations)), prefix)
         whole = [*prefix.split(embedded)] * (len(keeps) // len(modulations))
 
         kept = [tokens if keep is None else tokens[_rows(keep)] for tokens, keep in zip(whole, keeps, strict=True)]
         route = Branches(tuple(tokens.shape[1] for tokens in kept), modulations)
-        kept = [*route.split(self._run(join(kept), route, start, stop))]
+        kept = [*route.split(self.run_layers(range(start, stop), join(kept), route))]
 
         suffix = Branches((count,) * len(keeps), modulations)
         tokens = join(
@@ -124,11 +135,11 @@ class SparseModel(nn.Module):
                 for before, keep, routed in zip(whole, keeps, kept, strict=True)
             ]
         )
-        return network.norm(self._run(tokens, suffix, stop, network.layers)), suffix
+        return network.norm(self.run_layers(range(stop, network.layers), tokens, suffix)), suffix
 
-    def _run(self, tokens: Tensor, branches: Branches, start: int, stop: int) -> Tensor:
-        for index in range(start, stop):
-            tokens = self.network.layer(index, tokens, branches)
+    def _run_layers(self, layers: range, tokens: Tensor, branches: Branches) -> Tensor:
+        for index in layers:
+            tokens = self.network.layer(index, tokens, branches.of(self.network.layer_modulations(index)))
         return tokens
 
 

@@ -51,7 +51,7 @@ def masked(make_model: Callable[..., LoadedModel]) -> LoadedModel:
 @cache
 def content(loaded: LoadedModel, spec: GraphSpec) -> onnx.ModelProto:
     """The traced graph."""
-    return ir.to_proto(trace(loaded.model, spec, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True))
+    return ir.to_proto(trace(loaded.model, [spec], loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)[0])
 
 
 def traced(loaded: LoadedModel, spec: GraphSpec) -> ir.Model:

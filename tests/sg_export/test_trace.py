@@ -53,8 +53,8 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def paths(tiny_bundle: Path, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The graphs of the tiny bundle by name, and one whose weak branch has no class."""
-    null = trace(loaded.model, SPECS["guided-12-8-null"], loaded.facts, None, DEFAULT_OPSET)
-    more = write([null], tmp_path_factory.mktemp("null"))
+    null = trace(loaded.model, [SPECS["guided-12-8-null"]], loaded.facts, None, DEFAULT_OPSET)
+    more = write(null, tmp_path_factory.mktemp("null"))
     return {path.stem: path for path in [*sorted((tiny_bundle / "graphs").glob("*.onnx")), *more]}
 
 
@@ -69,7 +69,7 @@ def traced(loaded: LoadedModel, tmp_path: Path) -> Callable[..., Path]:
     """Traces one graph and writes it; returns its path."""
 
     def make(spec: GraphSpec, batch: int | None = None, opset: int = DEFAULT_OPSET) -> Path:
-        return write([trace(loaded.model, spec, loaded.facts, batch, opset)], tmp_path)[0]
+        return write(trace(loaded.model, [spec], loaded.facts, batch, opset), tmp_path)[0]
 
     return make
 
@@ -345,7 +345,7 @@ def test_trace_with_fixed_batch_equals_pytorch(
     batch: int, names: list[str], loaded: LoadedModel, tmp_path: Path
 ) -> None:
     specs = [SPECS[name] for name in names]
-    written = write([trace(loaded.model, spec, loaded.facts, batch, DEFAULT_OPSET) for spec in specs], tmp_path)
+    written = write(trace(loaded.model, specs, loaded.facts, batch, DEFAULT_OPSET), tmp_path)
     for path, spec in zip(written, specs, strict=True):
         check_graph(path)
         model = onnx.load(path, load_external_data=False)

@@ -53,7 +53,7 @@ def test_trace_that_is_interrupted_is_no_export_error(error: BaseException, wrap
     model = Failing(loaded.model.network, Route(0, 0)).eval()  # type: ignore[arg-type]
     model.error, model.wrapped = error, wrapped
     with pytest.raises(KeyboardInterrupt):
-        trace(model, DENSE, loaded.facts, None, DEFAULT_OPSET)
+        trace(model, [DENSE], loaded.facts, None, DEFAULT_OPSET)
 
 
 def test_trace_leaves_pytorchs_logs_as_they_were(loaded: LoadedModel) -> None:
@@ -62,7 +62,7 @@ def test_trace_leaves_pytorchs_logs_as_they_were(loaded: LoadedModel) -> None:
     model = Failing(loaded.model.network, Route(0, 0)).eval()  # type: ignore[arg-type]
     model.error = ValueError("a")
     with pytest.raises(ExportError, match="cannot export it: a"):
-        trace(model, DENSE, loaded.facts, None, DEFAULT_OPSET)
+        trace(model, [DENSE], loaded.facts, None, DEFAULT_OPSET)
     assert [logging.getLogger(name).level for name in names] == before
 
 
@@ -73,7 +73,7 @@ def test_trace_of_a_model_that_branches_on_data_raises(loaded: LoadedModel) -> N
 
     model = Branching(loaded.model.network, Route(0, 0)).eval()  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=f"^graph dense: PyTorch {re.escape(torch.__version__)} cannot export it: "):
-        trace(model, DENSE, loaded.facts, None, DEFAULT_OPSET)
+        trace(model, [DENSE], loaded.facts, None, DEFAULT_OPSET)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class Traced:
 def traced(request: pytest.FixtureRequest, make_model: Callable[..., LoadedModel]) -> Traced:
     case = CASES[request.param]
     loaded = make_model(case.network, CONFIG, case.route)
-    return Traced(case, loaded, trace(loaded.model, case.spec, loaded.facts, IMAGES, DEFAULT_OPSET))
+    return Traced(case, loaded, trace(loaded.model, [case.spec], loaded.facts, IMAGES, DEFAULT_OPSET)[0])
 
 
 def weights_of_the_step(loaded: LoadedModel) -> set[str]:

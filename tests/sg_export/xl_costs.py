@@ -22,10 +22,8 @@ XL = DiTConfig(image_size=32, patch=2, channels=4, width=1152, depth=28, heads=1
 ROUTE = Route(2, 24)
 
 
-def cost(name: str) -> Cost:
-    """Trace the graph `name` and count."""
-    kind, *keep = name.split("-")
-    levels = tuple(Level(1 - int(count) / XL.tokens, int(count)) for count in keep)
+def costs(names: list[str]) -> dict[str, Cost]:
+    """Trace the graphs of these names and count."""
     with torch.device("meta"):
         network = DiT(XL)
     facts = ModelFacts(
@@ -46,9 +44,16 @@ def cost(name: str) -> Cost:
         class_names=None,
     )
     model = SparseModel(network, ROUTE).eval().requires_grad_(False)
-    spec = GraphSpec(kind, levels)  # type: ignore[arg-type]
-    return count_cost(trace(model, spec, facts, 1, DEFAULT_OPSET).graph)
+    models = trace(model, [spec(name) for name in names], facts, 1, DEFAULT_OPSET)
+    return {name: count_cost(model.graph) for name, model in zip(names, models, strict=True)}
+
+
+def spec(name: str) -> GraphSpec:
+    """The graph of this name."""
+    kind, *keep = name.split("-")
+    levels = tuple(Level(1 - int(count) / XL.tokens, int(count)) for count in keep)
+    return GraphSpec(kind, levels)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: asdict(cost(name)) for name in sys.argv[1:]}))
+    print(json.dumps({name: asdict(cost) for name, cost in costs(sys.argv[1:]).items()}))

@@ -27,9 +27,9 @@ def test_split_then_join_is_the_same(counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("owners", [1, 2])
-def test_vectors_are_those_from_a_place_on(owners: int) -> None:
+def test_vectors_of_a_layer_are_those_of_its_places(owners: int) -> None:
     given = modulations(owners)
-    first, second, third = Branches((4, 2), given).vectors(2, 3, 4)
+    first, second, third = Branches((4, 2), given).of(slice(2, 14)).vectors(3)
     for vector, start in ((first, 2), (second, 6), (third, 10)):
         assert len(vector) == owners
         for own, whole in zip(vector, given, strict=True):

@@ -1,0 +1,241 @@
+"""From the ONNX program of all graphs of a network to the single graphs, with every layer in its place.
+
+A program has the nodes of all graphs. Where a graph runs consecutive layers of one form it has a node `Layers`, whose
+inputs are the packed tokens and the modulations. The form has a body: nodes from `Inside`, one for each input of
+`Layers`, to a value that only `Program.bodies` holds. `assemble` copies the nodes of one graph, and in place of a
+`Layers` the nodes of its body for each layer, with the names, weights and places of modulations of that layer.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+DOMAIN = "sg_export"
+"""The domain of `Layers` (attributes form, first, count) and `Inside` (place)."""
+
+MODULE = "sg_export.module"
+"""Metadata of a node: the module that it comes from, by its name in the network."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The graphs of a network as one.
+
+    inputs: those of every graph in turn, by their names in it. outputs: likewise. bodies: of each form the layer that
+    was traced, and what it computes. weight: a weight as an initializer, by the name that it has in the program.
+    layer_name: the module of a layer. layer_modulations: its places in the modulations.
+    """
+
+    model: ir.Model
+    inputs: Sequence[Mapping[str, ir.Value]]
+    outputs: Sequence[Mapping[str, ir.Value]]
+    bodies: Sequence[tuple[int, ir.Value]]
+    weight: Callable[[str], ir.Value]
+    layer_name: Callable[[int], str]
+    layer_modulations: Callable[[int], slice]
+
+    @cached_property
+    def names(self) -> Mapping[ir.Value, str]:
+        """The program's inputs by their names in a graph. A body may have been traced with those of another graph."""
+        return {value: name for inputs in self.inputs for name, value in inputs.items()}
+
+    @cached_property
+    def forms(self) -> "Sequence[_Body]":
+        """The bodies, with their nodes."""
+        return [_Body(index, output, self.above([output])) for index, output in self.bodies]
+
+    def above(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
+        """The nodes that compute these values, in the program's order, up to `Inside`."""
+        needed: set[ir.Node] = set()
+        reached = [value.producer() for value in outputs]
+        while reached:
+            node = reached.pop()
+            if node is not None and node not in needed and not is_marker(node, "Inside"):
+                needed.add(node)
+                reached += [value.producer() for value in node.inputs if value is not None]
+        return [node for node in self.model.graph if node in needed]
+
+
+def is_marker(node: ir.Node, kind: str) -> bool:
+    """Whether a node is a `Layers` or an `Inside`."""
+    return node.domain == DOMAIN and node.op_type == kind
+
+
+def assemble(program: Program, number: int, name: str) -> ir.Model:
+    """Graph `number` of a program as a model; nodes carry the names of their modules in `MODULE`."""
+    copy = _Copy(program, name, {key: _like(value, key) for key, value in program.inputs[number].items()})
+    outputs = program.outputs[number]
+    values = copy.add(program.above(list(outputs.values())))
+    for key, value in outputs.items():
+        values[value].name = key
+    graph = ir.Graph(
+        list(copy.inputs.values()),
+        [values[value] for value in outputs.values()],
+        nodes=copy.nodes,
+        initializers=[*copy.weights.values(), *copy.constants.values()],
+        opset_imports={"": program.model.opset_imports[""]},
+        name=name,
+    )
+    # What layers share, such as the modulations with an axis added, was copied with each of them.
+    model = ir.Model(graph, ir_version=program.model.ir_version, producer_name="sg-export")
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.NameFixPass()(model)
+    return model
+
+
+@dataclass(frozen=True)
+class _Body:
+    """One traced layer: its nodes in order, without `Inside`."""
+
+    index: int
+    output: ir.Value
+    nodes: Sequence[ir.Node]
+
+    @cached_property
+    def entries(self) -> Mapping[ir.Value, int]:
+        """The values of `Inside`, and the inputs of `Layers` that they are."""
+        read = [value for node in self.nodes for value in node.inputs if value is not None]
+        sources = {value: value.producer() for value in read}
+        return {
+            value: source.attributes["place"].as_int()
+            for value, source in sources.items()
+            if source is not None and is_marker(source, "Inside")
+        }
+
+    @cached_property
+    def slices(self) -> Container[ir.Node]:
+        """The nodes that cut the layer's modulations out of all."""
+        found = {use.node for value, place in self.entries.items() if place > 0 for use in value.uses()}
+        return found | {use.node for node in found if node.op_type == "Unsqueeze" for use in node.outputs[0].uses()}
+
+
+@dataclass
+class _Copy:
+    """The copy of one graph, as it is made."""
+
+    program: Program
+    name: str
+    inputs: Mapping[str, ir.Value]
+    nodes: list[ir.Node] = field(default_factory=list)
+    weights: dict[str, ir.Value] = field(default_factory=dict)
+    constants: dict[object, ir.Value] = field(default_factory=dict)
+
+    def add(self, nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
+        """Copy nodes of the graph itself, and those of its layers; return the copies by their values in the program."""
+        copies: dict[ir.Value, ir.Value] = {}
+        for node in nodes:
+            if is_marker(node, "Layers"):
+                copies[node.outputs[0]] = self._layers(node, self._inputs(node, copies))
+            else:
+                self._add(node, self._inputs(node, copies), copies)
+        return copies
+
+    def _layers(self, node: ir.Node, values: Sequence[ir.Value | None]) -> ir.Value:
+        """Copy the nodes of consecutive layers; return the output of the last."""
+        form, first, count = (node.attributes[key].as_int() for key in ("form", "first", "count"))
+        body, names = self.program.forms[form], self.program.layer_name
+        tokens, *modulations = (value for value in values if value is not None)
+        for index in range(first, first + count):
+            copies = {value: (tokens, *modulations)[place] for value, place in body.entries.items()}
+            renamed = (names(body.index), names(index))
+            for inner in body.nodes:
+                inputs, module = self._inputs(inner, copies, renamed), ""
+                if inner in body.slices:
+                    module = renamed[1]
+                    if inner.op_type == "Slice":
+                        places = self.program.layer_modulations(index)
+                        inputs[1:3] = self._place(places.start), self._place(places.stop)
+                self._add(inner, inputs, copies, renamed, module)
+            tokens = copies[body.output]
+        return tokens
+
+    def _inputs(
+        self, node: ir.Node, copies: Mapping[ir.Value, ir.Value], renamed: tuple[str, str] | None = None
+    ) -> list[ir.Value | None]:
+        if self._size(node) is not None:
+            return []
+        return [None if v is None else copies.get(v) or self._source(v, renamed) for v in node.inputs]
+
+    def _add(
+        self,
+        node: ir.Node,
+        inputs: Sequence[ir.Value | None],
+        copies: dict[ir.Value, ir.Value],
+        renamed: tuple[str, str] | None = None,
+        module: str = "",
+    ) -> None:
+        """Copy one node. renamed: the module of the layer that was traced, and of the one that this becomes."""
+        attributes: Iterable[ir.Attr] = node.attributes.values()
+        if (size := self._size(node)) is not None:
+            inputs, attributes = size
+        made = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            list(attributes),
+            num_outputs=len(node.outputs),
+            metadata_props={MODULE: module or _renamed(node.metadata_props[MODULE], renamed)},
+        )
+        self.nodes.append(made)
+        for old, new in zip(node.outputs, made.outputs, strict=True):
+            new.name = old.name if renamed is None else f"{renamed[1]}/{old.name}"
+            new.type, new.shape = old.type, old.shape and ir.Shape(list(old.shape))
+            copies[old] = new
+
+    def _size(self, node: ir.Node) -> tuple[list[ir.Value], list[ir.Attr]] | None:
+        """Inputs and attributes of a node that reads a symbolic size, where it reads it from the graph's first input.
+
+        PyTorch reads a size from any input that has it, which may be one of another graph.
+        """
+        source, end = node.inputs[0] if node.inputs else None, node.attributes.get("end")
+        if node.op_type != "Shape" or source not in self.program.names or end is None or source.shape is None:
+            return None
+        wanted = source.shape[end.as_int() - 1]
+        found = (
+            (value, axis)
+            for value in self.inputs.values()
+            for axis, dim in enumerate(value.shape or ())
+            if dim == wanted
+        )
+        value, axis = next(found)
+        return [value], [ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)]
+
+    def _source(self, value: ir.Value, renamed: tuple[str, str] | None) -> ir.Value:
+        """An input of the graph, a weight, or a constant, which gets the graph's name in its own."""
+        if value in self.program.names:
+            return self.inputs[self.program.names[value]]
+        name, tensor = str(value.name), value.const_value
+        if tensor is not None:
+            return self._constant(name, ir.tensor(tensor.numpy(), dtype=tensor.dtype))
+        own = _renamed(name, renamed)
+        if own not in self.weights:
+            self.weights[own] = self.program.weight(own)
+        return self.weights[own]
+
+    def _place(self, place: int) -> ir.Value:
+        """A constant, (1,) int64."""
+        return self._constant(f"modulations.{place}", ir.tensor([place], dtype=ir.DataType.INT64))
+
+    def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """One initializer for all constants of this type, shape and content."""
+        key = tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+        if key not in self.constants:
+            tensor.name = f"{self.name}.{name}"
+            self.constants[key] = ir.Value(
+                name=tensor.name, shape=ir.Shape(key[1]), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.constants[key]
+
+
+def _renamed(name: str, renamed: tuple[str, str] | None) -> str:
+    """A module, or a weight of one, of the layer that a body becomes."""
+    if renamed is None or not f"{name}.".startswith(f"{renamed[0]}."):
+        return name
+    return renamed[1] + name[len(renamed[0]) :]
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=value.type, shape=value.shape and ir.Shape(list(value.shape)))

@@ -1,4 +1,4 @@
-"""Time, memory and size of a whole `build` at the real sizes: random weights, FP32, one sparsity.
+"""Time of each stage, memory and size of a complete `build`: glyphs, or random weights of a real size; FP32.
 
     python -m benchmarks.export_size --model XL/2 --output benchmarks/results/export_xl.json
 
@@ -31,7 +31,7 @@ SHAPES = {"S/2": (384, 12, 6), "B/2": (768, 12, 12), "L/2": (1024, 24, 16), "XL/
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="XL/2")
+    parser.add_argument("--model", choices=["glyphs", *SHAPES], default="XL/2")
     parser.add_argument("--sparsity", default="0.5")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -44,10 +44,12 @@ def main() -> None:
 
 def measure(name: str, sparsity: str, folder: Path) -> dict[str, object]:
     """Build a model of the named size in `folder`, and return what it took."""
-    width, depth, heads = SHAPES[name]
-    write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), folder / "random.pt")
-    command = [sys.executable, "-m", "sg_export", "build", str(folder / "random.pt"), "--sparsity", sparsity]
-    command += ["--route", f"2-{depth - 4}", "--prediction", "flow", "--output", str(folder / "bundle")]
+    command = [sys.executable, "-m", "sg_export", "build"]
+    if name != "glyphs":
+        width, depth, heads = SHAPES[name]
+        write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), folder / "random.pt")
+        command += [str(folder / "random.pt"), "--route", f"2-{depth - 4}", "--prediction", "flow"]
+    command += ["--sparsity", sparsity, "--output", str(folder / "bundle")]
     stages: dict[str, float] = {}
     began = last = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -62,7 +64,7 @@ def measure(name: str, sparsity: str, folder: Path) -> dict[str, object]:
     stages[stage] = time.monotonic() - last
     manifest = Bundle.open(folder / "bundle", verify_hashes=False).manifest
     return {
-        "model": f"DiT-{name}",
+        "model": name if name == "glyphs" else f"DiT-{name}",
         "parameters": manifest.model.parameters,
         "seconds": round(time.monotonic() - began, 1),
         "stages_seconds": {stage: round(value, 1) for stage, value in stages.items()},

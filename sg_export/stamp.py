@@ -191,8 +191,9 @@ class _Copy:
         PyTorch reads a size from any input that has it, which may be one of another graph.
         """
         source, end = node.inputs[0] if node.inputs else None, node.attributes.get("end")
-        if node.op_type != "Shape" or source not in self.program.names or end is None or source.shape is None:
+        if node.op_type != "Shape" or source is None or source not in self.program.names or end is None:
             return None
+        assert source.shape is not None
         wanted = source.shape[end.as_int() - 1]
         found = (
             (value, axis)

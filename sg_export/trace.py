@@ -58,11 +58,37 @@ def trace(
     as MatMul takes it, under its name with ".T" added. each_layer: trace every layer by itself, which gives the same
     graphs and takes longer. Raises ExportError where PyTorch cannot export the model.
     """
-    tensors = [graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
+    inputs = [graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    outputs = [graphs.outputs(spec, facts, batch) for spec in specs]
+    exported, layers = _export(model, specs, names, inputs, facts.tokens, opset, each_layer)
+    starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
+    program = Program(
+        exported,
+        inputs=[{tensor.name: next(starts) for tensor in own} for own in inputs],
+        outputs=[{tensor.name: next(ends) for tensor in own} for own in outputs],
+        bodies=list(zip(layers, ends, strict=True)),
+        weight=lambda name: _weight(model, name),
+        layer_name=model.network.layer_name,
+        layer_modulations=model.network.layer_modulations,
+    )
+    return [_finished(assemble(program, number, name), outputs[number]) for number, name in enumerate(names)]
+
+
+def _export(
+    model: SparseModel,
+    specs: Sequence[GraphSpec],
+    names: Sequence[str],
+    inputs: Sequence[Sequence[TensorFacts]],
+    tokens: int,
+    opset: int,
+    each_layer: bool,
+) -> tuple[ir.Model, list[int]]:
+    """All graphs as one program, and the layers that were traced; see `Program`. No weight is in it."""
     state = _State(model)
-    program = _Program(state, specs, [[tensor.name for tensor in own] for own in tensors]).eval()
-    every = list(itertools.chain.from_iterable(tensors))
-    values, dynamic = _examples(every, facts.tokens, next(model.parameters()).device)
+    program = _Program(state, specs, [[tensor.name for tensor in own] for own in inputs]).eval()
+    every = list(itertools.chain.from_iterable(inputs))
+    values, dynamic = _examples(every, tokens, next(model.parameters()).device)
     try:
         with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
             exported = torch.onnx.export(
@@ -75,28 +101,14 @@ def trace(
     except Exception as error:  # PyTorch's exporter raises many kinds
         if _was_interrupt(error):
             raise KeyboardInterrupt from None
-        names = ", ".join(_name(spec, symbolic_keep) for spec in specs if state.at in (spec, None))
-        raise ExportError(f"graph {names}: PyTorch {torch.__version__} cannot export it: {error}") from error
+        at = ", ".join(name for name, spec in zip(names, specs, strict=True) if state.at in (spec, None))
+        raise ExportError(f"graph {at}: PyTorch {torch.__version__} cannot export it: {error}") from error
     assert exported is not None
-    graph = exported.model.graph
     _optimize_around_weights(exported.model)
-    _name_dimensions(graph, every)
-    for node in graph:
+    _name_dimensions(exported.model.graph, every)
+    for node in exported.model.graph:
         node.metadata_props[MODULE] = _module(node)
-    inputs, outputs = iter(graph.inputs), iter(graph.outputs)
-    whole = Program(
-        exported.model,
-        inputs=[{tensor.name: next(inputs) for tensor in own} for own in tensors],
-        outputs=[{tensor.name: next(outputs) for tensor in graphs.outputs(spec, facts, batch)} for spec in specs],
-        bodies=list(zip(state.traced, outputs, strict=True)),
-        weight=lambda name: _weight(model, name),
-        layer_name=model.network.layer_name,
-        layer_modulations=model.network.layer_modulations,
-    )
-    return [
-        _finished(assemble(whole, number, _name(spec, symbolic_keep)), graphs.outputs(spec, facts, batch))
-        for number, spec in enumerate(specs)
-    ]
+    return exported.model, state.traced
 
 
 class _State:
@@ -172,10 +184,6 @@ def _examples(
     dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
     values = tuple(graphs.example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
     return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
-
-
-def _name(spec: GraphSpec, symbolic_keep: bool) -> str:
-    return spec.shared_name if symbolic_keep else spec.name
 
 
 def attention(

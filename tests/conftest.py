@@ -1,11 +1,14 @@
 """Fixtures that several rooms share."""
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import settings
@@ -13,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from weights import random_state
 
+import sg_export.trace
 from sg_calibration.ranges import write_table
 from sg_calibration.settings import FeedSettings
 from sg_export.compiler import compile
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
+from sg_export.models.sparse import SparseModel
 from sg_export.options import CompileOptions
 from sg_export.quantization import measure_ranges
 from sg_export.quantize_options import QuantizeOptions
@@ -65,9 +70,88 @@ class Tiny:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """PyTorch's threads gain small networks nothing, and wait for ONNX Runtime's, which spin on after a run."""
+def _one_thread() -> Iterator[None]:
+    """Threads gain small networks nothing, and ONNX Runtime's spin on after a run, on the other worker's core."""
     torch.set_num_threads(1)
+
+    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        yield
+
+
+TRACED: dict[str, Any] = {}
+"""What the exporter gave, by the structure of the network and the graphs that were asked for."""
+
+EXPORT = sg_export.trace._export
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """A network of one structure is traced once for all tests: no weight is in what the exporter gives."""
+
+    def export(model: SparseModel, *arguments: Any) -> Any:
+        structure = (str(model), vars(model.network).get("config"), model.route)
+        key = repr((structure, next(model.parameters()).device, *arguments))
+        if key not in TRACED:
+            TRACED[key] = EXPORT(model, *arguments)
+        return TRACED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sg_export.trace, "_export", export)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Except where tracing is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
+            patch.setattr(sg_export.trace, "_export", EXPORT)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what tests read and none writes: the workers of a run have it in common."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Once:
+    """Makes a file or folder of `shared` unless there is one: `once(name, make)` calls `make(path)` in one worker."""
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        with (shared / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / name).exists():
+                make(shared / name)
+        return shared / name
+
+    return once
+
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build_once(once: Once) -> Build:
+    """Compiles a bundle into `shared` unless it is there: `build_once(name, checkpoint, **options)`."""
+
+    def build(name: str, checkpoint: str | Path, **options: Any) -> Path:
+        return once(name, lambda path: compile(checkpoint, CompileOptions(path, **options)))
+
+    return build
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,69 +174,66 @@ def tiny_masked() -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(tiny: Tiny, once: Once) -> Path:
     """A .safetensors with all facts in its metadata."""
-    return tiny.save(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
+    return once("tiny.safetensors", tiny.save)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model, its checkpoint beside it: strong sparsities 0 and 0.25, weak 0.5, symbolic batch, six graphs."""
-    options = CompileOptions(tiny_checkpoint.parent / "tiny-bundle", sparsity=(0.5,), strong_sparsity=(0.0, 0.25))
-    return compile(tiny_checkpoint, options).path
+    return build_once("tiny-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.0, 0.25))
 
 
 # The bundles below have graphs of three images, which take half the time to trace.
 
 
 @pytest.fixture(scope="session")
-def tiny_edm_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
+def tiny_edm_bundle(build_once: Build, once: Once, tiny: Tiny) -> Path:
     """The tiny network as one that denoises, for SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
-    folder = tiny_checkpoint.parent
-    checkpoint = tiny.save(folder / "tiny-edm.safetensors", facts={**tiny.facts, "prediction": "edm"})
-    return compile(checkpoint, CompileOptions(folder / "tiny-edm-bundle", (0.5,), (0.25,), batch=(3,))).path
+    facts = {**tiny.facts, "prediction": "edm"}
+    checkpoint = once("tiny-edm.safetensors", lambda path: tiny.save(path, facts=facts))
+    return build_once("tiny-edm-bundle", checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=(3,))
 
 
 @pytest.fixture(scope="session")
-def tiny_cfg_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_cfg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG at sparsities 0 and 0.25, its checkpoint beside it."""
-    output = tiny_checkpoint.parent / "tiny-cfg-bundle"
-    options = CompileOptions(output, (), (0.0, 0.25), scale=1.5, guidance="cfg", batch=(3,))
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (), "strong_sparsity": (0.0, 0.25), "scale": 1.5, "guidance": "cfg", "batch": (3,)}
+    return build_once("tiny-cfg-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
-def tiny_cfg_sg_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_cfg_sg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG + SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
-    output = tiny_checkpoint.parent / "tiny-cfg-sg-bundle"
-    options = CompileOptions(output, (0.5,), (0.25,), scale=1.5, guidance="cfg+sg", batch=(3,))
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "strong_sparsity": (0.25,), "scale": 1.5, "guidance": "cfg+sg", "batch": (3,)}
+    return build_once("tiny-cfg-sg-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
-def tiny_autoguidance_bundle(tiny: Tiny, tiny_checkpoint: Path) -> Path:
+def tiny_autoguidance_bundle(build_once: Build, once: Once, tiny: Tiny, tiny_checkpoint: Path) -> Path:
     """The tiny model guided by other weights at strong sparsity 0, weak 0.5 and 0, both checkpoints beside it."""
-    folder = tiny_checkpoint.parent
-    weak = tiny.save(folder / "tiny-weak.safetensors", tiny.state(seed=2))
-    options = CompileOptions(folder / "tiny-autoguidance-bundle", (0.5, 0.0), weak_checkpoint=weak, batch=(3,))
-    return compile(tiny_checkpoint, options).path
+    weak = once("tiny-weak.safetensors", lambda path: tiny.save(path, tiny.state(seed=2)))
+    options = {"sparsity": (0.5, 0.0), "weak_checkpoint": weak, "batch": (3,)}
+    return build_once("tiny-autoguidance-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
-def engine_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """Engines alone of the tiny model in FP16, by TensorRT-RTX for the GPUs of its own choice, for SG at 0 and 0.5."""
-    output = tmp_path_factory.mktemp("engines") / "bundle"
-    options = CompileOptions(output, (0.5,), targets=("tensorrt-rtx",), precision="fp16")
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "targets": ("tensorrt-rtx",), "precision": "fp16"}
+    return build_once("engine-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
-def tiny_ranges(tiny_bundle: Path) -> Path:
+def tiny_ranges(once: Once, tiny_bundle: Path, shared: Path) -> Path:
     """Ranges of the tiny model's activations, from two images for each pair; the shards are in `feeds` beside it."""
-    folder = tiny_bundle.parent
-    bundle, feeds = Bundle.open(tiny_bundle), FeedSettings(samples=2)
-    write_table(measure_ranges(bundle, feeds, None, folder / "feeds", lambda *_: None), folder / "tiny-ranges.json")
-    return folder / "tiny-ranges.json"
+
+    def measure(path: Path) -> None:
+        bundle, feeds = Bundle.open(tiny_bundle), FeedSettings(samples=2)
+        write_table(measure_ranges(bundle, feeds, None, shared / "feeds", lambda *_: None), path)
+
+    return once("tiny-ranges.json", measure)
 
 
 @pytest.fixture(scope="session")
@@ -163,22 +244,23 @@ def quantize_tiny(tiny_ranges: Path) -> Callable[..., QuantizeOptions]:
 
 
 @pytest.fixture(scope="session")
-def tiny_int8_bundle(tiny_checkpoint: Path, quantize_tiny: Callable[..., QuantizeOptions]) -> Path:
+def tiny_int8_bundle(build_once: Build, tiny_checkpoint: Path, quantize_tiny: Callable[..., QuantizeOptions]) -> Path:
     """The tiny model as `tiny_bundle` has it, in INT8 but for one layer that is excluded, its checkpoint beside it."""
     quantize = quantize_tiny("int8", exclude=("blocks.2.mlp.fc2",))
-    options = CompileOptions(tiny_checkpoint.parent / "tiny-int8", (0.5,), (0.0, 0.25), quantize=quantize)
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "strong_sparsity": (0.0, 0.25), "quantize": quantize}
+    return build_once("tiny-int8", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
-def tiny_cosine_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_cosine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model for SG with all that may change over a run, its checkpoint beside it.
 
     The strong sparsity rises from 0 to 0.25, the weak one falls from 0.5 by way of 0.25 to 0, the scale falls from 3 to
     1.5, and guidance applies from t = 0.15 to 0.9.
     """
-    options = CompileOptions(
-        tiny_checkpoint.parent / "tiny-cosine-bundle",
+    return build_once(
+        "tiny-cosine-bundle",
+        tiny_checkpoint,
         sparsity=(0.5, 0.0),
         strong_sparsity=(0.0, 0.25),
         schedule="cosine",
@@ -186,12 +268,9 @@ def tiny_cosine_bundle(tiny_checkpoint: Path) -> Path:
         interval=(0.15, 0.9),
         batch=(3,),
     )
-    return compile(tiny_checkpoint, options).path
 
 
 @pytest.fixture(scope="session")
-def glyphs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def glyphs_bundle(build_once: Build) -> Path:
     """The reference model as a bundle with strong sparsities 0 and 0.25 and weak ones 0.5 and 0.75, symbolic batch."""
-    output = tmp_path_factory.mktemp("bundles") / "glyphs"
-    options = CompileOptions(output, sparsity=(0.5, 0.75), strong_sparsity=(0.0, 0.25))
-    return compile("glyphs", options).path
+    return build_once("glyphs", "glyphs", sparsity=(0.5, 0.75), strong_sparsity=(0.0, 0.25))

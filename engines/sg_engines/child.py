@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +36,17 @@ class BuildFigures:
     memory_bytes: int
 
 
+SILENCE = 3600.0
+"""Seconds: builds of large engines report steps far more often."""
+
+
 def build_in_child(
-    library: EngineLibrary, graph: Path, plan: EnginePlan, output: Path, progress: Progress
+    library: EngineLibrary, graph: Path, plan: EnginePlan, output: Path, progress: Progress, silence: float = SILENCE
 ) -> BuildFigures:
     """Run `build_engine` in a child process.
 
-    Raises EngineError with the child's reason, or what is likely where it died without one.
+    silence: seconds without progress after which the child is ended. Raises EngineError with the child's reason, or
+    with what is likely if it died without one.
     """
     request = {"library": library, "graph": str(graph), "output": str(output), "plan": _plan_content(plan)}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -52,10 +58,11 @@ def build_in_child(
         assert child.stdin is not None
         assert child.stdout is not None
         final: dict[str, Any] = {}
+        watch = _Watch(child, silence)
         try:
             child.stdin.write(json.dumps(request))
             child.stdin.close()
-            for line in child.stdout:
+            for line in watch.lines(child.stdout):
                 event = json.loads(line)
                 if "phase" in event:
                     progress(event["phase"], event["done"], event["steps"])
@@ -68,9 +75,43 @@ def build_in_child(
         last_words = words.readlines()[-5:]
     if "error" in final:
         raise EngineError(_with_remedy(final["error"]))
+    if watch.ended:
+        raise EngineError(
+            f"{graph.name}: the process that built it was ended: expected progress within {silence:g} s, found none; "
+            f"build again, and report it with the versions that sg-export doctor prints if that does not help"
+        )
     if code != 0 or not final:
         raise EngineError(_with_remedy(f"{graph.name}: the process that built it {_died(code, last_words)}"))
     return BuildFigures(time.monotonic() - began, final["memory_bytes"])
+
+
+class _Watch:
+    """Ends a process that says nothing for `silence` seconds."""
+
+    def __init__(self, child: "subprocess.Popen[str]", silence: float) -> None:
+        self.ended = False
+        self._child, self._silence = child, silence
+
+    def lines(self, output: IO[str]) -> Iterator[str]:
+        """The lines of its output."""
+        timer = self._start()
+        try:
+            for line in output:
+                timer.cancel()
+                timer = self._start()
+                yield line
+        finally:
+            timer.cancel()
+
+    def _start(self) -> threading.Timer:
+        timer = threading.Timer(self._silence, self._end)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _end(self) -> None:
+        self.ended = True
+        self._child.kill()
 
 
 def _with_remedy(reason: str) -> str:

@@ -59,6 +59,7 @@ class Pipeline:
         chunk: int | None = None,
         stream: object | None = None,
         capture: bool = True,
+        threads: int | None = None,
         verify_hashes: bool = True,
     ) -> "Pipeline":
         """Open the bundle at `bundle` for `device`: "auto", "cpu", "cuda", or "cuda:1" for a GPU by its number.
@@ -67,13 +68,14 @@ class Pipeline:
         it. batch: the most images in one engine run (default 16, or what the bundle was built for). chunk: the
         evaluations whose conditioning is held in the device's memory at a time (default: what 256 MB hold). stream: a
         CUDA stream that all runs go into, in place of own ones: a handle, or an object of torch, CuPy or cuda.core.
-        capture: put runs into the stream as CUDA graphs, where the backend can. verify_hashes: see `Bundle.open`.
+        capture: put runs into the stream as CUDA graphs, where the backend can. threads: of a run on the CPU (default:
+        all cores); a server that runs several at once gives each a share. verify_hashes: see `Bundle.open`.
 
         Raises BundleError for a damaged bundle or one that nothing here can run, MissingExtraError without a backend
         library, UsageError for a device, backend or batch that there is not.
         """
         opened = Bundle.open(bundle, verify_hashes=verify_hashes)
-        for name, value in {"batch": batch, "chunk": chunk}.items():
+        for name, value in {"batch": batch, "chunk": chunk, "threads": threads}.items():
             if value is not None and value < 1:
                 raise UsageError(f"{name}: expected at least 1, found {value}")
         fixed = opened.manifest.batch
@@ -82,7 +84,9 @@ class Pipeline:
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
             LOG.warning("warning: %s: %s", bundle, "; ".join(plan.remarks))
-        opened_backend = open_backend(opened, device, backend=backend, batch=batch, stream=stream, capture=capture)
+        opened_backend = open_backend(
+            opened, device, backend=backend, batch=batch, stream=stream, capture=capture, threads=threads
+        )
         sizes = opened_backend.batches
         return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
 

@@ -184,8 +184,9 @@ class DiT(nn.Module):
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """All that the step needs of time and class: t (S,) float32, classes (S,) int64 → (S, M)."""
-        c = self.t_embedder(t) + self.y_embedder(classes)
-        return torch.cat([layer.adaLN_modulation(c) for layer in [*self.stack, self.final_layer]], dim=-1)
+        layers = [*self.stack, self.final_layer]
+        active = layers[0].adaLN_modulation[0](self.t_embedder(t) + self.y_embedder(classes))  # the SiLU of all layers
+        return torch.cat([layer.adaLN_modulation[1](active) for layer in layers], dim=-1)
 
     def embed(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → tokens (B, N, D)."""

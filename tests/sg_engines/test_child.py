@@ -4,10 +4,10 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -315,20 +315,34 @@ def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_build_in_child_without_enough_memory_says_what_to_do(
-    products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In an address space in which the library loads, but cannot build; where it fails, and how it says so, varies."""
-    limit = 500_000_000
-
-    class Small(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(
-                *arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)), **settings
-            )
-
-    monkeypatch.setattr(subprocess, "Popen", Small)
+    interpreter(tmp_path, monkeypatch, f'ulimit -v 490000; exec {sys.executable} "$@"')
     with pytest.raises(EngineError) as caught:
-        build_in_child("tensorrt_rtx", products["fp16"], plan, output, ignore)
+        build_in_child("tensorrt_rtx", products["fp16"], plan, output, ignore, silence=60)
     lacking = re.search("bad_alloc|allocate memory", str(caught.value))
     assert lacking is None or "build fewer sparsities or batch sizes at once" in str(caught.value)
     assert not list(output.parent.iterdir())
+
+
+def test_build_in_child_that_says_nothing_is_ended(
+    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter(tmp_path, monkeypatch, "cat > /dev/null; exec sleep 60")
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"fp16.onnx: .* was ended: expected progress within 0.5 s, found none"):
+        build_in_child("tensorrt_rtx", products["fp16"], plan, output, ignore, silence=0.5)
+    assert time.monotonic() - began < 30
+    assert not list(output.parent.iterdir())
+
+
+def interpreter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Children of this process run a shell script in place of Python.
+
+    No preexec_fn: that forks a process of many threads, whose child can wait for ever for a lock of one of them.
+    """
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))

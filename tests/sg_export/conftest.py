@@ -1,6 +1,6 @@
 """Fixtures of the compiler's tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,20 @@ import torch
 from weights import random_state
 
 from sg_export.adapters import maskdit as maskdit_adapter
-from sg_export.compiler import compile
 from sg_export.loading import LoadedModel
 from sg_export.models import maskdit
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
-from sg_export.options import CompileOptions
 from sg_runtime.manifest import ModelFacts, Route, Source
 
 MakeModel = Callable[..., LoadedModel]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: networks this small are no faster on two, and twenty times slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
-def fixed_bundle(tiny_checkpoint: Path) -> Path:
+def fixed_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model for SG at sparsities 0.25 and 0.5, its checkpoint beside it; graphs of three images."""
-    options = CompileOptions(tiny_checkpoint.parent / "fixed-bundle", (0.5,), (0.25,), batch=(3,))
-    return compile(tiny_checkpoint, options).path
+    return build_once("fixed-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=(3,))
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +33,9 @@ def quick(tiny: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def quick_checkpoint(quick: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick_checkpoint(quick: Any, once: Callable[..., Path]) -> Path:
     """One of them."""
-    path: Path = quick.save(tmp_path_factory.mktemp("checkpoints") / "quick.safetensors")
-    return path
+    return once("quick.safetensors", quick.save)
 
 
 def shrink_decoder(patch: pytest.MonkeyPatch) -> None:

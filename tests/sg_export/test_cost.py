@@ -1,21 +1,19 @@
 """Costs counted from a graph beside what a DiT costs by its shape, and beside the published figures of SiT-XL/2."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from sg_export.cost import count_cost
+from sg_export.graphs import GraphSpec
+from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.sparse import SparseModel
+from sg_export.trace import DEFAULT_OPSET, trace
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Cost, Manifest
-
-SCRIPT = Path(__file__).with_name("xl_costs.py")
-ROOT = SCRIPT.parents[2]
+from sg_runtime.manifest import Cost, Level, Manifest, ModelFacts, Route
 
 D, N, M, C, PATCH, DEPTH = 32, 16, 128, 2, 2, 3
 EMBED_AND_HEAD = 2 * N * D * C * PATCH**2
@@ -163,18 +161,43 @@ XL_WIDTH, XL_TOKENS, XL_ROUTED, XL_PATCH_VALUES = 1152, 256, 23, 4 * 2**2
 GIGA = 1e9
 
 
+XL = DiTConfig(image_size=32, patch=2, channels=4, width=1152, depth=28, heads=16, mlp_width=4608, num_classes=1000)
+
+
 @pytest.fixture(scope="module")
 def xl() -> dict[str, Cost]:
-    """Costs of the graphs of SiT-XL/2 that are compared below, traced by two processes at a time."""
-    rooms = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "engines"))
-    environment = {**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"}
-    shares = [("condition", "guided-128-26"), ("sparse-128", "guided-256-128")]
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, *names], env=environment, stdout=subprocess.PIPE, text=True)
-        for names in shares
+    """Costs of the graphs of SiT-XL/2 for one image, routed from block 2 to 24 as in arXiv 2601.01608.
+
+    On PyTorch's meta device: no weight is ever made.
+    """
+    with torch.device("meta"):
+        network = DiT(XL)
+    route = Route(2, 24)
+    facts = ModelFacts(
+        family="tread",
+        prediction="flow",
+        space="latent",
+        image_size=XL.image_size,
+        channels=XL.channels,
+        patch=XL.patch,
+        tokens=XL.tokens,
+        width=XL.width,
+        depth=XL.depth,
+        heads=XL.heads,
+        num_classes=XL.num_classes,
+        modulations=network.modulations,
+        parameters=sum(tensor.numel() for tensor in network.state_dict().values()),
+        route=route,
+        class_names=None,
+    )
+    model = SparseModel(network, route).eval().requires_grad_(False)
+    kept = {"condition": (), "sparse": (128,), "guided": (256, 128)}
+    specs = [
+        GraphSpec(kind, tuple(Level(1 - count / XL.tokens, count) for count in counts))  # type: ignore[arg-type]
+        for kind, counts in (*kept.items(), ("guided", (128, 26)))
     ]
-    found = [json.loads(process.communicate()[0]) for process in processes]
-    return {name: Cost(**cost) for costs in found for name, cost in costs.items()}
+    models = trace(model, specs, facts, 1, DEFAULT_OPSET)
+    return {spec.name: count_cost(model.graph) for spec, model in zip(specs, models, strict=True)}
 
 
 def branch_macs(xl: dict[str, Cost], keep: int) -> int:

@@ -41,18 +41,15 @@ def silent(*_: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_fp8_bundle(tiny_checkpoint: Path, quantize_tiny: Quantize) -> Path:
-    output = tiny_checkpoint.parent / "tiny-fp8"
-    return compile(tiny_checkpoint, CompileOptions(output, (0.5,), quantize=quantize_tiny("fp8"))).path
+def tiny_fp8_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path, quantize_tiny: Quantize) -> Path:
+    return build_once("tiny-fp8", tiny_checkpoint, sparsity=(0.5,), quantize=quantize_tiny("fp8"))
 
 
 @pytest.fixture(scope="module")
-def tiny_half_bundle(tiny_checkpoint: Path, quantize_tiny: Quantize) -> Path:
+def tiny_half_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path, quantize_tiny: Quantize) -> Path:
     """INT8 over FP16."""
-    options = CompileOptions(
-        tiny_checkpoint.parent / "tiny-int8-fp16", (0.5,), precision="fp16", quantize=quantize_tiny("int8")
-    )
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "precision": "fp16", "quantize": quantize_tiny("int8")}
+    return build_once("tiny-int8-fp16", tiny_checkpoint, **options)
 
 
 def loaded(bundle: Bundle, kind: str) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,10 @@ HALVES: list[HalfPrecision] = ["fp16", "bf16"]
 
 
 @pytest.fixture(scope="module", params=HALVES)
-def half_bundle(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Path:
+def half_bundle(request: pytest.FixtureRequest, build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model with graphs and engines in half precision, its checkpoint beside it."""
-    folder = tiny_checkpoint.parent / f"tiny-{request.param}-bundle"
-    options = CompileOptions(
-        folder, (0.5,), precision=request.param, targets=("tensorrt-rtx",), keep_onnx=True, force=True
-    )
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "precision": request.param, "targets": ("tensorrt-rtx",), "keep_onnx": True}
+    return build_once(f"tiny-{request.param}-bundle", tiny_checkpoint, **options)
 
 
 def test_verify_of_half_precision_passes_within_its_gates_alone(half_bundle: Path) -> None:

@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from trt_stand_in import Library, RuntimeCache
 
 import sg_runtime.backends.trt
-from sg_export.compiler import compile
-from sg_export.options import CompileOptions
 from sg_runtime import dlpack
 from sg_runtime.backends import open_backend
 from sg_runtime.bundle import Bundle
@@ -40,11 +38,10 @@ CLASSES, SEEDS, STEPS = [0, 1, 2, 3, None], [5, 6, 7, 8, 9], 3
 
 
 @pytest.fixture(scope="session")
-def trt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trt_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """FP32 engines by TensorRT-RTX of the tiny model for SG at 0 and 0.5, for 1 and 2 images, and their graphs."""
-    output = tmp_path_factory.mktemp("engines") / "trt"
-    options = CompileOptions(output, (0.5,), targets=("tensorrt-rtx",), batch=(1, 2), keep_onnx=True)
-    return compile(tiny_checkpoint, options).path
+    options = {"sparsity": (0.5,), "targets": ("tensorrt-rtx",), "batch": (1, 2), "keep_onnx": True}
+    return build_once("trt-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")

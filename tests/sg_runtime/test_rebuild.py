@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from sg_export.cli import main
-from sg_export.compiler import compile, plan_build
+from sg_export.compiler import plan_build
 from sg_export.loading import load_model, load_weak
 from sg_export.options import CompileOptions
 from sg_export.trace import DEFAULT_OPSET
@@ -36,12 +36,10 @@ Asked = Callable[[str], tuple[str, CompileOptions]]
 
 
 @pytest.fixture(scope="module")
-def plain_bundle(tiny_checkpoint: Path) -> Path:
+def plain_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model without guidance at sparsities 0.25 and 0, its checkpoint beside it."""
-    options = CompileOptions(
-        tiny_checkpoint.parent / "plain-bundle", strong_sparsity=(0.25, 0.0), guidance="none", batch=(1,), steps=7
-    )
-    return compile(tiny_checkpoint, options).path
+    options = {"strong_sparsity": (0.25, 0.0), "guidance": "none", "batch": (1,), "steps": 7}
+    return build_once("plain-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture

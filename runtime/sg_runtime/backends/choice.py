@@ -83,21 +83,25 @@ def open_backend(
     batch: int | None = None,
     stream: object | None = None,
     capture: bool = True,
+    threads: int | None = None,
 ) -> Backend:
     """The backend that `choose_backend` chooses, open.
 
     stream: a CUDA stream to run in, see `cuda.stream_handle`. capture: capture runs as CUDA graphs, where it can.
+    threads: of a run on the CPU; None for all cores.
     """
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
+    if threads is not None and choice.name != "onnxruntime-cpu":
+        raise UsageError(f"threads: expected none but on the CPU; {choice.name} was chosen")
     if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
 
         return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture)
     from sg_runtime.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture)
+    return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture, threads=threads)
 
 
 class _NothingForItError(BundleError):

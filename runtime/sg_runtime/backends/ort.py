@@ -76,15 +76,19 @@ class OrtBackend:
         stream: object | None = None,
         *,
         capture: bool = True,
+        threads: int | None = None,
         open_graph: "Callable[[Path], InferenceSession] | None" = None,
     ) -> None:
-        """number: of the GPU. stream: see `cuda.stream_handle`. open_graph: in place of `open_session`, on the CPU."""
+        """number: of the GPU. stream: see `cuda.stream_handle`. threads: of a run on the CPU; None for all cores.
+
+        open_graph: in place of `open_session`, on the CPU.
+        """
         require("onnxruntime", "ort")
         self.name = name
         self.lanes = None if name == "onnxruntime-cpu" else 1
         self.batches: tuple[int, ...] | None = None if bundle.manifest.batch is None else (bundle.manifest.batch,)
         self.captures = capture and PROVIDERS[name].graph_option is not None
-        self._bundle, self._number = bundle, number
+        self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
         self._open = open_graph or self._open_session
         self._sessions: dict[Path, InferenceSession] = {}
@@ -115,7 +119,7 @@ class OrtBackend:
             folder.mkdir(parents=True, exist_ok=True)
             options[provider.cache_option] = str(folder)
         if not self.captures or provider.graph_option is None:
-            return open_session(path, provider=provider, options=options)
+            return open_session(path, provider=provider, options=options, threads=self._threads)
         try:
             return open_session(path, provider=provider, options={**options, provider.graph_option: "1"})
         except EngineError as error:
@@ -189,8 +193,11 @@ def open_session(
     *,
     provider: Provider = CPU,
     options: Mapping[str, str] | None = None,
+    threads: int | None = None,
 ) -> "InferenceSession":
     """A session over the graph at `path`, or over the model `content` with the weights beside `path`.
+
+    threads: of a run on the CPU; None for all cores.
 
     Warns of nodes that the provider does not run itself. Raises EngineError where ONNX Runtime does not take the
     graph, or cannot load the provider.
@@ -198,6 +205,8 @@ def open_session(
     ort = require("onnxruntime", "ort")
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors alone
+    if threads is not None:
+        settings.intra_op_num_threads = threads
     if content is not None:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if provider is not CPU:

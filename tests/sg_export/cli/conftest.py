@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from sg_export.cli import main
 
 ROOT = Path(__file__).parents[3]
 ROOMS = [str(ROOT / folder) for folder in (".", "engines", "runtime", "calibration")]
+
+LIMIT = 300
+"""Seconds that a process may take: a wait without an end would hold up all tests."""
 
 Run = Callable[..., Result]
 Refused = Callable[..., str]
@@ -89,19 +93,31 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subpr
             capture_output=True,
             text=True,
             check=False,
+            timeout=LIMIT,
         )
 
     return run
 
 
 @pytest.fixture
-def start(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str]"]:
-    """Starts the command line in a process of its own, in `tmp_path`; its standard error is a pipe."""
+def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts the command line in a process of its own, in `tmp_path`; its standard error is a pipe.
+
+    The process is killed after `LIMIT` seconds, which ends that pipe.
+    """
+    timers: list[threading.Timer] = []
 
     def run(*arguments: object) -> "subprocess.Popen[str]":
-        return subprocess.Popen(command(*arguments), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command(*arguments), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        timers.append(threading.Timer(LIMIT, process.kill))
+        timers[-1].start()
+        return process
 
-    return run
+    yield run
+    for timer in timers:
+        timer.cancel()
 
 
 @pytest.fixture
@@ -129,6 +145,7 @@ def mounted(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subpr
             capture_output=True,
             text=True,
             check=False,
+            timeout=LIMIT,
         )
 
     return run

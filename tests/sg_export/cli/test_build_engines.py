@@ -77,6 +77,7 @@ def test_build_whose_child_is_killed_says_what_to_do(
                 break
         child = None
         while child is None:
+            assert building.poll() is None, "it ended before it started one"
             time.sleep(0.01)
             children = Path(f"/proc/{building.pid}/task/{building.pid}/children").read_text().split()
             child = next(iter(children), None)

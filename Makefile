@@ -1,23 +1,28 @@
 # make demo    a bundle of the reference model and a grid of its images, in demo/
 # make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
-# make test    the tests, with coverage
+# make check   the tests for every change: all but the slow ones
+# make test    all tests that need no GPU
+# make coverage  the same with coverage, and lint: what CI runs
 # make lint    ruff and mypy
 # make check-gpu  what only a GPU can show: tests and benchmarks/gpu_check.py, with the machine's own python3
 # make clean   remove what these made, .venv included
 #
-# Needs Python >= 3.10 with pip, and make. `make PYTHON=python3.12 test` chooses the interpreter that .venv is made with.
+# Needs Python >= 3.10 with pip, and make. `make PYTHON=python3.12 test` chooses the interpreter that .venv is made with,
+# `make WORKERS=1 test` how many processes run the tests.
 
 PYTHON ?= python3
+WORKERS ?= 2
 PACKAGES := sg_export sg_engines sg_runtime sg_calibration
 SOURCES := $(shell find sg_export engines runtime calibration -name '*.py' -o -name '*.safetensors')
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BUNDLE := demo/glyphs-bundle
 GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
-.PHONY: help demo report test lint check-gpu clean
+.PHONY: help demo report check test coverage lint check-gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -29,8 +34,14 @@ demo: $(GRID)
 report: demo/report.html
 	@echo "FP32, FP16 and INT8 side by side: $(CURDIR)/demo/report.html"
 
+check: $(VENV)/installed-dev
+	$(PYTEST) -m "not gpu and not slow"
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(PYTEST) -m "not gpu"
+
+coverage: lint
+	$(PYTEST) -m "not gpu" --cov --cov-report=
 	@for package in $(PACKAGES); do \
 	    echo "coverage $$package: $$($(BIN)/python -m coverage report --format=total --include="*/$$package/*") %"; \
 	done

@@ -107,7 +107,7 @@ def decoder_layer_scale_before_shift(model: Any) -> None:
 
 
 def one_decoder_block_left_out(model: Any) -> None:
-    model.network.decoder_blocks[7].forward = lambda tokens, branches, start: tokens
+    model.network.decoder_blocks[7].forward = lambda tokens, branches: tokens
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,15 @@ def test_open_backend_of_a_stream_on_the_cpu_is_refused_with_the_choice(
         Pipeline.load(graphs.path, device, stream=140)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "tensorrt-rtx"])
+def test_open_backend_of_threads_on_a_gpu_is_refused(
+    graphs: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sg_runtime.backends.choice.choose_backend", lambda *_, **__: Choice(name, 0, ()))
+    with pytest.raises(UsageError, match=f"^threads: expected none on a GPU, which was chosen: {name}$"):
+        open_backend(graphs, threads=1)
+
+
 def test_load_of_a_backend_by_name_runs_it(tiny_bundle: Path) -> None:
     assert Pipeline.load(tiny_bundle, backend="onnxruntime-cpu").backend.name == "onnxruntime-cpu"
     with pytest.raises(UsageError, match="backend 'numpy': expected one of tensorrt-rtx, "):

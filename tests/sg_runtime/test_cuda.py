@@ -423,7 +423,7 @@ def test_stream_handle_of_each_kind_is_its_number(stream: Any) -> None:
     assert type(stream_handle(stream)) is int
 
 
-@pytest.mark.parametrize("stream", [True, "7", 7.0, None, object()], ids=str)
+@pytest.mark.parametrize("stream", [True, "7", 7.0, None, object()], ids=lambda stream: type(stream).__name__)
 def test_stream_handle_of_something_else_is_refused(stream: Any) -> None:
     with pytest.raises(UsageError, match=f"^stream: expected a CUDA stream: .*; found {type(stream).__name__}$"):
         stream_handle(stream)

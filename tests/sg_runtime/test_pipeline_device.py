@@ -209,6 +209,21 @@ def test_load_of_a_chunk_is_the_pipelines(tiny_bundle: Path) -> None:
     np.testing.assert_array_equal(pieces.sample(**asked), whole.sample(**asked))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_load_of_threads_is_what_a_run_on_the_cpu_takes(tiny_bundle: Path, threads: int) -> None:
+    pipe = Pipeline.load(tiny_bundle, threads=threads)
+    session = pipe.backend.session(pipe.bundle.manifest.condition("main"))  # type: ignore[attr-defined]
+    assert session.get_session_options().intra_op_num_threads == threads
+    expected = Pipeline.load(tiny_bundle).sample(CLASSES, SEEDS, steps=2)
+    np.testing.assert_allclose(pipe.sample(CLASSES, SEEDS, steps=2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_load_of_no_threads_is_refused(tiny_bundle: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"threads: expected at least 1, found {threads}"):
+        Pipeline.load(tiny_bundle, threads=threads)
+
+
 @pytest.fixture
 def read_only(edited: Callable[[Callable[[Any], object]], Path]) -> Iterator[Path]:
     """A copy of the tiny bundle in which nothing may be written."""

@@ -94,7 +94,7 @@ def open_backend(
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
-        raise UsageError(f"threads: expected none but on the CPU; {choice.name} was chosen")
+        raise UsageError(f"threads: expected none on a GPU, which was chosen: {choice}")
     if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
 

@@ -69,9 +69,9 @@ def test_build_of_engines_that_is_interrupted_leaves_nothing(
 
 
 def test_build_whose_child_is_killed_says_what_to_do(
-    start: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with start("build", tiny_checkpoint, *RTX, "--batch", 6, "-o", "out") as building:
+    with start("build", quick_checkpoint, *RTX, "--batch", 6, "-o", "out") as building:
         for line in building.stderr:
             if "building condition" in line:
                 break

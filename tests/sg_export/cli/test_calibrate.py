@@ -33,6 +33,9 @@ def test_calibrate_writes_a_table_that_build_takes(
     again = cli("calibrate", quick_checkpoint, *LEAST, "--folder", feeds, "-o", tmp_path / "again.json")
     assert "collecting" not in again.stderr
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(table.read_text())
+    own = cli("calibrate", quick_checkpoint, "--calib-data", feeds, "-o", tmp_path / "own.json", "--quiet")
+    assert (own.exit_code, own.output) == (0, "")
+    assert json.loads((tmp_path / "own.json").read_text())["layers"] == json.loads(table.read_text())["layers"]
     words = ("--calibration", table, "--exclude", "blocks.0.mlp.fc2", "--method", "min-max", *WIDE)
     result = cli("build", quick_checkpoint, "--precision", "int8", *words, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -42,15 +45,6 @@ def test_calibrate_writes_a_table_that_build_takes(
     plan = Bundle.open(tmp_path / "out").manifest.quantization
     assert plan is not None
     assert (plan.method, plan.gates, plan.images) == ("min-max", Gates(0.5, 1.0), 1)
-
-
-def test_calibrate_of_own_data_measures_on_that(
-    cli: Run, tiny_checkpoint: Path, tiny_ranges: Path, tmp_path: Path
-) -> None:
-    words = ("--strong-sparsity", 0, "--strong-sparsity", 0.25, "--calib-data", tiny_ranges.parent / "feeds")
-    result = cli("calibrate", tiny_checkpoint, *words, "-o", tmp_path / "ranges.json", "--quiet")
-    assert (result.exit_code, result.output) == (0, "")
-    assert json.loads((tmp_path / "ranges.json").read_text())["layers"] == json.loads(tiny_ranges.read_text())["layers"]
 
 
 def test_calibrate_with_data_that_is_none_ends_with_a_message(

@@ -111,10 +111,10 @@ def test_inspect_of_a_schedule_shows_the_steps_of_each_pair(cli: Callable[..., A
 
 
 def test_inspect_of_an_interval_shows_where_the_strong_branch_runs_alone(
-    cli: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+    cli: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     options = CompileOptions(tmp_path / "bundle", (0.5,), scale=(1.0, 3.0), interval=(0.3, 0.7), steps=10)
-    text = shown(cli("inspect", compile(tiny_checkpoint, options).path))
+    text = shown(cli("inspect", compile(quick_checkpoint, options).path))
     assert "scale 1 to 3, between times 0.3 and 0.7" in text
     # Times 1, 0.9, 0.8 lie above the interval, 0.2 and 0.1 below.
     assert "0-2 0 - - 3-7 0 0.5 1.5 to 2.766 8-9 0 - -" in text

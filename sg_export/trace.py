@@ -281,7 +281,8 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
     def named(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int):
             return dim
-        return dim.value and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
+        name = dim.value and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
+        return name and " + ".join(sorted(name.split(" + ")))  # PyTorch's order depends on the program
 
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:

@@ -1,0 +1,130 @@
+"""Whether the tests notice when a central line is wrong: ten mutants, each with the tests that should fail.
+
+    python -m benchmarks.mutants --output benchmarks/results/mutants.json
+
+Each mutant is made in a copy of this checkout. It is caught if its tests fail, and the same tests pass without it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (".", "engines", "runtime", "calibration")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A line of `file` and what stands in its place; `tests` is what pytest is to run."""
+
+    file: str
+    line: str
+    instead: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "sg_export/models/sparse.py",
+        "return weak + scale * (strong - weak)",
+        "return strong + scale * (weak - strong)",
+        "tests/sg_export/models",
+    ),
+    Mutant(
+        "sg_export/models/sparse.py",
+        "network.dropped(before).index_put(_rows(keep), routed)",
+        "before.index_put(_rows(keep), routed)",
+        "tests/sg_export/test_maskdit_upstream.py",
+    ),
+    Mutant(
+        "sg_export/models/branches.py",
+        "packed[:, end - count : end]",
+        "packed[:, :count]",
+        "tests/sg_export/models",
+    ),
+    Mutant(
+        "sg_export/stamp.py",
+        "self._place(places.start), self._place(places.stop)",
+        "self._place(0), self._place(places.stop - places.start)",
+        "tests/sg_export/test_stamp.py -k names",
+    ),
+    Mutant(
+        "sg_export/stamp.py",
+        "own = _renamed(name, renamed)",
+        "own = name",
+        "tests/sg_export/test_stamp.py -k names",
+    ),
+    Mutant(
+        "runtime/sg_runtime/guidance.py",
+        "return weak + np.float32(scale) * (strong - weak)",
+        "return strong + np.float32(scale) * (strong - weak)",
+        "tests/sg_runtime/test_guidance.py",
+    ),
+    Mutant(
+        "runtime/sg_runtime/sampling.py",
+        "(1 / time, -1 / time)",
+        "(-1 / time, 1 / time)",
+        "tests/sg_runtime/test_sampling.py",
+    ),
+    Mutant(
+        "runtime/sg_runtime/random.py",
+        "np.sort(np.argsort(words, kind=\"stable\")[:keep])",
+        "np.argsort(words, kind=\"stable\")[:keep]",
+        "tests/sg_runtime/test_random.py",
+    ),
+    Mutant(
+        "sg_export/quantization.py",
+        "min(q.strong, q.weak) >= least and",
+        "max(q.strong, q.weak) >= least and",
+        "tests/sg_export/test_quantization.py -k holds_is",
+    ),
+    Mutant(
+        "engines/sg_engines/child.py",
+        "self._child.kill()",
+        "pass",
+        "tests/sg_engines/test_child.py -k says_nothing",
+    ),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "copy"
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "demo", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for mutant in MUTANTS:
+            path = copy / mutant.file
+            text = path.read_text()
+            if text.count(mutant.line) != 1:
+                raise SystemExit(f"{mutant.file}: expected the line once: {mutant.line}")
+            before = passes(copy, mutant.tests)
+            path.write_text(text.replace(mutant.line, mutant.instead))
+            caught = before and not passes(copy, mutant.tests)
+            path.write_text(text)
+            rows.append({**asdict(mutant), "caught": caught})
+            print(f"{'caught' if caught else 'MISSED'}  {mutant.file}: {mutant.line}", flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    if not all(row["caught"] for row in rows):
+        raise SystemExit(1)
+
+
+def passes(folder: Path, tests: str) -> bool:
+    """Whether pytest passes in a checkout."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder / room) for room in ROOMS)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=600).returncode == 0
+
+
+if __name__ == "__main__":
+    main()

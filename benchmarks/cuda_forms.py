@@ -247,9 +247,34 @@ def reference(
     return f["x"] - out.reshape(16, 16, 2, 2, 4).permute(4, 0, 2, 1, 3).reshape(1, 4, 32, 32) / 40
 
 
+def captured_session(path: Path, stream: Any) -> Any:
+    """A session of the CUDA provider in a PyTorch stream, whose runs can be captured."""
+    import onnxruntime as ort
+
+    options = {
+        "device_id": "0",
+        "user_compute_stream": str(stream.cuda_stream),
+        "enable_cuda_graph": "1",
+        "use_tf32": "0",
+    }
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    providers = [("CUDAExecutionProvider", options)]
+    return ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+
+
+def run_graph(session: Any, binding: Any, number: str) -> None:
+    """Run without waiting. number: of the CUDA graph that is captured or replayed; "-1": none."""
+    import onnxruntime as ort
+
+    choice = ort.RunOptions()
+    choice.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    choice.add_run_config_entry("gpu_graph_id", number)
+    session.run_with_iobinding(binding, choice)
+
+
 def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
     """Distance to PyTorch, kernels, and milliseconds of a replay."""
-    import onnxruntime as ort
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -257,20 +282,10 @@ def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray]
     own = packed_columns(weights) if attention == "packed" else weights
     model = Builder(attention, norm, own, depth).step(kept)
     stream = torch.cuda.Stream()
-    options = {
-        "device_id": "0",
-        "user_compute_stream": str(stream.cuda_stream),
-        "enable_cuda_graph": "1",
-        "use_tf32": "0",
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
         onnx.save(model, path, save_as_external_data=True, location="weights.bin")
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        session = ort.InferenceSession(
-            str(path), settings, providers=[("CUDAExecutionProvider", options)], enable_fallback=0
-        )
+        session = captured_session(path, stream)
     given = feeds(kept, depth)
     tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
     tensors["next"] = torch.empty(1, 4, 32, 32, device="cuda")
@@ -282,10 +297,7 @@ def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray]
     torch.cuda.synchronize()
 
     def run(number: str) -> None:
-        choice = ort.RunOptions()
-        choice.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        choice.add_run_config_entry("gpu_graph_id", number)
-        session.run_with_iobinding(binding, choice)
+        run_graph(session, binding, number)
 
     run("-1")
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:

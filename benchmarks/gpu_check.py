@@ -549,24 +549,15 @@ def micro_models():
 @check
 def micro_one(name, made, inputs, out):
     import onnx
-    import onnxruntime as ort
     import torch
+
+    from benchmarks.cuda_forms import captured_session, run_graph
 
     kinds = {1: torch.float32, 10: torch.float16, 7: torch.int64}
     stream = torch.cuda.Stream()
-    options = {
-        "device_id": "0",
-        "user_compute_stream": str(stream.cuda_stream),
-        "enable_cuda_graph": "1",
-        "use_tf32": "0",
-    }
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         onnx.save(made, file.name)
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        session = ort.InferenceSession(
-            file.name, settings, providers=[("CUDAExecutionProvider", options)], enable_fallback=0
-        )
+        session = captured_session(Path(file.name), stream)
     binding, held = session.io_binding(), []
     for key, kind, shape in inputs:
         if kind == 7:
@@ -583,10 +574,7 @@ def micro_one(name, made, inputs, out):
     torch.cuda.synchronize()
 
     def run(number):
-        choice = ort.RunOptions()
-        choice.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        choice.add_run_config_entry("gpu_graph_id", number)
-        session.run_with_iobinding(binding, choice)
+        run_graph(session, binding, number)
 
     facts = kernels(lambda: run("-1"), 8)
     run("1")

@@ -167,7 +167,7 @@ class _Copy:
         renamed: tuple[str, str] | None = None,
         module: str = "",
     ) -> None:
-        """Copy one node. renamed: the module of the layer that was traced, and of the one that this becomes."""
+        """Copy one node. renamed: the module names of the traced layer and of the layer that the copy belongs to."""
         attributes: Iterable[ir.Attr] = node.attributes.values()
         if (size := self._size(node)) is not None:
             inputs, attributes = size

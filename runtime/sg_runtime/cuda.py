@@ -16,7 +16,7 @@ from sg_runtime.errors import DeviceMemoryError, UsageError
 Indices = NDArray[np.int64]
 
 _DEFAULT_STREAMS = (0, 1, 2)
-"""Handles of CUDA's default streams: that of the process (0 and 1) and that of the calling thread."""
+"""Handles of CUDA's default streams: 0 and 1 are the process's, 2 is the calling thread's."""
 
 
 class CudaArray:

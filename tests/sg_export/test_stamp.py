@@ -43,7 +43,7 @@ def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
     for node in graph:
         attributes = tuple(sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()))
         shapes = tuple((value.dtype, str(value.shape)) for value in node.outputs)
-        # The hash of what is above stands for it, or descriptions would grow with the depth.
+        # A hash describes everything above a value; a full description would grow with the depth.
         inputs = tuple(hash(known[value]) for value in node.inputs)
         if node.op_type == "Add":  # PyTorch adds token counts in either order
             inputs = tuple(sorted(inputs))

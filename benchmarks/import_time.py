@@ -37,13 +37,13 @@ def main() -> None:
     for _ in range(ROUNDS + 1):
         for name, code in COMMANDS.items():
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
             times[name].append(time.perf_counter() - began)
     rows = {}
     for name, code in COMMANDS.items():
         low, median, high = statistics.quantiles(times[name][1:], n=4)  # the first fills the disk cache
         command = [sys.executable, "-c", code + LIST_PACKAGES]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True)
+        listing = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         packages = [word for word in listing.stdout.splitlines()[-1].split() if not word.startswith("_")]
         quartiles = [round(low, 4), round(high, 4)]
         rows[name] = {"median_s": round(median, 4), "quartiles_s": quartiles, "packages": packages}

@@ -6,7 +6,7 @@ inputs are the packed tokens and the modulations. The form has a body: nodes fro
 `Layers` the nodes of its body for each layer, with the names, weights and places of modulations of that layer.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -130,7 +130,7 @@ class _Copy:
             if is_marker(node, "Layers"):
                 copies[node.outputs[0]] = self._layers(node, self._inputs(node, copies))
             else:
-                self._add(node, self._inputs(node, copies), copies)
+                self._add(node, copies)
         return copies
 
     def _layers(self, node: ir.Node, values: Sequence[ir.Value | None]) -> ir.Value:
@@ -142,42 +142,42 @@ class _Copy:
             copies = {value: (tokens, *modulations)[place] for value, place in body.entries.items()}
             renamed = (names(body.index), names(index))
             for inner in body.nodes:
-                inputs, module = self._inputs(inner, copies, renamed), ""
-                if inner in body.slices:
-                    module = renamed[1]
-                    if inner.op_type == "Slice":
-                        places = self.program.layer_modulations(index)
-                        inputs[1:3] = self._place(places.start), self._place(places.stop)
-                self._add(inner, inputs, copies, renamed, module)
+                places = self.program.layer_modulations(index) if inner in body.slices else None
+                self._add(inner, copies, renamed, places)
             tokens = copies[body.output]
         return tokens
 
     def _inputs(
         self, node: ir.Node, copies: Mapping[ir.Value, ir.Value], renamed: tuple[str, str] | None = None
     ) -> list[ir.Value | None]:
-        if self._size(node) is not None:
-            return []
         return [None if v is None else copies.get(v) or self._source(v, renamed) for v in node.inputs]
 
     def _add(
         self,
         node: ir.Node,
-        inputs: Sequence[ir.Value | None],
         copies: dict[ir.Value, ir.Value],
         renamed: tuple[str, str] | None = None,
-        module: str = "",
+        places: slice | None = None,
     ) -> None:
-        """Copy one node. renamed: the module names of the traced layer and of the layer that the copy belongs to."""
-        attributes: Iterable[ir.Attr] = node.attributes.values()
-        if (size := self._size(node)) is not None:
-            inputs, attributes = size
+        """Copy one node.
+
+        renamed: the module names of the traced layer and of the layer that the copy belongs to. places: the layer's
+        modulations, if the node cuts them out of all.
+        """
+        size = self._size(node)
+        inputs, attributes = size or (self._inputs(node, copies, renamed), list(node.attributes.values()))
+        module = _renamed(node.metadata_props[MODULE], renamed)
+        if renamed is not None and places is not None:
+            module = renamed[1]
+            if node.op_type == "Slice":
+                inputs[1:3] = self._place(places.start), self._place(places.stop)
         made = ir.Node(
             node.domain,
             node.op_type,
             inputs,
-            list(attributes),
+            attributes,
             num_outputs=len(node.outputs),
-            metadata_props={MODULE: module or _renamed(node.metadata_props[MODULE], renamed)},
+            metadata_props={MODULE: module},
         )
         self.nodes.append(made)
         for old, new in zip(node.outputs, made.outputs, strict=True):
@@ -185,7 +185,7 @@ class _Copy:
             new.type, new.shape = old.type, old.shape and ir.Shape(list(old.shape))
             copies[old] = new
 
-    def _size(self, node: ir.Node) -> tuple[list[ir.Value], list[ir.Attr]] | None:
+    def _size(self, node: ir.Node) -> tuple[list[ir.Value | None], list[ir.Attr]] | None:
         """Inputs and attributes of a node that reads a symbolic size, where it reads it from the graph's first input.
 
         PyTorch reads a size from any input that has it, which may be one of another graph.

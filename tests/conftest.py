@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,23 @@ class Tiny:
         return path
 
 
+SLOW = {
+    *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl"),
+    *("half_bundle", "tiny_int8_bundle", "tiny_fp8_bundle", "tiny_half_bundle"),
+}
+"""Fixtures that take long to make and that few tests need: of the reference model, quantized, or with engines."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that take one of `SLOW`, be it by a parameter that names it."""
+    for item in items:
+        named = getattr(item, "callspec", None)
+        values = [] if named is None else [value for value in named.params.values() if isinstance(value, str)]
+        if SLOW & {*getattr(item, "fixturenames", ()), *values}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Threads gain small networks nothing, and ONNX Runtime's spin on after a run, on the other worker's core."""
@@ -87,7 +105,18 @@ def _one_thread() -> Iterator[None]:
 TRACED: dict[str, Any] = {}
 """What the exporter gave, by the structure of the network and the graphs that were asked for."""
 
-EXPORT = sg_export.trace._export
+
+def export_untraced(*arguments: Any) -> Any:
+    """The exporter itself, not seen by a coverage tracer, which would take twice its time for PyTorch's frames."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        return _EXPORT(*arguments)
+    finally:
+        sys.settrace(tracer)
+
+
+_EXPORT = sg_export.trace._export
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,7 +127,7 @@ def _traced_once() -> Iterator[None]:
         structure = (str(model), vars(model.network).get("config"), model.route)
         key = repr((structure, next(model.parameters()).device, *arguments))
         if key not in TRACED:
-            TRACED[key] = EXPORT(model, *arguments)
+            TRACED[key] = export_untraced(model, *arguments)
         return TRACED[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +140,7 @@ def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
     """Except where tracing is tested."""
     with pytest.MonkeyPatch.context() as patch:
         if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
-            patch.setattr(sg_export.trace, "_export", EXPORT)
+            patch.setattr(sg_export.trace, "_export", export_untraced)
         yield
 
 

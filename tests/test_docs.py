@@ -64,6 +64,7 @@ def test_guidance_page_run_from_top_to_bottom_does_what_it_says(
     assert run("guidance.md")["images"].shape == (1, 16, 16, 1)
 
 
+@pytest.mark.slow
 def test_production_page_run_from_top_to_bottom_does_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

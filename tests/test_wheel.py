@@ -44,7 +44,13 @@ def run(*command: str | Path, cwd: Path) -> str:
     """Run a command away from this checkout; returns what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -126,6 +132,7 @@ def test_packages_of_installed_wheel_are_not_this_checkout(python: Path, tmp_pat
     assert all(file.is_relative_to(environment) for file in files), files
 
 
+@pytest.mark.slow
 def test_installed_wheel_builds_a_bundle(python: Path, tmp_path: Path) -> None:
     run(python, "-m", "sg_export", "build", "--sparsity", "0.5", "-o", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "manifest.json").is_file()

@@ -4,6 +4,7 @@ Types are those of the graph: nothing here chooses a precision. Where the librar
 what they have, not for their version.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def build_engine(trt: Any, graph: Path, plan: EnginePlan, output: Path, progress
     Raises EngineError where the library refuses the graph, naming the node, or cannot build it, with its reasons.
     """
     log = _log(trt)
+    log.errors.clear()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -96,8 +98,9 @@ def _reasons(log: Any) -> str:
     return "; ".join(log.errors) or "it gives no reason"
 
 
+@functools.cache
 def _log(trt: Any) -> Any:
-    """A logger that keeps errors."""
+    """The logger of this process, which keeps errors. TensorRT itself holds on to the first that it is given."""
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the class is known when the module is
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ def test_rows_use_every_build_and_builds_are_every_guided_mode() -> None:
     assert {options.mode for options in BUILDS.values()} == {*get_args(GuidanceMode)} - {"none"}
 
 
+@pytest.mark.slow
 def test_picture_of_two_rows_shows_every_character(glyphs_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 

@@ -31,6 +31,7 @@ def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
 
 # Block 0 is before the route and has one attention, blocks 1 to 6 are in it and block 7 is after it, with two each; in
 # BF16 block 7 is in FP32, for which there is no fused kernel.
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "attentions"), [("fp32", 0), ("fp16", 15), ("bf16", 13)])
 def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
     precision: Precision, attentions: int, tmp_path: Path
@@ -104,6 +105,7 @@ def test_compile_for_gpus_without_fp32_products_has_none(build: Build) -> None:
 GUIDED = {"condition", "guided-16-K"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -128,6 +130,7 @@ def test_compile_builds_engines_of_what_the_plan_uses(
         assert bundle.manifest.engine(graph, 40 if graph.kind == "condition" else 1) is not None, graph.name
 
 
+@pytest.mark.slow
 def test_compile_with_keep_onnx_has_the_graphs_that_the_engines_were_built_from(build: Build) -> None:
     bundle = build(keep_onnx=True)
     assert engines_of(bundle).keys() == GUIDED
@@ -250,6 +253,7 @@ def test_options_that_no_target_serves_are_refused(settings: dict[str, Any], mes
         CompileOptions(tmp_path / "out", **settings)
 
 
+@pytest.mark.slow
 def test_compile_for_both_targets_has_graphs_for_one_and_engines_for_the_other(build: Build) -> None:
     bundle = build(targets=("onnxruntime", "tensorrt-rtx"), guidance="none", sparsity=())
     assert engines_of(bundle).keys() == {"condition", "dense"}

@@ -70,6 +70,7 @@ def layer_tensors(model: onnx.ModelProto) -> dict[str, list[bytes]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.open(request.getfixturevalue(f"tiny_{kind}_bundle"))
@@ -98,6 +99,7 @@ def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.Fi
     assert plan.time_ratio is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_compile_stores_weights_of_layers_in_one_byte(
     kind: str, tiny_bundle: Path, request: pytest.FixtureRequest
@@ -177,6 +179,7 @@ def reference(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
 
 
+@pytest.mark.slow
 def test_plan_with_gates_returns_the_worst_layers_first_and_as_few_as_possible(
     reference: Bundle, quantize_tiny: Quantize
 ) -> None:
@@ -249,6 +252,7 @@ def test_compile_with_allow_quality_loss_writes_it_and_every_load_warns(
     assert f"warning: {bundle.path}: its gates do not hold" in caplog.text
 
 
+@pytest.mark.slow
 def test_compile_with_no_layer_that_may_be_quantized_returns_all(reference: Bundle, quantize_tiny: Quantize) -> None:
     # FP32 itself is within the rounding of a cosine in float64; no quantized layer is.
     options = quantize_tiny("int8", gates=Gates(1 - 1e-9, 1e-9))
@@ -411,6 +415,7 @@ def guided_engine_size(bundle: Bundle) -> int:
 
 
 # INT8 for each GPU that has it, FP8 for those that do.
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sms"), [("int8", (86, 89, 120)), ("fp8", (89, 120))])
 def test_compile_builds_engines_of_one_byte_weights(
     kind: Any, sms: tuple[int, ...], wide_checkpoint: Path, plain_engine_size: int, tmp_path: Path
@@ -427,6 +432,7 @@ def test_compile_builds_engines_of_one_byte_weights(
         assert guided_engine_size(bundle) < plain_engine_size - 500_000, sm
 
 
+@pytest.mark.slow
 def test_compile_on_a_full_disk_leaves_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

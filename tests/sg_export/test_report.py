@@ -57,6 +57,7 @@ def test_collect_of_bundles_of_two_models_is_refused(bundles: list[Path], tiny_e
         collect([bundles[0], tiny_edm_bundle])
 
 
+@pytest.mark.slow
 def test_collect_of_pixels_samples_every_mode_that_was_built(glyphs_bundle: Path) -> None:
     (own,) = collect([glyphs_bundle]).bundles
     assert set(own.samples) == {"none", "cfg", "sg"}

@@ -354,6 +354,7 @@ def test_trace_with_fixed_batch_equals_pytorch(
         assert error(path, spec, loaded, batch, batch) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opset", "name"), [(21, "condition"), (21, "sparse-8"), (22, "condition"), (22, "guided-12-8")]
 )

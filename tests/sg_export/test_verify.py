@@ -33,6 +33,7 @@ def glyphs_parity(glyphs_bundle: Path) -> tuple[Parity, list[tuple[str, int, int
     return verify(glyphs_bundle, report=lambda *stage: stages.append(stage)), stages
 
 
+@pytest.mark.slow
 def test_verify_of_reference_bundle_passes(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     parity, _ = glyphs_parity
     assert parity.passed
@@ -40,6 +41,7 @@ def test_verify_of_reference_bundle_passes(glyphs_parity: tuple[Parity, list[Any
     assert parity.commands == ()
 
 
+@pytest.mark.slow
 def test_verify_compares_every_graph_over_time(glyphs_parity: tuple[Parity, list[Any]], glyphs_bundle: Path) -> None:
     assert len(TIMES) >= 8
     assert (min(TIMES), max(TIMES)) == (0.02, 0.98)
@@ -72,6 +74,7 @@ def runs(parity: Parity) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     parity, _ = glyphs_parity
     pairs = [f"sg {strong}/{weak}" for strong in ("0", "0.25") for weak in ("0.5", "0.75")]
@@ -80,6 +83,7 @@ def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, l
     assert {(run.output, run.gate) for run in whole} == {("samples", GATES["fp32"].run)}
 
 
+@pytest.mark.slow
 def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     _, stages = glyphs_parity
     assert stages[0] == ("comparing condition", 0, 27)
@@ -130,6 +134,7 @@ def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, 
     assert runs(parity) == ["none 0"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_decoder")
 def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> None:
     one_block = replace(tiny_masked, config=replace(tiny_masked.config, depth=1))

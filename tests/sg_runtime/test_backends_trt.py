@@ -305,6 +305,7 @@ def test_lanes_of_threads_share_the_engines_alone(library: Library, driver: Driv
     assert driver.calls.count("cuStreamCreate") == 3
 
 
+@pytest.mark.slow
 def test_memory_of_runs_that_are_over_is_given_back(driver: Driver, pipe: Pipeline) -> None:
     """A lane keeps the buffers of two kinds of runs, however many there were, captured or not."""
     used = []

@@ -295,7 +295,7 @@ def test_memory_that_another_thread_gives_back_is_free(driver: Driver, memory: C
     held = [memory.empty((2, 3), "float32")]
     thread = threading.Thread(target=held.clear)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert driver.used == 0
 
 
@@ -312,7 +312,7 @@ def test_enter_makes_the_gpu_that_of_the_thread(driver: Driver, memory: CudaMemo
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert found == [
         "the CUDA driver: cuStreamSynchronize gave CUDA_ERROR_INVALID_CONTEXT; nvidia-smi may say more",
         [0, 1],

@@ -90,7 +90,7 @@ def test_find_gpus_without_a_driver_finds_none() -> None:
 def test_find_gpus_finds_those_that_nvidia_smi_finds() -> None:
     assert SMI is not None
     command = [SMI, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     expected = [(name, int(number.replace(".", ""))) for name, number in (line.split(", ") for line in lines)]
     assert sorted((gpu.name, gpu.compute_capability) for gpu in find_gpus()) == sorted(expected)
 

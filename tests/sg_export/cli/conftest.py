@@ -134,7 +134,7 @@ def mounted(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subpr
         inside = ["unshare", "-rm", "sh", "-c"]
         if shutil.which("unshare") is None:
             pytest.skip("needs unshare, of util-linux")
-        tried = subprocess.run([*inside, f"mount {mount} {disk}"], capture_output=True, text=True, check=False)
+        tried = subprocess.run([*inside, f"mount {mount} {disk}"], capture_output=True, text=True, timeout=60)
         if tried.returncode != 0:
             pytest.skip(f"may make no mount here: {tried.stderr.strip()}")
         script = f'mount {mount} {disk} || exit 99; "$@"; code=$?; echo left:; ls -A {disk}; exit $code'

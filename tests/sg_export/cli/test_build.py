@@ -34,6 +34,7 @@ def test_build_without_model_builds_the_reference_and_says_so(
     assert Bundle.open("glyphs-bundle").manifest.source.reference == "glyphs"
 
 
+@pytest.mark.slow
 def test_build_in_another_process_gives_the_same_bytes(
     process: Callable[..., Any], fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_build_of_a_schedule_names_the_pairs_that_it_skips(
     assert [graph.name for graph in manifest.graphs] == names
 
 
+@pytest.mark.slow
 def test_build_without_onnxruntime_records_no_parity(
     process: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_build_that_fails_to_export_ends_with_3(refused: Callable[..., str], qui
     assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
 
 
+@pytest.mark.slow
 def test_build_that_is_interrupted_ends_with_130(
     start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +245,7 @@ def test_build_that_is_interrupted_ends_with_130(
 
 
 # The weights do not fit; the weights fit but a graph does not; not even the folder can be made.
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["size=64k", "size=128k", "nr_inodes=1"])
 def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any], quick_checkpoint: Path) -> None:
     result = mounted(f"-t tmpfs -o {limit} none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
@@ -252,6 +256,7 @@ def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any
     assert result.stdout == "left:\n"
 
 
+@pytest.mark.slow
 def test_build_on_a_read_only_disk_ends_with_2(mounted: Callable[..., Any], quick_checkpoint: Path) -> None:
     result = mounted("-t tmpfs -o ro none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
     assert result.returncode == 2, result.stderr

@@ -28,6 +28,7 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SG_EXPORT_CACHE", str(cache))
 
 
+@pytest.mark.slow
 def test_build_of_engines_tells_phases_engines_and_how_to_verify(
     cli: Callable[..., Any], quick_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -50,6 +51,7 @@ def test_build_of_engines_tells_phases_engines_and_how_to_verify(
     assert [line.partition(": ")[2] for line in again.stderr.splitlines()] == ["hit", "hit"]
 
 
+@pytest.mark.slow
 def test_build_of_engines_that_is_interrupted_leaves_nothing(
     start: Callable[..., Any], tiny_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_build_of_engines_that_is_interrupted_leaves_nothing(
     assert len(kept) == 2
 
 
+@pytest.mark.slow
 def test_build_whose_child_is_killed_says_what_to_do(
     start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:

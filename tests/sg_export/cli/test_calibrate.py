@@ -21,6 +21,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tables") / "ranges.json"
 
 
+@pytest.mark.slow
 def test_calibrate_writes_a_table_that_build_takes(
     cli: Run, quick_checkpoint: Path, table: Path, tmp_path: Path
 ) -> None:

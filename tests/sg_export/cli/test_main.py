@@ -41,7 +41,7 @@ def test_main_help_of_each_command_has_an_example_and_all_options(name: str, cli
 
 def test_main_as_a_module_shows_help(environment: dict[str, str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "sg_export", "--help"]
-    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Usage: sg-export [OPTIONS] COMMAND [ARGS]...")
 
@@ -75,6 +75,7 @@ def test_main_debug_shows_the_traceback_and_keeps_the_exit_code(cli: Callable[..
     assert debug.stderr.endswith(plain.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "blocked", "extra"),
     [

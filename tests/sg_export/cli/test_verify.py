@@ -161,6 +161,7 @@ def test_verify_to_an_impossible_output_shows_the_table_and_ends_with_2(cli: Cal
     assert f"Error: {target}: cannot be written (No such file or directory): give another --output" in result.stderr
 
 
+@pytest.mark.slow
 def test_verify_of_a_read_only_bundle_asks_for_another_output(
     mounted: Callable[..., Any], bundle: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +190,9 @@ def saved(tiny_cfg_sg_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def shell(command: str, environment: dict[str, str], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def printed_commands(cli: Callable[..., Any], bundle: Path, tmp_path: Path) -> list[str]:
@@ -210,6 +213,7 @@ def test_verify_save_polygraphy_leaves_a_pair_of_files_for_every_graph(
     assert {path.name for path in folder.iterdir()} == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_verify_printed_polygraphy_command_passes(
     number: int, saved: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
@@ -220,6 +224,7 @@ def test_verify_printed_polygraphy_command_passes(
     assert "Passed: 8/8 iterations" in result.stdout
 
 
+@pytest.mark.slow
 def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
     cli: Callable[..., Any], tiny_autoguidance_bundle: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -230,6 +235,7 @@ def test_verify_printed_polygraphy_command_of_a_weak_graph_passes(
     assert "Passed: 8/8 iterations" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_of_a_quantized_bundle_leaves_states_of_guided_runs_for_polygraphy(
     cli: Callable[..., Any], tiny_int8_bundle: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

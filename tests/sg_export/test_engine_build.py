@@ -205,6 +205,7 @@ def test_compile_with_a_timing_cache_warns_that_it_has_none(
     assert not (tmp_path / "timing.cache").exists()
 
 
+@pytest.mark.slow
 def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp_path: Path) -> None:
     state = quick.state()
     state["blocks.0.mlp.fc1.weight"] *= 1e5

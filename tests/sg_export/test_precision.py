@@ -84,7 +84,7 @@ def test_belongs_goes_by_whole_parts_of_names() -> None:
 
 
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("family", ["loaded", "masked"])
+@pytest.mark.parametrize("family", ["loaded", pytest.param("masked", marks=pytest.mark.slow)])
 def test_to_half_types_the_products_and_nothing_else_but_attention(
     family: str, precision: HalfPrecision, request: pytest.FixtureRequest
 ) -> None:

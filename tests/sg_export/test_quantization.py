@@ -223,6 +223,7 @@ def test_holds_is_at_every_time_and_of_each_branch() -> None:
 IMPOSSIBLE = Gates(1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_compile_that_fails_its_gates_writes_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:

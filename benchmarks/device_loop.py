@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks.guided_step import random_checkpoint
 from benchmarks.machine import machine
 from sg_export import CompileOptions, Overrides, compile
-from sg_export.bench import BASELINES, BenchResult, bench
+from sg_export.bench.measure import BASELINES, BenchResult, bench
 from sg_runtime import choose_backend
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import find_gpus
+from sg_runtime.devices.gpus import find_gpus
 
 GUIDANCE: dict[str, dict[str, Any]] = {"sg": {"sparsity": (0.5,)}, "cfg": {"sparsity": (), "guidance": "cfg"}}
 """Both with a dense strong branch."""

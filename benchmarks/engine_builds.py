@@ -17,13 +17,13 @@ from typing import get_args
 from benchmarks.guided_step import random_checkpoint
 from benchmarks.machine import machine
 from sg_engines.child import build_in_child
-from sg_engines.trt import EnginePlan
+from sg_engines.trt import EngineRecipe
 from sg_export import LoadedModel, load_model
-from sg_export.engine_build import count_fused_attention, profile_shapes
-from sg_export.graphs import GraphSpec
-from sg_export.precision import fp32_layers, half_attentions, to_half
-from sg_export.trace import DEFAULT_OPSET, trace
-from sg_export.weights import write_graphs
+from sg_export.graph.half import fp32_layers, half_attentions, to_half
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.weights import write_graphs
+from sg_export.packing.engines import count_fused_attention, profile_shapes
 from sg_runtime.manifest import Precision, Profile
 
 WEAK = (0.5, 0.75, 0.9)
@@ -85,7 +85,7 @@ def measure(name: str, loaded: LoadedModel, precision: Precision, folder: Path) 
     rows: list[Row] = []
     for count in (1, len(specs)):
         profiles = [Profile(1, tuple(level.keep for level in spec.levels)) for spec in specs[:count]]
-        plan = EnginePlan(tuple(profile_shapes(profile, specs[0], loaded.facts) for profile in profiles))
+        plan = EngineRecipe(tuple(profile_shapes(profile, specs[0], loaded.facts) for profile in profiles))
         engine = folder / "guided.engine"
         figures = build_in_child("tensorrt_rtx", path, plan, engine, lambda phase, done, steps: None)
         size = engine.stat().st_size / 1e6

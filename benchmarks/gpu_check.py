@@ -78,7 +78,7 @@ def machine():
 def dlpack_both_ways():
     import torch
 
-    from sg_runtime.cuda import CudaMemory
+    from sg_runtime.devices.cuda import CudaMemory
 
     memory, side = CudaMemory(), torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -96,7 +96,7 @@ def pageable_upload_may_be_overwritten():
     """Whether host memory may change as soon as cuMemcpyHtoDAsync is back, with work before it in the stream."""
     import torch
 
-    from sg_runtime.cuda import CudaMemory
+    from sg_runtime.devices.cuda import CudaMemory
 
     own = torch.cuda.Stream()
     memory, bad = CudaMemory(0, own), {}
@@ -120,7 +120,7 @@ def frees_and_allocations_during_captures():
     import cuda.bindings.driver as driver
     import torch
 
-    from sg_runtime.cuda import CudaMemory
+    from sg_runtime.devices.cuda import CudaMemory
 
     memory, found = CudaMemory(), {}
     a, b = memory.empty((1 << 20,), np.uint8), memory.empty((1 << 20,), np.uint8)
@@ -218,7 +218,7 @@ def ort_loads(folder):
     import onnxruntime as ort
 
     from sg_runtime.backends import ort as ours
-    from sg_runtime.cuda import CudaMemory
+    from sg_runtime.devices.cuda import CudaMemory
 
     memory, found = CudaMemory(), {"version": ort.__version__, "file": ort.__file__, "build": ort.get_build_info()}
     for batch in (2, None):
@@ -426,7 +426,7 @@ def xl_beside_torch(strong, weak, *baselines):
     """`sg-export bench`: whole runs in turn with PyTorch in BF16."""
     from dataclasses import asdict
 
-    from sg_export.bench import bench
+    from sg_export.bench.measure import bench
 
     bundle, checkpoint = xl_bundle(strong, weak)
     result = bench(

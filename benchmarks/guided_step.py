@@ -38,7 +38,7 @@ from benchmarks.export_size import SHAPES, write_checkpoint
 from benchmarks.machine import machine
 from sg_export import CompileOptions, LoadedModel, Overrides, compile, load_model
 from sg_export.models.dit import DiTConfig
-from sg_runtime import random
+from sg_runtime import philox
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, Manifest, Route
@@ -89,7 +89,7 @@ class Setting:
 
         def drawn(keep: int, branch: int) -> NDArray[np.int64]:
             rows = [
-                random.subset(seed, tokens, keep, step=0, evaluation=0, branch=branch) for seed in range(len(self.x))
+                philox.subset(seed, tokens, keep, step=0, evaluation=0, branch=branch) for seed in range(len(self.x))
             ]
             return np.stack(rows)
 

@@ -49,16 +49,16 @@ MUTANTS = (
         "tests/sg_export/models",
     ),
     Mutant(
-        "sg_export/stamp.py",
+        "sg_export/graph/stamp.py",
         "self._place(places.start), self._place(places.stop)",
         "self._place(0), self._place(places.stop - places.start)",
-        "tests/sg_export/test_stamp.py -k names",
+        "tests/sg_export/graph/test_stamp.py -k names",
     ),
     Mutant(
-        "sg_export/stamp.py",
+        "sg_export/graph/stamp.py",
         "own = _renamed(name, renamed)",
         "own = name",
-        "tests/sg_export/test_stamp.py -k names",
+        "tests/sg_export/graph/test_stamp.py -k names",
     ),
     Mutant(
         "runtime/sg_runtime/guidance.py",
@@ -73,16 +73,16 @@ MUTANTS = (
         "tests/sg_runtime/test_sampling.py",
     ),
     Mutant(
-        "runtime/sg_runtime/random.py",
+        "runtime/sg_runtime/noise.py",
         "np.sort(np.argsort(words, kind=\"stable\")[:keep])",
         "np.argsort(words, kind=\"stable\")[:keep]",
-        "tests/sg_runtime/test_random.py",
+        "tests/sg_runtime/test_noise.py",
     ),
     Mutant(
-        "sg_export/quantization.py",
+        "sg_export/quantize/search.py",
         "min(q.strong, q.weak) >= least and",
         "max(q.strong, q.weak) >= least and",
-        "tests/sg_export/test_quantization.py -k holds_is",
+        "tests/sg_export/quantize/test_search.py -k holds_is",
     ),
     Mutant(
         "engines/sg_engines/child.py",

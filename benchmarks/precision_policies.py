@@ -3,8 +3,8 @@
     python -m benchmarks.precision_policies --output benchmarks/results/precision_policies.json
 
 Errors are relative L2 distances of the guided prediction, at eight times, to the same graphs in FP32; conditioning is
-computed at the policy, too. Half precision is emulated (`sg_export/emulate.py`): FP32 operators, inputs and outputs
-rounded. An engine is built of the guided graph without a GPU, by TensorRT-RTX. S/2 has random weights. Policies:
+computed at the policy, too. Half precision is emulated (`sg_export/graph/emulate.py`): FP32 operators with rounded
+inputs and outputs. TensorRT-RTX builds an engine of the guided graph without a GPU. S/2 has random weights. Policies:
 
 whole            every value in half precision
 ends             all products, but the embedders and the head
@@ -31,17 +31,17 @@ from benchmarks.engine_builds import load
 from benchmarks.machine import machine
 from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_engines.child import build_in_child
-from sg_engines.trt import EnginePlan
+from sg_engines.trt import EngineRecipe
 from sg_export import LoadedModel
-from sg_export.activations import range_shares
-from sg_export.emulate import emulated
-from sg_export.engine_build import count_fused_attention, profile_shapes
-from sg_export.graphs import GraphSpec
-from sg_export.precision import HALF, cast, fp32_layers, half_attentions, to_half
-from sg_export.trace import DEFAULT_OPSET, trace
-from sg_export.verify import TIMES
-from sg_export.weights import write_graphs
-from sg_runtime import random
+from sg_export.graph.emulate import emulated
+from sg_export.graph.half import HALF, cast, fp32_layers, half_attentions, to_half
+from sg_export.graph.overflow import range_shares
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.weights import write_graphs
+from sg_export.packing.engines import count_fused_attention, profile_shapes
+from sg_export.parity.verify import TIMES
+from sg_runtime import philox
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import EngineError
 from sg_runtime.manifest import HalfPrecision, Profile
@@ -197,7 +197,7 @@ def judge(
     engine, size, fused, refused = graphs.guided.with_suffix(".engine"), None, None, None
     profile = Profile(1, tuple(level.keep for level in spec.levels))
     try:
-        plan = EnginePlan((profile_shapes(profile, spec, loaded.facts),))
+        plan = EngineRecipe((profile_shapes(profile, spec, loaded.facts),))
         build_in_child("tensorrt_rtx", graphs.guided, plan, engine, lambda phase, done, steps: None)
         size, fused = round(engine.stat().st_size / 1e6, 1), count_fused_attention(engine)
     except EngineError as error:
@@ -245,7 +245,7 @@ def feeds(
     scalars = {"scale": SCALE, "c_in": 1, "c_skip": 0, "c_out": 1, "a": 1, "b": 0, "e": 0}
     given: dict[str, NDArray[np.generic]] = {name: np.array(value, np.float32) for name, value in scalars.items()}
     for branch, (name, level) in enumerate(zip(("keep_strong", "keep_weak"), spec.levels, strict=True)):
-        drawn = [random.subset(s, facts.tokens, level.keep, step=number, evaluation=0, branch=branch) for s in seeds]
+        drawn = [philox.subset(s, facts.tokens, level.keep, step=number, evaluation=0, branch=branch) for s in seeds]
         given[name] = np.stack(drawn)
     return given | {"x": x, "r": x, "modulations": rows}
 

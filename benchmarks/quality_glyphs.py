@@ -34,7 +34,7 @@ from benchmarks.glyph_judge import (
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
 from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
-from sg_export.step_cost import step_costs
+from sg_export.cost.step import step_costs
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
 from sg_runtime.guidance import Ramp

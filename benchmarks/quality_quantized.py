@@ -18,7 +18,7 @@ from benchmarks.glyph_judge import MEASURE_SEED, Judge, cached_classifier
 from benchmarks.machine import machine
 from benchmarks.quality_glyphs import BATCH, FULL, QUICK, Budget, Sampler, Setting
 from sg_export import CompileOptions, compile
-from sg_export.quantize_options import QuantizeOptions
+from sg_export.options.quantize import QuantizeOptions
 from sg_runtime import Pipeline
 from sg_runtime.manifest import GuidanceMode, QuantizedType
 

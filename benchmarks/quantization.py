@@ -35,15 +35,15 @@ from sg_calibration.layers import layers_of
 from sg_calibration.ranges import RangeTable, identity_of, write_table
 from sg_calibration.settings import METHODS, FeedSettings
 from sg_export import CompileOptions, Overrides, compile
-from sg_export.quality import Walk, judge
-from sg_export.quantization import BATCH, measure_ranges, quantized_pipeline, reference_pipeline, walks_of
-from sg_export.quantize_options import QuantizeOptions
+from sg_export.options.quantize import QuantizeOptions
+from sg_export.parity.walk import Walk, judge
+from sg_export.quantize.search import BATCH, measure_ranges, quantized_pipeline, reference_pipeline, walks_of
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import QuantizedType
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.steps import StepRunner, launches
+from sg_runtime.run.launches import GraphRunner, launches
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -180,7 +180,7 @@ def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> lis
     """Inputs of the guided graph along the runs that ranges are measured on."""
     pipe, manifest = reference_pipeline(reference), reference.manifest
     (guidance,) = built_guidances(manifest)
-    runner = StepRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
+    runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
     feeds = []
     for path in collect(pipe, [guidance], settings, folder, identity_of(manifest), lambda *_: None):
         shard = read_shard(path, manifest.model)

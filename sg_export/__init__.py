@@ -7,12 +7,12 @@ if TYPE_CHECKING:
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile
     from sg_export.loading import LoadedModel, load_model
-    from sg_export.options import CompileOptions
+    from sg_export.options.compile import CompileOptions
 
 __all__ = ["CompileOptions", "LoadedModel", "Overrides", "compile", "load_model"]
 
 _HOMES = {
-    "CompileOptions": "sg_export.options",
+    "CompileOptions": "sg_export.options.compile",
     "LoadedModel": "sg_export.loading",
     "Overrides": "sg_export.checkpoint",
     "compile": "sg_export.compiler",

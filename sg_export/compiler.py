@@ -13,19 +13,19 @@ import onnx_ir as ir
 import torch
 
 from sg_engines.ort import run_once
-from sg_export import graphs
-from sg_export.activations import first_overflow
-from sg_export.cost import count_cost
-from sg_export.emulate import emulated
-from sg_export.engine_build import EngineOptions, EngineSource, build_engines, check_libraries
-from sg_export.graphs import GraphSpec
+from sg_export.cost.count import count_cost
+from sg_export.graph import spec as graphs
+from sg_export.graph.emulate import emulated
+from sg_export.graph.half import check_types, fp32_layers, half_attentions, to_half
+from sg_export.graph.overflow import first_overflow
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.trace import trace
+from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel, load_model, load_weak
-from sg_export.options import DEFAULT_ENGINE_BATCH, DEFAULT_SPARSITY, CompileOptions
-from sg_export.output import check_output, new_folder
-from sg_export.precision import check_types, fp32_layers, half_attentions, to_half
+from sg_export.options.compile import DEFAULT_ENGINE_BATCH, DEFAULT_SPARSITY, CompileOptions
+from sg_export.packing.engines import EngineOptions, EngineSource, build_engines, check_libraries
+from sg_export.packing.folder import check_output, new_folder
 from sg_export.progress import Report, silent
-from sg_export.trace import trace
-from sg_export.weights import write_graphs
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import ExportError, MissingExtraError, UsageError
@@ -84,10 +84,10 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     if options.weak_checkpoint is not None:
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
-    plan, specs = plan_build(loaded, weak, options)
+    plan, specs = choose_graphs(loaded, weak, options)
     if not options.has_onnx and graphs.guided_alone(plan):
         specs = [spec for spec in specs if spec.kind in ("condition", "guided")]
-    layers = fp32_layers(loaded.model, options.precision, whole=options.whole)
+    layers = fp32_layers(loaded.model, options.precision, half_only=options.half_only)
     networks: Networks = {"main": loaded, "weak": weak}
     files = _files(specs, symbolic=bool(options.libraries))
     engine_files = {
@@ -102,14 +102,14 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         traced = _trace(networks, files, options, counted)
         quantization = None
         if options.quantize is not None:
-            from sg_export.quantization import plan_quantization, quantized_models  # needs ONNX Runtime
+            from sg_export.quantize.search import decide_quantization, quantized_models  # needs ONNX Runtime
 
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
                 exact = replace(options, precision="fp32", quantize=None, keep_onnx=bool(options.libraries))
                 written = _pack(networks, files, traced, (), exact, Path(scratch), counted)
                 manifest = _manifest(loaded, weak, plan, exact, (), None, written, (), Path(scratch))
                 reference = Bundle(Path(scratch), manifest)
-                quantization, ranges = plan_quantization(
+                quantization, ranges = decide_quantization(
                     reference, options.quantize, options.precision, layers, counted.stage
                 )
                 traced = quantized_models(reference, files, quantization, ranges)
@@ -162,7 +162,7 @@ def _manifest(
     )
 
 
-def plan_build(
+def choose_graphs(
     loaded: LoadedModel, weak_loaded: LoadedModel | None, options: CompileOptions
 ) -> tuple[GuidancePlan, list[GraphSpec]]:
     """The bundle's guidance plan and its graphs. Raises UsageError for what the model or this version cannot do."""
@@ -183,7 +183,7 @@ def plan_build(
 
     scale, scale_last = scale_ends(options.scale)
     plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
-    return plan, graphs.plan_graphs(mode, strong, weak)
+    return plan, graphs.graphs_for(mode, strong, weak)
 
 
 def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sg_export.adapters import ADAPTERS, find_adapter
-from sg_export.adapters.dit import stated
+from sg_export.adapters.dit import merge_facts
 from sg_export.checkpoint import Overrides, Weights, read_checkpoint
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import UsageError
@@ -19,9 +19,9 @@ class LoadedModel:
     facts: ModelFacts
     source: Source
 
-    def kept(self, sparsity: float) -> int:
+    def kept_count(self, sparsity: float) -> int:
         """Tokens that a branch keeps at `sparsity`, by the family's rounding."""
-        return ADAPTERS[self.facts.family].kept(self.facts.tokens, sparsity)
+        return ADAPTERS[self.facts.family].kept_count(self.facts.tokens, sparsity)
 
     def level(self, sparsity: float) -> Level:
         """The kept token count at `sparsity` in [0, 1), by the family's rounding.
@@ -32,7 +32,7 @@ class LoadedModel:
         tokens = self.facts.tokens
         if not 0 <= sparsity < 1:
             raise UsageError(f"sparsity {sparsity:g}: expected at least 0 and less than 1")
-        keep = self.kept(sparsity)
+        keep = self.kept_count(sparsity)
         if sparsity > 0 and self.facts.route is None:
             raise UsageError(
                 f"{self.source.file}: the route is unknown, so no branch can be sparse: give --route START-END, both "
@@ -66,7 +66,7 @@ def load_weak(
     UsageError where it is another network.
     """
     facts, read = strong.facts, read_checkpoint(checkpoint, weights)
-    given = stated(read, overrides or Overrides())
+    given = merge_facts(read, overrides or Overrides())
     heads = facts.heads if given.heads is None else given.heads
     completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
     model, own = find_adapter(read).build(read, completed)

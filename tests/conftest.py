@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from weights import random_state
 
-import sg_export.trace
+import sg_export.graph.trace
 from sg_calibration.ranges import write_table
 from sg_calibration.settings import FeedSettings
 from sg_export.compiler import compile
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
-from sg_export.options import CompileOptions
-from sg_export.quantization import measure_ranges
-from sg_export.quantize_options import QuantizeOptions
+from sg_export.options.compile import CompileOptions
+from sg_export.options.quantize import QuantizeOptions
+from sg_export.quantize.search import measure_ranges
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Gates
+from sg_runtime.manifest import QualityGates
 
 # A busy machine is no fault of the code.
 settings.register_profile("any speed", deadline=None)
@@ -116,7 +116,7 @@ def export_untraced(*arguments: Any) -> Any:
         sys.settrace(tracer)
 
 
-_EXPORT = sg_export.trace._export
+_EXPORT = sg_export.graph.trace._export
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -131,7 +131,7 @@ def _traced_once() -> Iterator[None]:
         return TRACED[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sg_export.trace, "_export", export)
+        patch.setattr(sg_export.graph.trace, "_export", export)
         yield
 
 
@@ -140,7 +140,7 @@ def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
     """Except where tracing is tested."""
     with pytest.MonkeyPatch.context() as patch:
         if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
-            patch.setattr(sg_export.trace, "_export", export_untraced)
+            patch.setattr(sg_export.graph.trace, "_export", export_untraced)
         yield
 
 
@@ -268,7 +268,7 @@ def tiny_ranges(once: Once, tiny_bundle: Path, shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def quantize_tiny(tiny_ranges: Path) -> Callable[..., QuantizeOptions]:
     """Options for the tiny model, whose random weights pass gates as wide as these."""
-    usual = {"table": tiny_ranges, "gates": Gates(0.5, 1.0), "search_images": 1, "gate_images": 2}
+    usual = {"table": tiny_ranges, "gates": QualityGates(0.5, 1.0), "search_images": 1, "gate_images": 2}
     return lambda type, **changes: QuantizeOptions(type, **{**usual, **changes})
 
 

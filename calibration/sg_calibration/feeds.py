@@ -1,7 +1,7 @@
 """States of real guided runs, on disk: what ranges are measured on.
 
 A folder of shards, each a NumPy archive with one batch of images along one guided run, and a manifest that says what
-they are of. Token subsets are not stored: seed, step and evaluation draw them again (`sg_runtime.random`).
+they are of. Token subsets are not stored: seed, step and evaluation draw them again (`sg_runtime.philox`).
 """
 
 import json
@@ -25,7 +25,7 @@ from sg_runtime.sampling import integrate, run_times, updates
 Array = NDArray[Any]
 Split = Literal["calibration", "search", "gate"]
 
-MANIFEST_FILE = "feeds.json"
+SHARDS_FILE = "feeds.json"
 _PLACES: Mapping[Split, tuple[int, ...]] = {"calibration": (0, 1), "search": (2,), "gate": (3,)}
 _SEEDS: Mapping[Split, int] = {"calibration": 0, "search": SEEDS, "gate": 2 * SEEDS}
 
@@ -95,7 +95,7 @@ def collect(
         "guidances": [f"{_name(plan)} at {plan.scale}" for plan in guidances],
     }
     known: dict[str, str] = {}
-    if (folder / MANIFEST_FILE).exists():
+    if (folder / SHARDS_FILE).exists():
         content = _manifest(folder)
         known = content.pop("shards")
         if content != facts:
@@ -115,7 +115,7 @@ def collect(
             own = slice(first, first + size)
             _write(shards[-1], _run(pipe, plan, settings.steps, classes[own], seeds[own]))
             known[name] = sha256_of(shards[-1])
-            with replacing(folder / MANIFEST_FILE) as temporary:
+            with replacing(folder / SHARDS_FILE) as temporary:
                 temporary.write_text(json.dumps({**facts, "shards": known}, indent=1) + "\n")
     return shards
 
@@ -124,7 +124,7 @@ def given_shards(folder: Path) -> list[Path]:
     """The shards in a user's folder. Raises CalibrationError where there are none, or altered ones of `collect`."""
     if not folder.is_dir():
         raise CalibrationError(f"{folder}: expected a folder of .npz files, found none")
-    if (folder / MANIFEST_FILE).exists():
+    if (folder / SHARDS_FILE).exists():
         _check_hashes(folder, _manifest(folder)["shards"])
     shards = sorted(folder.glob("*.npz"))
     if not shards:
@@ -194,12 +194,12 @@ def _write(path: Path, shard: Shard) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
+        content: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_text())
         if not isinstance(content["shards"], dict):
             raise TypeError("shards")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CalibrationError(
-            f"{folder / MANIFEST_FILE}: expected the list of the shards, found something else: collect anew"
+            f"{folder / SHARDS_FILE}: expected the list of the shards, found something else: collect anew"
         ) from None
     return content
 

@@ -21,7 +21,7 @@ from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing
 from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Strict
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.steps import StepRunner, launches
+from sg_runtime.run.launches import GraphRunner, launches
 
 SCHEMA_VERSION = 1
 PERCENTILE = 99.99
@@ -81,7 +81,7 @@ def measure(
     observers: dict[str, _Observer] = {}
     largest: dict[str, dict[float, float]] = {}
     images = evaluations = 0
-    runner = StepRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
+    runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
     for number, shard in enumerate(shards):
         report(f"measuring ranges, shard {number + 1}")
         images += len(shard.label)

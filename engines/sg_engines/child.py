@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sg_engines.trt import EnginePlan, Progress, build_engine
+from sg_engines.trt import EngineRecipe, Progress, build_engine
 from sg_runtime.errors import EngineError
 from sg_runtime.manifest import EngineLibrary
 
@@ -41,7 +41,7 @@ SILENCE = 3600.0
 
 
 def build_in_child(
-    library: EngineLibrary, graph: Path, plan: EnginePlan, output: Path, progress: Progress, silence: float = SILENCE
+    library: EngineLibrary, graph: Path, plan: EngineRecipe, output: Path, progress: Progress, silence: float = SILENCE
 ) -> BuildFigures:
     """Run `build_engine` in a child process.
 
@@ -142,14 +142,14 @@ def _running(command: list[str], errors: IO[str], environment: dict[str, str]) -
                 child.kill()
 
 
-def _plan_content(plan: EnginePlan) -> dict[str, Any]:
+def _plan_content(plan: EngineRecipe) -> dict[str, Any]:
     content = dataclasses.asdict(plan)
     return content | {"timing_cache": None if plan.timing_cache is None else str(plan.timing_cache)}
 
 
-def _plan(content: dict[str, Any]) -> EnginePlan:
+def _plan(content: dict[str, Any]) -> EngineRecipe:
     cache = content["timing_cache"]
-    return EnginePlan(
+    return EngineRecipe(
         tuple({name: tuple(shape) for name, shape in profile.items()} for profile in content["profiles"]),
         tuple(content["compute_capabilities"]),
         content["workspace"],

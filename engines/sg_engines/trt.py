@@ -22,7 +22,7 @@ PHASE_DEPTH = 1
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlan:
+class EngineRecipe:
     """How to build an engine.
 
     profiles: for each, the one shape of every input that has symbolic sizes; min = opt = max. compute_capabilities:
@@ -37,7 +37,7 @@ class EnginePlan:
     timing_cache: Path | None = None
 
 
-def build_engine(trt: Any, graph: Path, plan: EnginePlan, output: Path, progress: Progress) -> None:
+def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progress: Progress) -> None:
     """Build the engine of the ONNX graph at `graph` with the module `trt`, and write it to `output`, whole or not.
 
     Raises EngineError where the library refuses the graph, naming the node, or cannot build it, with its reasons.

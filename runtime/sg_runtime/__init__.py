@@ -5,7 +5,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import SgError
 from sg_runtime.manifest import GuidancePlan, Level, Manifest
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.plan import Plan
+from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import Churn
 
 __version__ = "0.1.0.dev0"
@@ -18,7 +18,7 @@ __all__ = [
     "Level",
     "Manifest",
     "Pipeline",
-    "Plan",
+    "PreparedRun",
     "SgError",
     "choose_backend",
 ]

@@ -51,7 +51,7 @@ def guidance_table(
     def at(time: float, step: int) -> StepGuidance:
         progress = step / last_step if last_step else 0.0
         strong = _level_at(plan.strong, plan.strong_last, progress, strong_levels)
-        scale = plan.scale if plan.scale_last is None else cosine(plan.scale, plan.scale_last, progress)
+        scale = plan.scale if plan.scale_last is None else cosine_ramp(plan.scale, plan.scale_last, progress)
         outside = plan.interval is not None and not plan.interval[0] <= time <= plan.interval[1]
         if plan.mode == "none" or outside:
             return StepGuidance(strong, None, scale)
@@ -60,7 +60,7 @@ def guidance_table(
     return tuple(at(time, step) for time, step in zip(times, steps, strict=True))
 
 
-def cosine(first: float, last: float, progress: float) -> float:
+def cosine_ramp(first: float, last: float, progress: float) -> float:
     """From `first` at progress 0 to `last` at 1 along half a cosine (as in arXiv 2601.01608)."""
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -68,7 +68,7 @@ def cosine(first: float, last: float, progress: float) -> float:
 def _level_at(first: Level, last: Level | None, progress: float, built: Sequence[Level]) -> Level:
     if last is None:
         return first
-    wanted = cosine(first.sparsity, last.sparsity, progress)
+    wanted = cosine_ramp(first.sparsity, last.sparsity, progress)
     return min((first, last, *built), key=lambda level: (abs(level.sparsity - wanted), level.sparsity))
 
 

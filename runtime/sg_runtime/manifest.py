@@ -301,7 +301,7 @@ class EngineFacts(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerPlan(Strict):
+class LayerChoice(Strict):
     """What became of a quantizable layer.
 
     quantized: whether it is; its activations too, unless weight_only. reason: why, as inspect shows it. sensitivity:
@@ -332,7 +332,7 @@ class StratumQuality(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Gates(Strict):
+class QualityGates(Strict):
     """What a quantized bundle must reach at every time: the least cosine of a branch, the most guided distance."""
 
     cosine: float
@@ -355,11 +355,11 @@ class Quantization(Strict):
     table_sha256: str
     images: int
     evaluations: int
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerChoice, ...]
     quality: tuple[StratumQuality, ...]
     runs: float
     mask_noise: float
-    gates: Gates
+    gates: QualityGates
     passed: bool
     time_ratio: float | None
     remarks: tuple[str, ...]

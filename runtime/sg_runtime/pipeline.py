@@ -11,20 +11,20 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sg_runtime import random
+from sg_runtime import philox
 from sg_runtime.backends import Backend, open_backend
 from sg_runtime.bundle import Bundle
+from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp, choose, guide, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.lanes import LanePool, Worker
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, SamplerName
-from sg_runtime.memory import DeviceArray
-from sg_runtime.plan import Plan, prepare
 from sg_runtime.requests import check_seeds, check_times, class_index, given_subset, whole_number
-from sg_runtime.runs import Run, check_finite, noise, sample_group
+from sg_runtime.run.lanes import LanePool, LaneState
+from sg_runtime.run.launches import GraphRunner
+from sg_runtime.run.prepared import PreparedRun, prepare
+from sg_runtime.run.sample import Run, check_finite, noise, sample_group
 from sg_runtime.sampling import SAMPLERS, Churn, run_times, updates
-from sg_runtime.steps import StepRunner
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -261,7 +261,7 @@ class Pipeline:
 
         A flow run starts from it, an edm run from its product with the highest sigma.
         """
-        return noise(self.bundle.manifest, seeds, random.INITIAL_NOISE)
+        return noise(self.bundle.manifest, seeds, philox.INITIAL_NOISE)
 
     def prepare(
         self,
@@ -272,7 +272,7 @@ class Pipeline:
         counters: Sequence[tuple[int, int]] | None = None,
         guidance: GuidancePlan | None = None,
         scale: Ramp | None = None,
-    ) -> Plan:
+    ) -> PreparedRun:
         """Compute conditioning and token subsets of evaluations at `times`, for `guided(x, plan, i)`.
 
         times: t in [0, 1] of a flow model, sigma above 0 of an edm model. counters: (step, evaluation) of each
@@ -296,11 +296,13 @@ class Pipeline:
             return plan
 
     @overload
-    def guided(self, x: Array, plan: Plan, index: int, /, *, return_branches: Literal[False] = False) -> Array: ...
+    def guided(
+        self, x: Array, plan: PreparedRun, index: int, /, *, return_branches: Literal[False] = False
+    ) -> Array: ...
 
     @overload
     def guided(
-        self, x: Array, plan: Plan, index: int, /, *, return_branches: Literal[True]
+        self, x: Array, plan: PreparedRun, index: int, /, *, return_branches: Literal[True]
     ) -> tuple[Array, Array, Array]: ...
 
     @overload
@@ -340,7 +342,7 @@ class Pipeline:
     def guided(
         self,
         x: Array,
-        plan_or_t: Plan | float,
+        plan_or_t: PreparedRun | float,
         index_or_classes: int | Classes,
         /,
         *,
@@ -360,7 +362,7 @@ class Pipeline:
         weak). x may be any array on the pipeline's device that speaks DLPack, such as torch's: it is read where it
         lies, and the prediction stays there.
         """
-        if isinstance(plan_or_t, Plan):
+        if isinstance(plan_or_t, PreparedRun):
             plan, index = plan_or_t, whole_number("evaluation", index_or_classes)
             if step or any(value is not None for value in (seeds, scale, guidance, keep_strong, keep_weak)):
                 raise UsageError("a plan settles seeds, step, scale, guidance and subsets: give these to prepare")
@@ -374,7 +376,7 @@ class Pipeline:
             memory = worker.lane.memory
             held = memory.hold(x)
             self._check_latent(held, images)
-            if not isinstance(plan_or_t, Plan):
+            if not isinstance(plan_or_t, PreparedRun):
                 chosen = self._scaled(guidance, scale)
                 plan, index = self._one_off(runner, plan_or_t, classes, seeds, step, chosen), 0
                 plan = self._with_subsets(plan, keep_strong, keep_weak)
@@ -410,34 +412,34 @@ class Pipeline:
         return np.array([class_index(self.bundle.manifest.model, name) for name in classes], dtype=np.int64)
 
     @contextmanager
-    def _running(self) -> Iterator[tuple[Worker, StepRunner]]:
+    def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
         """A lane for this thread, and what runs graphs in it."""
         with self._lanes.lease() as worker:
-            yield worker, StepRunner(self.bundle.manifest, worker.lane, self.batch, self.backend.batches)
+            yield worker, GraphRunner(self.bundle.manifest, worker.lane, self.batch, self.backend.batches)
 
     def _prepare(
         self,
-        runner: StepRunner,
+        runner: GraphRunner,
         guidance: GuidancePlan,
         times: Sequence[float],
         labels: Indices,
         seeds: Sequence[int],
         counters: Sequence[tuple[int, int]],
         last_step: int,
-    ) -> Plan:
+    ) -> PreparedRun:
         manifest = self.bundle.manifest
         check_times(manifest.model, times)
         return prepare(manifest, runner.condition, guidance, times, labels, seeds, counters, last_step)
 
     def _one_off(
         self,
-        runner: StepRunner,
+        runner: GraphRunner,
         t: float,
         classes: Classes,
         seeds: Sequence[int] | None,
         step: int,
         guidance: GuidancePlan,
-    ) -> Plan:
+    ) -> PreparedRun:
         """The plan of one evaluation; what changes over a run is as in the bundle's default number of steps."""
         labels = self._labels(classes)
         seeds = range(len(labels)) if seeds is None else seeds
@@ -447,7 +449,7 @@ class Pipeline:
         last_step = max(step, self.bundle.manifest.sampling.steps - 1)
         return self._prepare(runner, guidance, [float(t)], labels, seeds, [(step, 0)], last_step)
 
-    def _with_subsets(self, plan: Plan, strong: Indices | None, weak: Indices | None) -> Plan:
+    def _with_subsets(self, plan: PreparedRun, strong: Indices | None, weak: Indices | None) -> PreparedRun:
         """A plan of one evaluation with the subsets that the caller gives in place of the drawn ones."""
         tokens = self.bundle.manifest.model.tokens
         (drawn_strong,), (drawn_weak,) = plan.strong.keep, plan.weak.keep if plan.weak else (None,)

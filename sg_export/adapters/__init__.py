@@ -16,7 +16,7 @@ class Adapter(Protocol):
     FAMILY: str
     KEYS: tuple[str, ...]
 
-    def kept(self, tokens: int, sparsity: float) -> int:
+    def kept_count(self, tokens: int, sparsity: float) -> int:
         """Tokens that a branch keeps of `tokens`, by the family's rounding."""
         ...
 

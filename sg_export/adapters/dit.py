@@ -18,7 +18,7 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads by width of S, B, L and XL (arXiv 2212.09748, table 1)."""
 
 
-def stated(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
+def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
     """What the user states of a checkpoint, and where that is nothing, what its author does."""
     facts = checkpoint.facts
     return Overrides(

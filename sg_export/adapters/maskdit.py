@@ -32,7 +32,7 @@ VARIANTS = {
 """What is not supported, by the tensor that tells."""
 
 
-def kept(tokens: int, sparsity: float) -> int:
+def kept_count(tokens: int, sparsity: float) -> int:
     """Tokens that a branch keeps: int(N * (1 - sparsity))."""
     return int(tokens * (1 - sparsity))
 
@@ -48,7 +48,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     Raises CheckpointError for tensors that are missing, unknown or of another shape, and for variants that are not
     supported; UsageError for facts that are not the family's, or that the tensors do not tell and nobody gave.
     """
-    file, tensors, given = checkpoint.source.file, checkpoint.tensors, dit.stated(checkpoint, overrides)
+    file, tensors, given = checkpoint.source.file, checkpoint.tensors, dit.merge_facts(checkpoint, overrides)
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(

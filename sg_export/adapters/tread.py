@@ -25,7 +25,7 @@ KEYS: tuple[str, ...] = (
 )
 
 
-def kept(tokens: int, sparsity: float) -> int:
+def kept_count(tokens: int, sparsity: float) -> int:
     """Tokens that a branch keeps: N - int(N * sparsity)."""
     return tokens - int(tokens * sparsity)
 
@@ -41,7 +41,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     Raises CheckpointError for tensors that are missing, unknown or of another shape; UsageError for facts that the
     tensors do not tell and nobody gave.
     """
-    file, given = checkpoint.source.file, dit.stated(checkpoint, overrides)
+    file, given = checkpoint.source.file, dit.merge_facts(checkpoint, overrides)
     config = infer_config(checkpoint, given.heads)
     route, prediction = given.route, given.prediction
     if route is not None and route.end >= config.depth:

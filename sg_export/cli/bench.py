@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sg_export.cli.base import Command, device_options, print_table, progress
+from sg_export.cli.options import Command, device_options, print_table, progress
 
 
 @click.command(cls=Command)
@@ -49,7 +49,7 @@ def bench(
       sg-export bench glyphs-bundle --images 16
       sg-export bench glyphs-bundle --baseline pytorch --json
     """
-    from sg_export.bench import bench as measure
+    from sg_export.bench.measure import bench as measure
 
     with progress(quiet or as_json) as report:
         result = measure(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sg_export.cli.base import (
+from sg_export.cli.options import (
     INTERVAL,
     QUANTIZATION,
     RUNS,
@@ -144,7 +144,7 @@ def build(
     calib_seed: int,
     method: Any,
     exclude: tuple[str, ...],
-    plan: Path | None,
+    like: Path | None,
     gate_cosine: float | None,
     gate_guided: float | None,
     allow_quality_loss: bool,
@@ -179,10 +179,10 @@ def build(
     from sg_calibration.settings import FeedSettings
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile
-    from sg_export.options import DEFAULT_SPARSITY, CompileOptions
-    from sg_export.quantize_options import GATES, QuantizeOptions
+    from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
+    from sg_export.options.quantize import QUALITY_GATES, QuantizeOptions
     from sg_export.reference import DEFAULT_REFERENCE
-    from sg_runtime.manifest import Gates, adapter
+    from sg_runtime.manifest import QualityGates, adapter
 
     if model is None:
         model = DEFAULT_REFERENCE
@@ -192,7 +192,7 @@ def build(
     if precision in ("int8", "fp8"):
         if calibration is not None or calib_data is not None:
             refuse_given(RUNS, "only where ranges are measured on runs, without --calibration and --calib-data")
-        usual = GATES[precision]
+        usual = QUALITY_GATES[precision]
         quantize = QuantizeOptions(
             precision,
             method,
@@ -200,8 +200,8 @@ def build(
             calib_data,
             FeedSettings(calib_samples, calib_steps, calib_seed),
             exclude,
-            plan,
-            Gates(
+            like,
+            QualityGates(
                 usual.cosine if gate_cosine is None else gate_cosine,
                 usual.guided if gate_guided is None else gate_guided,
             ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sg_export.cli.base import (
+from sg_export.cli.options import (
     RUNS,
     Command,
     check_parent,
@@ -68,8 +68,8 @@ def calibrate(
     from sg_calibration.settings import FeedSettings
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile
-    from sg_export.options import CompileOptions
-    from sg_export.quantization import measure_ranges
+    from sg_export.options.compile import CompileOptions
+    from sg_export.quantize.search import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
 
     check_parent(output)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.base import Command, print_table
+from sg_export.cli.options import Command, print_table
 from sg_runtime import __version__
 
 LIBRARIES = (
@@ -92,7 +92,7 @@ def _version(distribution: str) -> str | None:
 
 def _gpus() -> list[str] | None:
     """Names and compute capabilities; None where they cannot be asked."""
-    from sg_runtime.devices import find_gpus
+    from sg_runtime.devices.gpus import find_gpus
     from sg_runtime.errors import SgError
 
     try:

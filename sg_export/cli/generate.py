@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from sg_export.cli.base import INTERVAL, Command, Failure, RampType, device_options, progress, writing
+from sg_export.cli.options import INTERVAL, Command, Failure, RampType, device_options, progress, writing
 from sg_runtime.manifest import GuidanceMode
 
 GUIDANCE_MODES = get_args(GuidanceMode)

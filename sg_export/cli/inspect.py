@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sg_export.cli.base import Command, model_options, print_table
+from sg_export.cli.options import Command, model_options, print_table
 
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
@@ -35,7 +35,7 @@ def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | N
 
         bundle = Bundle.open(path)
         if as_json:
-            from sg_export.step_cost import step_costs, step_table
+            from sg_export.cost.step import step_costs, step_table
 
             manifest = bundle.manifest
             content = {
@@ -81,7 +81,7 @@ def _print_checkpoint(loaded: "LoadedModel") -> None:
     rows = [("checkpoint", source.file), ("weights", source.weights), ("SHA-256", source.sha256)]
     print_table("", ("", source.name), rows + _model_rows(loaded.facts))
     if loaded.facts.route is not None:
-        kept = [(sparsity, loaded.kept(sparsity)) for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9)]
+        kept = [(sparsity, loaded.kept_count(sparsity)) for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9)]
         print_table("Tokens kept", ("sparsity", "tokens"), kept)
 
 
@@ -200,7 +200,7 @@ def _guidance(plan: "GuidancePlan") -> str:
 
 def _print_schedule(manifest: "Manifest") -> None:
     """Which sparsities and scales the evaluations of a default run have, where they are not all the same."""
-    from sg_export.step_cost import step_table
+    from sg_export.cost.step import step_table
 
     table = step_table(manifest)
     if len(set(table)) == 1:
@@ -223,7 +223,7 @@ def _print_schedule(manifest: "Manifest") -> None:
 
 
 def _print_costs(manifest: "Manifest") -> None:
-    from sg_export.step_cost import step_costs
+    from sg_export.cost.step import step_costs
 
     costs = step_costs(manifest)
     published = any(cost.published is not None for cost in costs)

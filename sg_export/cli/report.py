@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.base import Command, check_parent, progress, writing
+from sg_export.cli.options import Command, check_parent, progress, writing
 
 
 @click.command(cls=Command)
@@ -21,8 +21,8 @@ def report(bundles: tuple[Path, ...], device: str, output: Path, quiet: bool) ->
     Examples:
       sg-export report glyphs-bundle glyphs-fp16 glyphs-int8 -o report.html
     """
-    from sg_export.report import collect
-    from sg_export.report_page import render
+    from sg_export.report.collect import collect
+    from sg_export.report.page import render
     from sg_runtime.files import replacing
 
     check_parent(output)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sg_export.cli.base import Command, Failure, print_table, progress, writing
+from sg_export.cli.options import Command, Failure, print_table, progress, writing
 from sg_runtime.backends import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sg_export.parity import Comparison
+    from sg_export.parity.compare import Comparison
 
 EPSILON = 1e-12
 """In place of a gate of zero."""
@@ -59,8 +59,8 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
-    from sg_export.parity import write_parity
-    from sg_export.verify import verify as compare
+    from sg_export.parity.compare import write_parity
+    from sg_export.parity.verify import verify as compare
     from sg_runtime.bundle import Bundle
 
     with progress(quiet) as report:

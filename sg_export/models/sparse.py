@@ -68,7 +68,7 @@ class SparseModel(nn.Module):
         self.network: Network = network  # type: ignore[assignment]  # a module that is also a Network
         self.route = route
         self.run_layers: Callable[[range, Tensor, Branches], Tensor] = self._run_layers
-        """Runs layers in order; `sg_export.trace` puts itself in its place."""
+        """Runs layers in order; `sg_export.graph.trace` puts itself in its place."""
 
     def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
         """One branch: x (B, C, H, W), t (B,), classes (B,) and, where it is sparse, keep (B, K) → (B, C, H, W)."""

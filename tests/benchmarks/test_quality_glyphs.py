@@ -25,7 +25,7 @@ from benchmarks.quality_glyphs import (
     step_gmac,
 )
 from examples.glyphs import CLASS_NAMES
-from sg_export.options import CompileOptions
+from sg_export.options.compile import CompileOptions
 from sg_runtime import Pipeline
 from sg_runtime.manifest import GuidanceMode, Manifest
 

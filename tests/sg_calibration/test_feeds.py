@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sg_calibration import feeds
-from sg_calibration.feeds import MANIFEST_FILE, collect, given_shards, images_of, read_shard
+from sg_calibration.feeds import SHARDS_FILE, collect, given_shards, images_of, read_shard
 from sg_calibration.ranges import identity_of
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_runtime.bundle import Bundle
@@ -110,9 +110,9 @@ def test_images_of_splits_share_no_class_and_no_seed(count: int, facts: ModelFac
 def test_collect_after_a_shard_is_gone_makes_that_alone(again: Collect, tmp_path: Path) -> None:
     paths = again(tmp_path)
     content = [path.read_bytes() for path in paths]
-    listed = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    listed = json.loads((tmp_path / SHARDS_FILE).read_text())
     del listed["shards"][paths[1].name]
-    (tmp_path / MANIFEST_FILE).write_text(json.dumps(listed))
+    (tmp_path / SHARDS_FILE).write_text(json.dumps(listed))
     paths[1].unlink()
     told: list[str] = []
     assert again(tmp_path, report=lambda stage, *_: told.append(stage)) == paths
@@ -151,7 +151,7 @@ def test_collect_on_a_full_disk_leaves_what_can_go_on(
         patch.setattr(feeds.np, "savez", full)
         with pytest.raises(OSError, match="No space left"):
             again(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"sg-16-8-0.npz", "sg-16-8-2.npz", MANIFEST_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {"sg-16-8-0.npz", "sg-16-8-2.npz", SHARDS_FILE}
     told: list[str] = []
     again(tmp_path, report=lambda stage, *_: told.append(stage))
     assert told == ["collecting sg-12-8-0.npz", "collecting sg-12-8-2.npz"]
@@ -192,7 +192,7 @@ def test_collect_and_given_shards_refuse_altered_ones(again: Collect, tmp_path: 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": 1}', '{"shards": []}', "[" * 100_000, "\x00"])
 def test_collect_with_a_damaged_list_is_refused(text: str, again: Collect, tmp_path: Path) -> None:
-    (tmp_path / MANIFEST_FILE).write_text(text)
+    (tmp_path / SHARDS_FILE).write_text(text)
     with pytest.raises(CalibrationError, match="expected the list of the shards, found something else: collect anew"):
         again(tmp_path)
 

@@ -9,7 +9,7 @@ import pytest
 import tensorrt_rtx
 from onnx import TensorProto, helper, numpy_helper, save
 
-from sg_engines.trt import EnginePlan, build_engine
+from sg_engines.trt import EngineRecipe, build_engine
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +36,13 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def plan() -> EnginePlan:
+def plan() -> EngineRecipe:
     """Two rows, for one kind of GPU."""
-    return EnginePlan(({"x": (2, 16)},), (86,))
+    return EngineRecipe(({"x": (2, 16)},), (86,))
 
 
 @pytest.fixture(scope="session")
-def engine(products: Mapping[str, Path], plan: EnginePlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(products: Mapping[str, Path], plan: EngineRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FP16 product as an engine, which this process built."""
     path = tmp_path_factory.mktemp("engines") / "fp16.engine"
     build_engine(tensorrt_rtx, products["fp16"], plan, path, lambda *progress: None)

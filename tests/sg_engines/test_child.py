@@ -19,7 +19,7 @@ import pytest
 
 import sg_engines.child
 from sg_engines.child import LESS_MEMORY, build_in_child
-from sg_engines.trt import EnginePlan
+from sg_engines.trt import EngineRecipe
 from sg_runtime.errors import EngineError
 
 Products = Mapping[str, Path]
@@ -80,7 +80,7 @@ def __getattr__(name):
 """A library that is never done, so that what happens when it first reports happens in the midst of a build."""
 
 
-def refused(library: Any, graph: Path, plan: EnginePlan, output: Path, progress: Any = ignore) -> str:
+def refused(library: Any, graph: Path, plan: EngineRecipe, output: Path, progress: Any = ignore) -> str:
     """The message of a build that fails, after which nothing is there."""
     with pytest.raises(EngineError) as caught:
         build_in_child(library, graph, plan, output, progress)
@@ -90,7 +90,7 @@ def refused(library: Any, graph: Path, plan: EnginePlan, output: Path, progress:
 
 
 def test_build_in_child_gives_the_bytes_that_this_process_builds(
-    products: Products, plan: EnginePlan, engine: Path, output: Path
+    products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
     events: list[tuple[str, int, int]] = []
     figures = build_in_child("tensorrt_rtx", products["fp16"], plan, output, lambda *event: events.append(event))
@@ -101,7 +101,7 @@ def test_build_in_child_gives_the_bytes_that_this_process_builds(
     assert 50e6 < figures.memory_bytes < 2e9, "the library alone is large, and this process larger"
 
 
-def test_build_in_child_passes_the_plan_on(products: Products, plan: EnginePlan, output: Path) -> None:
+def test_build_in_child_passes_the_plan_on(products: Products, plan: EngineRecipe, output: Path) -> None:
     """Several profiles, GPUs and a limit; the same from this process and the child."""
     whole = replace(plan, profiles=({"x": (2, 16)}, {"x": (3, 16)}), compute_capabilities=(80, 89), workspace=1 << 28)
     build_in_child("tensorrt_rtx", products["fp16"], whole, output, ignore)
@@ -111,7 +111,7 @@ def test_build_in_child_passes_the_plan_on(products: Products, plan: EnginePlan,
 
 
 def test_build_in_child_of_what_the_library_refuses_gives_its_reason(
-    products: Products, plan: EnginePlan, output: Path
+    products: Products, plan: EngineRecipe, output: Path
 ) -> None:
     message = refused("tensorrt_rtx", products["fp32"], replace(plan, compute_capabilities=(75,)), output)
     assert message.startswith("fp32.onnx: TensorRT-RTX ")
@@ -119,14 +119,14 @@ def test_build_in_child_of_what_the_library_refuses_gives_its_reason(
 
 
 def test_build_in_child_into_a_folder_that_is_not_there_names_it(
-    products: Products, plan: EnginePlan, tmp_path: Path
+    products: Products, plan: EngineRecipe, tmp_path: Path
 ) -> None:
     with pytest.raises(EngineError, match=r"No such file or directory: '.*/none/\.product\.engine.*\.partial'"):
         build_in_child("tensorrt_rtx", products["fp16"], plan, tmp_path / "none/product.engine", ignore)
 
 
 def test_build_in_child_that_runs_out_of_memory_says_what_to_do(
-    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any]
+    products: Products, plan: EngineRecipe, output: Path, library: Callable[[str], Any]
 ) -> None:
     message = refused(library("raise MemoryError"), products["fp16"], plan, output)
     assert message == f"fp16.onnx: memory ran out: {LESS_MEMORY}"
@@ -142,7 +142,7 @@ def test_build_in_child_that_runs_out_of_memory_says_what_to_do(
 )
 def test_build_in_child_that_dies_by_a_signal_says_by_which(
     products: Products,
-    plan: EnginePlan,
+    plan: EngineRecipe,
     output: Path,
     library: Callable[[str], Any],
     children: Children,
@@ -161,7 +161,13 @@ def test_build_in_child_that_dies_by_a_signal_says_by_which(
     ],
 )
 def test_build_in_child_that_ends_early_gives_its_code_and_last_words(
-    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any], lines: str, code: int, words: str
+    products: Products,
+    plan: EngineRecipe,
+    output: Path,
+    library: Callable[[str], Any],
+    lines: str,
+    code: int,
+    words: str,
 ) -> None:
     """Without a word on how it went, even 0 is no success."""
     message = refused(library(lines), products["fp16"], plan, output)
@@ -169,7 +175,7 @@ def test_build_in_child_that_ends_early_gives_its_code_and_last_words(
 
 
 def test_build_in_child_that_raises_gives_the_last_of_its_traceback(
-    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any]
+    products: Products, plan: EngineRecipe, output: Path, library: Callable[[str], Any]
 ) -> None:
     message = refused(library("raise ImportError('libcudart.so.13: not found')"), products["fp16"], plan, output)
     assert message.startswith("fp16.onnx: the process that built it ended with exit code 1: ")
@@ -177,7 +183,7 @@ def test_build_in_child_that_raises_gives_the_last_of_its_traceback(
 
 
 def test_build_in_child_that_does_not_read_its_request_gives_its_code(
-    products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than a pipe holds, so that the request cannot have been written when the process ends."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -187,7 +193,7 @@ def test_build_in_child_that_does_not_read_its_request_gives_its_code(
 
 
 def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
-    products: Products, plan: EnginePlan, output: Path, library: Callable[[str], Any], children: Children
+    products: Products, plan: EngineRecipe, output: Path, library: Callable[[str], Any], children: Children
 ) -> None:
     """Ctrl-C while the parent waits for the child's next word."""
 
@@ -202,7 +208,7 @@ def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
 
 
 def test_child_leaves_interrupts_to_its_parent(
-    products: Products, plan: EnginePlan, engine: Path, output: Path, children: Children
+    products: Products, plan: EngineRecipe, engine: Path, output: Path, children: Children
 ) -> None:
     """A terminal sends Ctrl-C to both; who ends the child is the parent."""
     build_in_child(
@@ -224,7 +230,7 @@ def __getattr__(name):
 
 
 def test_build_in_child_takes_nothing_that_the_library_prints_for_an_event(
-    products: Products, plan: EnginePlan, engine: Path, output: Path, library: Callable[[str], Any]
+    products: Products, plan: EngineRecipe, engine: Path, output: Path, library: Callable[[str], Any]
 ) -> None:
     events: list[str] = []
     figures = build_in_child(library(NOISY), products["fp16"], plan, output, lambda phase, *steps: events.append(phase))
@@ -261,7 +267,7 @@ def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 @pytest.fixture
-def request_of(products: Products, plan: EnginePlan, output: Path) -> Callable[..., dict[str, Any]]:
+def request_of(products: Products, plan: EngineRecipe, output: Path) -> Callable[..., dict[str, Any]]:
     """A request as the parent writes it."""
 
     def request_of(kind: str, library: str = "tensorrt_rtx", **changes: Any) -> dict[str, Any]:
@@ -300,7 +306,7 @@ def test_main_tells_that_memory_ran_out(
 
 @pytest.mark.parametrize("cache", [None, Path("/caches/timing.cache")])
 def test_plan_goes_through_json_unchanged(cache: Path | None) -> None:
-    plan = EnginePlan(({"x": (2, 16), "keep": (2, 4)}, {"x": (3, 16)}), (86, 120), 1 << 30, cache)
+    plan = EngineRecipe(({"x": (2, 16), "keep": (2, 4)}, {"x": (3, 16)}), (86, 120), 1 << 30, cache)
     content = json.loads(json.dumps(sg_engines.child._plan_content(plan)))
     assert sg_engines.child._plan(content) == plan
 
@@ -315,7 +321,7 @@ def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_build_in_child_without_enough_memory_says_what_to_do(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In an address space in which the library loads, but cannot build; where it fails, and how it says so, varies."""
     interpreter(tmp_path, monkeypatch, f'ulimit -v 490000; exec {sys.executable} "$@"')
@@ -327,7 +333,7 @@ def test_build_in_child_without_enough_memory_says_what_to_do(
 
 
 def test_build_in_child_that_says_nothing_is_ended(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreter(tmp_path, monkeypatch, "cat > /dev/null; exec sleep 60")
     began = time.monotonic()

@@ -10,9 +10,9 @@ import pytest
 import tensorrt_rtx
 from onnx import ModelProto, helper, load, parser, save
 
-from sg_engines.trt import EnginePlan, build_engine, has_timing_cache
+from sg_engines.trt import EngineRecipe, build_engine, has_timing_cache
+from sg_runtime.backends.rtx_header import PlanHeader, read_rtx_header
 from sg_runtime.errors import EngineError
-from sg_runtime.plan_file import PlanHeader, read_rtx_header
 
 Products = Mapping[str, Path]
 
@@ -28,7 +28,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "engines/product.engine"
 
 
-def refused(graph: Path, plan: EnginePlan, output: Path) -> str:
+def refused(graph: Path, plan: EngineRecipe, output: Path) -> str:
     """The message of a build that fails, after which nothing is there."""
     with pytest.raises(EngineError) as caught:
         build_engine(tensorrt_rtx, graph, plan, output, ignore)
@@ -50,7 +50,7 @@ VERSION = tensorrt_rtx.__version__
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
 def test_build_engine_of_every_type_gives_a_plan_for_the_gpu(
-    products: Products, plan: EnginePlan, output: Path, kind: str
+    products: Products, plan: EngineRecipe, output: Path, kind: str
 ) -> None:
     build_engine(tensorrt_rtx, products[kind], plan, output, ignore)
     assert read_rtx_header(output) == PlanHeader(VERSION, (86,))
@@ -58,7 +58,7 @@ def test_build_engine_of_every_type_gives_a_plan_for_the_gpu(
 
 
 def test_build_engine_twice_gives_the_same_bytes(
-    products: Products, plan: EnginePlan, engine: Path, output: Path
+    products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
     """So a cache may say that an engine is what its key stands for. The second takes the place of what was there."""
     output.write_bytes(b"an older one")
@@ -67,7 +67,7 @@ def test_build_engine_twice_gives_the_same_bytes(
 
 
 def test_build_engine_of_two_profiles_holds_kernels_for_both(
-    products: Products, plan: EnginePlan, engine: Path, output: Path
+    products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
     """Nearly all of this engine is code, of which another profile brings as much again."""
     build_engine(
@@ -86,7 +86,7 @@ def test_build_engine_of_two_profiles_holds_kernels_for_both(
     ],
 )
 def test_build_engine_for_given_gpus_is_for_these(
-    products: Products, plan: EnginePlan, output: Path, kind: str, asked: tuple[int, ...], expected: tuple[int, ...]
+    products: Products, plan: EngineRecipe, output: Path, kind: str, asked: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     """None given: the library's own choice."""
     build_engine(tensorrt_rtx, products[kind], replace(plan, compute_capabilities=asked), output, ignore)
@@ -94,7 +94,7 @@ def test_build_engine_for_given_gpus_is_for_these(
 
 
 def test_build_engine_with_a_workspace_gives_other_bytes(
-    products: Products, plan: EnginePlan, engine: Path, output: Path
+    products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
     """So it reached the library, and belongs into the key of the cache."""
     build_engine(tensorrt_rtx, products["fp16"], replace(plan, workspace=1 << 30), output, ignore)
@@ -102,7 +102,7 @@ def test_build_engine_with_a_workspace_gives_other_bytes(
     assert output.read_bytes() != engine.read_bytes()
 
 
-def test_build_engine_beyond_its_workspace_says_so(products: Products, plan: EnginePlan, output: Path) -> None:
+def test_build_engine_beyond_its_workspace_says_so(products: Products, plan: EngineRecipe, output: Path) -> None:
     message = refused(products["fp16"], replace(plan, workspace=1), output)
     assert message.startswith(f"fp16.onnx: TensorRT-RTX {VERSION} cannot build it: ")
     assert "workspace limit" in message
@@ -116,7 +116,7 @@ def test_build_engine_beyond_its_workspace_says_so(products: Products, plan: Eng
     ],
 )
 def test_build_engine_of_a_type_that_a_gpu_has_not_gives_the_librarys_reason(
-    products: Products, plan: EnginePlan, output: Path, kind: str, reasons: tuple[str, ...]
+    products: Products, plan: EngineRecipe, output: Path, kind: str, reasons: tuple[str, ...]
 ) -> None:
     message = refused(products[kind], replace(plan, compute_capabilities=(75,)), output)
     assert message.startswith(f"{kind}.onnx: TensorRT-RTX {VERSION} cannot build it: ")
@@ -135,7 +135,7 @@ def test_build_engine_of_a_type_that_a_gpu_has_not_gives_the_librarys_reason(
     ids=["size", "rank", "name", "none"],
 )
 def test_build_engine_of_a_profile_that_the_graph_does_not_take_gives_the_librarys_reason(
-    products: Products, plan: EnginePlan, output: Path, profiles: Any, reason: str
+    products: Products, plan: EngineRecipe, output: Path, profiles: Any, reason: str
 ) -> None:
     message = refused(products["fp16"], replace(plan, profiles=profiles), output)
     assert message.startswith(f"fp16.onnx: TensorRT-RTX {VERSION} cannot build it: ")
@@ -143,7 +143,7 @@ def test_build_engine_of_a_profile_that_the_graph_does_not_take_gives_the_librar
 
 
 def test_build_engine_of_a_profile_that_the_library_refuses_names_it(
-    products: Products, plan: EnginePlan, output: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No profile is known that it refuses so early; its documentation says that it may."""
     monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "add_optimization_profile", lambda config, profile: -1)
@@ -160,7 +160,7 @@ def surprise(model: ModelProto, *nodes: int) -> None:
 
 
 def test_build_engine_of_an_unknown_operator_names_every_such_node(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path
 ) -> None:
     def change(model: ModelProto) -> None:
         surprise(model, 1, 2)
@@ -171,7 +171,7 @@ def test_build_engine_of_an_unknown_operator_names_every_such_node(
     assert "; node ? (Surprise): " in message
 
 
-def test_build_engine_of_a_scatter_that_adds_names_it(plan: EnginePlan, output: Path, tmp_path: Path) -> None:
+def test_build_engine_of_a_scatter_that_adds_names_it(plan: EngineRecipe, output: Path, tmp_path: Path) -> None:
     """Scattering is how kept tokens go back among the others; with a sum, TensorRT-RTX has no such operator."""
     graph = parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 20]>
@@ -184,7 +184,7 @@ def test_build_engine_of_a_scatter_that_adds_names_it(plan: EnginePlan, output: 
 
 
 def test_build_engine_of_a_graph_without_its_weights_names_them(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path
 ) -> None:
     save(load(products["fp16"]), tmp_path / "g.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     (tmp_path / "w.bin").unlink()
@@ -195,7 +195,7 @@ def test_build_engine_of_a_graph_without_its_weights_names_them(
 
 @pytest.mark.parametrize("content", [b"", b"no graph", None], ids=["empty", "text", "gone"])
 def test_build_engine_of_no_graph_names_it(
-    plan: EnginePlan, output: Path, tmp_path: Path, content: bytes | None
+    plan: EngineRecipe, output: Path, tmp_path: Path, content: bytes | None
 ) -> None:
     if content is not None:
         (tmp_path / "g.onnx").write_bytes(content)
@@ -203,7 +203,7 @@ def test_build_engine_of_no_graph_names_it(
 
 
 def test_build_engine_reports_each_phase_from_its_first_step_to_its_last(
-    products: Products, plan: EnginePlan, output: Path
+    products: Products, plan: EngineRecipe, output: Path
 ) -> None:
     events: list[tuple[str, int, int]] = []
     build_engine(tensorrt_rtx, products["fp16"], plan, output, lambda *event: events.append(event))
@@ -230,7 +230,7 @@ no_operations = pytest.mark.filterwarnings("ignore:.*Timing cache operations are
 @no_operations
 @pytest.mark.parametrize("content", [None, b"", b"a cache"], ids=["new", "empty", "there"])
 def test_build_engine_with_a_timing_cache_writes_it(
-    products: Products, plan: EnginePlan, engine: Path, output: Path, tmp_path: Path, content: bytes | None
+    products: Products, plan: EngineRecipe, engine: Path, output: Path, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "timing.cache"
     if content is not None:
@@ -245,7 +245,7 @@ def test_build_engine_with_a_timing_cache_writes_it(
 
 @no_operations
 def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, given = tensorrt_rtx.IBuilderConfig.create_timing_cache, []
     path = tmp_path / "timing.cache"
@@ -261,7 +261,7 @@ def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
 
 @no_operations
 def test_build_engine_with_a_timing_cache_of_another_gpu_names_it(
-    products: Products, plan: EnginePlan, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT-RTX takes any; TensorRT says False to what it cannot use."""
     path = tmp_path / "timing.cache"

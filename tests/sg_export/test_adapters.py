@@ -67,7 +67,7 @@ def test_adapters_have_the_parts_that_callers_use(family: str) -> None:
 
 @given(tokens=st.integers(1, 4096), sparsity=st.floats(0, 1, exclude_max=True))
 def test_kept_of_tread_is_upstreams_rounding(tokens: int, sparsity: float) -> None:
-    kept = tread.kept(tokens, sparsity)
+    kept = tread.kept_count(tokens, sparsity)
     # `routing_module.py`, `Router.get_mask`: num_keep = N - int(N * mask_ratio).
     assert kept == tokens - int(tokens * sparsity)
     assert 1 <= kept <= tokens
@@ -76,17 +76,17 @@ def test_kept_of_tread_is_upstreams_rounding(tokens: int, sparsity: float) -> No
 
 @given(tokens=st.integers(1, 4096), sparsity=st.floats(0, 1, exclude_max=True))
 def test_kept_of_maskdit_is_upstreams_rounding(tokens: int, sparsity: float) -> None:
-    kept = maskdit.kept(tokens, sparsity)
+    kept = maskdit.kept_count(tokens, sparsity)
     # `models/maskdit.py`, `get_mask`: len_keep = int(length * (1 - mask_ratio)).
     assert kept == int(tokens * (1 - sparsity))
     assert 0 <= kept <= tokens
-    assert kept <= tread.kept(tokens, sparsity) <= kept + 1
+    assert kept <= tread.kept_count(tokens, sparsity) <= kept + 1
 
 
 @pytest.mark.parametrize("family", ADAPTERS)
 @given(tokens=st.integers(1, 4096), rates=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2))
 def test_kept_of_higher_sparsity_is_not_more(family: str, tokens: int, rates: tuple[float, float]) -> None:
-    assert ADAPTERS[family].kept(tokens, max(rates)) <= ADAPTERS[family].kept(tokens, min(rates))
+    assert ADAPTERS[family].kept_count(tokens, max(rates)) <= ADAPTERS[family].kept_count(tokens, min(rates))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_kept_of_higher_sparsity_is_not_more(family: str, tokens: int, rates: tu
     ],
 )
 def test_kept_of_known_rates_is_known(tokens: int, sparsity: float, by_tread: int, by_maskdit: int) -> None:
-    assert tread.kept(tokens, sparsity) == by_tread
-    assert maskdit.kept(tokens, sparsity) == by_maskdit
+    assert tread.kept_count(tokens, sparsity) == by_tread
+    assert maskdit.kept_count(tokens, sparsity) == by_maskdit
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 import sg_export.compiler
 from sg_export.compiler import check_graph, compile
 from sg_export.loading import LoadedModel, load_model
-from sg_export.options import CompileOptions
+from sg_export.options.compile import CompileOptions
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, ExportError, UsageError

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sg_export.compiler import plan_build
+from sg_export.compiler import choose_graphs
 from sg_export.loading import LoadedModel, load_model
-from sg_export.options import CompileOptions
+from sg_export.options.compile import CompileOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GuidancePlan, Level
 
@@ -102,7 +102,7 @@ def test_compile_options_without_guidance_imply_it(options: dict[str, Any], mode
 def test_plan_build_of_rates_gives_plan_and_graphs(
     options: dict[str, Any], strong: Level, weak: Level, expected: list[str], loaded: LoadedModel
 ) -> None:
-    plan, specs = plan_build(loaded, None, CompileOptions(Path("out"), **options))
+    plan, specs = choose_graphs(loaded, None, CompileOptions(Path("out"), **options))
     assert plan == GuidancePlan(options.get("guidance", "sg"), strong, weak, 2.0)
     assert [spec.name for spec in specs] == expected
 
@@ -125,7 +125,7 @@ def test_plan_build_of_two_networks_has_graphs_of_each(
     options: dict[str, Any], strong: Level, weak: Level, expected: list[str], loaded: LoadedModel
 ) -> None:
     settings = CompileOptions(Path("out"), weak_checkpoint="weak.pt", **options)
-    plan, specs = plan_build(loaded, loaded, settings)
+    plan, specs = choose_graphs(loaded, loaded, settings)
     assert plan == GuidancePlan("autoguidance", strong, weak, 2.0)
     assert [spec.name for spec in specs] == expected
 
@@ -147,14 +147,14 @@ def test_plan_build_of_a_cosine_goes_from_the_first_to_the_last(
 ) -> None:
     settings = CompileOptions(Path("out"), schedule="cosine", scale=(3.0, 1.0), interval=(0.2, 0.8), **options)
     strong, weak, strong_last, weak_last = ends
-    plan, _ = plan_build(loaded, None, settings)
+    plan, _ = choose_graphs(loaded, None, settings)
     mode = options.get("guidance", "sg")
     assert plan == GuidancePlan(mode, strong, weak, 3.0, strong_last, weak_last, 1.0, (0.2, 0.8))
 
 
 def test_plan_build_of_a_constant_schedule_takes_the_first(loaded: LoadedModel) -> None:
     settings = CompileOptions(Path("out"), (0.5, 0.75), (0.0, 0.25))
-    assert plan_build(loaded, None, settings)[0] == GuidancePlan("sg", FULL, HALF, 2.0)
+    assert choose_graphs(loaded, None, settings)[0] == GuidancePlan("sg", FULL, HALF, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def test_plan_build_of_a_request_that_cannot_be_served_says_why(
     options: dict[str, Any], message: str, loaded: LoadedModel
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        plan_build(loaded, None, CompileOptions(Path("out"), **options))
+        choose_graphs(loaded, None, CompileOptions(Path("out"), **options))
     assert message in str(caught.value)
 
 
 def test_plan_build_of_a_weak_rate_that_cannot_be_served_says_why(loaded: LoadedModel) -> None:
     settings = CompileOptions(Path("out"), (0.5, 0.51), weak_checkpoint="weak.pt")
     with pytest.raises(UsageError, match=r"sparsities 0.5 and 0.51 both keep 8 tokens: give one of them"):
-        plan_build(loaded, loaded, settings)
+        choose_graphs(loaded, loaded, settings)

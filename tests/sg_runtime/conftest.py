@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sg_runtime.backends import Backend, Call, CallSequence, Lane, open_backend
 from sg_runtime.backends.ort import OrtBackend, OrtLane
 from sg_runtime.bundle import Bundle
+from sg_runtime.devices.memory import HostMemory
 from sg_runtime.manifest import GraphFacts
-from sg_runtime.memory import HostMemory
 from sg_runtime.pipeline import Pipeline
 
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from trt_stand_in import Library, RuntimeCache
 
 import sg_runtime.backends.trt
-from sg_runtime import dlpack
 from sg_runtime.backends import open_backend
 from sg_runtime.bundle import Bundle
-from sg_runtime.cuda import CudaArray
+from sg_runtime.devices import dlpack
+from sg_runtime.devices.cuda import CudaArray
 from sg_runtime.errors import BundleError, DeviceError, DeviceMemoryError, EngineError
 from sg_runtime.manifest import EngineFacts
 from sg_runtime.pipeline import Pipeline

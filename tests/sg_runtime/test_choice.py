@@ -17,7 +17,7 @@ import sg_runtime.backends.trt_check
 from sg_runtime.backends import BACKENDS, Choice, choose_backend, open_backend
 from sg_runtime.backends.ort import CPU, PROVIDERS, Provider, open_session, strays_of
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import Gpu
+from sg_runtime.devices.gpus import Gpu
 from sg_runtime.errors import BundleError, DeviceError, EngineError, MissingExtraError, SgError, UsageError
 from sg_runtime.pipeline import Pipeline
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from sg_export.compiler import compile
-from sg_export.options import CompileOptions
+from sg_export.options.compile import CompileOptions
+from sg_runtime.backends.rtx_header import RTX_TARGETS
 from sg_runtime.backends.trt_check import installed_version
-from sg_runtime.cuda import CudaMemory
-from sg_runtime.devices import find_gpus
+from sg_runtime.devices.cuda import CudaMemory
+from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import SgError
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.plan_file import RTX_TARGETS
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ from sg_runtime.guidance import (
     StepGuidance,
     built_guidances,
     choose,
-    cosine,
+    cosine_ramp,
     guidance_table,
     guide,
     levels,
@@ -150,13 +150,13 @@ def test_guidance_table_of_an_interval_in_sigma_guides_between_its_ends() -> Non
 @few
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_cosine_between_any_two_is_monotone_and_keeps_the_ends(first: float, last: float, places: list[float]) -> None:
-    found = [cosine(first, last, place) for place in sorted(places)]
+    found = [cosine_ramp(first, last, place) for place in sorted(places)]
     slack = 1e-9  # rounding of numbers up to 1e6
     assert all(min(first, last) - slack <= value <= max(first, last) + slack for value in found)
     direction = 1 if last >= first else -1
     assert all(direction * (b - a) >= -slack for a, b in pairwise(found))
-    assert cosine(first, last, 0) == pytest.approx(first, abs=slack)
-    assert cosine(first, last, 1) == last
+    assert cosine_ramp(first, last, 0) == pytest.approx(first, abs=slack)
+    assert cosine_ramp(first, last, 1) == last
 
 
 @few
@@ -171,7 +171,7 @@ def test_guidance_table_of_any_ramp_takes_a_level_that_none_is_nearer_than(data:
     if steps > 1:
         assert (rows[-1].strong, rows[-1].weak) == (last, first)
     for step, row in enumerate(rows):
-        wanted = cosine(first.sparsity, last.sparsity, step / max(steps - 1, 1))
+        wanted = cosine_ramp(first.sparsity, last.sparsity, step / max(steps - 1, 1))
         nearest = min(abs(level.sparsity - wanted) for level in built)
         assert abs(row.strong.sparsity - wanted) == nearest
 

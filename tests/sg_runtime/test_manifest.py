@@ -22,19 +22,19 @@ from sg_runtime.manifest import (
     Cost,
     EngineFacts,
     FileFacts,
-    Gates,
     GraphFacts,
     GraphKind,
     GuidanceMode,
     GuidancePlan,
     Karras,
-    LayerPlan,
+    LayerChoice,
     Level,
     Manifest,
     ModelFacts,
     NetworkName,
     Prediction,
     Profile,
+    QualityGates,
     Quantization,
     Route,
     Sampling,
@@ -57,7 +57,7 @@ tensors = st.builds(
     TensorFacts, texts, st.sampled_from(["float32", "int64"]), st.lists(st.one_of(counts, texts), max_size=4).map(tuple)
 )
 sources = st.builds(Source, texts, texts, st.sampled_from(["ema", "model", "bare"]), st.none() | texts)
-layer_plans = st.builds(LayerPlan, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts)
+layer_plans = st.builds(LayerChoice, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts)
 quantizations = st.builds(
     Quantization,
     st.sampled_from(["int8", "fp8"]),
@@ -66,13 +66,13 @@ quantizations = st.builds(
     counts,
     counts,
     st.lists(
-        st.builds(LayerPlan, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts),
+        st.builds(LayerChoice, texts, st.booleans(), st.booleans(), texts, st.none() | numbers, counts, counts),
         max_size=2,
     ).map(tuple),
     st.lists(st.builds(StratumQuality, numbers, numbers, numbers, numbers), max_size=2).map(tuple),
     numbers,
     numbers,
-    st.builds(Gates, numbers, numbers),
+    st.builds(QualityGates, numbers, numbers),
     st.booleans(),
     st.none() | numbers,
     st.lists(texts, max_size=2).map(tuple),

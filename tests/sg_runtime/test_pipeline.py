@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sg_export import two_pass
 from sg_export.loading import LoadedModel, load_model
-from sg_runtime import random
+from sg_export.parity import two_pass
+from sg_runtime import philox
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.images import to_pixels
@@ -268,7 +268,7 @@ def test_initial_noise_of_seeds_is_that_of_each_alone(pipe: Pipeline) -> None:
     noise = pipe.initial_noise(SEEDS)
     assert noise.dtype == np.float32
     for row, seed in zip(noise, SEEDS, strict=True):
-        np.testing.assert_array_equal(row, random.normal(seed, random.INITIAL_NOISE, (2, 8, 8)))
+        np.testing.assert_array_equal(row, philox.normal(seed, philox.INITIAL_NOISE, (2, 8, 8)))
 
 
 def test_sample_with_churn_adds_the_documented_noise(record: Callable[[Path], Any], tiny_edm_bundle: Path) -> None:
@@ -281,7 +281,7 @@ def test_sample_with_churn_adds_the_documented_noise(record: Callable[[Path], An
     assert [update.noise > 0 for update in run] == [False, True, True, True]
     x = np.float32(80) * pipe.initial_noise(seeds)
     for update, done in zip(run, recorder.runs[1:], strict=True):
-        noise = np.stack([random.normal(seed, random.CHURN, (2, 8, 8), step=update.step) for seed in seeds])
+        noise = np.stack([philox.normal(seed, philox.CHURN, (2, 8, 8), step=update.step) for seed in seeds])
         np.testing.assert_array_equal(done.feeds["x"], x + np.float32(update.noise) * noise)
         x = done.result
 

@@ -13,7 +13,7 @@ from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.plan import Plan
+from sg_runtime.run.prepared import PreparedRun
 
 CLASSES, SEEDS = [1, None, 3], [5, 6, 7]
 
@@ -30,7 +30,7 @@ def pipe(tiny_bundle: Path, backend: Any) -> Pipeline:
 
 
 @pytest.fixture
-def plan(pipe: Pipeline) -> Plan:
+def plan(pipe: Pipeline) -> PreparedRun:
     return pipe.prepare([0.6], CLASSES, SEEDS)
 
 
@@ -67,7 +67,7 @@ def test_guided_of_a_torch_tensor_once_is_that_of_numpy(pipe: Pipeline, x: NDArr
 
 
 def test_guided_of_a_torch_tensor_with_branches_returns_numpys(
-    pipe: Pipeline, plan: Plan, x: NDArray[np.float32]
+    pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]
 ) -> None:
     found: Any = pipe.guided(torch.from_numpy(x), plan, 0, return_branches=True)  # type: ignore[call-overload]
     expected: Any = pipe.guided(x, plan, 0, return_branches=True)  # type: ignore[call-overload]
@@ -76,7 +76,7 @@ def test_guided_of_a_torch_tensor_with_branches_returns_numpys(
         np.testing.assert_array_equal(a, b)
 
 
-def test_guided_of_a_prediction_goes_on_from_it(pipe: Pipeline, plan: Plan, x: NDArray[np.float32]) -> None:
+def test_guided_of_a_prediction_goes_on_from_it(pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]) -> None:
     """A sampler in PyTorch, whose states never were NumPy's."""
     state, steps = torch.from_numpy(x.copy()), x
     for _ in range(3):
@@ -103,7 +103,11 @@ def test_guided_of_more_tensors_than_a_batch_is_that_of_numpy(pipe: Pipeline, x:
     ],
 )
 def test_guided_of_another_tensor_is_refused(
-    pipe: Pipeline, plan: Plan, x: NDArray[np.float32], change: Callable[[torch.Tensor], torch.Tensor], found: str
+    pipe: Pipeline,
+    plan: PreparedRun,
+    x: NDArray[np.float32],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    found: str,
 ) -> None:
     with pytest.raises(UsageError) as caught:
         pipe.guided(change(torch.from_numpy(x)), plan, 0)  # type: ignore[call-overload]
@@ -116,13 +120,15 @@ def test_guided_of_another_tensor_is_refused(
     ids=["bfloat16", "gradient", "meta", "list"],
 )
 def test_guided_of_what_dlpack_does_not_hand_over_is_refused(
-    pipe: Pipeline, plan: Plan, x: NDArray[np.float32], change: Callable[[torch.Tensor], Any]
+    pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32], change: Callable[[torch.Tensor], Any]
 ) -> None:
     with pytest.raises(UsageError, match="expected a NumPy array, or one that DLPack can hand to the CPU, found "):
         pipe.guided(change(torch.from_numpy(x)), plan, 0)
 
 
-def test_guided_of_a_tensor_that_is_a_view_is_the_same(pipe: Pipeline, plan: Plan, x: NDArray[np.float32]) -> None:
+def test_guided_of_a_tensor_that_is_a_view_is_the_same(
+    pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]
+) -> None:
     """With gaps, and in another order of its axes."""
     tensor, expected = torch.from_numpy(x), pipe.guided(x, plan, 0)
     for view in (tensor.repeat_interleave(2, 0)[::2], tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sg_runtime import random
+from sg_runtime import philox
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.plan import Plan
+from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import Churn, run_times, updates
 
 CLASSES, SEEDS = ["B", None, 1], [5, 6, 7]
@@ -37,7 +37,7 @@ def sparse(pipe: Pipeline) -> GuidancePlan:
 
 
 @pytest.fixture(scope="module")
-def plan(pipe: Pipeline, sparse: GuidancePlan) -> Plan:
+def plan(pipe: Pipeline, sparse: GuidancePlan) -> PreparedRun:
     """Three evaluations of three images."""
     return pipe.prepare([1.0, 0.6, 0.2], CLASSES, SEEDS, guidance=sparse)
 
@@ -50,7 +50,7 @@ def edm(tiny_edm_bundle: Path) -> Pipeline:
 # Plans: what they hold is in `test_plan.py`
 
 
-def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Plan) -> None:
+def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: PreparedRun) -> None:
     assert plan.weak is not None
     for branch, count in ((plan.strong, 12), (plan.weak, 8)):
         # "B" is class 1: two distinct classes.
@@ -63,14 +63,14 @@ def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Plan) 
             assert keep.dtype == np.int64
 
 
-def test_prepare_of_a_run_numbers_its_evaluations(plan: Plan) -> None:
+def test_prepare_of_a_run_numbers_its_evaluations(plan: PreparedRun) -> None:
     """By default each is a step of its own."""
     assert plan.weak is not None
-    for branch, number in ((plan.strong, random.STRONG), (plan.weak, random.WEAK)):
+    for branch, number in ((plan.strong, philox.STRONG), (plan.weak, philox.WEAK)):
         for step, keep in enumerate(branch.keep):
             assert keep is not None
             for row, seed in zip(keep, SEEDS, strict=True):
-                expected = random.subset(seed, TOKENS, keep.shape[1], step=step, evaluation=0, branch=number)
+                expected = philox.subset(seed, TOKENS, keep.shape[1], step=step, evaluation=0, branch=number)
                 np.testing.assert_array_equal(row, expected)
 
 
@@ -90,7 +90,7 @@ def test_prepare_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> Non
     assert pipe.prepare([1.0, 0.5], CLASSES, SEEDS, scale=(2.0, 1.0)).scales == (2.0, 1.0)
 
 
-def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Plan, sparse: GuidancePlan) -> None:
+def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: PreparedRun, sparse: GuidancePlan) -> None:
     """Whose precision is that of the array."""
     other = pipe.prepare(np.array([1.0, 0.6, 0.2], np.float32), CLASSES, SEEDS, guidance=sparse)
     assert all(type(time) is float for time in other.times)
@@ -179,7 +179,7 @@ def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: C
     x = np.float32(times[0]) * edm.initial_noise(SEEDS)
     for i in range(4):
         sigma = raised[i] * times[i]
-        noise = np.stack([random.normal(seed, random.CHURN, x.shape[1:], step=i) for seed in SEEDS])
+        noise = np.stack([philox.normal(seed, philox.CHURN, x.shape[1:], step=i) for seed in SEEDS])
         x = x + np.float32(math.sqrt(sigma**2 - times[i] ** 2)) * noise
         x = x + np.float32(times[i + 1] - sigma) * (x - edm.guided(x, plan, i)) / np.float32(sigma)
     found = edm.sample([0, 1, None], SEEDS, steps=4, sampler="euler", churn=churn)
@@ -198,7 +198,7 @@ def test_guided_of_an_edm_model_is_the_denoised_image(edm: Pipeline) -> None:
 
 
 def test_guided_once_is_that_of_a_plan(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, sparse: GuidancePlan
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, sparse: GuidancePlan
 ) -> None:
     for i, t in enumerate([1.0, 0.6, 0.2]):
         found = pipe.guided(x, t, CLASSES, seeds=SEEDS, step=i, guidance=sparse)
@@ -206,7 +206,7 @@ def test_guided_once_is_that_of_a_plan(
 
 
 def test_guided_once_with_the_drawn_subsets_given_is_the_same(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, sparse: GuidancePlan
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, sparse: GuidancePlan
 ) -> None:
     assert plan.weak is not None
     found = pipe.guided(
@@ -257,7 +257,7 @@ def test_guided_without_guidance_is_the_strong_branch(pipe: Pipeline, x: NDArray
 
 
 def test_guided_with_branches_of_a_plan_is_that_of_one_call(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, sparse: GuidancePlan
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, sparse: GuidancePlan
 ) -> None:
     found = pipe.guided(x, 0.6, CLASSES, seeds=SEEDS, step=1, guidance=sparse, return_branches=True)
     of_plan: Any = pipe.guided(x, plan, 1, return_branches=True)  # type: ignore[call-overload]
@@ -304,7 +304,9 @@ def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autogu
     assert not np.allclose(strong, weak)
 
 
-def test_guided_of_a_state_that_is_a_view_is_the_same(pipe: Pipeline, x: NDArray[np.float32], plan: Plan) -> None:
+def test_guided_of_a_state_that_is_a_view_is_the_same(
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun
+) -> None:
     """Rows and columns exchanged in memory, and every second image of a longer array."""
     turned = np.asfortranarray(x)
     spaced = np.repeat(x, 2, axis=0)[::2]
@@ -383,7 +385,7 @@ def test_guided_of_a_subset_for_a_branch_without_one_is_refused(
     ],
 )
 def test_guided_of_another_state_is_refused(
-    pipe: Pipeline, plan: Plan, shape: tuple[int, ...], dtype: type[np.floating[Any]]
+    pipe: Pipeline, plan: PreparedRun, shape: tuple[int, ...], dtype: type[np.floating[Any]]
 ) -> None:
     with pytest.raises(UsageError) as caught:
         pipe.guided(np.zeros(shape, dtype=dtype), plan, 0)
@@ -392,7 +394,7 @@ def test_guided_of_another_state_is_refused(
 
 @pytest.mark.parametrize("index", [2.0, "1", None])
 def test_guided_of_an_evaluation_that_is_no_number_is_refused(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, index: Any
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, index: Any
 ) -> None:
     with pytest.raises(UsageError, match=f"^evaluation: expected a whole number, found {index!r}$"):
         pipe.guided(x, plan, index)
@@ -405,7 +407,7 @@ def test_guided_once_at_a_step_below_zero_is_refused(pipe: Pipeline, x: NDArray[
 
 @pytest.mark.parametrize("index", [3, -1])
 def test_guided_of_an_evaluation_beyond_the_plan_is_refused(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, index: int
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, index: int
 ) -> None:
     with pytest.raises(UsageError, match=f"^evaluation {index}: the plan has 0 to 2$"):
         pipe.guided(x, plan, index)
@@ -413,7 +415,7 @@ def test_guided_of_an_evaluation_beyond_the_plan_is_refused(
 
 @pytest.mark.parametrize("argument", [{"scale": 3.0}, {"seeds": SEEDS}, {"step": 1}, {"keep_weak": rows(0)}])
 def test_guided_of_a_plan_takes_nothing_that_the_plan_settles(
-    pipe: Pipeline, x: NDArray[np.float32], plan: Plan, argument: dict[str, Any]
+    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, argument: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match="a plan settles seeds, step, scale, guidance and subsets: give these to"):
         pipe.guided(x, plan, 0, **argument)

@@ -20,7 +20,7 @@ from sg_runtime.backends import choose_backend, open_backend
 from sg_runtime.backends.ort import OrtBackend
 from sg_runtime.backends.trt_check import check_engines, check_library, installed_version
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import Gpu
+from sg_runtime.devices.gpus import Gpu
 from sg_runtime.errors import BundleError, MissingExtraError, SgError, UsageError
 from sg_runtime.pipeline import Pipeline
 

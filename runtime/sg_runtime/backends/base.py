@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from sg_runtime.devices.memory import DeviceArray, Memory
 from sg_runtime.manifest import GraphFacts
-from sg_runtime.memory import DeviceArray, Memory
 
 Call = Callable[[], None]
 """One run of a graph over the arrays that it was bound to. On a GPU it only asks for the run."""

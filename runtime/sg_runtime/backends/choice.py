@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from sg_runtime.backends.base import Backend
+from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import find_gpus
+from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
 from sg_runtime.manifest import EngineLibrary
-from sg_runtime.rebuild import build_command
 
 LOG = logging.getLogger("sg_runtime")
 

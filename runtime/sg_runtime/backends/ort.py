@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.bundle import Bundle
+from sg_runtime.devices.memory import DeviceArray, HostMemory
 from sg_runtime.errors import DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
 from sg_runtime.files import cache_folder
 from sg_runtime.manifest import GraphFacts
-from sg_runtime.memory import DeviceArray, HostMemory
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -252,7 +252,7 @@ def strays_of(session: "InferenceSession", provider: str) -> list[str]:
 
 
 def _cuda_memory(number: int, stream: object | None) -> Any:
-    from sg_runtime.cuda import CudaMemory
+    from sg_runtime.devices.cuda import CudaMemory
 
     return CudaMemory(number, stream)
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.backends.trt_check import NAMES
+from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
-from sg_runtime.cuda import CudaArray, CudaMemory, use_gpu
+from sg_runtime.devices.cuda import CudaArray, CudaMemory, use_gpu
+from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, DeviceError, EngineError
 from sg_runtime.files import cache_folder, replacing
 from sg_runtime.manifest import EngineFacts, EngineLibrary, GraphFacts
-from sg_runtime.memory import DeviceArray
-from sg_runtime.rebuild import build_command
 
 LOG = logging.getLogger("sg_runtime")
 

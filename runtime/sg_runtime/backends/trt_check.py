@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from importlib import import_module
 
+from sg_runtime.backends.rtx_header import RTX_TARGETS, read_rtx_header
+from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices import Gpu, find_gpus
+from sg_runtime.devices.gpus import Gpu, find_gpus
 from sg_runtime.errors import BundleError, MissingExtraError, UsageError
 from sg_runtime.manifest import EngineFacts, EngineLibrary
-from sg_runtime.plan_file import RTX_TARGETS, read_rtx_header
-from sg_runtime.rebuild import build_command
 
 NAMES: dict[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 EXTRAS: dict[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}

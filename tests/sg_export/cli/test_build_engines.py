@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 
 from sg_export.compiler import compile
-from sg_export.options import CompileOptions
+from sg_export.options.compile import CompileOptions
 
 RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9", "--sparsity", 0.5)
 VERSION = tensorrt_rtx.__version__

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Gates
+from sg_runtime.manifest import QualityGates
 
 LEAST = ("--calib-samples", 1)
 WIDE = ("--gate-cosine", 0.5, "--gate-guided", 1)
@@ -45,7 +45,7 @@ def test_calibrate_writes_a_table_that_build_takes(
     assert "in fp32: blocks.0.mlp.fc2" in result.stdout
     plan = Bundle.open(tmp_path / "out").manifest.quantization
     assert plan is not None
-    assert (plan.method, plan.gates, plan.images) == ("min-max", Gates(0.5, 1.0), 1)
+    assert (plan.method, plan.gates, plan.images) == ("min-max", QualityGates(0.5, 1.0), 1)
 
 
 def test_calibrate_with_data_that_is_none_ends_with_a_message(
@@ -82,11 +82,11 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     assert refused(2, *build, "--precision", "fp8", "--target", "tensorrt-rtx").startswith(
         "precision fp8: expected --sm"
     )
-    for option in ("--calib-data", "--plan"):
+    for option in ("--calib-data", "--like"):
         missing = refused(2, *build, "--precision", "int8", option, tmp_path / "none")
         assert missing == f"{option} {tmp_path / 'none'}: found no folder of this name"
-    both = ("--plan", tmp_path, "--exclude", "blocks.0.mlp.fc1")
-    assert refused(2, *build, "--precision", "int8", *both).startswith("--plan and --exclude: expected one of them")
+    both = ("--like", tmp_path, "--exclude", "blocks.0.mlp.fc1")
+    assert refused(2, *build, "--precision", "int8", *both).startswith("--like and --exclude: expected one of them")
     near = refused(2, *build, "--precision", "int8", *LEAST, "--exclude", "blocks.0.mlp.fc")
     assert "near: blocks.0.mlp.fc" in near
     assert "found those of another" in refused(6, *build, "--precision", "int8", "--calibration", tiny_ranges)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sg_export.compiler import compile
-from sg_export.options import CompileOptions
-from sg_export.step_cost import step_costs, step_table
+from sg_export.cost.step import step_costs, step_table
+from sg_export.options.compile import CompileOptions
 from sg_runtime.bundle import Bundle
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sg_export import two_pass
 from sg_export.loading import load_model, load_weak
+from sg_export.parity import two_pass
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import levels
 from sg_runtime.manifest import GuidancePlan, Level

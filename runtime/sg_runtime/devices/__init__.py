@@ -1,0 +1,1 @@
+"""Memory and GPUs: NumPy, the CUDA driver, DLPack."""

@@ -1,0 +1,228 @@
+"""The memory of an NVIDIA GPU and the stream of one run, by the CUDA driver.
+
+The driver's names and signatures are those of cuda-bindings, which a test checks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from sg_runtime.devices import dlpack
+from sg_runtime.devices.gpus import call, load_driver
+from sg_runtime.errors import DeviceMemoryError, UsageError
+
+Indices = NDArray[np.int64]
+
+_DEFAULT_STREAMS = (0, 1, 2)
+"""Handles of CUDA's default streams: 0 and 1 are the process's, 2 is the calling thread's."""
+
+
+class CudaArray:
+    """A C-contiguous array on a GPU; see `memory.DeviceArray`. Speaks DLPack and the CUDA array interface."""
+
+    def __init__(self, address: int, shape: Sequence[int], dtype: DTypeLike, device: int, owner: object) -> None:
+        """owner: an object that keeps the memory while it lives."""
+        self.address = address
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.device = device
+        self.owner = owner
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __getitem__(self, index: int | slice) -> "CudaArray":
+        inner = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.shape[0])
+            if step != 1:
+                raise IndexError(f"expected a slice with step 1, found {step}")
+            shape: tuple[int, ...] = (max(stop - start, 0), *self.shape[1:])
+        else:
+            start, shape = range(self.shape[0])[index], self.shape[1:]
+        return CudaArray(self.address + start * inner, shape, self.dtype, self.device, self.owner)
+
+    def reshape(self, shape: Sequence[int]) -> "CudaArray":
+        """The same values in another shape of as many."""
+        if np.prod(shape, dtype=np.int64) != np.prod(self.shape, dtype=np.int64):
+            raise ValueError(f"expected a shape of as many values as {self.shape}, found {tuple(shape)}")
+        return CudaArray(self.address, shape, self.dtype, self.device, self.owner)
+
+    def __dlpack__(self, *, stream: Any = None, **_: Any) -> object:
+        """A capsule; the values are there, as what makes such an array waits for them."""
+        return dlpack.export(self.address, self.shape, self.dtype, self.__dlpack_device__(), self.owner)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, self.device
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        pointer = (self.address, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": pointer, "strides": None, "version": 3}
+
+
+class CudaMemory:
+    """The memory of GPU `number`, in the order of one stream: a new one, or the caller's.
+
+    A default stream of CUDA is replaced by a new one: ONNX Runtime takes the handle 0 for "no stream given" and runs in
+    a stream of its own, and no default stream can be captured. Nothing is lost by that: DLPack orders what comes in
+    after the caller's work, and a run waits for its results.
+    """
+
+    def __init__(self, number: int = 0, stream: object | None = None) -> None:
+        """stream: its handle as an int, or an object with `__cuda_stream__` or `cuda_stream`; see `stream_handle`."""
+        self.driver = load_driver()
+        self.device = f"cuda:{number}"
+        self._number = number
+        self._context = use_gpu(number)
+        self._given = stream  # kept: libraries destroy a stream with its object
+        self.stream = 0 if stream is None else stream_handle(stream)
+        if self.stream in _DEFAULT_STREAMS:
+            flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self.stream = int(call(self.driver, "cuStreamCreate", flags))
+
+    def enter(self) -> None:
+        """Make this GPU the one of the calling thread."""
+        call(self.driver, "cuCtxSetCurrent", self._context)
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> CudaArray:
+        wanted = np.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * wanted.itemsize
+        try:
+            allocation = _Allocation(self.driver, self._context, size)
+        except DeviceMemoryError as error:
+            free = self.free_bytes() / 1e6
+            raise DeviceMemoryError(
+                f"{self.device}: {size / 1e6:,.0f} MB do not fit into {free:,.0f}: {error}"
+            ) from None
+        return CudaArray(allocation.address, shape, wanted, self._number, allocation)
+
+    def upload(self, source: NDArray[Any], target: Any) -> None:
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise ValueError(f"expected {target.dtype} of {target.shape}, found {source.dtype} of {source.shape}")
+        data = np.asarray(source, order="C")
+        call(self.driver, "cuMemcpyHtoDAsync", target.address, data.ctypes.data, data.nbytes, self.stream)
+
+    def copy(self, source: Any, target: Any) -> None:
+        call(self.driver, "cuMemcpyDtoDAsync", target.address, source.address, source.nbytes, self.stream)
+
+    def take(self, source: Any, rows: Indices, target: Any) -> None:
+        if source.shape == target.shape and np.array_equal(rows, np.arange(len(rows))):
+            self.copy(source, target)
+            return
+        for image, row in enumerate(rows.tolist()):
+            self.copy(source[row], target[image])
+
+    def download(self, source: Any) -> NDArray[Any]:
+        target = np.empty(source.shape, source.dtype)
+        call(self.driver, "cuMemcpyDtoHAsync", target.ctypes.data, source.address, source.nbytes, self.stream)
+        self.wait()
+        return target
+
+    def hold(self, array: Any) -> CudaArray:
+        if isinstance(array, CudaArray) and array.device == self._number:
+            return array
+        if isinstance(array, np.ndarray):
+            copy = self.empty(array.shape, array.dtype)
+            self.upload(array, copy)
+            return copy
+        kind = type(array).__name__
+        if not hasattr(array, "__dlpack__"):
+            raise UsageError(f"expected an array that speaks DLPack, found {kind}")
+        device = tuple(map(int, array.__dlpack_device__()))
+        if device != (dlpack.CUDA, self._number):
+            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} on DLPack's device {device}")
+        try:
+            found = dlpack.view(array, self.stream)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(f"expected an array that DLPack can hand on, found {kind} ({error})") from None
+        if not found.contiguous:
+            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} with gaps")
+        return CudaArray(found.address, found.shape, found.dtype, self._number, found.owner)
+
+    def address(self, array: Any) -> int:
+        return int(array.address)
+
+    def free_bytes(self) -> int:
+        """What the driver says is free."""
+        free, _ = call(self.driver, "cuMemGetInfo")
+        return int(free)
+
+    def wait(self) -> None:
+        call(self.driver, "cuStreamSynchronize", self.stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` puts into the stream, as a CUDA graph: calling it puts all of that there at once."""
+        driver = self.driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call(driver, "cuStreamBeginCapture", self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            status, *graphs = driver.cuStreamEndCapture(self.stream)
+            if status == driver.CUresult.CUDA_SUCCESS:
+                driver.cuGraphDestroy(*graphs)
+            raise
+        graph = call(driver, "cuStreamEndCapture", self.stream)
+        captured = _Captured(driver, graph)
+        return lambda: call(driver, "cuGraphLaunch", captured.executable, self.stream)
+
+
+class _Allocation:
+    """Memory that is given back with its last view."""
+
+    def __init__(self, driver: Any, context: Any, size: int) -> None:
+        self._driver, self._context = driver, context
+        self._pointer = call(driver, "cuMemAlloc", max(size, 1))
+        self.address = int(self._pointer)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pointer"):
+            self._driver.cuCtxPushCurrent(self._context)
+            self._driver.cuMemFree(self._pointer)  # waits for the work that uses it
+            self._driver.cuCtxPopCurrent()
+
+
+class _Captured:
+    """An executable CUDA graph, which goes with its last user."""
+
+    def __init__(self, driver: Any, graph: Any) -> None:
+        self._driver = driver
+        try:
+            self.executable = call(driver, "cuGraphInstantiate", graph, 0)
+        finally:
+            driver.cuGraphDestroy(graph)
+
+    def __del__(self) -> None:
+        if hasattr(self, "executable"):
+            self._driver.cuGraphExecDestroy(self.executable)
+
+
+def use_gpu(number: int) -> Any:
+    """Make GPU `number` the one of the calling thread, and return its primary context."""
+    driver = load_driver()
+    context = call(driver, "cuDevicePrimaryCtxRetain", call(driver, "cuDeviceGet", number))
+    call(driver, "cuCtxSetCurrent", context)
+    return context
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a CUDA stream: an int, or what `__cuda_stream__` (cuda.core, CuPy) or `cuda_stream` (torch) says.
+
+    Raises UsageError for anything else.
+    """
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        found = stream.__cuda_stream__
+        return int((found() if callable(found) else found)[1])
+    if hasattr(stream, "cuda_stream"):
+        return int(stream.cuda_stream)
+    raise UsageError(
+        f"stream: expected a CUDA stream: a handle, or an object with __cuda_stream__ or cuda_stream; "
+        f"found {type(stream).__name__}"
+    )

@@ -1,0 +1,1 @@
+"""One run: what is prepared, the launches of graphs, buffers, lanes, sampling."""

@@ -1,0 +1,130 @@
+"""The lanes of a backend, shared by threads: each has one to itself for a run, with the buffers of the runs before."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sg_runtime.backends.base import Backend, Lane
+from sg_runtime.errors import DeviceError, DeviceMemoryError, UsageError
+from sg_runtime.manifest import Manifest
+from sg_runtime.run.workspace import Workspace, largest, run_bytes
+
+WORKSPACES = 2
+"""Most workspaces that an idle lane keeps."""
+
+
+class LanePool:
+    """Lanes, made as they are needed, as many as the backend can have."""
+
+    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+        self._manifest, self._backend = manifest, backend
+        self._idle: list[LaneState] = []
+        self._places = None if backend.lanes is None else threading.BoundedSemaphore(backend.lanes)
+        self._lock = threading.Lock()
+        self._lost: str | None = None
+
+    @contextmanager
+    def lease(self) -> Iterator["LaneState"]:
+        """A lane that no other thread has; waits where the backend can have no more.
+
+        After an error it starts afresh. Raises DeviceError from then on where the device did not live through it.
+        """
+        if self._places is not None:
+            self._places.acquire()
+        try:
+            if self._lost is not None:
+                raise DeviceError(self._lost)
+            with self._lock:
+                worker = self._idle.pop() if self._idle else None
+            worker = worker or LaneState(self._manifest, self._backend.lane(), self._backend.batches)
+            worker.lane.enter()
+            try:
+                yield worker
+            except UsageError:
+                raise  # before any work
+            except BaseException as error:
+                worker.release()
+                self._check_device(worker.lane, error)
+                raise
+            finally:
+                with self._lock:
+                    self._idle.append(worker)
+        finally:
+            if self._places is not None:
+                self._places.release()
+
+    def release(self) -> None:
+        """Give back the buffers of all idle lanes."""
+        with self._lock:
+            for worker in self._idle:
+                worker.release()
+
+    def _check_device(self, lane: Lane, cause: BaseException) -> None:
+        """Raise DeviceError, now and for every later lease, where the device no longer answers."""
+        try:
+            lane.memory.wait()
+        except DeviceError as error:
+            self._lost = (
+                f"{lane.memory.device}: the device was lost and this pipeline with it: start the process again "
+                f"({error}; it came after: {cause})"
+            )
+            raise DeviceError(self._lost) from cause
+
+
+class LaneState:
+    """A lane and its workspaces, the last that were used."""
+
+    def __init__(self, manifest: Manifest, lane: Lane, batches: tuple[int, ...] | None) -> None:
+        self.lane = lane
+        self._manifest, self._batches = manifest, batches
+        self._workspaces: OrderedDict[tuple[int, int, bool], Workspace] = OrderedDict()
+
+    def workspace(self, batch: int, evaluations: int, separate: bool) -> Workspace:
+        """The workspace of these sizes.
+
+        Raises DeviceMemoryError where what it needs is not free, with what would fit.
+        """
+        key = (batch, evaluations, separate)
+        if key not in self._workspaces:
+            needed, free = run_bytes(self._manifest, *key), self.lane.memory.free_bytes()
+            if free is not None and needed > free:
+                self.release()
+                free = self.lane.memory.free_bytes()
+            if free is not None and needed > free:
+                raise DeviceMemoryError(
+                    f"{self.lane.memory.device}: runs of {batch} images with the conditioning of {evaluations} "
+                    f"evaluations at a time need {needed / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free; "
+                    f"{fitting(self._manifest, self._batches, batch, evaluations, separate, free)}"
+                )
+            self._workspaces[key] = Workspace(self.lane, self._manifest, *key)
+        self._workspaces.move_to_end(key)
+        while len(self._workspaces) > WORKSPACES:
+            self._workspaces.popitem(last=False)
+        return self._workspaces[key]
+
+    def release(self) -> None:
+        """Give back all buffers."""
+        self._workspaces.clear()
+
+
+def fitting(
+    manifest: Manifest, batches: tuple[int, ...] | None, batch: int, evaluations: int, separate: bool, free: int
+) -> str:
+    """What to ask for so that a run needs at most `free` bytes: fewer evaluations at a time, else fewer images.
+
+    batches: the image counts that there are, None for any.
+    """
+    chunk = largest(lambda size: run_bytes(manifest, batch, size, separate) <= free, evaluations)
+    if chunk:
+        return f"Pipeline.load(…, chunk={chunk}) would fit"
+
+    def fits(images: int) -> bool:
+        return run_bytes(manifest, images, 1, separate) <= free
+
+    images = largest(fits, batch)
+    if batches is not None:
+        images = max((size for size in batches if size < batch and fits(size)), default=0)
+    if images:
+        return f"Pipeline.load(…, batch={images}, chunk=1) would fit"
+    return "free some memory, or build for fewer images" if batches else "not even one image fits: free some memory"

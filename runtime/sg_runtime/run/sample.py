@@ -1,0 +1,100 @@
+"""Whole runs: from noise to samples, the conditioning computed piece by piece as memory allows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sg_runtime import philox
+from sg_runtime.bundle import Bundle
+from sg_runtime.devices.memory import DeviceArray
+from sg_runtime.errors import DeviceMemoryError, NonFiniteError
+from sg_runtime.manifest import GuidancePlan, Manifest
+from sg_runtime.run.lanes import LaneState
+from sg_runtime.run.launches import GraphRunner
+from sg_runtime.run.prepared import prepare
+from sg_runtime.run.workspace import largest, run_bytes
+from sg_runtime.sampling import Update
+
+Array = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+CHUNK_BYTES = 256 << 20
+"""What the conditioning that is held at a time may take where no number of evaluations is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How to sample: guidance, the updates of `steps` steps from the time `start` on, and what `Pipeline` was told.
+
+    chunk: evaluations whose conditioning is held at a time, None for what CHUNK_BYTES hold.
+    """
+
+    guidance: GuidancePlan
+    start: float
+    updates: tuple[Update, ...]
+    steps: int
+    fused: bool
+    chunk: int | None
+
+
+def sample_group(
+    manifest: Manifest,
+    worker: LaneState,
+    runner: GraphRunner,
+    run: Run,
+    labels: Indices,
+    seeds: Sequence[int],
+    done: Callable[[], None],
+) -> DeviceArray:
+    """Sample one engine batch into a buffer that the next run writes into.
+
+    done: called when an evaluation has been asked for. Raises DeviceMemoryError with what would fit.
+    """
+    separate = run.guidance.null_weak or run.guidance.weak_network == "weak"
+    size = _chunk(manifest, run, len(labels), separate)
+    workspace = worker.workspace(len(labels), size, separate)
+    workspace.start(np.float32(run.start) * noise(manifest, seeds, philox.INITIAL_NOISE))
+    try:
+        for first in range(0, len(run.updates), size):
+            part = run.updates[first : first + size]
+            counters = [(update.step, update.evaluation) for update in part]
+            times = [update.time for update in part]
+            plan = prepare(
+                manifest, runner.condition, run.guidance, times, labels, seeds, counters, last_step=run.steps - 1
+            )
+            workspace.advance(plan, part, done, lambda step: noise(manifest, seeds, philox.CHURN, step), run.fused)
+            del plan  # before the next is made
+    except DeviceMemoryError as error:
+        smaller = [size for size in runner.batches or (len(labels) // 2,) if 0 < size < len(labels)]
+        remedy = f"try Pipeline.load(…, batch={max(smaller)})" if smaller else "free some memory"
+        raise DeviceMemoryError(f"{error}; runs of {len(labels)} images do not fit here: {remedy}") from error
+    return workspace.state
+
+
+def noise(manifest: Manifest, seeds: Sequence[int], purpose: int, step: int = 0) -> Array:
+    """Standard normal numbers like the state of one image for each seed, (B, C, H, W) float32."""
+    model = manifest.model
+    shape = (model.channels, model.image_size, model.image_size)
+    return np.stack([philox.normal(seed, purpose, shape, step=step) for seed in seeds])
+
+
+def check_finite(samples: Array, bundle: Bundle, backend: str) -> None:
+    """Raise NonFiniteError where a sample is no number."""
+    bad = [image for image, sample in enumerate(samples) if not np.isfinite(sample).all()]
+    if bad:
+        precision = bundle.manifest.precision_name
+        remedy = "lower the scale" if precision == "fp32" else "lower the scale, or build with bf16 or fp32"
+        raise NonFiniteError(
+            f"{bundle.path}: {backend} in {precision}: expected finite samples, found NaN or infinity in {len(bad)} of "
+            f"{len(samples)} (images {', '.join(map(str, bad[:8]))}{', …' * (len(bad) > 8)}); {remedy}, or find the "
+            f"cause by sg-export verify"
+        )
+
+
+def _chunk(manifest: Manifest, run: Run, batch: int, separate: bool) -> int:
+    """Evaluations whose conditioning is held at a time."""
+    if run.chunk is not None:
+        return min(run.chunk, len(run.updates))
+    return largest(lambda size: run_bytes(manifest, batch, size, separate) <= CHUNK_BYTES, len(run.updates)) or 1

@@ -1,0 +1,1 @@
+"""What graphs and steps cost, counted from the graphs."""

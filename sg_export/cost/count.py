@@ -1,0 +1,102 @@
+"""What a graph costs, counted from the graph itself."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+import sympy
+
+from sg_export.graph.half import PRODUCTS, weight_of, weighted_products
+from sg_runtime.manifest import Cost
+
+Dimension = int | ir.SymbolicDim
+
+
+def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
+    """Multiply-adds, weight bytes read and peak of activations for one image, or for one row of `condition`.
+
+    Linear: MatMul, Gemm and Conv with a weight. Attention: MatMul of two computed tensors. A fixed batch divides out;
+    a symbolic size counts as `sizes` says, one that is not there as 1. A weight's bytes count once for every node that
+    takes it.
+    """
+    size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
+    linear = attention = 0
+    batch = _shape(graph.inputs[0])[0]
+    for node in graph:
+        if node.op_type not in PRODUCTS:
+            continue
+        macs = _macs(node, size_of)
+        if weight_of(node) is not None:
+            linear += macs
+        else:
+            attention += macs
+    weights = sum(
+        value.const_value.nbytes * len(value.uses())
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    images = batch if isinstance(batch, int) else 1
+    return Cost(linear // images, attention // images, weights, _activation_peak(graph, size_of) // images)
+
+
+def layer_macs(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Multiply-adds of each product with a weight, by the weight's name in the checkpoint, for one image or row."""
+    size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
+    batch, found = _shape(graph.inputs[0])[0], {}
+    images = batch if isinstance(batch, int) else 1
+    for name, node in weighted_products(graph):
+        found[name] = _macs(node, size_of) // images
+    return found
+
+
+def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> int:
+    """The most bytes of inputs and computed tensors that live at once when the nodes run in order."""
+    last_use = {value: index for index, node in enumerate(graph) for value in node.inputs if value is not None}
+    end = len(graph)
+    last_use |= dict.fromkeys(graph.outputs, end)
+    live = {value: _bytes(value, size_of) for value in graph.inputs}
+    peak = sum(live.values())
+    for index, node in enumerate(graph):
+        live |= {output: _bytes(output, size_of) for output in node.outputs}
+        peak = max(peak, sum(live.values()))
+        for value in (*node.inputs, *node.outputs):
+            if value in live and last_use.get(value, index) <= index:
+                del live[value]
+    return peak
+
+
+def _macs(node: ir.Node, size_of: Callable[[Dimension], int]) -> int:
+    """Multiply-adds of a product: output values, times how many products make up one."""
+    right = node.inputs[1]
+    assert right is not None
+    shape = _shape(right)
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    reduced = math.prod(map(size_of, shape[1:] if node.op_type == "Conv" or transposed else shape[-2:-1]))
+    return _elements(node.outputs[0], size_of) * reduced
+
+
+def _bytes(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:
+    assert value.dtype is not None
+    return math.ceil(_elements(value, size_of) * value.dtype.itemsize)
+
+
+def _elements(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:
+    """Elements of a tensor of one image."""
+    return math.prod(map(size_of, _shape(value)))
+
+
+def _shape(value: ir.Value) -> tuple[Dimension, ...]:
+    assert value.shape is not None
+    return value.shape.dims
+
+
+@functools.cache
+def _size(dimension: Dimension, sizes: tuple[tuple[str, int], ...]) -> int:
+    """A dimension in numbers; a symbolic one may be a sum, such as K_strong + K_weak."""
+    if isinstance(dimension, int):
+        return dimension
+    text, known = dimension.value or "1", dict(sizes)
+    names = {name: sympy.Integer(known.get(name, 1)) for name in re.findall(r"[A-Za-z_]\w*", text)}
+    return int(sympy.sympify(text, locals=names))

@@ -1,0 +1,1 @@
+"""ONNX graphs: what they are, tracing, weights, types and checks."""

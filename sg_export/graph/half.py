@@ -1,0 +1,176 @@
+"""Half precision, decided in the graph: which products run in it, and where a graph goes back to FP32.
+
+A value is in half precision where it comes from a product that is, and stays so until it meets one in FP32: a gate, the
+residual stream, a LayerNorm. So attention is in half precision as a whole between the products around it, and
+modulation, residuals, guidance and update are in FP32 without being named.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
+from sg_export.models.sparse import SparseModel
+from sg_runtime.errors import ExportError
+from sg_runtime.manifest import HalfPrecision, Precision
+
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""Operators that take a weight as their second input."""
+
+STATISTICS = ("LayerNormalization", "RMSNormalization")
+"""Operators that sum squares."""
+
+HALF: Mapping[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+"""The types by the names that users give them."""
+
+_FP32 = ir.DataType.FLOAT
+_SUFFIX = {_FP32: "fp32"} | {dtype: name for name, dtype in HALF.items()}
+_NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+
+
+def fp32_layers(model: SparseModel, precision: Precision, *, half_only: bool = False) -> tuple[str, ...]:
+    """The modules whose products stay in FP32 in a graph of this precision.
+
+    The embedders and the head; in BF16 the layer right after the route, too, where kept tokens meet those that were
+    left out. `benchmarks/precision_policies.py` measured what each is worth. half_only: none, for GPUs without FP32
+    products.
+    """
+    if precision == "fp32" or half_only:
+        return ()
+    after = model.route.end + 1
+    if precision == "fp16" or after == model.network.layers:
+        return EMBEDDERS_AND_HEAD
+    return (*EMBEDDERS_AND_HEAD, model.network.layer_name(after))
+
+
+def belongs(weight: str, layers: Iterable[str]) -> bool:
+    """Whether a weight, by its name in the checkpoint, is one of these modules'."""
+    return any(weight.startswith(f"{layer}.") for layer in layers)
+
+
+def weighted_products(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """The matrix products and convolutions with a weight, and its name in the checkpoint."""
+    for node in graph:
+        if (weight := weight_of(node)) is not None:
+            yield str(weight.name).removesuffix("_quantized").removesuffix(".T"), node
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The initializer that a product takes as its weight, be it through a DequantizeLinear; else None."""
+    weight = node.inputs[1] if node.op_type in PRODUCTS else None
+    if weight is not None and (source := weight.producer()) is not None and source.op_type == "DequantizeLinear":
+        weight = source.inputs[0]
+    return weight if weight is not None and weight.is_initializer() else None
+
+
+def to_half(
+    graph: ir.Graph,
+    precision: HalfPrecision,
+    fp32_layers: Iterable[str],
+    fp32_operators: Iterable[str] = STATISTICS,
+) -> None:
+    """Type a graph in half precision, in place, but for the products of `fp32_layers`, and `fp32_operators`.
+
+    fp32_layers: modules by the names that their weights begin with. Inputs and outputs of the graph keep their types.
+    Weights become half precision when they are read, which raises ExportError for one that is out of range.
+    """
+    half, layers = HALF[precision], tuple(fp32_layers)
+    weighted = {node: name for name, node in weighted_products(graph)}
+    copies: dict[ir.Value, ir.Value] = {}
+
+    def typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The value in the other type, made once."""
+        if value not in copies:
+            copies[value] = _constant(value, dtype) if value.is_initializer() else cast(graph, value, dtype)
+        return copies[value]
+
+    for node in list(graph):
+        floats = {i: value for i, value in enumerate(node.inputs) if value is not None and value.dtype in (_FP32, half)}
+        computed = [value for value in floats.values() if not value.is_initializer()]
+        if node.op_type == "DequantizeLinear":  # as what it feeds
+            products = [use.node for use in node.outputs[0].uses()]
+            wanted = _FP32 if any(belongs(weighted[product], layers) for product in products) else half
+        elif node in weighted:
+            wanted = _FP32 if belongs(weighted[node], layers) else half
+        elif node.op_type in ("Cast", *fp32_operators) or not all(value.dtype == half for value in computed):
+            wanted = _FP32
+        else:
+            wanted = half if computed else _FP32
+        for index, value in floats.items():
+            if value.dtype != wanted:
+                node.replace_input_with(index, typed(value, wanted))
+        if wanted == half:
+            for output in node.outputs:
+                if output.dtype == _FP32:
+                    output.type = ir.TensorType(half)
+    for index, output in enumerate(graph.outputs):
+        if output.dtype == half:
+            graph.outputs[index] = typed(output, _FP32)
+            graph.outputs[index].name, output.name = output.name, f"{output.name}.{precision}"
+    for value, copy in copies.items():
+        if value.is_initializer():
+            if value.uses():
+                copy.name = f"{value.name}.{precision}"
+            else:
+                graph.initializers.pop(str(value.name))
+            graph.register_initializer(copy)
+
+
+def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) -> None:
+    """Raise ExportError unless the products with a weight in the graph at `path` have the types that were asked for.
+
+    The file is read anew, and the types of computed values are inferred by ONNX.
+    """
+    wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph
+    for weight, node in weighted_products(graph):
+        expected = _FP32 if belongs(weight, layers) else wanted
+        found = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+        if found != {expected}:
+            names = ", ".join(sorted(str(dtype) for dtype in found))
+            raise ExportError(
+                f"graph {path.name}: node {node.name}: expected {expected}, found {names}; please report this with the "
+                f"versions that sg-export doctor prints"
+            )
+
+
+def half_attentions(graph: ir.Graph) -> int:
+    """Attentions whose products are in half precision: those for which a backend can have a fused kernel."""
+    return sum(node.op_type == "Softmax" and node.outputs[0].dtype in _NUMPY for node in graph)
+
+
+def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """An initializer of the same name and content in `dtype`, converted when it is read."""
+    tensor = value.const_value
+    assert tensor is not None
+
+    def converted() -> ir.TensorProtocol:
+        with np.errstate(over="ignore"):
+            array: NDArray[np.generic] = tensor.numpy().astype(_NUMPY[dtype])
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"{value.name}: expected weights that {dtype.name.lower()} holds, found up to "
+                f"{float(np.abs(tensor.numpy()).max()):g}; build with --precision bf16 or fp32"
+            )
+        return ir.tensor(array, dtype=dtype)
+
+    lazy = ir.LazyTensor(converted, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name))
+    return ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(dtype), const_value=lazy)
+
+
+def cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A computed value of `graph`, or one of its inputs, in another type, by a new node right after its own."""
+    node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}.{_SUFFIX[dtype]}")
+    output = node.outputs[0]
+    output.name, output.type, output.shape = node.name, ir.TensorType(dtype), value.shape
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
+    return output

@@ -1,0 +1,317 @@
+"""From a PyTorch module to ONNX graphs that name their weights as the checkpoint does.
+
+All graphs of a network are exported as one program, in which each kind of layer is traced once for every form in which
+branches meet it; `sg_export.graph.stamp` copies it to all layers of that form.
+
+Weights are hidden from the exporter's optimizer, so none is folded into a constant: the graphs of one model share all
+of them, and a model on PyTorch's meta device can be traced without any.
+"""
+
+import ast
+import itertools
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import opset20 as op
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from sg_export.graph import spec as graphs
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.stamp import DOMAIN, MODULE, Program, assemble
+from sg_export.models.branches import Branches
+from sg_export.models.sparse import SparseModel
+from sg_runtime.errors import ExportError
+from sg_runtime.manifest import ModelFacts, TensorFacts
+
+DEFAULT_OPSET = 20
+OPSETS = (20, 21, 22)
+"""From 20 on Gelu is one operator; from 23 on PyTorch emits an Attention that not every backend builds in FP32."""
+_MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
+_WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
+_TRANSPOSED = ".T"
+_TRACED_SIZES = {"B": 2, "S": 3, "K": 2, "K_strong": 3, "K_weak": 2}
+"""Sizes of the symbolic dimensions while tracing: not 0 or 1, which PyTorch would take for constants."""
+
+
+def trace(
+    model: SparseModel,
+    specs: Sequence[GraphSpec],
+    facts: ModelFacts,
+    batch: int | None,
+    opset: int,
+    *,
+    symbolic_keep: bool = False,
+    each_layer: bool = False,
+) -> list[ir.Model]:
+    """Trace the graphs `specs` of `model` with the tensors of `sg_export.graph.spec`.
+
+    The initializers view the model's parameters, whose names they bear; a linear layer's weight is stored transposed,
+    as MatMul takes it, under its name with ".T" added. each_layer: trace every layer by itself, which gives the same
+    graphs and takes longer. Raises ExportError where PyTorch cannot export the model.
+    """
+    names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
+    inputs = [graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    outputs = [graphs.outputs(spec, facts, batch) for spec in specs]
+    exported, layers = _export(model, specs, names, inputs, facts.tokens, opset, each_layer)
+    starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
+    program = Program(
+        exported,
+        inputs=[{tensor.name: next(starts) for tensor in own} for own in inputs],
+        outputs=[{tensor.name: next(ends) for tensor in own} for own in outputs],
+        bodies=list(zip(layers, ends, strict=True)),
+        weight=lambda name: _weight(model, name),
+        layer_name=model.network.layer_name,
+        layer_modulations=model.network.layer_modulations,
+    )
+    return [_finished(assemble(program, number, name), outputs[number]) for number, name in enumerate(names)]
+
+
+def _export(
+    model: SparseModel,
+    specs: Sequence[GraphSpec],
+    names: Sequence[str],
+    inputs: Sequence[Sequence[TensorFacts]],
+    tokens: int,
+    opset: int,
+    each_layer: bool,
+) -> tuple[ir.Model, list[int]]:
+    """All graphs as one program, and the layers that were traced; see `Program`. No weight is in it."""
+    state = _State(model)
+    program = _Program(state, specs, [[tensor.name for tensor in own] for own in inputs]).eval()
+    every = list(itertools.chain.from_iterable(inputs))
+    values, dynamic = _examples(every, tokens, next(model.parameters()).device)
+    try:
+        with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
+            exported = torch.onnx.export(
+                torch.export.export(program, values, dynamic_shapes=(dynamic,)),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
+            )
+    except Exception as error:  # PyTorch's exporter raises many kinds
+        if _was_interrupt(error):
+            raise KeyboardInterrupt from None
+        at = ", ".join(name for name, spec in zip(names, specs, strict=True) if state.at in (spec, None))
+        raise ExportError(f"graph {at}: PyTorch {torch.__version__} cannot export it: {error}") from error
+    assert exported is not None
+    _optimize_around_weights(exported.model)
+    _name_dimensions(exported.model.graph, every)
+    for node in exported.model.graph:
+        node.metadata_props[MODULE] = _module(node)
+    return exported.model, state.traced
+
+
+class _State:
+    """Stands in for the layers of a network: traces one of each form as a body, and puts a node in place of each run.
+
+    A form is the kind of a layer, with the token counts and modulations of the branches that meet it. traced: the
+    layers whose bodies there are. at: the graph that is being traced; None before and after.
+    """
+
+    def __init__(self, model: SparseModel) -> None:
+        self.model = model
+        self.bodies: list[Tensor] = []
+        self.traced: list[int] = []
+        self.at: GraphSpec | None = None
+        self._forms: dict[Hashable, int] = {}
+
+    def __call__(self, layers: range, tokens: Tensor, branches: Branches) -> Tensor:
+        network, counts = self.model.network, branches.counts
+        for kind, run in itertools.groupby(layers, network.layer_kind):
+            first, *others = run
+            values = (tokens, *branches.modulations)
+            form = self._forms.setdefault((kind, *map(str, counts), len(values)), len(self._forms))
+            if form == len(self.bodies):
+                inside, *modulations = (
+                    _marker("Inside", [value], value.shape, place=place) for place, value in enumerate(values)
+                )
+                own = Branches(counts, tuple(modulations)).of(network.layer_modulations(first))
+                self.traced.append(first)
+                self.bodies.append(network.layer(first, inside, own))
+            shape = (*tokens.shape[:2], self.bodies[form].shape[2])
+            tokens = _marker("Layers", values, shape, form=form, first=first, count=1 + len(others))
+        return tokens
+
+    @contextmanager
+    def in_place_of_layers(self) -> Iterator[None]:
+        """The model runs its layers by this object."""
+        own, self.model.run_layers = self.model.run_layers, self
+        try:
+            yield
+        finally:
+            self.model.run_layers = own
+
+
+class _Program(nn.Module):
+    """All graphs as one module: their inputs in turn → their outputs in turn, then the bodies of the layers."""
+
+    def __init__(self, state: _State, specs: Sequence[GraphSpec], names: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.model = state.model
+        self._state, self._specs, self._names = state, specs, names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        rest, outputs = iter(values), list[Tensor]()
+        for spec, names in zip(self._specs, self._names, strict=True):
+            self._state.at = spec
+            outputs += graphs.compute(self.model, spec.kind, {name: next(rest) for name in names})
+        self._state.at = None
+        return (*outputs, *self._state.bodies)
+
+
+def _marker(kind: str, values: Sequence[Tensor], shape: Sequence[int | torch.SymInt], **attributes: int) -> Tensor:
+    """A node of our own in the graph; see `sg_export.graph.stamp`."""
+    name, first = f"{DOMAIN}::{kind}", values[0]
+    made = torch.onnx.ops.symbolic(name, values, {**attributes}, dtype=first.dtype, shape=shape, version=1)
+    return made if made.device == first.device else made.to(first.device)  # it is always made on the CPU
+
+
+def _examples(
+    tensors: Sequence[TensorFacts], tokens: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Values for the inputs of all graphs, and their symbolic dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
+    values = tuple(graphs.example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
+    return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(query keyᵀ / √size) value as MatMul, Softmax, MatMul: the form whose fused kernels backends look for.
+
+    PyTorch's own translation reads the shape of the keys at run time, which hides the pattern. The query is scaled,
+    not the product, which keeps half-precision products in range.
+    """
+    if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
+        raise ExportError("attention: expected the plain form of scaled_dot_product_attention")
+    size = query.shape[-1]
+    factor = op.Constant(value_float=size**-0.5)
+    scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _optimize_around_weights(model: ir.Model) -> None:
+    """Optimize with the weights as values that nothing is known of; transposed ones become values by that name."""
+    graph = model.graph
+    weights: list[ir.Value] = []
+    for name, initializer in list(graph.initializers.items()):
+        if name.startswith(_WEIGHT_PREFIX):
+            initializer.const_value = None
+            del graph.initializers[name]
+            weights.append(initializer)
+    graph.inputs.extend(weights)
+    optimizer.optimize_ir(model)
+    for weight in weights:
+        graph.inputs.remove(weight)
+        weight.name = str(weight.name).removeprefix(_WEIGHT_PREFIX)
+        transposed = ir.Value(name=f"{weight.name}{_TRANSPOSED}")
+        for node in [use.node for use in weight.uses() if use.node.op_type == "Transpose"]:
+            node.outputs[0].replace_all_uses_with(transposed)
+            graph.remove(node, safe=True)
+
+
+def _weight(model: SparseModel, name: str) -> ir.Value:
+    """A parameter or buffer of the network as an initializer; with ".T" after its name transposed, when it is read."""
+    tensor = ir.tensor_adapters.TorchTensor(_tensor(model, name.removesuffix(_TRANSPOSED)))
+    made: ir.TensorProtocol = tensor
+    shape = ir.Shape(tensor.shape.numpy())
+    if name.endswith(_TRANSPOSED):
+        shape = ir.Shape(reversed(tensor.shape.numpy()))
+        made = ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=made)
+
+
+def _tensor(model: SparseModel, name: str) -> Tensor:
+    module, _, own = f"{_NETWORK_PREFIX}{name}".rpartition(".")
+    found: Tensor = getattr(model.get_submodule(module), own)
+    return found.detach()
+
+
+def _module(node: ir.Node) -> str:
+    """The module that a node comes from, by its name in the network."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    module = f"{scopes[-2]}." if len(scopes) > 1 else "."
+    return module.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip(".")
+
+
+def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
+    """The model of a graph, with names of nodes and the shapes of its outputs.
+
+    A node is called by its module and what it does, as blocks.3.attn/Softmax: backends and Polygraphy report names.
+    """
+    used: Counter[str] = Counter()
+    for node in model.graph:
+        name = f"{node.metadata_props[MODULE]}/{node.op_type}"
+        node.name = f"{name}_{used[name]}" if used[name] else name
+        used[name] += 1
+    for value, facts in zip(model.graph.outputs, outputs, strict=True):
+        value.shape = ir.Shape(facts.shape)
+    passes.ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
+    """Give the tracer's symbolic dimensions the names of the graphs' tensors, everywhere, in sums too."""
+    names: dict[str, str] = {}
+    for value, facts in zip(graph.inputs, inputs, strict=True):
+        assert value.shape is not None
+        for dim, wanted in zip(value.shape, facts.shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(wanted, str):
+                names[str(dim.value)] = wanted
+
+    def named(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int):
+            return dim
+        name = dim.value and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
+        return name and " + ".join(sorted(name.split(" + ")))  # PyTorch's order depends on the program
+
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([named(dim) for dim in value.shape])
+
+
+def _was_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came as PyTorch read an argument, which it then tells as the text of a TypeError."""
+    while error is not None:
+        if "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warnings on its own deprecated parts, and on torchvision, which is not needed.
+
+    And without its log of an exception, which the one who catches that tells.
+    """
+    wanted = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    levels = {name: logging.getLogger(name).level for name in wanted}
+    for name, level in wanted.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,41 @@
+"""One file of weights for all graphs of a bundle."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sg_runtime.errors import ExportError
+
+
+def write_graphs(
+    models: Iterable[ir.Model], folder: Path, weights_file: str, external_min_bytes: int = 1024
+) -> list[Path]:
+    """Write each model to `folder` as NAME.onnx, with the initializers of all in one `weights_file` beside them.
+
+    Initializers of one name must be the same tensor in every graph, as `trace` makes them; each is written once. Those
+    under `external_min_bytes` stay inside the graphs.
+    """
+    models = list(models)
+    tensors: dict[str, ir.TensorProtocol] = {}
+    values: list[ir.Value] = []
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                raise ExportError(f"graph {model.graph.name}: initializer {name} has no value")
+            if tensor.nbytes >= external_min_bytes:
+                known = tensors.setdefault(name, tensor)
+                if known.shape != tensor.shape or known.dtype != tensor.dtype:
+                    raise ExportError(f"graph {model.graph.name}: initializer {name} differs between graphs")
+                values.append(value)
+    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights_file)
+    by_name = dict(zip(tensors, external, strict=True))
+    paths = []
+    for value in values:
+        value.const_value = by_name[str(value.name)]
+    for model in models:
+        path = folder / f"{model.graph.name}.onnx"
+        ir.save(model, path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,1 @@
+"""Making a bundle: what goes into it, its folder, its engines."""

@@ -1,0 +1,212 @@
+"""Engines of a bundle's graphs: their profiles, the cache, the build, and what can be checked of the result here."""
+
+import functools
+import logging
+import mmap
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from sg_engines.cache import EngineCache, EngineKey
+from sg_engines.child import BuildFigures, build_in_child
+from sg_engines.trt import EngineRecipe, Shape, has_timing_cache
+from sg_export.graph import spec as graphs
+from sg_export.graph.spec import GraphSpec
+from sg_export.progress import Report
+from sg_runtime.backends.rtx_header import read_rtx_header
+from sg_runtime.backends.trt_check import EXTRAS, NAMES
+from sg_runtime.devices.gpus import Gpu, find_gpus
+from sg_runtime.errors import EngineError
+from sg_runtime.extras import require
+from sg_runtime.files import cache_folder, sha256_of
+from sg_runtime.manifest import EngineFacts, EngineLibrary, ModelFacts, Profile
+
+LOG = logging.getLogger("sg_export")
+
+FUSED_ATTENTION = rb"(?:#include <fmha_v2/\w+\.h>\s*)+"
+"""Where the source of a fused attention kernel begins in a plan of TensorRT-RTX, which compiles it on the GPU: once for
+each attention and profile (found in 1.7)."""
+
+CODE_BYTES = 16 << 20
+"""Kernels and tables of a profile in a plan: 4 to 9 MB for glyphs, 15 MB for XL/2 (TensorRT-RTX 1.7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What engines to build. See `CompileOptions`."""
+
+    libraries: tuple[EngineLibrary, ...]
+    batches: tuple[int, ...]
+    compute_capabilities: tuple[int, ...]
+    workspace: int | None
+    timing_cache: Path | None
+    allow_unfused: bool
+    cache: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSource:
+    """An ONNX file with symbolic batch and token counts, and the graphs that it is.
+
+    half_attentions: attentions in half precision. weight_bytes: of its weights, each once.
+    """
+
+    path: Path
+    weights: Path
+    specs: tuple[GraphSpec, ...]
+    half_attentions: int
+    weight_bytes: int
+
+
+def check_libraries(libraries: Sequence[EngineLibrary]) -> None:
+    """Raise MissingExtraError or EngineError where engines of these libraries cannot be built on this machine."""
+    for library in libraries:
+        if library == "tensorrt" and not find_gpus():
+            raise EngineError(
+                "--target tensorrt: TensorRT builds on the GPU that the engine is for, and none was found here: run "
+                "the build there, or give --target tensorrt-rtx, which builds without one, or --target onnxruntime"
+            )
+        require(library, EXTRAS[library])
+
+
+def build_engines(
+    sources: Sequence[EngineSource],
+    model: ModelFacts,
+    condition_rows: int,
+    options: EngineOptions,
+    folder: Path,
+    report: Report,
+) -> tuple[EngineFacts, ...]:
+    """Build, or take from the cache, an engine of every source and library, in `folder`.
+
+    report: called with every phase of a build, and the count of engines that are there already. Raises EngineError
+    where one cannot be built, or is not what it should be.
+    """
+    folder.mkdir(exist_ok=True)
+    cache = EngineCache(options.cache or cache_folder())
+    engines: list[EngineFacts] = []
+    total = len(options.libraries) * len(sources)
+    weights = {path: sha256_of(path) for path in {source.weights for source in sources}}
+    for library in options.libraries:
+        trt = import_module(library)
+        if options.timing_cache is not None and not has_timing_cache(trt):
+            LOG.warning("warning: --timing-cache: %s has none, it is left as it is", NAMES[library])
+        gpu = find_gpus()[0] if library == "tensorrt" else None
+        for source in sources:
+            profiles = _profiles(source, options.batches, condition_rows)
+            plan = EngineRecipe(
+                tuple(profile_shapes(profile, source.specs[0], model) for profile in profiles),
+                options.compute_capabilities,
+                options.workspace,
+                options.timing_cache if has_timing_cache(trt) else None,
+            )
+            key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
+            path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
+            if LOG.isEnabledFor(logging.INFO):  # it reads the whole engine
+                LOG.info("%s: %s", path.name, cache.explain(key))
+            report(f"building {source.path.stem}", len(engines), total)
+            figures = cache.fetch(key, path)
+            cached = figures is not None
+            if figures is None:
+                stage = f"building {source.path.stem}"
+                phases = functools.partial(_report_phase, report, stage, len(engines), total)
+                figures = build_in_child(library, source.path, plan, path, phases)
+            engines.append(_facts(source, library, trt.__version__, profiles, plan, path, figures, gpu, options))
+            if not cached:
+                cache.store(key, path, figures)
+    return tuple(engines)
+
+
+def _report_phase(report: Report, stage: str, number: int, total: int, phase: str, done: int, steps: int) -> None:
+    report(f"{stage}: {phase}", number, total, done / steps)
+
+
+def _profiles(source: EngineSource, batches: Sequence[int], condition_rows: int) -> tuple[Profile, ...]:
+    if source.specs[0].kind == "condition":
+        return (Profile(condition_rows, ()),)
+    keeps = [tuple(level.keep for level in spec.levels) for spec in source.specs]
+    return tuple(Profile(batch, keep) for batch in batches for keep in keeps)
+
+
+def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict[str, Shape]:
+    """The shape of every input that has symbolic sizes."""
+    sizes = graphs.keep_sizes(spec, profile.keep) | {"B": profile.batch, "S": profile.batch}
+    return {
+        tensor.name: tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
+        for tensor in graphs.inputs(spec, model, None, symbolic_keep=True)
+        if any(isinstance(size, str) for size in tensor.shape)
+    }
+
+
+def _key(
+    source: EngineSource, weights: str, library: EngineLibrary, version: str, plan: EngineRecipe, gpu: Gpu | None
+) -> EngineKey:
+    return EngineKey(
+        name=source.path.stem,
+        graph=sha256_of(source.path),
+        weights=weights,
+        library=library,
+        version=version,
+        profiles=plan.profiles,
+        compute_capabilities=plan.compute_capabilities,
+        workspace=plan.workspace,
+        gpu="" if gpu is None else f"{gpu.name}, {gpu.compute_capability}",
+    )
+
+
+def _facts(
+    source: EngineSource,
+    library: EngineLibrary,
+    version: str,
+    profiles: tuple[Profile, ...],
+    plan: EngineRecipe,
+    path: Path,
+    figures: BuildFigures,
+    gpu: Gpu | None,
+    options: EngineOptions,
+) -> EngineFacts:
+    """What the engine is, after it was checked as far as can be without running it."""
+    size = path.stat().st_size
+    least, most = source.weight_bytes, 1.5 * source.weight_bytes + len(profiles) * CODE_BYTES
+    if not least <= size <= most:
+        raise EngineError(
+            f"{path.name}: expected {least / 1e6:.1f} to {most / 1e6:.1f} MB for weights of {least / 1e6:.1f} MB, "
+            f"found {size / 1e6:.1f} MB: weights are missing, or held in another type; please report this"
+        )
+    targets, fused = (gpu.compute_capability,) if gpu else plan.compute_capabilities, None
+    if library == "tensorrt_rtx":
+        header = read_rtx_header(path)
+        targets = plan.compute_capabilities or header.compute_capabilities
+        if header.version != version or not set(targets) <= set(header.compute_capabilities):
+            raise EngineError(
+                f"{path.name}: expected a plan of TensorRT-RTX {version} for {targets}, found one of {header.version} "
+                f"for {header.compute_capabilities}; please report this"
+            )
+        fused, wanted = count_fused_attention(path), source.half_attentions * len(profiles)
+        if fused < wanted:
+            told = f"{path.name}: expected {wanted} fused attention kernels, a profile's attentions each, found {fused}"
+            if not options.allow_unfused:
+                raise EngineError(f"{told}: attention would be slow; build anyway with --allow-unfused")
+            LOG.warning("warning: %s", told)
+    spec = source.specs[0]
+    return EngineFacts(
+        kind=spec.kind,
+        network=spec.network,
+        null_weak=spec.null_weak,
+        file=f"engines/{path.name}",
+        library=library,
+        version=version,
+        compute_capabilities=tuple(targets),
+        profiles=profiles,
+        fused_attention=fused,
+        build_seconds=round(figures.seconds, 1),
+        build_memory_bytes=figures.memory_bytes,
+    )
+
+
+def count_fused_attention(engine: Path) -> int:
+    """Fused attention kernels named in a TensorRT-RTX plan."""
+    with engine.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return sum(1 for _ in re.finditer(FUSED_ATTENTION, content))

@@ -1,0 +1,130 @@
+"""Comparisons of a bundle with PyTorch, and how they are written."""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import polygraphy
+import torch
+from numpy.typing import NDArray
+from polygraphy.comparator import RunResults
+from polygraphy.json import save_json
+
+from sg_runtime.bundle import Bundle
+from sg_runtime.files import replacing
+from sg_runtime.manifest import GraphFacts, GuidancePlan
+
+Feed = dict[str, NDArray[Any]]
+
+RUN_IMAGES = 2
+"""Images in a comparison of graphs or runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One comparison with PyTorch. time: t of a graph run, None for a whole run.
+
+    gate: the most relative L2 allowed. least_cosine: the least cosine. None where there is no such gate. overflow: the
+    first operator of the graph that gave an infinity or a NaN, None where all is finite.
+    """
+
+    subject: str
+    output: str
+    time: float | None
+    max_abs: float
+    relative_l2: float
+    cosine: float
+    gate: float | None
+    least_cosine: float | None
+    passed: bool
+    overflow: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All comparisons of a bundle, and the Polygraphy commands that repeat them where their data was saved."""
+
+    comparisons: tuple[Comparison, ...]
+    commands: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison did."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+def compare_arrays(
+    subject: str,
+    output: str,
+    t: float | None,
+    wanted: NDArray[np.float32],
+    found: NDArray[np.float32],
+    gate: float | None,
+    least_cosine: float | None,
+) -> Comparison:
+    """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
+    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(a))
+    relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
+    cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
+    passed = np.isfinite(relative) and (gate is None or relative <= gate)
+    passed = passed and (least_cosine is None or cosine >= least_cosine)
+    most = float(np.abs(b - a).max())
+    return Comparison(subject, output, t, most, relative, cosine, gate, least_cosine, bool(passed))
+
+
+def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
+    """Write the comparisons with the versions they were made with as JSON."""
+    weak_source = bundle.manifest.weak_source
+    content = {
+        "bundle": bundle.path.name,
+        "source": asdict(bundle.manifest.source),
+        "weak_source": None if weak_source is None else asdict(weak_source),
+        "passed": parity.passed,
+        "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, polygraphy, np)},
+        "threads": {"torch": torch.get_num_threads(), "machine": os.cpu_count()},
+        "comparisons": [_finite(asdict(comparison)) for comparison in parity.comparisons],
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """None for what JSON has no number for."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in facts.items()}
+
+
+def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
+    """Leave inputs and PyTorch's results of a graph in Polygraphy's format; its commands that compare them.
+
+    Polygraphy runs ONNX files alone, and none in BF16 here.
+    """
+    inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
+    save_json(feeds, str(inputs))
+    RunResults([wanted]).save(str(outputs))
+    manifest = bundle.manifest
+    if graph.file is None or manifest.precision == "bf16":
+        return ()
+    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
+    words += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]
+    if manifest.quantization is not None:
+        least = manifest.quantization.gates.cosine
+        words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
+    else:
+        tolerance = "1e-4" if manifest.precision == "fp32" else "2e-2"
+        words += ["--atol", tolerance, "--rtol", tolerance]
+    return (shlex.join(words),)
+
+
+def rates_of(guidance: GuidancePlan) -> str:
+    """Strong and weak sparsity as a user writes them, FIRST:LAST where they change; one where both are the same."""
+    ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
+    shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
+    return "/".join(shown[:1] if guidance.mode in ("none", "cfg") else shown)

@@ -1,0 +1,77 @@
+"""Polygraphy's view of a bundle's graphs: by PyTorch, and by a backend of the runtime."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from sg_export.loading import LoadedModel
+from sg_runtime.backends import Lane
+from sg_runtime.guidance import guide
+from sg_runtime.manifest import GraphFacts
+from sg_runtime.run.launches import run_once
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
+    """Polygraphy's view of our PyTorch model as one graph of the bundle; guided runs as two whole passes."""
+
+    def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
+        super().__init__(name="pytorch", prefix="pytorch")
+        self.loaded = loaded
+        self.graph = graph
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _inputs(self.graph)
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        given = {name: torch.from_numpy(np.asarray(value)) for name, value in feed_dict.items()}
+        model = self.loaded.model
+        self.inference_time = 0.0
+        with torch.no_grad():
+            if self.graph.kind == "condition":
+                return OrderedDict(modulations=model.condition(given["t"], given["class"]).numpy())
+            scaled, modulations = given["c_in"] * given["x"], given["modulations"]
+            if self.graph.kind == "guided":
+                other = given.get("modulations_weak", modulations)
+                strong = model.predict(scaled, modulations, given.get("keep_strong"))
+                weak = model.predict(scaled, other, given.get("keep_weak"))
+                output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
+            else:
+                output = model.predict(scaled, modulations, given.get("keep"))
+            prediction = given["c_skip"] * given["x"] + given["c_out"] * output
+            following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
+        return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
+
+
+class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
+    """One graph of a bundle on a lane of a backend."""
+
+    def __init__(self, lane: Lane, name: str, graph: GraphFacts) -> None:
+        super().__init__(name=name, prefix=name)
+        self.lane = lane
+        self.graph = graph
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _inputs(self.graph)
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        memory = self.lane.memory
+        rows = len(feed_dict["t" if self.graph.kind == "condition" else "x"])
+        outputs = {
+            tensor.name: memory.empty((rows, *(int(size) for size in tensor.shape[1:])), tensor.dtype)
+            for tensor in self.graph.outputs
+        }
+        self.inference_time = 0.0
+        run_once(self.lane, self.graph, feed_dict, outputs)
+        return OrderedDict((name, memory.download(array)) for name, array in outputs.items())
+
+
+def _inputs(graph: GraphFacts) -> TensorMetadata:
+    metadata = TensorMetadata()
+    for tensor in graph.inputs:
+        metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
+    return metadata

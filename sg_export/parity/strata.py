@@ -1,0 +1,69 @@
+"""A quantized bundle beside its checkpoint in PyTorch, at every time of real guided runs, by the bundle's own gates."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sg_calibration.feeds import images_of
+from sg_calibration.settings import LEAST_STRATA
+from sg_export.loading import LoadedModel
+from sg_export.options.quantize import GATE_IMAGES
+from sg_export.parity.compare import Comparison, Feed, compare_arrays, rates_of
+from sg_export.parity.walk import Walk, by_pipeline, by_pytorch, sampled, walk
+from sg_runtime.backends import Lane
+from sg_runtime.devices.memory import DeviceArray
+from sg_runtime.guidance import guide
+from sg_runtime.manifest import GuidancePlan
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.launches import GraphRunner, launches
+
+EVERY = 3
+"""Of the evaluations of a run, one in so many is saved for Polygraphy."""
+
+
+def compare_guidance(
+    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
+) -> tuple[Walk, list[Comparison]]:
+    """A guided run of PyTorch's, and the bundle's predictions at every time of it, by the gates of its build.
+
+    Then the bundle's own run, without a gate: beside it stands how far another draw of token subsets would lead.
+    """
+    manifest = pipeline.bundle.manifest
+    assert manifest.quantization is not None
+    gates = manifest.quantization.gates
+    classes, seeds = images_of("gate", manifest.model, GATE_IMAGES)
+    own = walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA)
+    plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
+    comparisons = []
+    name = f"{guidance.mode} {rates_of(guidance)}"
+    for index, time in enumerate(own.times):
+        wanted = own.strong[index], own.weak[index]
+        found = branches(own.states[index], plan, index)
+        for branch, w, f in zip(("strong", "weak"), wanted, found, strict=True):
+            comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, None, gates.cosine))
+        both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
+        comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, None))
+    samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
+    subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
+    comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, None, None))
+    return own, comparisons
+
+
+def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:
+    """Inputs along a run of the graphs that it runs, by their names: the images of the first run of each."""
+    manifest = pipeline.bundle.manifest
+    runner = GraphRunner(manifest, lane, pipeline.batch, pipeline.backend.batches)
+    plan = pipeline.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
+    feeds: dict[str, list[Feed]] = {}
+    for index in range(0, len(own.times), EVERY):
+        x = own.states[index]
+        group = next(runner.groups(len(x)))
+        for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
+            given = runner.feeds(launch, x, x, index, group)
+            feeds.setdefault(launch.graph.name, []).append({name: _on_cpu(v, lane) for name, v in given.items()})
+    return feeds
+
+
+def _on_cpu(value: DeviceArray, lane: Lane) -> NDArray[Any]:
+    return np.asarray(value) if isinstance(value, np.ndarray | np.generic) else lane.memory.download(value)

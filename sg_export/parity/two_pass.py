@@ -1,0 +1,73 @@
+"""Sparse Guidance in PyTorch as the paper writes it, in two whole passes: the reference that others are held to."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sg_export.loading import LoadedModel
+from sg_runtime import philox
+from sg_runtime.guidance import guidance_table, guide
+from sg_runtime.manifest import GuidancePlan, Karras, Level, SamplerName
+from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
+
+
+def sample(
+    loaded: LoadedModel,
+    guidance: GuidancePlan,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    steps: int,
+    sampler: SamplerName,
+    *,
+    weak: LoadedModel | None = None,
+    levels: Sequence[Level] = (),
+    weak_levels: Sequence[Level] = (),
+    karras: Karras | None = None,
+    churn: Churn | None = None,
+) -> NDArray[np.float32]:
+    """Sample (B, C, H, W) float32 with the noise and the token subsets that the runtime draws for these seeds.
+
+    classes: indices; `num_classes` is "no class". weak: the network of the weak branch, where it is another. levels,
+    weak_levels: those that sparsities which change go by way of. karras: the noise levels of an edm model.
+    """
+    facts, times = loaded.facts, run_times(steps, karras)
+    run = updates(sampler, facts.prediction, times, churn)
+    table = guidance_table(
+        guidance, [u.time for u in run], [u.step for u in run], steps - 1, levels, weak_levels or levels
+    )
+    strong_classes = torch.tensor(classes)
+    weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.null_weak else strong_classes
+
+    def predict(
+        network: LoadedModel, x: NDArray[np.float32], labels: Tensor, level: Level, branch: int, update: Update
+    ) -> NDArray[np.float32]:
+        scaling = precondition(facts.prediction, update.time)
+        keep = None
+        if level.keep < facts.tokens:
+            at = {"step": update.step, "evaluation": update.evaluation, "branch": branch}
+            keep = torch.from_numpy(np.stack([philox.subset(s, facts.tokens, level.keep, **at) for s in seeds]))
+        state = torch.from_numpy(x)
+        with torch.no_grad():
+            output = network.model(scaling.c_in * state, torch.full((len(x),), scaling.t), labels, keep)
+        prediction: NDArray[np.float32] = (scaling.c_skip * state + scaling.c_out * output).numpy()
+        return prediction
+
+    def advance(index: int, x: NDArray[np.float32], r: NDArray[np.float32]) -> NDArray[np.float32]:
+        update, guided = run[index], table[index]
+        prediction = predict(loaded, x, strong_classes, guided.strong, philox.STRONG, update)
+        if guided.weak is not None:
+            other = predict(weak or loaded, x, weak_classes, guided.weak, philox.WEAK, update)
+            prediction = guide(prediction, other, guided.scale)
+        a, b, e = (np.float32(value) for value in (update.a, update.b, update.e))
+        following: NDArray[np.float32] = a * x + b * prediction + e * r
+        return following
+
+    def noise(purpose: int, step: int) -> NDArray[np.float32]:
+        shape = (facts.channels, facts.image_size, facts.image_size)
+        return np.stack([philox.normal(seed, purpose, shape, step=step) for seed in seeds])
+
+    start = np.float32(times[0]) * noise(philox.INITIAL_NOISE, 0)
+    return integrate(run, advance, start, lambda step: noise(philox.CHURN, step))

@@ -1,0 +1,293 @@
+"""Parity of a bundle with its checkpoint in PyTorch, by Polygraphy: every graph over time, and whole sampling runs."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
+
+from sg_export.graph import spec as graphs
+from sg_export.graph.emulate import emulated
+from sg_export.graph.overflow import first_overflow
+from sg_export.loading import LoadedModel
+from sg_export.parity import two_pass
+from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of, save_run
+from sg_export.parity.polygraphy import LaneRunner, TorchRunner
+from sg_export.parity.strata import compare_guidance, feeds_of
+from sg_export.parity.walk import sampled
+from sg_export.progress import Report, silent
+from sg_export.reload import reload_checkpoint, reload_weak
+from sg_runtime.backends import Lane
+from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_runtime.bundle import Bundle
+from sg_runtime.guidance import built_guidances, levels
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Precision, SamplerName
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.sampling import SAMPLERS, precondition, updates
+
+TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
+RUN_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ParityGates:
+    """The most relative L2 of one graph run and of a whole run, and the least cosine similarity of both."""
+
+    graph: float
+    run: float
+    cosine: float
+
+
+PARITY_GATES: Mapping[Precision, ParityGates] = {
+    "fp32": ParityGates(1e-5, 1e-4, 0.99999),
+    "fp16": ParityGates(2e-2, 2e-2, 0.9995),
+    "bf16": ParityGates(2e-2, 2e-2, 0.9995),
+}
+"""FP32: summation order alone gives about 1e-6 at the depth of XL/2, and guidance and sampling multiply the rounding of
+single runs by up to some tens. Half precision: of two images 2 % apart none can be told from the other; steps round
+independently, so that a run is no further off than one of its evaluations. The cosines follow from these with room;
+they catch a wrong sign or order at a glance."""
+
+
+def verify(
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    weak_checkpoint: str | Path | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    times: Sequence[float] = TIMES,
+    save_polygraphy: Path | None = None,
+    report: Report = silent,
+) -> Parity:
+    """Compare a bundle with its checkpoint, reloaded through the adapter.
+
+    checkpoint, weak_checkpoint: by default the reference model, or the file of that name beside the bundle or here.
+    device, backend: what runs the bundle, see `Pipeline.load`; without either the graphs run on the CPU, those in half
+    precision in FP32 with their rounding. times: in (0, 1]; an edm model is compared at the noise levels that lie as
+    far along its run. A quantized bundle is compared at all times of a guided run instead. save_polygraphy: a folder
+    for inputs and PyTorch's outputs in Polygraphy's format.
+
+    Raises CheckpointError where the checkpoint is missing or not the one that the bundle was built from, BundleError
+    for a damaged bundle.
+    """
+    opened = Bundle.open(bundle)
+    if device is None and backend is None:
+        opened.onnx(opened.manifest.condition("main"))  # raises where there are engines alone
+        pipeline = _emulated(opened)
+        lane = None
+    else:
+        pipeline = Pipeline.load(bundle, device or "auto", backend=backend, verify_hashes=False)
+        lane = pipeline.backend.lane()
+        lane.enter()
+    loaded = reload_checkpoint(opened, checkpoint)
+    sides = _Sides(pipeline, loaded, reload_weak(opened, weak_checkpoint, loaded))
+    if save_polygraphy is not None:
+        save_polygraphy.mkdir(parents=True, exist_ok=True)
+    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    if opened.manifest.quantization is not None:
+        return _compare_quantized(sides, lane or pipeline.backend.lane(), times, save_polygraphy, report)
+    return _compare(sides, lane, times, save_polygraphy, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """A bundle as it runs, and its networks in PyTorch."""
+
+    pipeline: Pipeline
+    loaded: LoadedModel
+    weak: LoadedModel | None
+
+    def network(self, graph: GraphFacts) -> LoadedModel:
+        """The one that the graph was made from."""
+        found = self.loaded if graph.network == "main" else self.weak
+        assert found is not None
+        return found
+
+
+def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: Path | None, report: Report) -> Parity:
+    """Every graph at these times, and whole runs."""
+    pipeline, bundle = sides.pipeline, sides.pipeline.bundle
+    manifest = bundle.manifest
+    singles = any(graph.kind in ("dense", "sparse") for graph in manifest.graphs)
+    runs = [
+        (guidance, sampler, fused)
+        for guidance in _guidances(manifest)
+        for sampler in SAMPLERS
+        for fused in ((True, False) if guidance.mode in ("sg", "cfg", "cfg+sg") else (False,))
+        if fused or singles
+    ]
+    stages = len(manifest.graphs) + len(runs)
+    rows = RUN_IMAGES if pipeline.backend.batches is None else pipeline.backend.batches[0]
+    comparisons: list[Comparison] = []
+    commands: list[str] = []
+    for number, graph in enumerate(manifest.graphs):
+        report(f"comparing {graph.name}", number, stages)
+        network = sides.network(graph)
+        feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
+        if lane is None:
+            runner = OnnxrtRunner(functools.partial(_open, bundle.onnx(graph), manifest.precision), "onnxruntime")
+        else:
+            runner = LaneRunner(lane, pipeline.backend.name, graph)
+        results = Comparator.run([TorchRunner(network, graph), runner], data_loader=feeds)
+        if folder is not None:
+            commands += save_run(bundle, graph, folder, feeds, results[0])
+        comparisons += _judged(bundle, graph, times, feeds, results)
+    for number, run in enumerate(runs, len(manifest.graphs)):
+        report(f"comparing {_run_name(*run)}", number, stages)
+        comparisons.append(_compare_run(pipeline, sides.loaded, sides.weak, *run))
+    return Parity(tuple(comparisons), tuple(commands))
+
+
+def _compare_quantized(
+    sides: _Sides, lane: Lane, times: Sequence[float], folder: Path | None, report: Report
+) -> Parity:
+    """Branches and guided prediction at every time of runs of PyTorch's, by the bundle's own gates, and whole runs."""
+    bundle = sides.pipeline.bundle
+    guidances = built_guidances(bundle.manifest)
+    comparisons: list[Comparison] = []
+    feeds: dict[str, list[Feed]] = {}
+    for number, guidance in enumerate(guidances):
+        report(f"comparing at every time, {guidance.mode} {rates_of(guidance)}", number, len(guidances))
+        own, compared = compare_guidance(sides.pipeline, sides.loaded, sides.weak, guidance)
+        comparisons += compared
+        if folder is not None:
+            feeds |= feeds_of(sides.pipeline, lane, own)
+    if folder is None:
+        return Parity(tuple(comparisons), ())
+    commands: list[str] = []
+    for graph in bundle.manifest.graphs:
+        network = sides.network(graph)
+        if graph.kind == "condition":
+            feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, RUN_IMAGES) for k, t in enumerate(times)]
+        if graph.name in feeds:
+            (wanted,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds[graph.name])
+            commands += save_run(bundle, graph, folder, feeds[graph.name], wanted)
+    return Parity(tuple(comparisons), tuple(commands))
+
+
+def _judged(
+    bundle: Bundle, graph: GraphFacts, times: Sequence[float], feeds: Sequence[Feed], results: RunResults
+) -> list[Comparison]:
+    """Results of the graph beside PyTorch's, the first."""
+    precision = bundle.manifest.precision
+    comparisons: list[Comparison] = []
+
+    def compare(wanted: Any, found: Any) -> OrderedDict[str, bool]:
+        number = len(comparisons) // len(graph.outputs)
+        verdicts = OrderedDict()
+        for name in (tensor.name for tensor in graph.outputs):
+            gates = PARITY_GATES[precision]
+            compared = compare_arrays(
+                graph.name, name, times[number], wanted[name], found[name], gates.graph, gates.cosine
+            )
+            finite = np.isfinite(found[name]).all()
+            if not finite and precision != "fp32" and graph.file is not None:
+                compared = replace(compared, overflow=first_overflow(bundle.onnx(graph), feeds[number]))
+            comparisons.append(compared)
+            verdicts[name] = compared.passed
+        return verdicts
+
+    Comparator.compare_accuracy(results, compare_func=compare)
+    return comparisons
+
+
+def _emulated(bundle: Bundle) -> Pipeline:
+    """The bundle on the CPU, in FP32 with the rounding of its precision."""
+    backend = OrtBackend(bundle, open_graph=functools.partial(_open, precision=bundle.manifest.precision))
+    return Pipeline(bundle, backend, bundle.manifest.batch or RUN_IMAGES)
+
+
+def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
+    """A session over a graph; one in half precision is computed in FP32 with the rounding of half precision."""
+    return open_session(path, None if precision == "fp32" else emulated(path))
+
+
+def _feed(
+    manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int, rows: int
+) -> dict[str, NDArray[Any]]:
+    """Inputs of one graph run of `rows` images, `t` along a run.
+
+    Noise, two classes (the second is "no class"), subsets, scale 2.5. The update is that of a Heun step's second half,
+    of a tenth of the run.
+    """
+    generator = torch.Generator().manual_seed(number)
+    sizes = {"B": rows, "S": manifest.condition_rows}
+    feed = {
+        tensor.name: graphs.example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs
+    }
+    classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
+    classes[1::4] = manifest.model.num_classes
+    time = _time(manifest, t)
+    scaling = precondition(manifest.model.prediction, time)
+    if graph.kind == "condition":
+        return feed | {"t": np.full(sizes["S"], scaling.t, np.float32), "class": classes[: sizes["S"]].numpy()}
+    step = updates("heun", manifest.model.prediction, (_time(manifest, t + 0.1), time, 0.0))[1]
+    scalars = {"scale": 2.5, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
+    scalars |= {"a": step.a, "b": step.b, "e": step.e}
+    feed |= {name: np.array(value, np.float32) for name, value in scalars.items() if name in feed}
+    conditions = {"modulations": classes[:rows], "modulations_weak": torch.full((rows,), manifest.model.num_classes)}
+    with torch.no_grad():
+        for name, labels in conditions.items():
+            if name in feed:
+                feed[name] = loaded.model.condition(torch.full((rows,), scaling.t), labels).numpy()
+    # A state as far from the data as the time says.
+    return feed | {name: feed[name] * np.float32(max(time, 1.0)) for name in ("x", "r")}
+
+
+def _time(manifest: Manifest, t: float) -> float:
+    """t itself, or the sigma of an edm model that lies a share `t` from the end of its run."""
+    if manifest.sampling.karras is None:
+        return t
+    low, high = manifest.sampling.karras.sigma_min, manifest.sampling.karras.sigma_max
+    rho = manifest.sampling.karras.rho
+    return float((low ** (1 / rho) + t * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
+
+
+def _guidances(manifest: Manifest) -> list[GuidancePlan]:
+    """The bundle's own plan, every other pair it has a graph for, and the strong branch alone."""
+    plan = manifest.guidance
+    alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
+    others = (*built_guidances(manifest), alone)
+    return [plan, *(other for other in others if (other.mode, rates_of(other)) != (plan.mode, rates_of(plan)))]
+
+
+def _compare_run(
+    pipeline: Pipeline,
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    guidance: GuidancePlan,
+    sampler: SamplerName,
+    fused: bool,
+) -> Comparison:
+    manifest, count = pipeline.bundle.manifest, loaded.facts.num_classes
+    classes, seeds = [k * 7 % count for k in range(RUN_IMAGES)], list(range(RUN_IMAGES))
+    wanted = two_pass.sample(
+        loaded,
+        guidance,
+        classes,
+        seeds,
+        RUN_STEPS,
+        sampler,
+        weak=weak if guidance.weak_network == "weak" else None,
+        levels=levels(manifest),
+        weak_levels=levels(manifest, guidance.weak_network),
+        karras=manifest.sampling.karras,
+    )
+    found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
+    gates, name = PARITY_GATES[manifest.precision], _run_name(guidance, sampler, fused)
+    return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
+
+
+def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
+    where = " in one graph" if fused else " in two graphs" if guidance.mode != "none" else ""
+    return f"{RUN_STEPS} {sampler} steps, {guidance.mode} {rates_of(guidance)}{where}"

@@ -1,0 +1,200 @@
+"""How close a bundle's predictions are to the reference, at every time of real guided runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sg_export.loading import LoadedModel
+from sg_runtime.errors import NonFiniteError
+from sg_runtime.guidance import guide
+from sg_runtime.manifest import FLOAT32_MAX, GuidancePlan, SamplerName, StratumQuality
+from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.prepared import PreparedBranch, PreparedRun
+from sg_runtime.sampling import integrate, precondition, run_times, updates
+
+Array = NDArray[np.float32]
+BranchPredictor = Callable[[Array, PreparedRun, int], tuple[Array, Array]]
+"""(x, plan, evaluation) → predictions of the strong and the weak branch, the strong one twice where it runs alone."""
+
+OTHER_SUBSETS = 1 << 20
+"""Added to the steps of a run, it draws other subsets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A guided Euler run of the reference, and what it predicted at every time on the way.
+
+    states: (E, B, C, H, W). strong, weak: the branches' predictions there. samples: where the run ended. mask_noise:
+    relative L2 distance to a run with other token subsets, at equal seeds; 0 without any.
+    """
+
+    guidance: GuidancePlan
+    classes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    times: tuple[float, ...]
+    states: Array
+    strong: Array
+    weak: Array
+    samples: Array
+    mask_noise: float
+
+
+def by_pipeline(pipe: Pipeline) -> BranchPredictor:
+    """The branches as a bundle computes them: the guided prediction at scales 1 and 0 is that of one."""
+
+    def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
+        ones, zeros = (replace(plan, scales=(scale,) * len(plan.scales)) for scale in (1.0, 0.0))
+        strong = pipe.guided(x, ones, index)
+        alone = plan.weak is None or plan.weak.levels[index] is None
+        return strong, strong if alone else pipe.guided(x, zeros, index)
+
+    return branches
+
+
+def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[int]) -> BranchPredictor:
+    """The branches as PyTorch computes them, for images of these classes."""
+    facts = loaded.facts
+
+    def predict(
+        network: LoadedModel, branch: PreparedBranch, labels: torch.Tensor, x: Array, plan: PreparedRun, k: int
+    ) -> Array:
+        scaling, keep = precondition(facts.prediction, plan.times[k]), branch.keep[k]
+        state = torch.from_numpy(x)
+        with torch.no_grad():
+            output = network.model(
+                scaling.c_in * state,
+                torch.full((len(x),), scaling.t),
+                labels,
+                None if keep is None else torch.from_numpy(keep),
+            )
+        found: Array = (scaling.c_skip * state + scaling.c_out * output).numpy()
+        return found
+
+    def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
+        own = torch.tensor(classes)
+        strong = predict(loaded, plan.strong, own, x, plan, index)
+        if plan.weak is None or plan.weak.levels[index] is None:
+            return strong, strong
+        null = torch.full_like(own, facts.num_classes) if plan.null_weak else own
+        return strong, predict(weak or loaded, plan.weak, null, x, plan, index)
+
+    return branches
+
+
+def walk(
+    pipe: Pipeline,
+    branches: BranchPredictor,
+    guidance: GuidancePlan,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    steps: int,
+    *,
+    noise: bool = True,
+) -> Walk:
+    """Take a guided Euler run with these branches. pipe: makes noise and subsets. noise: find the mask noise, too."""
+    manifest = pipe.bundle.manifest
+    times = run_times(steps, manifest.sampling.karras)
+    run = updates("euler", manifest.model.prediction, times)
+    states: list[Array] = []
+    found: list[tuple[Array, Array]] = []
+
+    def run_with(shift: int) -> Array:
+        counters = [(update.step + shift, update.evaluation) for update in run]
+        plan = pipe.prepare([u.time for u in run], classes, seeds, counters=counters, guidance=guidance)
+
+        def advance(index: int, x: Array, r: Array) -> Array:
+            pair = branches(x, plan, index)
+            if not shift:
+                states.append(x)
+                found.append(pair)
+            a, b, e = (np.float32(value) for value in (run[index].a, run[index].b, run[index].e))
+            return np.asarray(a * x + b * guide(*pair, guidance.scale) + e * r)
+
+        return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
+
+    samples = run_with(0)
+    sparse = max(guidance.strong.sparsity, guidance.weak.sparsity) > 0
+    other = run_with(OTHER_SUBSETS) if noise and sparse else samples
+    return Walk(
+        guidance,
+        tuple(classes),
+        tuple(seeds),
+        tuple(update.time for update in run),
+        np.stack(states),
+        np.stack([strong for strong, _ in found]),
+        np.stack([weak for _, weak in found]),
+        samples,
+        distance(other, samples),
+    )
+
+
+def judge(pipe: Pipeline, walks: Sequence[Walk], strata: Sequence[int] | None = None) -> tuple[StratumQuality, ...]:
+    """How close the pipeline's predictions are to those of the walks, at all times or those numbered `strata`."""
+    worst: dict[float, StratumQuality] = {}
+    for own in walks:
+        plan = pipe.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
+        branches = by_pipeline(pipe)
+        for index in range(len(own.times)) if strata is None else strata:
+            strong, weak = branches(own.states[index], plan, index)
+            scale = own.guidance.scale
+            wanted = guide(own.strong[index], own.weak[index], scale)
+            found = StratumQuality(
+                own.times[index],
+                cosine_similarity(strong, own.strong[index]),
+                cosine_similarity(weak, own.weak[index]),
+                distance(guide(strong, weak, scale), wanted),
+            )
+            known = worst.get(found.time, found)
+            worst[found.time] = StratumQuality(
+                found.time,
+                min(known.strong, found.strong),
+                min(known.weak, found.weak),
+                max(known.guided, found.guided),
+            )
+    return tuple(worst[time] for time in sorted(worst, reverse=True))
+
+
+def run_distance(pipe: Pipeline, walks: Sequence[Walk]) -> float:
+    """Relative L2 distance of whole runs to the walks' samples, at their seeds and subsets; the worst."""
+    return max(
+        distance(
+            sampled(pipe, own.classes, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
+            own.samples,
+        )
+        for own in walks
+    )
+
+
+def sampled(
+    pipe: Pipeline,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    sampler: SamplerName,
+    guidance: GuidancePlan,
+    fused: bool = True,
+) -> Array:
+    """What the pipeline samples, NaN where that is no number."""
+    try:
+        return pipe.sample(classes, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
+    except NonFiniteError:
+        model = pipe.bundle.manifest.model
+        return np.full((len(classes), model.channels, model.image_size, model.image_size), np.nan, np.float32)
+
+
+def distance(found: Array, wanted: Array) -> float:
+    """Relative L2, in float64; FLOAT32_MAX where something is no number."""
+    norm = float(np.linalg.norm(wanted.astype(np.float64)))
+    value = float(np.linalg.norm(found.astype(np.float64) - wanted)) / max(norm, 1e-12)
+    return value if np.isfinite(value) else FLOAT32_MAX
+
+
+def cosine_similarity(found: Array, wanted: Array) -> float:
+    """Of the angle between them, in float64; -1 where something is no number."""
+    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    value = float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12)
+    return value if np.isfinite(value) else -1.0

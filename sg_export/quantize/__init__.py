@@ -1,0 +1,1 @@
+"""INT8 and FP8: which layers, and whether the result is good enough."""

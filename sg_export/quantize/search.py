@@ -1,0 +1,340 @@
+"""INT8 and FP8: ranges from guided runs, what stays in high precision, and whether the result is good enough."""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnxruntime import InferenceSession
+
+from sg_calibration.feeds import Split, collect, given_shards, images_of, read_shard
+from sg_calibration.layers import check_names, layers_of
+from sg_calibration.qdq import quantize
+from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
+from sg_calibration.settings import LEAST_STRATA, FeedSettings
+from sg_export.cost.count import layer_macs
+from sg_export.graph.emulate import emulated
+from sg_export.graph.half import to_half
+from sg_export.graph.spec import GraphSpec, keep_sizes
+from sg_export.options.quantize import QuantizeOptions
+from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
+from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import CalibrationError, GateError, UsageError
+from sg_runtime.files import sha256_of
+from sg_runtime.guidance import built_guidances
+from sg_runtime.manifest import (
+    MANIFEST_FILE,
+    LayerChoice,
+    NetworkName,
+    Precision,
+    QualityGates,
+    Quantization,
+    QuantizedType,
+    StratumQuality,
+    read_manifest,
+)
+from sg_runtime.pipeline import Pipeline
+
+Tell = Callable[[str, float | None], None]
+
+MARGIN = 0.9
+"""Share of the gates' room that the search may use, as it sees other images than the gates."""
+
+STRATA = LEAST_STRATA
+TIMING_ROUNDS = 7
+BATCH = 8
+"""Most images in one run of a graph while ranges and errors are measured."""
+
+
+def reference_pipeline(reference: Bundle) -> Pipeline:
+    """The FP32 bundle on the CPU, with batches of a size for measuring."""
+    return Pipeline(reference, OrtBackend(reference), reference.manifest.batch or BATCH)
+
+
+def measure_ranges(
+    reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
+) -> RangeTable:
+    """Ranges of a bundle's layers, on the shards of `data` or of guided runs.
+
+    folder: where those of guided runs go and are found again; a temporary one by default.
+    """
+    pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
+    guidances = built_guidances(reference.manifest)
+    with tempfile.TemporaryDirectory() as scratch:
+        if data is not None:
+            paths = given_shards(data)
+        else:
+            paths = collect(
+                pipe, guidances, feeds, folder or Path(scratch), identity, lambda stage, k, n: tell(stage, k / n)
+            )
+        shards = (read_shard(path, reference.manifest.model) for path in paths)
+        return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
+
+
+def decide_quantization(
+    reference: Bundle, options: QuantizeOptions, base: Precision, fp32_layers: Collection[str], tell: Tell
+) -> tuple[Quantization, dict[str, float]]:
+    """Decide what is quantized, and find out how good that is; also the ranges of what is.
+
+    base, fp32_layers: the precision of the rest, see `precision.to_half`.
+
+    Raises GateError where the gates do not hold, UsageError for an unknown layer or the plan of another network.
+    """
+    manifest, pipe = reference.manifest, reference_pipeline(reference)
+    known = _known(reference)
+    check_names("--exclude", options.exclude, known)
+    given = None if options.like is None else _choice_of(options.like, known, options.type)
+    if options.table is not None:
+        table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
+    else:
+        table = measure_ranges(reference, options.feeds, options.data, None, tell)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_table(table, Path(scratch) / "table.json")
+            digest = sha256_of(Path(scratch) / "table.json")
+    ranges = table.ranges(options.effective_method)
+    steps = [name for name, facts in known.items() if facts.in_steps]
+    if missing := [name for name in steps if name not in ranges]:
+        raise CalibrationError(
+            f"{options.table}: expected ranges of all {len(steps)} layers of the step graphs, found none of "
+            f"{', '.join(missing[:5])}: make it anew with sg-export calibrate"
+        )
+    makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
+    choice = given or _search(pipe, known, options, makes, tell)
+    quantized = [name for name in known if choice[name].quantized]
+    tell("judging the result", None)
+    candidate = makes(quantized)
+    judged = walks_of(pipe, "gate", options.gate_images)
+    quality = judge(candidate, judged)
+    holds = _holds(quality, options.effective_gates)
+    if not holds and not options.allow_quality_loss:
+        raise GateError(f"{_failure(quality, options)}: {_remedy(options)}")
+    layers = []
+    for name, facts in known.items():
+        own = choice[name]
+        saved = facts.weight_bytes - facts.weight_bytes // 4 if own.quantized else 0
+        weight_only = name not in ranges
+        layers.append(
+            LayerChoice(name, own.quantized, weight_only, own.reason, own.sensitivity, saved, facts.linear_macs)
+        )
+    remarks = [] if holds else [f"its gates do not hold: {_failure(quality, options)}"]
+    ratio = _time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
+    if ratio is not None and ratio >= 1:
+        remarks.append(f"not faster on this machine's CPU: a guided step takes {ratio:.2f} times that of FP32")
+    if not quantized:
+        remarks.append("not smaller: no layer is quantized")
+    result = Quantization(
+        type=options.type,
+        method=options.effective_method,
+        table_sha256=digest,
+        images=table.images,
+        evaluations=table.evaluations,
+        layers=tuple(layers),
+        quality=quality,
+        runs=run_distance(candidate, judged),
+        mask_noise=max(own.mask_noise for own in judged),
+        gates=options.effective_gates,
+        passed=holds,
+        time_ratio=ratio,
+        remarks=tuple(remarks),
+    )
+    return result, {name: ranges[name] for name in quantized if name in ranges}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Whether a layer is quantized, as in LayerChoice."""
+
+    quantized: bool
+    reason: str
+    sensitivity: float | None
+
+
+def _search(
+    pipe: Pipeline,
+    known: Collection[str],
+    options: QuantizeOptions,
+    makes: Callable[[Sequence[str]], Pipeline],
+    tell: Tell,
+) -> dict[str, _Choice]:
+    """Layers return to high precision, the most sensitive first, as few as the gates need on the search's images."""
+    open_layers = [name for name in known if name not in options.exclude]
+    walks = walks_of(pipe, "search", options.search_images, noise=False)
+    sensitivities: dict[str, float] = {}
+    for number, name in enumerate(open_layers):
+        tell(f"measuring what {name} is worth", number / len(open_layers))
+        quality = judge(makes([name]), walks, strata=range(0, STRATA, STRATA // 4))
+        sensitivities[name] = max(stratum.guided for stratum in quality)
+    worst_first = sorted(open_layers, key=lambda name: -sensitivities[name])
+
+    def passes(returned: int) -> bool:
+        tell(f"trying with {returned} layers in high precision", None)
+        return _holds(judge(makes(worst_first[returned:]), walks), options.effective_gates, MARGIN)
+
+    returned = worst_first[: _least(passes, len(worst_first))]
+    choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
+    choice |= {name: _Choice(False, "returned by the search", sensitivities[name]) for name in returned}
+    return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
+
+
+def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[str, _Choice]:
+    """The choice that the bundle at `path` was built with. Raises UsageError where it is none for these layers."""
+    manifest = read_manifest(path / MANIFEST_FILE)
+    plan = manifest.quantization
+    if plan is None or plan.type != kind:
+        raise UsageError(f"--like {path}: expected a bundle in {kind}, found one in {manifest.precision_name}")
+    choice = {layer.name: _Choice(layer.quantized, f"as in {path.resolve().name}", None) for layer in plan.layers}
+    if odd := sorted(choice.keys() ^ set(known)):
+        raise UsageError(
+            f"--like {path}: expected a bundle with this model's {len(known)} layers, found one of {len(choice)}; "
+            f"only one of them has {', '.join(odd[:5])}"
+        )
+    return choice
+
+
+def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
+    """A walk of the pipeline by each guidance that was built, on images of this split."""
+    manifest = pipe.bundle.manifest
+    own = images_of(split, manifest.model, images)
+    return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
+
+
+def quantized_models(
+    reference: Bundle, files: Mapping[str, Sequence[GraphSpec]], quantization: Quantization, ranges: Mapping[str, float]
+) -> dict[str, ir.Model]:
+    """The graphs of the FP32 bundle, quantized by the plan, by file."""
+    chosen = [layer.name for layer in quantization.layers if layer.quantized]
+    return {
+        name: quantized_model(reference.path / "graphs" / f"{name}.onnx", quantization.type, ranges, chosen)
+        for name in files
+    }
+
+
+def quantized_model(path: Path, kind: QuantizedType, ranges: Mapping[str, float], chosen: Collection[str]) -> ir.Model:
+    """The FP32 graph at `path` with these layers quantized; those without a range by their weights alone."""
+    proto = onnx.load(path)
+    own = {name: ranges[name] for name in chosen if name in ranges}
+    model = ir.from_proto(quantize(proto, kind, own, weight_only=[name for name in chosen if name not in ranges]))
+    model.graph.sort()  # the quantizer adds its nodes at the end
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            source, typed = node.inputs[0], node.inputs[2 if node.op_type == "QuantizeLinear" else 1]
+            assert source is not None
+            assert typed is not None
+            assert typed.dtype is not None
+            node.outputs[0].shape, node.outputs[0].type = source.shape, ir.TensorType(typed.dtype)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerFacts:
+    weight_bytes: int
+    linear_macs: int
+    in_steps: bool
+
+
+def _known(reference: Bundle) -> dict[str, _LayerFacts]:
+    """All quantizable layers, in the order of the network.
+
+    Multiply-adds are of the first guided or other step graph, bytes and multiply-adds of both networks together.
+    """
+    found: dict[str, dict[NetworkName, _LayerFacts]] = {}
+    for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
+        path = reference.onnx(graph)
+        model, in_steps = ir.load(path).graph, graph.kind != "condition"
+        macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
+        for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
+            weight = model.initializers[layer.weight].const_value
+            assert weight is not None
+            own = _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
+            found.setdefault(name, {}).setdefault(graph.network, own)
+    facts = {}
+    for name in sorted(found, key=_place):
+        networks = found[name].values()
+        facts[name] = _LayerFacts(
+            sum(one.weight_bytes for one in networks),
+            sum(one.linear_macs for one in networks),
+            any(one.in_steps for one in networks),
+        )
+    return facts
+
+
+def _place(name: str) -> list[str]:
+    """Sorts names with numbers as a reader does."""
+    return [part.zfill(4) if part.isdigit() else part for part in name.split(".")]
+
+
+def quantized_pipeline(
+    reference: Bundle,
+    kind: QuantizedType,
+    ranges: Mapping[str, float],
+    chosen: Collection[str],
+    *,
+    base: Precision = "fp32",
+    fp32_layers: Collection[str] = (),
+) -> Pipeline:
+    """The bundle with these layers quantized, on the CPU."""
+
+    def opened(path: Path) -> InferenceSession:
+        model = quantized_model(path, kind, ranges, chosen)
+        if base == "fp32":
+            return open_session(path, ir.to_proto(model).SerializeToString())
+        to_half(model.graph, base, fp32_layers)
+        return open_session(path, emulated(model))
+
+    return Pipeline(reference, OrtBackend(reference, open_graph=opened), reference.manifest.batch or BATCH)
+
+
+def _time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
+    """Time of a guided evaluation by the candidate over that by the pipeline: the median of rounds in turn."""
+    plans = {
+        side: side.prepare(own.times[:1], own.classes, own.seeds, guidance=own.guidance) for side in (candidate, pipe)
+    }
+
+    def seconds(side: Pipeline) -> float:
+        began = time.perf_counter()
+        side.guided(own.states[0], plans[side], 0)
+        return time.perf_counter() - began
+
+    return statistics.median([seconds(candidate) / seconds(pipe) for _ in range(TIMING_ROUNDS)])
+
+
+def _holds(quality: Sequence[StratumQuality], gates: QualityGates, margin: float = 1.0) -> bool:
+    """Whether the gates hold at every time, with a share of their room left over."""
+    least = 1 - margin * (1 - gates.cosine)
+    return all(min(q.strong, q.weak) >= least and q.guided <= margin * gates.guided for q in quality)
+
+
+def _failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -> str:
+    gates = options.effective_gates
+    branch = min(quality, key=lambda q: min(q.strong, q.weak))
+    guided = max(quality, key=lambda q: q.guided)
+    return (
+        f"{options.type}: expected a cosine of at least {gates.cosine:g} for each branch and a guided prediction "
+        f"within {gates.guided:.0%} at every time, found {min(branch.strong, branch.weak):.4f} at {branch.time:.3g} "
+        f"and {guided.guided:.1%} at {guided.time:.3g}"
+    )
+
+
+def _remedy(options: QuantizeOptions) -> str:
+    """What may help a result that its gates refuse."""
+    ways = ["another --method", "wider gates", "--allow-quality-loss"]
+    if options.like is not None:
+        ways.insert(0, "a search of its own, without --like")
+    if options.table is None and options.data is None:
+        ways.insert(0, "more --calib-samples")
+    return f"try {', '.join(ways[:-1])}, or {ways[-1]}"
+
+
+def _least(passes: Callable[[int], bool], most: int) -> int:
+    """The least number up to `most` that passes, by bisection; `most` where none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,225 @@
+"""The page of `sg-export report`: one HTML file that needs nothing else, for any screen, light and dark."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sg_export.report.collect import BundleReport, Page
+from sg_runtime import __version__
+
+COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285")
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f23; --paper: #fff; --soft: #6b7280; --line: #d9dde3; --fill: #f3f5f8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --paper: #14171b; --soft: #9aa3ad; --line: #333a42; --fill: #1d2228 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 68rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+p, figcaption { color: var(--soft); max-width: 46rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+th { color: var(--soft); font-weight: 600 }
+svg { width: 100%; min-width: 30rem; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
+.axis { stroke: var(--line) } .gate { stroke: var(--soft); stroke-dasharray: 4 4 }
+.grids { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
+.grids img { image-rendering: pixelated; width: 15rem; max-width: 100%; border: 1px solid var(--line) }
+.key span { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin: 0 .35em 0 1em }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: 0 .6rem; font-size: .8rem; line-height: 1.35;
+  color: var(--soft) }
+.bars span { text-align: right } .bars div { display: flex; align-items: center; gap: .4rem; padding-right: 3.5rem }
+.bars i { height: .7em; min-width: 1px; border-radius: .15em; flex: none }
+.map { display: flex; flex-wrap: wrap; gap: 3px } .map div { padding: .2rem .4rem; border-radius: .25rem;
+  font-size: .75rem; background: var(--fill); border: 1px solid var(--line) }
+.map .high { border-color: #d9480f; border-width: 2px } .map .weight { border-style: dashed }
+"""
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    model = page.bundles[0].manifest.model
+    title = f"{page.bundles[0].manifest.source.name}: {', '.join(b.manifest.precision_name for b in page.bundles)}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(model.family)}, {model.depth} blocks of width {model.width}, {model.tokens} tokens, route "
+        f"{escape(str(model.route))}, {model.parameters / 1e6:.1f} M parameters. Made by sg-export {__version__}; "
+        f"times and distances were measured on the machine that made this page, layers and remarks where a bundle was "
+        f"built.</p>",
+        "<h2>Bundles</h2>",
+        _table(
+            ["bundle", "precision", "MB", "run of one image, ms", "times the first", "backend"],
+            [
+                [
+                    b.name,
+                    b.manifest.precision_name,
+                    f"{b.bytes / 1e6:.1f}",
+                    f"{b.seconds * 1e3:.1f}",
+                    f"{b.seconds / page.bundles[0].seconds:.2f}",
+                    b.backend,
+                ]
+                for b in page.bundles
+            ],
+        ),
+        *(f"<p><b>{escape(b.name)}: {escape(r)}</b></p>" for b in page.bundles for r in _remarks(b)),
+        "<h2>What a step costs</h2>",
+        "<p>Mean over a default run, one image, counted from the graphs of the first bundle.</p>",
+        _table(
+            ["", "linear GMAC", "attention GMAC", "weights read, MB"],
+            [
+                [
+                    cost.way,
+                    f"{(cost.linear_macs + cost.condition_macs) / 1e9:.4g}",
+                    f"{cost.attention_macs / 1e9:.4g}",
+                    f"{(cost.weight_bytes + cost.condition_bytes) / 1e6:.4g}",
+                ]
+                for cost in page.costs
+            ],
+        ),
+        *_quality(page),
+        *(part for bundle in page.bundles for part in _layers(bundle)),
+        *_samples(page),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
+    )
+
+
+def _remarks(bundle: BundleReport) -> tuple[str, ...]:
+    plan = bundle.manifest.quantization
+    return () if plan is None else plan.remarks
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _quality(page: Page) -> list[str]:
+    """The guided prediction's distance to the first bundle, over time."""
+    compared = [bundle for bundle in page.bundles if bundle.quality]
+    if not compared:
+        return []
+    lines = [[(q.time, q.guided) for q in bundle.quality or ()] for bundle in compared]
+    gates = [b.manifest.quantization.gates.guided for b in compared if b.manifest.quantization is not None]
+    rows = [
+        [
+            bundle.name,
+            f"{min(q.strong for q in bundle.quality or ()):.5f}",
+            f"{min(q.weak for q in bundle.quality or ()):.5f}",
+            f"{max(q.guided for q in bundle.quality or ()):.2%}",
+            f"{bundle.runs or 0:.2%}",
+        ]
+        for bundle in compared
+    ]
+    return [
+        "<h2>Distance to the first bundle, over time</h2>",
+        f"<p>Relative L2 distance of the guided prediction at ω = {page.scale:g} along the same runs, from noise "
+        f"(left) to the image (right). Dashed: the gates. Two runs of the first bundle whose token subsets differ end "
+        f"{page.mask_noise:.2%} apart.</p>",
+        _key([bundle.name for bundle in compared]),
+        _lines(lines, sorted(set(gates))),
+        _table(["", "strong branch, least cosine", "weak branch", "guided, most", "whole runs"], rows),
+    ]
+
+
+def _key(names: Sequence[str]) -> str:
+    marks = "".join(
+        f'<span style="background:{COLOURS[k % len(COLOURS)]}"></span>{escape(name)}' for k, name in enumerate(names)
+    )
+    return f'<div class="key">{marks}</div>'
+
+
+def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float]) -> str:
+    """Lines over time, which falls to the right."""
+    width, height, left, bottom = 640, 240, 52, 26
+    top = max([value for line in lines for _, value in line] + list(gates)) * 1.08 or 1.0
+    times = [time for line in lines for time, _ in line]
+    first, last = max(times), min(times)
+
+    def place(time: float, value: float) -> str:
+        x = left + (first - time) / (first - last or 1) * (width - left - 8)
+        return f"{x:.1f},{8 + (1 - value / top) * (height - 8 - bottom):.1f}"
+
+    marks = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = float(place(first, top * share).partition(",")[2])
+        marks.append(f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{top * share:.1%}</text>')
+    for time in (first, (first + last) / 2, last):
+        x = float(place(time, 0).partition(",")[0])
+        anchor = "start" if time == first else "end" if time == last else "middle"
+        marks.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">t = {time:.3g}</text>')
+    for gate in gates:
+        start, end = place(first, gate).split(","), place(last, gate).split(",")
+        marks.append(f'<line class="gate" x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>')
+    for k, line in enumerate(lines):
+        points = " ".join(place(time, value) for time, value in line)
+        marks.append(f'<polyline fill="none" stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="2" points="{points}"/>')
+    return f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img">{"".join(marks)}</svg></div>'
+
+
+def _layers(bundle: BundleReport) -> list[str]:
+    """Sensitivity of a quantized bundle's layers, and what each became."""
+    plan = bundle.manifest.quantization
+    if plan is None:
+        return []
+    measured = [layer for layer in plan.layers if layer.sensitivity is not None]
+    top = max((layer.sensitivity or 0 for layer in measured), default=0) or 1
+    bars = []
+    for layer in sorted(measured, key=lambda layer: -(layer.sensitivity or 0)):
+        share, colour = (layer.sensitivity or 0) / top, COLOURS[0] if layer.quantized else COLOURS[1]
+        bars.append(
+            f'<span>{escape(layer.name)}</span><div><i style="width:{share:.1%};background:{colour}"></i>'
+            f"{layer.sensitivity:.2%}</div>"
+        )
+    cells = "".join(
+        f'<div class="{"" if layer.quantized else "high"} {"weight" if layer.weight_only else ""}" '
+        f'title="{escape(layer.reason)}, {layer.bytes_saved / 1e6:.2f} MB saved">{escape(layer.name)}</div>'
+        for layer in plan.layers
+    )
+    return [
+        f"<h2>{escape(bundle.name)}: layers</h2>",
+        f"<p>How far the guided prediction moves where one layer alone is quantized. Ranges by {escape(plan.method)} "
+        f"of {plan.evaluations} evaluations of {plan.images} images.</p>",
+        _key([escape(plan.type), f"stays in {bundle.manifest.precision}"]),
+        f'<div class="bars">{"".join(bars)}</div>',
+        f"<p>The network: {escape(plan.type)}, dashed by weights alone, framed in {bundle.manifest.precision}.</p>",
+        f'<div class="map">{cells}</div>',
+    ]
+
+
+def _samples(page: Page) -> list[str]:
+    """Grids side by side, a row for each mode."""
+    modes = [mode for mode in ("none", "cfg", "sg") if any(mode in bundle.samples for bundle in page.bundles)]
+    if not modes:
+        return ["<h2>Samples</h2><p>A model of latents: no decoder is in the bundles, so there is nothing to show.</p>"]
+    titles = {"none": "Unguided", "cfg": "CFG", "sg": "Sparse Guidance"}
+    parts = [f"<h2>Samples</h2><p>{page.images} classes, the same seeds and token subsets in every bundle.</p>"]
+    for mode in modes:
+        figures = "".join(
+            f'<figure><img alt="{titles[mode]}, {escape(bundle.name)}" src="{_png(bundle.samples[mode])}">'
+            f"<figcaption>{escape(bundle.name)}</figcaption></figure>"
+            for bundle in page.bundles
+            if mode in bundle.samples
+        )
+        parts.append(f'<h3>{titles[mode]}</h3><div class="grids">{figures}</div>')
+    return parts
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    """A picture inside the page."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,181 @@
+"""What graphs a bundle has, and the tensors of each."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sg_export.graph import spec as graphs
+from sg_export.graph.spec import GraphModule, GraphSpec, graphs_for
+from sg_export.loading import LoadedModel, load_model
+from sg_runtime.manifest import Level, ModelFacts, TensorFacts
+
+FULL, MOST, HALF, FEW = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
+X, R = (TensorFacts(name, "float32", ("B", 2, 8, 8)) for name in "xr")
+MODULATIONS, MODULATIONS_WEAK = (
+    TensorFacts(name, "float32", ("B", 640)) for name in ("modulations", "modulations_weak")
+)
+SCALE, *SCALARS = (TensorFacts(name, "float32", ()) for name in ("scale", "c_in", "c_skip", "c_out", "a", "b", "e"))
+TAIL = [*SCALARS, R]
+PREDICTION, NEXT = (TensorFacts(name, "float32", ("B", 2, 8, 8)) for name in ("prediction", "next"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> LoadedModel:
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def facts(loaded: LoadedModel) -> ModelFacts:
+    return loaded.facts
+
+
+def keep(name: str, count: int) -> TensorFacts:
+    return TensorFacts(name, "int64", ("B", count))
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (GraphSpec("condition"), "condition"),
+        (GraphSpec("dense", (FULL,)), "dense"),
+        (GraphSpec("sparse", (HALF,)), "sparse-8"),
+        (GraphSpec("guided", (MOST, FEW)), "guided-12-4"),
+        (GraphSpec("guided", (MOST, FEW), null_weak=True), "guided-12-4-null"),
+        (GraphSpec("guided", (FULL, FULL), null_weak=True), "guided-16-16-null"),
+        (GraphSpec("condition", network="weak"), "weak-condition"),
+        (GraphSpec("dense", (FULL,), "weak"), "weak-dense"),
+        (GraphSpec("sparse", (HALF,), "weak"), "weak-sparse-8"),
+    ],
+)
+def test_name_holds_network_kind_kept_tokens_and_null(spec: GraphSpec, name: str) -> None:
+    assert spec.name == name
+
+
+@pytest.mark.parametrize(
+    ("mode", "strong", "weak", "singles", "guided"),
+    [
+        ("sg", [FULL, HALF], [MOST, FEW], ["dense", 12, 8, 4], ["16-12", "16-4", "8-4"]),
+        ("sg", [FULL, HALF], [HALF, FEW], ["dense", 8, 4], ["16-8", "16-4", "8-4"]),
+        ("sg", [HALF, FULL], [FEW, HALF], ["dense", 8, 4], ["8-4", "16-4", "16-8"]),
+        ("sg", [HALF], [FULL, HALF], ["dense", 8], []),
+        ("cfg+sg", [FULL, MOST], [HALF], ["dense", 12, 8], ["16-8-null", "12-8-null"]),
+        ("cfg+sg", [FULL, HALF], [HALF, FULL], ["dense", 8], ["16-8-null"]),
+        ("cfg", [FULL, HALF], [FULL, HALF], ["dense", 8], ["16-16-null", "8-8-null"]),
+        ("none", [HALF, FULL], [HALF, FULL], ["dense", 8], []),
+    ],
+)
+def test_plan_graphs_of_one_network_has_singles_and_the_pairs_of_the_mode(
+    mode: Any, strong: list[Level], weak: list[Level], singles: list[str | int], guided: list[str]
+) -> None:
+    names = [spec.name for spec in graphs_for(mode, strong, weak)]
+    expected = [single if single == "dense" else f"sparse-{single}" for single in singles]
+    assert names == ["condition", *expected, *(f"guided-{pair}" for pair in guided)]
+
+
+def test_plan_graphs_of_two_networks_has_the_singles_of_each() -> None:
+    specs = graphs_for("autoguidance", [FULL, MOST], [HALF, FULL])
+    strong, weak = ["condition", "dense", "sparse-12"], ["weak-condition", "weak-dense", "weak-sparse-8"]
+    assert [spec.name for spec in specs] == [*strong, *weak]
+    assert [spec.network for spec in specs] == ["main"] * 3 + ["weak"] * 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (GraphSpec("condition"), [TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",))]),
+        (GraphSpec("dense", (FULL,)), [X, MODULATIONS, *TAIL]),
+        (GraphSpec("sparse", (HALF,), "weak"), [X, MODULATIONS, keep("keep", 8), *TAIL]),
+        (GraphSpec("guided", (FULL, HALF)), [X, MODULATIONS, keep("keep_weak", 8), SCALE, *TAIL]),
+        (
+            GraphSpec("guided", (MOST, HALF)),
+            [X, MODULATIONS, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
+        ),
+        (
+            GraphSpec("guided", (MOST, HALF), null_weak=True),
+            [X, MODULATIONS, MODULATIONS_WEAK, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
+        ),
+        (GraphSpec("guided", (FULL, FULL), null_weak=True), [X, MODULATIONS, MODULATIONS_WEAK, SCALE, *TAIL]),
+    ],
+    ids=lambda value: value.name if isinstance(value, GraphSpec) else "",
+)
+def test_inputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[TensorFacts], facts: ModelFacts) -> None:
+    assert graphs.inputs(spec, facts, None) == tuple(expected)
+    fixed = [TensorFacts(t.name, t.dtype, tuple(3 if size == "B" else size for size in t.shape)) for t in expected]
+    # The rows of condition are its caller's, whatever the images per run.
+    assert graphs.inputs(spec, facts, 3) == tuple(fixed)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (GraphSpec("condition"), [TensorFacts("modulations", "float32", ("S", 640))]),
+        (GraphSpec("sparse", (HALF,)), [PREDICTION, NEXT]),
+        (GraphSpec("guided", (FULL, HALF)), [PREDICTION, NEXT]),
+    ],
+    ids=lambda value: value.name if isinstance(value, GraphSpec) else "",
+)
+def test_outputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[TensorFacts], facts: ModelFacts) -> None:
+    assert graphs.outputs(spec, facts, None) == tuple(expected)
+
+
+def test_outputs_of_fixed_batch_have_it(facts: ModelFacts) -> None:
+    assert [tensor.shape for tensor in graphs.outputs(GraphSpec("dense", (FULL,)), facts, 3)] == [(3, 2, 8, 8)] * 2
+
+
+def test_example_of_indices_is_sorted_and_distinct() -> None:
+    values = graphs.example(keep("keep", 8), 16, {"B": 50}, torch.Generator().manual_seed(0))
+    assert values.shape == (50, 8)
+    assert (values.diff(dim=1) > 0).all()
+    assert values.min() == 0
+    assert values.max() == 15
+
+
+def test_example_of_times_lies_between_noise_and_image() -> None:
+    values = graphs.example(TensorFacts("t", "float32", ("S",)), 16, {"S": 50}, torch.Generator().manual_seed(0))
+    assert values.shape == (50,)
+    assert values.min() >= 0
+    assert values.max() < 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GraphSpec("dense", (FULL,)),
+        GraphSpec("sparse", (HALF,)),
+        GraphSpec("guided", (FULL, FEW)),
+        GraphSpec("guided", (MOST, FEW)),
+        GraphSpec("guided", (MOST, FEW), null_weak=True),
+        GraphSpec("guided", (MOST, MOST), null_weak=True),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: GraphSpec, loaded: LoadedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = {tensor.name: graphs.example(tensor, 16, {}, generator) for tensor in graphs.inputs(spec, loaded.facts, 2)}
+    t = torch.tensor([0.3, 0.7])
+    values["modulations"] = loaded.model.condition(t, torch.tensor([1, 2]))
+    if spec.null_weak:
+        values["modulations_weak"] = loaded.model.condition(t, torch.tensor([5, 5]))
+    v = SimpleNamespace(**values)
+    prediction, following = GraphModule(loaded.model, spec, list(values))(*values.values())
+    if spec.kind == "guided":
+        strong = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep_strong"))
+        weak = loaded.model.predict(v.c_in * v.x, values.get("modulations_weak", v.modulations), v.keep_weak)
+        output = weak + v.scale * (strong - weak)
+        assert (strong - weak).norm() / output.norm() > 0.01
+    else:
+        output = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep"))
+    wanted = v.c_skip * v.x + v.c_out * output
+    # Combining before the head instead of after it changes the order of sums: some FP32 steps, 1.2e-7 each.
+    assert (prediction - wanted).norm() / wanted.norm() < 2e-6
+    wanted = v.a * v.x + v.b * wanted + v.e * v.r
+    assert (following - wanted).norm() / wanted.norm() < 2e-6
+
+
+def test_forward_of_condition_is_that_of_the_model(loaded: LoadedModel) -> None:
+    t, classes = torch.tensor([0.1, 0.9]), torch.tensor([0, 5])
+    found = GraphModule(loaded.model, GraphSpec("condition"), ["t", "class"])(t, classes)
+    assert torch.equal(found, loaded.model.condition(t, classes))

@@ -1,0 +1,69 @@
+"""One file of weights for several graphs."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from sg_export.graph.weights import write_graphs
+from sg_runtime.errors import ExportError
+
+FILE = "all.bin"
+
+
+def model(name: str, op: str, **initializers: np.ndarray) -> ir.Model:
+    """y = op(x, w) with w the first initializer; the others are there without use."""
+    x = ir.val("x", ir.DataType.FLOAT, ["N"])
+    values = [ir.val(key, const_value=ir.tensor(array, name=key)) for key, array in initializers.items()]
+    node = ir.node(op, [x, values[0]])
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", ir.DataType.FLOAT, ir.Shape(["N"])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=values, opset_imports={"": 20}, name=name)
+    return ir.Model(graph, ir_version=10)
+
+
+def run(path: Path, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    return np.asarray(y)
+
+
+def test_write_graphs_with_shared_weight_stores_it_once(tmp_path: Path) -> None:
+    weight = np.arange(1000, dtype=np.float32)
+    paths = write_graphs([model("one", "Add", w=weight), model("two", "Mul", w=weight)], tmp_path, FILE)
+    assert [path.name for path in paths] == ["one.onnx", "two.onnx"]
+    assert (tmp_path / FILE).stat().st_size == weight.nbytes
+    x = np.full(1000, 2, np.float32)
+    assert np.array_equal(run(paths[0], x), weight + 2)
+    assert np.array_equal(run(paths[1], x), weight * 2)
+
+
+def test_write_graphs_with_own_weights_keeps_each(tmp_path: Path) -> None:
+    a, b = np.full(1000, 3, np.float32), np.full(1000, 5, np.float32)
+    paths = write_graphs([model("one", "Add", a=a), model("two", "Add", b=b)], tmp_path, FILE)
+    x = np.zeros(1000, np.float32)
+    assert np.array_equal(run(paths[0], x), a)
+    assert np.array_equal(run(paths[1], x), b)
+
+
+def test_write_graphs_with_small_tensors_keeps_them_in_the_graphs(tmp_path: Path) -> None:
+    small = np.ones(255, np.float32)
+    (path,) = write_graphs([model("one", "Add", w=small)], tmp_path, FILE)
+    assert np.array_equal(run(path, small), small + 1)
+    assert not (tmp_path / FILE).exists() or (tmp_path / FILE).stat().st_size == 0
+
+
+@pytest.mark.parametrize("other", [np.ones(2000, np.float32), np.ones(1000, np.int64)], ids=["shape", "dtype"])
+def test_write_graphs_with_one_name_for_two_tensors_raises(other: np.ndarray, tmp_path: Path) -> None:
+    models = [model("one", "Add", w=np.ones(1000, np.float32)), model("two", "Add", w=other)]
+    with pytest.raises(ExportError, match="graph two: initializer w differs between graphs"):
+        write_graphs(models, tmp_path, FILE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_graphs_of_initializer_without_value_raises(tmp_path: Path) -> None:
+    broken = model("one", "Add", w=np.ones(1000, np.float32))
+    broken.graph.initializers["w"].const_value = None
+    with pytest.raises(ExportError, match="graph one: initializer w has no value"):
+        write_graphs([broken], tmp_path, FILE)

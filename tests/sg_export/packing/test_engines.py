@@ -1,0 +1,262 @@
+"""Bundles with engines: real TensorRT-RTX builds of the reference model and of tiny ones, without a GPU."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorrt_rtx
+
+from sg_calibration.layers import EMBEDDERS_AND_HEAD
+from sg_export.compiler import compile
+from sg_export.options.compile import CompileOptions
+from sg_export.packing import engines as engine_build
+from sg_export.packing.engines import check_libraries, count_fused_attention
+from sg_runtime.backends.rtx_header import read_rtx_header
+from sg_runtime.bundle import Bundle
+from sg_runtime.devices.gpus import Gpu
+from sg_runtime.errors import EngineError, ExportError, MissingExtraError, UsageError
+from sg_runtime.manifest import EngineFacts, Precision, Profile
+
+RTX: dict[str, Any] = {"targets": ("tensorrt-rtx",)}
+
+
+def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
+    return {Path(engine.file).name.partition(".")[0]: engine for engine in bundle.manifest.engines}
+
+
+# Block 0 is before the route and has one attention, blocks 1 to 6 are in it and block 7 is after it, with two each; in
+# BF16 block 7 is in FP32, for which there is no fused kernel.
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "attentions"), [("fp32", 0), ("fp16", 15), ("bf16", 13)])
+def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
+    precision: Precision, attentions: int, tmp_path: Path
+) -> None:
+    # Every kind of GPU is built for in FP16 alone, which takes half a minute.
+    gpus = () if precision == "fp16" else (89,)
+    settings = {"precision": precision, "batch": (1, 4), "compute_capabilities": gpus, **RTX}
+    options = CompileOptions(tmp_path / "out", (0.5, 0.9), **settings)
+    bundle = compile("glyphs", options)
+    assert bundle == Bundle.open(bundle.path)
+    assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", "engines"}
+    manifest, engines = bundle.manifest, engines_of(bundle)
+    assert manifest.precision == precision
+    after = {"fp32": (), "fp16": EMBEDDERS_AND_HEAD, "bf16": (*EMBEDDERS_AND_HEAD, "blocks.7")}
+    assert manifest.fp32_layers == after[precision]
+    assert [(graph.name, graph.file) for graph in manifest.graphs] == [
+        (name, None) for name in ("condition", "guided-64-32", "guided-64-7")
+    ]
+    assert engines["condition"].profiles == (Profile(40, ()),)
+    assert engines["guided-64-K"].profiles == tuple(Profile(batch, (64, keep)) for batch in (1, 4) for keep in (32, 7))
+    # Half-precision rounding, of products in part: 2e-4 in FP16 and 2e-3 in BF16 where this was written; FP32 1e-6.
+    bounds = {"fp32": (0, 1e-5), "fp16": (1e-5, 2e-3), "bf16": (1e-4, 2e-2)}
+    for graph in manifest.graphs:
+        assert graph.parity is not None
+        assert bounds[precision][0] < graph.parity < bounds[precision][1]
+    for engine in engines.values():
+        path = bundle.file(engine.file)
+        assert (engine.library, engine.version) == ("tensorrt_rtx", tensorrt_rtx.__version__)
+        header = read_rtx_header(path)
+        assert (header.version, header.compute_capabilities) == (engine.version, engine.compute_capabilities)
+        assert engine.fused_attention == count_fused_attention(path)
+        assert engine.build_seconds > 0
+        assert 5e7 < engine.build_memory_bytes < 2e9
+    assert engines["condition"].fused_attention == 0
+    assert engines["guided-64-K"].fused_attention == attentions * 4
+    for graph, keep in zip(manifest.graphs[1:], (32, 7), strict=True):
+        assert manifest.engine(graph, 4) == (engines["guided-64-K"], 2 if keep == 32 else 3)
+        assert manifest.engine(graph, 3) is None
+
+
+Build = Callable[..., Bundle]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What sg-export said, without what it is of."""
+    return [record.getMessage().partition(": ")[2] for record in caplog.records if record.name == "sg_export"]
+
+
+@pytest.fixture
+def build(quick_checkpoint: Path, tmp_path: Path) -> Build:
+    """Builds FP16 engines of the quick model, whose only block is the route, for SM 8.9."""
+
+    def build(output: str = "out", **changes: Any) -> Bundle:
+        settings = {"sparsity": (0.5,), "precision": "fp16", "compute_capabilities": (89,), **RTX, **changes}
+        return compile(quick_checkpoint, CompileOptions(tmp_path / output, **settings))
+
+    return build
+
+
+def test_compile_records_the_gpus_that_were_asked_for(build: Build) -> None:
+    for engine in build(compute_capabilities=(120, 86)).manifest.engines:
+        assert engine.compute_capabilities == (86, 120)
+
+
+def test_compile_for_gpus_without_fp32_products_has_none(build: Build) -> None:
+    manifest = build(compute_capabilities=(75, 89)).manifest
+    assert manifest.fp32_layers == ()
+    assert {engine.compute_capabilities for engine in manifest.engines} == {(75, 89)}
+
+
+GUIDED = {"condition", "guided-16-K"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, GUIDED),
+        ({"strong_sparsity": (0.0, 0.25)}, {*GUIDED, "guided-K-K"}),
+        ({"guidance": "cfg+sg"}, {"condition", "guided-16-K-null"}),
+        ({"guidance": "cfg", "sparsity": ()}, {"condition", "guided-16-16-null"}),
+        ({"guidance": "none", "sparsity": ()}, {"condition", "dense"}),
+        ({"interval": (0.2, 0.8)}, {*GUIDED, "dense", "sparse-K"}),
+        ({"weak_checkpoint": True}, {"condition", "dense", "weak-condition", "weak-sparse-K"}),
+    ],
+    ids=["sg", "two strong", "cfg+sg", "cfg", "none", "interval", "autoguidance"],
+)
+def test_compile_builds_engines_of_what_the_plan_uses(
+    changes: dict[str, Any], names: set[str], build: Build, quick: Any, tmp_path: Path
+) -> None:
+    if "weak_checkpoint" in changes:
+        changes = {"weak_checkpoint": quick.save(tmp_path / "weak.safetensors", quick.state(seed=2))}
+    bundle = build(**changes)
+    assert engines_of(bundle).keys() == names
+    for graph in bundle.manifest.graphs:
+        assert bundle.manifest.engine(graph, 40 if graph.kind == "condition" else 1) is not None, graph.name
+
+
+@pytest.mark.slow
+def test_compile_with_keep_onnx_has_the_graphs_that_the_engines_were_built_from(build: Build) -> None:
+    bundle = build(keep_onnx=True)
+    assert engines_of(bundle).keys() == GUIDED
+    assert {graph.name: graph.file for graph in bundle.manifest.graphs} == {
+        "condition": "graphs/condition.onnx",
+        "dense": "graphs/dense.onnx",
+        "sparse-8": "graphs/sparse-K.onnx",
+        "guided-16-8": "graphs/guided-16-K.onnx",
+    }
+    assert bundle.onnx(bundle.manifest.graphs[0]).is_file()
+
+
+def test_compile_again_takes_engines_from_the_cache(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="sg_export")
+    cache = tmp_path / "cache"
+    first = build(cache=cache)
+    assert told(caplog) == [f"miss: no engine of {name} in {cache}" for name in ("condition", "guided-16-K")]
+    caplog.clear()
+    monkeypatch.setattr(engine_build, "build_in_child", None)  # nothing is built
+    second = build("again", cache=cache)
+    assert told(caplog) == ["hit", "hit"]
+    assert second.manifest == first.manifest
+
+
+def test_compile_with_another_batch_says_what_differs(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(cache=tmp_path / "cache")
+    caplog.set_level(logging.INFO, logger="sg_export")
+    build("again", cache=tmp_path / "cache", batch=(2,), workspace=1 << 28)
+    assert told(caplog) == ["miss: another workspace", "miss: another profiles, workspace"]
+
+
+def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_build, "FUSED_ATTENTION", rb"a kernel that no plan has")
+    with pytest.raises(
+        EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*--allow-unf"
+    ):
+        build()
+    assert [path.name for path in tmp_path.iterdir()] == []
+    engine = engines_of(build(allow_unfused=True))["guided-16-K"]
+    assert engine.fused_attention == 0
+    assert "warning: guided-16-K" in caplog.text
+
+
+def test_compile_of_an_engine_of_another_size_fails(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "CODE_BYTES", 0)
+    with pytest.raises(EngineError, match=r"condition\..*: expected 0.1 to 0.1 MB for weights of 0.1 MB, found .* MB"):
+        build()
+
+
+def test_compile_of_a_plan_for_other_gpus_fails(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(path: Path) -> Any:
+        return replace(read_rtx_header(path), compute_capabilities=(86,))
+
+    monkeypatch.setattr(engine_build, "read_rtx_header", other)
+    with pytest.raises(
+        EngineError, match=r"expected a plan of TensorRT-RTX .* for \(89,\), found one of .* for \(86,\)"
+    ):
+        build()
+
+
+def test_compile_with_a_timing_cache_warns_that_it_has_none(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(timing_cache=tmp_path / "timing.cache")
+    assert told(caplog) == ["--timing-cache: TensorRT-RTX has none, it is left as it is"]
+    assert not (tmp_path / "timing.cache").exists()
+
+
+@pytest.mark.slow
+def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp_path: Path) -> None:
+    state = quick.state()
+    state["blocks.0.mlp.fc1.weight"] *= 1e5
+    path = quick.save(tmp_path / "huge.safetensors", state)
+    with pytest.raises(
+        ExportError, match=r"values that fp16 holds, found larger ones from blocks.0.mlp.fc1/(MatMul|Add) on"
+    ):
+        compile(path, CompileOptions(tmp_path / "out", (0.5,), precision="fp16"))
+    assert compile(path, CompileOptions(tmp_path / "out", (0.5,), precision="bf16", keep_onnx=True, **RTX))
+
+
+def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "find_gpus", lambda: ())
+    with pytest.raises(
+        EngineError, match="none was found here: run the build there, or give --target tensorrt-rtx"
+    ) as e:
+        check_libraries(("tensorrt",))
+    assert e.value.exit_code == 4
+
+
+def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "find_gpus", lambda: (Gpu("NVIDIA H100", 90),))
+    for library, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+        with pytest.raises(MissingExtraError, match=rf"{library} is not installed: pip install 'sg-export\[{extra}\]'"):
+            check_libraries((library,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ()}, "target: expected at least one, found none"),
+        ({"targets": ("openvino",)}, "target: expected one of onnxruntime, tensorrt, tensorrt-rtx, found 'openvino'"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, fp16, bf16, found 'fp8'"),
+        (
+            {"targets": ("tensorrt",), "compute_capabilities": (90,)},
+            "--sm 90: TensorRT builds for the GPU that it runs",
+        ),
+        ({"batch": (0,), **RTX}, "batch: expected at least 1, found 0"),
+        ({"precision": "bf16", "targets": ("onnxruntime", "tensorrt-rtx")}, "precision bf16: ONNX Runtime's CPU"),
+    ],
+    ids=str,
+)
+def test_options_that_no_target_serves_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        CompileOptions(tmp_path / "out", **settings)
+
+
+@pytest.mark.slow
+def test_compile_for_both_targets_has_graphs_for_one_and_engines_for_the_other(build: Build) -> None:
+    bundle = build(targets=("onnxruntime", "tensorrt-rtx"), guidance="none", sparsity=())
+    assert engines_of(bundle).keys() == {"condition", "dense"}
+    assert all(graph.file is not None for graph in bundle.manifest.graphs)
+    assert json.loads((bundle.path / "manifest.json").read_text())["batch"] is None

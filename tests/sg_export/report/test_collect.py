@@ -1,0 +1,141 @@
+"""The page that shows bundles side by side, and what a browser makes of it."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sg_export.compiler import compile
+from sg_export.options.compile import CompileOptions
+from sg_export.options.quantize import QuantizeOptions
+from sg_export.report.collect import Page, collect
+from sg_export.report.page import render
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import QualityGates, write_manifest
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+VOID = {"meta", "link", "img"}
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The tiny model in FP32, and in INT8 whatever its quality."""
+    folder = tmp_path_factory.mktemp("report")
+    options = CompileOptions(folder / "fp32", (0.5,))
+    loose = QuantizeOptions(gates=QualityGates(0.0, 100.0), search_images=1, gate_images=1)
+    return [
+        compile(tiny_checkpoint, options).path,
+        compile(tiny_checkpoint, replace(options, output=folder / "int8<&>", quantize=loose)).path,
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(bundles: list[Path]) -> Page:
+    return collect(bundles)
+
+
+def test_collect_of_two_bundles_compares_the_second_with_the_first(page: Page) -> None:
+    first, second = page.bundles
+    assert (first.quality, first.runs) == (None, None)
+    assert second.quality is not None
+    assert second.runs is not None
+    assert len(second.quality) == 25
+    assert 0 < max(q.guided for q in second.quality) < 1
+    assert second.bytes < first.bytes
+    assert page.mask_noise > 0
+    assert first.samples == {}, "latents have no pictures"
+
+
+def test_collect_of_bundles_of_two_models_is_refused(bundles: list[Path], tiny_edm_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="expected a bundle of the same checkpoint as"):
+        collect([bundles[0], tiny_edm_bundle])
+
+
+@pytest.mark.slow
+def test_collect_of_pixels_samples_every_mode_that_was_built(glyphs_bundle: Path) -> None:
+    (own,) = collect([glyphs_bundle]).bundles
+    assert set(own.samples) == {"none", "cfg", "sg"}
+    assert all(grid.shape == (256, 256, 1) for grid in own.samples.values())
+    assert not np.array_equal(own.samples["none"], own.samples["sg"])
+
+
+class Reader(HTMLParser):
+    """Notes what a page would load, and whether its elements are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value for name, value in attrs if name in ("src", "href") and value is not None]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Of SVG."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_render_of_a_page_needs_nothing_else(page: Page) -> None:
+    reader = Reader()
+    text = render(page)
+    reader.feed(text)
+    assert not reader.open
+    assert all(load.startswith("data:") for load in reader.loads)
+    assert not re.search(r"https?://|<script", text)
+
+
+def test_render_of_a_page_shows_what_was_measured(page: Page) -> None:
+    text = render(page)
+    second = page.bundles[1]
+    assert second.quality is not None
+    plan = second.manifest.quantization
+    assert plan is not None
+    assert f"{max(q.guided for q in second.quality):.2%}" in text
+    assert f"{page.mask_noise:.2%}" in text
+    for layer in plan.layers:
+        assert f">{layer.name}</div>" in text
+        assert layer.sensitivity is not None
+        assert f"{layer.sensitivity:.2%}" in text
+    assert "int8&lt;&amp;&gt;" in text
+    assert "no decoder is in the bundles" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian's package chromium)")
+@pytest.mark.parametrize("width", [1100, 400])
+def test_page_in_a_browser_has_no_errors_and_fits_the_screen(page: Page, tmp_path: Path, width: int) -> None:
+    """On a wide and a narrow screen; tables and the plot scroll by themselves."""
+    assert BROWSER is not None
+    text = render(page).replace(
+        "</body>",
+        "<script>document.title = document.documentElement.scrollWidth + '/' + window.innerWidth</script></body>",
+    )
+    path = tmp_path / "report.html"
+    path.write_text(text, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", path.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in found.stderr
+    sizes = re.search(r"<title>(\d+)/(\d+)</title>", found.stdout)
+    assert sizes is not None
+    assert int(sizes[1]) <= int(sizes[2])
+
+
+def test_render_of_a_bundle_that_fails_its_gates_says_so(page: Page, bundles: list[Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundles[1], tmp_path / "failing"))
+    manifest = Bundle.open(copy).manifest
+    plan = manifest.quantization
+    assert plan is not None
+    failing = replace(plan, passed=False, remarks=("its gates do not hold: by a little",))
+    write_manifest(replace(manifest, quantization=failing), copy / "manifest.json")
+    worse = replace(page.bundles[1], manifest=Bundle.open(copy).manifest)
+    assert "its gates do not hold: by a little" in render(replace(page, bundles=(page.bundles[0], worse)))

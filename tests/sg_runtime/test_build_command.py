@@ -1,0 +1,269 @@
+"""The command that builds a bundle again: what it asks the compiler for is what the bundle is."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sg_export.cli import main
+from sg_export.compiler import choose_graphs
+from sg_export.graph.trace import DEFAULT_OPSET
+from sg_export.loading import load_model, load_weak
+from sg_export.options.compile import CompileOptions
+from sg_runtime.build_command import USUAL_OPSET, build_command
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import Level, Manifest, Profile, read_manifest
+
+BUNDLES = (
+    "tiny_bundle",
+    "tiny_cfg_bundle",
+    "tiny_cfg_sg_bundle",
+    "tiny_autoguidance_bundle",
+    "tiny_edm_bundle",
+    "tiny_cosine_bundle",
+    "plain_bundle",
+    "engine_bundle",
+    "tiny_int8_bundle",
+)
+
+Asked = Callable[[str], tuple[str, CompileOptions]]
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
+    """The tiny model without guidance at sparsities 0.25 and 0, its checkpoint beside it."""
+    options = {"strong_sparsity": (0.25, 0.0), "guidance": "none", "batch": (1,), "steps": 7}
+    return build_once("plain-bundle", tiny_checkpoint, **options)
+
+
+@pytest.fixture
+def manifest(request: pytest.FixtureRequest) -> Manifest:
+    """Of the bundle that a test names, by default the tiny one."""
+    return Bundle.open(request.getfixturevalue(getattr(request, "param", "tiny_bundle"))).manifest
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Gives the model and the options that a command would have compiled."""
+
+    def asked(command: str) -> tuple[str, CompileOptions]:
+        calls: list[tuple[str, CompileOptions]] = []
+
+        def stop(model: str, options: CompileOptions, report: Any) -> None:
+            calls.append((model, options))
+            raise UsageError("far enough")
+
+        name, *words = shlex.split(command)
+        assert name == "sg-export"
+        with monkeypatch.context() as patch:
+            patch.setattr("sg_export.compiler.compile", stop)
+            result = CliRunner().invoke(main, words)
+        assert "far enough" in result.output, result.output
+        return calls[0]
+
+    return asked
+
+
+@pytest.mark.parametrize("manifest", BUNDLES, indirect=True)
+def test_build_command_asks_for_the_same_plan_and_graphs(
+    manifest: Manifest, asked: Asked, tiny_checkpoint: Path
+) -> None:
+    model, options = asked(build_command(manifest, "out"))
+    assert model == manifest.source.file
+    loaded = load_model(tiny_checkpoint.parent / model, weights=options.weights, overrides=options.overrides)
+    weak = None
+    if options.weak_checkpoint is not None:
+        path = tiny_checkpoint.parent / options.weak_checkpoint
+        weak = load_weak(path, loaded, options.weights, options.overrides)
+    plan, specs = choose_graphs(loaded, weak, options)
+    assert (loaded.facts, loaded.source) == (manifest.model, manifest.source)
+    assert (None if weak is None else weak.source) == manifest.weak_source
+    assert plan == manifest.guidance
+    built = [(graph.kind, graph.network, graph.levels, graph.null_weak) for graph in manifest.graphs]
+    wanted = [(spec.kind, spec.network, spec.levels, spec.null_weak) for spec in specs]
+    assert built == [spec for spec in wanted if not manifest.engines or spec[0] in ("condition", "guided")]
+
+
+@pytest.mark.parametrize("manifest", BUNDLES, indirect=True)
+def test_build_command_asks_for_the_same_sampling_types_and_batch(manifest: Manifest, asked: Asked) -> None:
+    _, options = asked(build_command(manifest, "out"))
+    assert options.steps == manifest.sampling.steps
+    assert options.precision == manifest.precision
+    assert options.opset == manifest.opset
+    if not manifest.engines:
+        assert options.targets == ("onnxruntime",)
+        assert options.batch == (() if manifest.batch is None else (manifest.batch,))
+    assert options.output == Path("out")
+    assert options.force
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_of_engines_asks_for_the_same_targets(manifest: Manifest, asked: Asked) -> None:
+    _, options = asked(build_command(manifest, "out"))
+    assert options.targets == ("tensorrt-rtx",)
+    assert options.compute_capabilities == (80, 86, 89, 120, 121)
+    assert options.batch == (1,), "the 40 rows of the condition are no batch"
+    assert not options.keep_onnx
+
+
+@pytest.mark.parametrize("manifest", ["plain_bundle"], indirect=True)
+def test_build_command_that_runs_makes_the_same_bundle(
+    manifest: Manifest, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    result = CliRunner().invoke(main, shlex.split(build_command(manifest, str(tmp_path / "out")))[1:])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "out/manifest.json") == manifest
+
+
+def test_build_command_is_one_line_that_a_shell_takes(manifest: Manifest) -> None:
+    """Every option is there by name, so the command says what the bundle is."""
+    assert build_command(manifest, "out") == (
+        "sg-export build tiny.safetensors --strong-sparsity 0 --strong-sparsity 0.25 --sparsity 0.5 --scale 2 "
+        "--route 1-1 --prediction flow --heads 2 --steps 40 --precision fp32 --output out --force"
+    )
+
+
+def test_build_command_quotes_names_with_spaces(manifest: Manifest, asked: Asked) -> None:
+    source = replace(manifest.source, file="my model's.safetensors")
+    command = build_command(replace(manifest, source=source), "my bundles/one; two")
+    model, options = asked(command)
+    assert model == "my model's.safetensors"
+    assert options.output == Path("my bundles/one; two")
+
+
+def test_build_command_of_a_reference_model_names_it_alone(manifest: Manifest, asked: Asked) -> None:
+    """It states its own route, heads and prediction."""
+    command = build_command(replace(manifest, source=replace(manifest.source, reference="glyphs")), "out")
+    model, options = asked(command)
+    assert model == "glyphs"
+    assert not {"--route", "--heads", "--prediction", "--weights"} & set(shlex.split(command))
+    assert options.weights is None
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_build_command_names_the_weights_of_a_file_that_has_two(manifest: Manifest, asked: Asked, weights: Any) -> None:
+    _, options = asked(build_command(replace(manifest, source=replace(manifest.source, weights=weights)), "out"))
+    assert options.weights == weights
+
+
+@pytest.mark.parametrize("manifest", ["plain_bundle"], indirect=True)
+def test_build_command_of_a_model_without_a_route_names_none(manifest: Manifest, asked: Asked) -> None:
+    _, options = asked(build_command(replace(manifest, model=replace(manifest.model, route=None)), "out"))
+    assert options.overrides.route is None
+
+
+@pytest.mark.parametrize("number", [0.0, 1 / 3, 1e-7, 1234567.5])
+def test_build_command_has_all_digits_of_scale_and_interval(manifest: Manifest, asked: Asked, number: float) -> None:
+    plan = replace(manifest.guidance, scale=-number, scale_last=number, interval=(number, 2 * number))
+    _, options = asked(build_command(replace(manifest, guidance=plan), "out"))
+    assert options.scale == (-number, number)
+    assert options.interval == (number, 2 * number)
+
+
+def test_build_command_has_all_digits_of_sparsities(manifest: Manifest, asked: Asked) -> None:
+    plan = replace(manifest.guidance, weak=Level(2 / 3, 5))
+    assert asked(build_command(replace(manifest, guidance=plan), "out"))[1].sparsity == (2 / 3, 0.5)
+
+
+def test_build_command_of_another_opset_names_it(manifest: Manifest, asked: Asked) -> None:
+    assert asked(build_command(replace(manifest, opset=22), "out"))[1].opset == 22
+    assert USUAL_OPSET == DEFAULT_OPSET
+
+
+def engines(manifest: Manifest, **changes: Any) -> Manifest:
+    """The manifest with facts of its engines replaced."""
+    return replace(manifest, engines=tuple(replace(engine, **changes) for engine in manifest.engines))
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_of_several_batches_names_each_once(manifest: Manifest, asked: Asked) -> None:
+    profiles = tuple(Profile(batch, keep) for batch in (4, 1) for keep in ((16, 8), (12, 8)))
+    condition, guided = manifest.engines
+    _, options = asked(build_command(replace(manifest, engines=(condition, replace(guided, profiles=profiles))), "out"))
+    assert options.batch == (1, 4)
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_for_a_gpu_names_it_in_place_of_the_bundles(manifest: Manifest, asked: Asked) -> None:
+    _, options = asked(build_command(manifest, "out", sm=75))
+    assert options.compute_capabilities == (75,)
+    assert options.targets == ("tensorrt-rtx",)
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_for_tensorrt_names_no_gpu(manifest: Manifest, asked: Asked) -> None:
+    """TensorRT builds for the GPU that it runs on."""
+    _, options = asked(build_command(manifest, "out", target="tensorrt", sm=90))
+    assert options.targets == ("tensorrt",)
+    assert options.compute_capabilities == ()
+    assert options.batch == (1,)
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_of_tensorrt_engines_asks_for_these(manifest: Manifest, asked: Asked) -> None:
+    _, options = asked(build_command(engines(manifest, library="tensorrt", compute_capabilities=(90,)), "out"))
+    assert options.targets == ("tensorrt",)
+    assert options.compute_capabilities == ()
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_of_both_libraries_asks_for_both(manifest: Manifest, asked: Asked) -> None:
+    other = engines(manifest, library="tensorrt", compute_capabilities=(90,))
+    _, options = asked(build_command(replace(manifest, engines=manifest.engines + other.engines), "out"))
+    assert options.targets == ("tensorrt", "tensorrt-rtx")
+    assert options.compute_capabilities == (80, 86, 89, 120, 121), "9.0 is TensorRT's"
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+def test_build_command_of_engines_beside_graphs_keeps_these(manifest: Manifest, asked: Asked) -> None:
+    graphs = tuple(replace(graph, file="graphs/one.onnx") for graph in manifest.graphs)
+    kept = replace(manifest, graphs=graphs)
+    assert asked(build_command(kept, "out"))[1].keep_onnx
+    assert not asked(build_command(kept, "out", target="onnxruntime"))[1].keep_onnx
+
+
+@pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_build_command_for_the_cpu_is_in_fp32(manifest: Manifest, asked: Asked, precision: Any) -> None:
+    _, options = asked(build_command(replace(manifest, precision=precision), "out", target="onnxruntime"))
+    assert (options.targets, options.precision) == (("onnxruntime",), "fp32")
+    assert (options.batch, options.compute_capabilities) == ((), ())
+
+
+@pytest.mark.parametrize("manifest", BUNDLES, indirect=True)
+@pytest.mark.parametrize("target", [None, "onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_build_command_for_every_target_parses(manifest: Manifest, target: str | None) -> None:
+    _, name, *words = shlex.split(build_command(manifest, "out", target=target))
+    main.commands[name].make_context(name, words, parent=click.Context(main))  # raises for a wrong option or value
+
+
+@pytest.mark.parametrize("manifest", ["tiny_int8_bundle"], indirect=True)
+def test_build_command_of_a_quantized_bundle_asks_for_the_same_type_layers_and_base(
+    manifest: Manifest, asked: Asked
+) -> None:
+    plan = manifest.quantization
+    assert plan is not None
+    quantize = asked(build_command(manifest, "out"))[1].quantize
+    assert quantize is not None
+    assert (quantize.type, quantize.rule, quantize.exclude) == ("int8", "percentile", ("blocks.2.mlp.fc2",))
+    assert not quantize.allow_quality_loss
+    failed = replace(manifest, quantization=replace(plan, passed=False, type="fp8", method="entropy"))
+    _, options = asked(build_command(replace(failed, precision="fp16"), "out"))
+    assert options.quantize is not None
+    assert (options.precision, options.quantize.type, options.quantize.rule) == ("fp16", "fp8", "entropy")
+    assert options.quantize.allow_quality_loss
+
+
+@pytest.mark.parametrize("manifest", ["tiny_int8_bundle"], indirect=True)
+def test_build_command_of_a_quantized_bundle_asks_for_the_same_gates(manifest: Manifest, asked: Asked) -> None:
+    assert manifest.quantization is not None
+    quantize = asked(build_command(manifest, "out"))[1].quantize
+    assert quantize is not None
+    assert quantize.limits == manifest.quantization.gates

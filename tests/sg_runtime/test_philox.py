@@ -1,0 +1,296 @@
+"""The random numbers: test vectors, a second implementation of the generator, and what must hold for any counter.
+
+One draw is the stream of 64-bit words of Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") with
+
+    key      (seed, purpose)                        purpose: 0 initial noise, 1 churn, 2 subsets
+    counter  (1 + block, step, evaluation, branch)  branch: 0 strong, 1 weak
+
+lowest word first in both, four words per block. The first block has counter 1, not 0: NumPy's `Philox` is made with
+counter (0, step, evaluation, branch) and adds one to it before it computes a block.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sg_runtime import noise as random
+
+MASK = 2**64 - 1
+WORDS = st.integers(0, MASK)
+PLACES = st.fixed_dictionaries({"step": WORDS, "evaluation": WORDS, "branch": WORDS})
+
+few = settings(max_examples=50)
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
+    """One block of Philox4x64-10, four words, as Random123's `philox.h` computes it."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = 0xD2E7470EE14C6C93 * c0, 0xCA5A826395121157 * c2
+        c0, c1, c2, c3 = (
+            (product1 >> 64) ^ c1 ^ k0,
+            product1 & MASK,
+            (product0 >> 64) ^ c3 ^ k1,
+            product0 & MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & MASK, (k1 + 0xBB67AE8584CAA73B) & MASK
+    return [c0, c1, c2, c3]
+
+
+def words_in_python(seed: int, purpose: int, count: int, step: int, evaluation: int, branch: int) -> list[int]:
+    """What `random.raw_words` must return, without NumPy."""
+    blocks = range(-(-count // 4))
+    return [w for b in blocks for w in philox((b + 1, step, evaluation, branch), (seed, purpose))][:count]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        (
+            (0, 0, 0, 0),
+            (0, 0),
+            [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B],
+        ),
+        (
+            (MASK, MASK, MASK, MASK),
+            (MASK, MASK),
+            [0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0],
+        ),
+        (
+            (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89),
+            (0x452821E638D01377, 0xBE5466CF34E90C6C),
+            [0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6],
+        ),
+    ],
+)
+def test_philox_in_python_gives_the_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], words: list[int]
+) -> None:
+    """The vectors of Random123's `kat_vectors`, so that the implementation above is no copy of a mistake."""
+    assert philox(counter, key) == words
+
+
+@pytest.mark.parametrize(
+    ("seed", "purpose", "place", "words"),
+    [
+        (
+            0,
+            0,
+            (0, 0, 0),
+            [
+                0x02F4BA6408E4D89B,
+                0x3DD62B0B9CA8C5B2,
+                0x1C8667A55D902E79,
+                0x907D7A052FD5B4DC,
+                0x809BF322883987C3,
+                0x471128B9E807F7DD,
+            ],
+        ),
+        (
+            1,
+            2,
+            (3, 1, 1),
+            [
+                0x043831445050A3D5,
+                0xBF78B8ADD5BE091A,
+                0xCBBF3DCE04A947CB,
+                0xFCD7C17C41535D05,
+                0x81FDB620B0F82569,
+                0x2691CBB9FEF8904A,
+            ],
+        ),
+        (
+            2**64 - 1,
+            2,
+            (39, 0, 0),
+            [
+                0x7F2C0CB1BB92AFDF,
+                0xA53D6681BF9DF9F3,
+                0xC646A20F41362EE0,
+                0x95ABBCF117DA9E74,
+                0x970364D526E1F20F,
+                0xF966B02C90FF1E5E,
+            ],
+        ),
+    ],
+)
+def test_raw_words_of_test_vectors_are_as_committed(
+    seed: int, purpose: int, place: tuple[int, int, int], words: list[int]
+) -> None:
+    step, evaluation, branch = place
+    drawn = random.raw_words(seed, purpose, 6, step=step, evaluation=evaluation, branch=branch)
+    assert drawn.dtype == np.uint64
+    assert [int(word) for word in drawn] == words
+
+
+def test_purposes_and_branches_are_as_documented() -> None:
+    """Part of every key and counter: another number, and every image changes."""
+    assert (random.INITIAL_NOISE, random.CHURN, random.SUBSET) == (0, 1, 2)
+    assert (random.STRONG, random.WEAK) == (0, 1)
+
+
+@few
+@given(WORDS, st.integers(0, 2), st.integers(0, 13), PLACES)
+def test_raw_words_of_any_place_equal_those_of_plain_python(
+    seed: int, purpose: int, count: int, place: dict[str, int]
+) -> None:
+    drawn = random.raw_words(seed, purpose, count, **place)
+    assert [int(word) for word in drawn] == words_in_python(seed, purpose, count, **place)
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "numbers"),
+    [
+        (
+            0,
+            0,
+            [
+                0.15853384137153625,
+                2.982879400253296,
+                -1.9256919622421265,
+                -0.8249255418777466,
+                -0.2025032788515091,
+                1.1557642221450806,
+            ],
+        ),
+        (
+            2**64 - 1,
+            0,
+            [
+                -0.3471274971961975,
+                -1.666235089302063,
+                -0.2814759612083435,
+                -1.3031625747680664,
+                0.11720728874206543,
+            ],
+        ),
+    ],
+)
+def test_normal_of_test_vectors_is_as_committed(seed: int, step: int, numbers: list[float]) -> None:
+    drawn = random.normal(seed, random.INITIAL_NOISE, (len(numbers),), step=step)
+    assert drawn.dtype == np.float32
+    # The float64 logarithm and cosine of two machines differ in the last bit, which may move the rounding to float32
+    # by one place: 2**-23 at most, relative.
+    np.testing.assert_allclose(drawn, numbers, rtol=2**-23, atol=0)
+
+
+def test_normal_of_plain_python_is_the_same() -> None:
+    """Box and Muller's transform of pairs of uniform numbers in (0, 1], made of the upper 53 bits of each word."""
+    expected = []
+    words = words_in_python(7, random.CHURN, 10, 5, 0, 0)
+    for first, second in zip(words[0::2], words[1::2], strict=True):
+        u, v = (((word >> 11) + 0.5) / 2**53 for word in (first, second))
+        radius = math.sqrt(-2 * math.log(u))
+        expected += [radius * math.cos(2 * math.pi * v), radius * math.sin(2 * math.pi * v)]
+    drawn = random.normal(7, random.CHURN, (3, 3), step=5)
+    assert drawn.shape == (3, 3)
+    # As in the test vectors, plus the absolute error of a cosine near its zero.
+    np.testing.assert_allclose(drawn.reshape(-1), expected[:9], rtol=2**-23, atol=1e-15)
+
+
+@few
+@given(WORDS, st.lists(st.integers(1, 5), max_size=4))
+def test_normal_of_a_smaller_shape_begins_the_larger_one(seed: int, shape: list[int]) -> None:
+    drawn = random.normal(seed, random.INITIAL_NOISE, tuple(shape))
+    larger = random.normal(seed, random.INITIAL_NOISE, (drawn.size + 3,))
+    assert drawn.shape == tuple(shape)
+    np.testing.assert_array_equal(drawn.reshape(-1), larger[: drawn.size])
+
+
+def test_normal_of_many_has_the_moments_of_a_standard_normal() -> None:
+    count = 100_000
+    drawn = random.normal(3, random.INITIAL_NOISE, (count,)).astype(np.float64)
+    # Five standard deviations of the estimates. The numbers are always the same: the test cannot fail by chance.
+    assert abs(drawn.mean()) < 5 * math.sqrt(1 / count)
+    assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / count)
+    assert abs((drawn**3).mean()) < 5 * math.sqrt(15 / count)
+    assert abs((drawn**4).mean() - 3) < 5 * math.sqrt(96 / count)
+    # The two numbers of one pair share their radius and must be uncorrelated all the same.
+    assert abs((drawn[0::2] * drawn[1::2]).mean()) < 5 * math.sqrt(1 / (count / 2))
+
+
+def test_normal_of_the_extreme_words_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest word, put in since no seed at hand draws them: the logarithm never sees a zero."""
+    monkeypatch.setattr(random, "raw_words", lambda *_, **__: np.array([0, 0, MASK, MASK], dtype=np.uint64))
+    drawn = random.normal(0, random.INITIAL_NOISE, (4,))
+    assert np.isfinite(drawn).all()
+    # The longest radius there is and the shortest; float32 rounds the first.
+    assert drawn[0] == pytest.approx(math.sqrt(-2 * math.log(2**-54)), rel=2**-23)
+    assert drawn[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "place", "four", "eight"),
+    [
+        (0, (0, 0, 0), [6, 7, 10, 13], [2, 6, 7, 9, 10, 13, 14, 15]),
+        (0, (0, 0, 1), [2, 7, 10, 13], [2, 4, 5, 7, 10, 11, 13, 15]),
+        (12345, (7, 1, 1), [0, 9, 11, 13], [0, 4, 8, 9, 10, 11, 13, 15]),
+    ],
+)
+def test_subset_of_test_vectors_is_as_committed(
+    seed: int, place: tuple[int, int, int], four: list[int], eight: list[int]
+) -> None:
+    step, evaluation, branch = place
+    for expected in (four, eight):
+        drawn = random.subset(seed, 16, len(expected), step=step, evaluation=evaluation, branch=branch)
+        assert drawn.dtype == np.int64
+        assert drawn.tolist() == expected
+
+
+@few
+@given(st.data(), WORDS, st.integers(1, 300), PLACES)
+def test_subset_of_any_place_is_sorted_distinct_in_range_and_nested(
+    data: st.DataObject, seed: int, tokens: int, place: dict[str, int]
+) -> None:
+    keep = data.draw(st.integers(1, tokens))
+    larger = data.draw(st.integers(keep, tokens))
+    drawn = random.subset(seed, tokens, keep, **place)
+    assert drawn.shape == (keep,)
+    assert (np.diff(drawn) > 0).all()
+    assert drawn[0] >= 0
+    assert drawn[-1] < tokens
+    assert set(drawn) <= set(random.subset(seed, tokens, larger, **place))
+
+
+@few
+@given(WORDS, st.integers(1, 40), PLACES)
+def test_subset_of_any_place_holds_the_smallest_words(seed: int, tokens: int, place: dict[str, int]) -> None:
+    words = words_in_python(seed, random.SUBSET, tokens, **place)
+    by_word = sorted(range(tokens), key=lambda token: (words[token], token))
+    for keep in {1, (tokens + 1) // 2, tokens}:
+        assert random.subset(seed, tokens, keep, **place).tolist() == sorted(by_word[:keep])
+
+
+def test_subset_of_equal_words_takes_the_lower_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words put in, since no seed at hand draws one twice."""
+    monkeypatch.setattr(random, "raw_words", lambda *_, **__: np.array([5, 3, 5, 3, 5], dtype=np.uint64))
+    assert random.subset(0, 5, 3, step=0, evaluation=0, branch=0).tolist() == [0, 1, 3]
+
+
+def test_subset_of_many_seeds_keeps_every_token_equally_often() -> None:
+    tokens, keep, seeds = 16, 4, 4000
+    counts = np.zeros(tokens)
+    for seed in range(seeds):
+        counts[random.subset(seed, tokens, keep, step=0, evaluation=0, branch=0)] += 1
+    share = keep / tokens
+    # Five standard deviations of a binomial count; always the same seeds.
+    assert np.abs(counts / seeds - share).max() < 5 * math.sqrt(share * (1 - share) / seeds)
+
+
+def test_raw_words_of_different_places_are_different() -> None:
+    """Every part of key and counter counts, and none stands in for another."""
+    draws = {
+        tuple(random.raw_words(seed, purpose, 4, step=step, evaluation=evaluation, branch=branch).tolist())
+        for seed in (0, 1, 2)
+        for purpose in (random.INITIAL_NOISE, random.CHURN, random.SUBSET)
+        for step in (0, 1, 2)
+        for evaluation in (0, 1)
+        for branch in (random.STRONG, random.WEAK)
+    }
+    assert len(draws) == 3 * 3 * 3 * 2 * 2
+    assert len({word for draw in draws for word in draw}) == 4 * len(draws)

@@ -37,13 +37,15 @@ from sg_calibration.settings import METHODS, FeedSettings
 from sg_export import CompileOptions, Overrides, compile
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.parity.walk import Walk, judge
-from sg_export.quantize.search import BATCH, measure_ranges, quantized_pipeline, reference_pipeline, walks_of
+from sg_export.quantize.rewrite import BATCH, quantized_pipeline, reference_pipeline
+from sg_export.quantize.search import measure_ranges, walks_of
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import QuantizedType
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.run.launches import GraphRunner, launches
+from sg_runtime.run.evaluate import GraphRunner
+from sg_runtime.run.launches import launches
 
 Feeds = dict[str, NDArray[Any]]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sg_export.reference import REFERENCES, reference_path
@@ -133,7 +134,6 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
-    import torch
 
     try:
         # MaskDiT's training script stores its parsed options beside the weights. A Namespace only holds values.
@@ -199,3 +199,13 @@ def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
 
 def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
+    """What the user states of a checkpoint, and where that is nothing, what its author does."""
+    facts = checkpoint.facts
+    return Overrides(
+        overrides.route or (Route.parse(facts.route) if facts.route else None),
+        facts.heads if overrides.heads is None else overrides.heads,
+        overrides.prediction or facts.prediction,
+    )

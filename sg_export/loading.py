@@ -4,10 +4,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sg_export.adapters import ADAPTERS, find_adapter
-from sg_export.adapters.dit import merge_facts
-from sg_export.checkpoint import Overrides, Weights, read_checkpoint
+from sg_export.checkpoint import Overrides, Weights, merge_facts, read_checkpoint
 from sg_export.models.sparse import SparseModel
-from sg_runtime.errors import UsageError
+from sg_export.reference import REFERENCES, reference_path
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import BundleError, CheckpointError, UsageError
+from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Level, ModelFacts, Source
 
 
@@ -78,3 +80,55 @@ def load_weak(
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {told}"
         )
     return LoadedModel(model, facts, read.source)
+
+
+def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
+    """Load the checkpoint that the manifest names, with the facts that it was built with."""
+    source, model = bundle.manifest.source, bundle.manifest.model
+    path = _checkpoint_of(bundle, source, checkpoint, "--checkpoint")
+    loaded = load_model(path, weights=_weights_of(source), overrides=_overrides_of(bundle))
+    if loaded.facts != model:
+        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
+    return loaded
+
+
+def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedModel) -> LoadedModel | None:
+    """Load the checkpoint of the weak network, where the bundle has one."""
+    source = bundle.manifest.weak_source
+    if source is None:
+        if checkpoint is not None:
+            raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
+        return None
+    path = _checkpoint_of(bundle, source, checkpoint, "--weak-checkpoint")
+    return load_weak(path, strong, _weights_of(source), _overrides_of(bundle))
+
+
+def _overrides_of(bundle: Bundle) -> Overrides:
+    """What was known of the model when the bundle was built."""
+    model = bundle.manifest.model
+    return Overrides(model.route, model.heads, model.prediction)
+
+
+def _weights_of(source: Source) -> Weights | None:
+    return None if source.weights == "bare" else source.weights
+
+
+def _checkpoint_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> str | Path:
+    """The file of `source`, or the name of the reference model that it is; its hash is that of the manifest."""
+    if checkpoint is None:
+        candidates = [bundle.path.parent / source.file, Path(source.file)]
+        found = [path for path in candidates if path.is_file()]
+        checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give {option}"
+            )
+    path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
+    if (found_hash := sha256_of(path)) != source.sha256:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
+            f"found {found_hash[:12]}…: give its checkpoint, or build a new bundle from this one"
+        )
+    return checkpoint

@@ -110,7 +110,7 @@ def test_wheel_holds_every_module_and_the_data(wheel: Path) -> None:
     }
     expected |= {f"{room}/py.typed" for room in ROOMS}
     expected |= {f"sg_export/reference/{name}.safetensors" for name in ("glyphs", "glyphs-early")}
-    expected |= {"sg_runtime/manifest.schema.json"}
+    expected |= {"sg_runtime/manifest/schema.json"}
     with zipfile.ZipFile(wheel) as archive:
         assert expected <= set(archive.namelist())
 

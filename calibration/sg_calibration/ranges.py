@@ -19,9 +19,11 @@ from sg_calibration.settings import LEAST_STRATA, METHODS, Method
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing
-from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Strict
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest
+from sg_runtime.manifest.base import Strict
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.run.launches import GraphRunner, launches
+from sg_runtime.run.evaluate import GraphRunner
+from sg_runtime.run.launches import launches
 
 SCHEMA_VERSION = 1
 PERCENTILE = 99.99

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from sg_engines.trt import EngineRecipe, Progress, build_engine
 from sg_runtime.errors import EngineError
+from sg_runtime.host import peak_memory
 from sg_runtime.manifest import EngineLibrary
 
 LESS_MEMORY = "build fewer sparsities or batch sizes at once (--sparsity, --batch), or give a smaller --workspace"
@@ -184,15 +184,6 @@ def _tell(events: IO[str], event: dict[str, Any]) -> None:
         events.flush()
     except BrokenPipeError:  # the parent is gone; the library would swallow the exception and build on
         os._exit(1)
-
-
-def peak_memory() -> int:
-    """Bytes of this program's largest resident set; Linux counts in `getrusage` that of the program that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

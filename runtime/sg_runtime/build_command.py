@@ -2,7 +2,7 @@
 
 import shlex
 
-from sg_runtime.manifest import Manifest
+from sg_runtime.manifest import ENGINE_TARGETS, Manifest
 
 USUAL_OPSET = 20
 """What `sg-export build` takes where none is given."""
@@ -74,7 +74,7 @@ def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch:
     engines = manifest.engines
     if target == "onnxruntime" or (target is None and not engines):
         return [] if manifest.batch is None else ["--batch", str(manifest.batch)]
-    targets = [target] if target else sorted({engine.library.replace("_", "-") for engine in engines})
+    targets = [target] if target else sorted({ENGINE_TARGETS[engine.library] for engine in engines})
     words = [word for name in targets for word in ("--target", name)]
     if "tensorrt-rtx" in targets:
         rtx = [engine for engine in engines if engine.library == "tensorrt_rtx"]

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sg_runtime.arrays import Array
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
 
-Array = NDArray[np.float32]
 Ramp = float | tuple[float, float]
 """A value for the whole run, or the values of the first and the last step, with a cosine between them."""
 

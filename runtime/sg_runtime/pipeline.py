@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime import philox
+from sg_runtime.arrays import Array, Indices
 from sg_runtime.backends import Backend, open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray
@@ -20,14 +21,12 @@ from sg_runtime.guidance import Ramp, choose, guide, with_scale
 from sg_runtime.images import to_pixels
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, SamplerName
 from sg_runtime.requests import check_seeds, check_times, class_index, given_subset, whole_number
+from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LanePool, LaneState
-from sg_runtime.run.launches import GraphRunner
 from sg_runtime.run.prepared import PreparedRun, prepare
 from sg_runtime.run.sample import Run, check_finite, noise, sample_group
 from sg_runtime.sampling import SAMPLERS, Churn, run_times, updates
 
-Array = NDArray[np.float32]
-Indices = NDArray[np.int64]
 Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
 """(evaluations done, evaluations in all) of a run."""
@@ -233,8 +232,8 @@ class Pipeline:
             raise UsageError(f"churn: expected an edm model, found one of {model.prediction} prediction")
         times = run_times(steps, defaults.karras)
         run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), steps, fused, self.chunk)
-        with self._running() as (worker, runner):
-            memory, groups, finished = worker.lane.memory, list(runner.groups(len(labels))), count(1)
+        with self._running() as (leased, runner):
+            memory, groups, finished = leased.lane.memory, list(runner.groups(len(labels))), count(1)
 
             def done() -> None:
                 if progress is not None:
@@ -243,7 +242,7 @@ class Pipeline:
             result = None
             for group in groups:
                 own = [seeds[image] for image in group]
-                state = sample_group(self.bundle.manifest, worker, runner, run, labels[group], own, done)
+                state = sample_group(self.bundle.manifest, leased, runner, run, labels[group], own, done)
                 if result is None:  # the first workspace has found that there is memory
                     result = memory.empty((len(labels), *state.shape[1:]), np.float32)
                 first, images = int(group[0]), len(np.unique(group))
@@ -290,9 +289,9 @@ class Pipeline:
                 raise UsageError(f"counters: expected (step, evaluation), none below 0, found {counter}")
         chosen = self._scaled(guidance, scale)
         last_step = max(step for step, _ in counters)
-        with self._running() as (worker, runner):
+        with self._running() as (leased, runner):
             plan = self._prepare(runner, chosen, [float(time) for time in times], labels, seeds, counters, last_step)
-            worker.lane.memory.wait()  # another lane may use it
+            leased.lane.memory.wait()  # another lane may use it
             return plan
 
     @overload
@@ -372,8 +371,8 @@ class Pipeline:
         else:
             classes: Classes = index_or_classes  # type: ignore[assignment]
             images = len(classes)
-        with self._running() as (worker, runner):
-            memory = worker.lane.memory
+        with self._running() as (leased, runner):
+            memory = leased.lane.memory
             held = memory.hold(x)
             self._check_latent(held, images)
             if not isinstance(plan_or_t, PreparedRun):
@@ -414,8 +413,8 @@ class Pipeline:
     @contextmanager
     def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
         """A lane for this thread, and what runs graphs in it."""
-        with self._lanes.lease() as worker:
-            yield worker, GraphRunner(self.bundle.manifest, worker.lane, self.batch, self.backend.batches)
+        with self._lanes.lease() as leased:
+            yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, self.backend.batches)
 
     def _prepare(
         self,

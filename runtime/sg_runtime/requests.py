@@ -5,12 +5,10 @@ from operator import index as as_index
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sg_runtime.arrays import Indices
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import FLOAT32_MAX, ModelFacts
-
-Indices = NDArray[np.int64]
 
 
 def class_index(model: ModelFacts, name: int | str | None) -> int:

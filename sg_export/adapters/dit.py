@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sg_export.checkpoint import Checkpoint, Overrides
+from sg_export.checkpoint import Checkpoint
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
@@ -16,16 +16,6 @@ from sg_runtime.manifest import ModelFacts, Prediction, Route
 LABELS = "y_embedder.embedding_table.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads by width of S, B, L and XL (arXiv 2212.09748, table 1)."""
-
-
-def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
-    """What the user states of a checkpoint, and where that is nothing, what its author does."""
-    facts = checkpoint.facts
-    return Overrides(
-        overrides.route or (Route.parse(facts.route) if facts.route else None),
-        facts.heads if overrides.heads is None else overrides.heads,
-        overrides.prediction or facts.prediction,
-    )
 
 
 def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from sg_export.adapters import dit
-from sg_export.checkpoint import Checkpoint, Overrides
+from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
 from sg_export.models.maskdit import DECODER_WIDTH, MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
@@ -48,7 +48,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     Raises CheckpointError for tensors that are missing, unknown or of another shape, and for variants that are not
     supported; UsageError for facts that are not the family's, or that the tensors do not tell and nobody gave.
     """
-    file, tensors, given = checkpoint.source.file, checkpoint.tensors, dit.merge_facts(checkpoint, overrides)
+    file, tensors, given = checkpoint.source.file, checkpoint.tensors, merge_facts(checkpoint, overrides)
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(

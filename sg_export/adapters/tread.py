@@ -8,7 +8,7 @@ embedded as given, t in [0, 1] for rectified flow (`rf.py`) and ln(sigma) / 4 fo
 import torch
 
 from sg_export.adapters import dit
-from sg_export.checkpoint import Checkpoint, Overrides
+from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
@@ -41,7 +41,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     Raises CheckpointError for tensors that are missing, unknown or of another shape; UsageError for facts that the
     tensors do not tell and nobody gave.
     """
-    file, given = checkpoint.source.file, dit.merge_facts(checkpoint, overrides)
+    file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
     config = infer_config(checkpoint, given.heads)
     route, prediction = given.route, given.prediction
     if route is not None and route.end >= config.depth:

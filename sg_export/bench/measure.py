@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sg_engines.child import peak_memory
 from sg_export.cost.step import step_costs
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Choice, choose_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
+from sg_runtime.host import peak_memory
 from sg_runtime.pipeline import Pipeline
 
 Baseline = Literal["pytorch", "pytorch-compiled"]

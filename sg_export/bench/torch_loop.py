@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sg_export.loading import LoadedModel
-from sg_export.reload import reload_checkpoint, reload_weak
+from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_runtime import philox
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guidance_table, levels

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from sg_export.cli.options import Command, device_options, print_table, progress
+from sg_export.cli.errors import Command
+from sg_export.cli.options import device_options
+from sg_export.cli.output import print_table, progress
 
 
 @click.command(cls=Command)

@@ -6,20 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sg_export.cli.options import (
-    INTERVAL,
-    QUANTIZATION,
-    RUNS,
-    Command,
-    ComputeCapabilityType,
-    RampType,
-    SizeType,
-    messages,
-    model_options,
-    progress,
-    quantization_options,
-    refuse_given,
-)
+from sg_export.cli.errors import Command
+from sg_export.cli.options import INTERVAL, QUANTIZATION, RUNS, model_options, quantization_options, refuse_given
+from sg_export.cli.output import messages, progress
+from sg_export.cli.types import ComputeCapabilityType, RampType, SizeType
 
 if TYPE_CHECKING:
     from sg_runtime.bundle import Bundle

@@ -6,16 +6,9 @@ from typing import Any
 
 import click
 
-from sg_export.cli.options import (
-    RUNS,
-    Command,
-    check_parent,
-    feed_options,
-    model_options,
-    progress,
-    refuse_given,
-    writing,
-)
+from sg_export.cli.errors import Command, writing
+from sg_export.cli.options import RUNS, check_parent, feed_options, model_options, refuse_given
+from sg_export.cli.output import progress
 
 
 @click.command(cls=Command)

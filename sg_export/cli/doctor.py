@@ -8,25 +8,10 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.options import Command, print_table
+from sg_export.cli.errors import Command
+from sg_export.cli.output import print_table
 from sg_runtime import __version__
-
-LIBRARIES = (
-    ("numpy", "runtime", None),
-    ("pillow", "images", None),
-    ("onnxruntime", "backend onnxruntime-cpu", "ort"),
-    ("onnxruntime-gpu", "backends onnxruntime-cuda and others", "ort-gpu"),
-    ("tensorrt-rtx", "engines of TensorRT-RTX", "tensorrt-rtx"),
-    ("tensorrt", "engines of TensorRT", "tensorrt"),
-    ("cuda-bindings", "engines", "tensorrt-rtx"),
-    ("torch", "building", "export"),
-    ("onnx", "building", "export"),
-    ("onnxscript", "building", "export"),
-    ("onnx-ir", "building", "export"),
-    ("safetensors", "building", "export"),
-    ("polygraphy", "verify", "verify"),
-)
-"""Distribution, what needs it, and the extra that installs it."""
+from sg_runtime.extras import LIBRARIES
 
 
 @click.command(cls=Command)
@@ -51,7 +36,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         for reason in choice.rejected:
             click.echo(f"not {reason}")
         return
-    versions = {name: _version(name) for name, _, _ in LIBRARIES}
+    versions = {library.distribution: _version(library.distribution) for library in LIBRARIES}
     providers = _providers()
     gpus = _gpus()
     backend = None
@@ -71,7 +56,12 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=1))
         return
     rows = [
-        (name, versions[name] or f"missing: pip install 'sg-export[{extra}]'", need) for name, need, extra in LIBRARIES
+        (
+            library.distribution,
+            versions[library.distribution] or f"missing: pip install 'sg-export[{library.extra}]'",
+            library.use,
+        )
+        for library in LIBRARIES
     ]
     machine = f"Python {facts['python']}, {facts['platform']}, {facts['processors']} processors"
     click.echo(f"sg-export {__version__}; {machine}")

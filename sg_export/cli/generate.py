@@ -8,7 +8,10 @@ from typing import Any, get_args
 
 import click
 
-from sg_export.cli.options import INTERVAL, Command, Failure, RampType, device_options, progress, writing
+from sg_export.cli.errors import Command, Failure, writing
+from sg_export.cli.options import INTERVAL, device_options
+from sg_export.cli.output import progress
+from sg_export.cli.types import RampType
 from sg_runtime.manifest import GuidanceMode
 
 GUIDANCE_MODES = get_args(GuidanceMode)

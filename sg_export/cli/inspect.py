@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sg_export.cli.options import Command, model_options, print_table
+from sg_export.cli.errors import Command
+from sg_export.cli.options import model_options
+from sg_export.cli.output import print_table
 
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel

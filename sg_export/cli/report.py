@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.options import Command, check_parent, progress, writing
+from sg_export.cli.errors import Command, writing
+from sg_export.cli.options import check_parent
+from sg_export.cli.output import progress
 
 
 @click.command(cls=Command)

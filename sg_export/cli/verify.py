@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sg_export.cli.options import Command, Failure, print_table, progress, writing
+from sg_export.cli.errors import Command, Failure, writing
+from sg_export.cli.output import print_table, progress
 from sg_runtime.backends import BACKENDS
 
 if TYPE_CHECKING:

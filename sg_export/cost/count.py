@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import sympy
 
-from sg_export.graph.half import PRODUCTS, weight_of, weighted_products
+from sg_export.graph.products import PRODUCTS, weight_of, weighted_products
 from sg_runtime.manifest import Cost
 
 Dimension = int | ir.SymbolicDim

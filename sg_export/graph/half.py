@@ -5,22 +5,18 @@ residual stream, a LayerNorm. So attention is in half precision as a whole betwe
 modulation, residuals, guidance and update are in FP32 without being named.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sg_calibration.layers import EMBEDDERS_AND_HEAD
+from sg_export.graph.products import belongs, weighted_products
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision
-
-PRODUCTS = ("MatMul", "Gemm", "Conv")
-"""Operators that take a weight as their second input."""
 
 STATISTICS = ("LayerNormalization", "RMSNormalization")
 """Operators that sum squares."""
@@ -46,26 +42,6 @@ def fp32_layers(model: SparseModel, precision: Precision, *, half_only: bool = F
     if precision == "fp16" or after == model.network.layers:
         return EMBEDDERS_AND_HEAD
     return (*EMBEDDERS_AND_HEAD, model.network.layer_name(after))
-
-
-def belongs(weight: str, layers: Iterable[str]) -> bool:
-    """Whether a weight, by its name in the checkpoint, is one of these modules'."""
-    return any(weight.startswith(f"{layer}.") for layer in layers)
-
-
-def weighted_products(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """The matrix products and convolutions with a weight, and its name in the checkpoint."""
-    for node in graph:
-        if (weight := weight_of(node)) is not None:
-            yield str(weight.name).removesuffix("_quantized").removesuffix(".T"), node
-
-
-def weight_of(node: ir.Node) -> ir.Value | None:
-    """The initializer that a product takes as its weight, be it through a DequantizeLinear; else None."""
-    weight = node.inputs[1] if node.op_type in PRODUCTS else None
-    if weight is not None and (source := weight.producer()) is not None and source.op_type == "DequantizeLinear":
-        weight = source.inputs[0]
-    return weight if weight is not None and weight.is_initializer() else None
 
 
 def to_half(
@@ -119,24 +95,6 @@ def to_half(
             else:
                 graph.initializers.pop(str(value.name))
             graph.register_initializer(copy)
-
-
-def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) -> None:
-    """Raise ExportError unless the products with a weight in the graph at `path` have the types that were asked for.
-
-    The file is read anew, and the types of computed values are inferred by ONNX.
-    """
-    wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
-    graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph
-    for weight, node in weighted_products(graph):
-        expected = _FP32 if belongs(weight, layers) else wanted
-        found = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
-        if found != {expected}:
-            names = ", ".join(sorted(str(dtype) for dtype in found))
-            raise ExportError(
-                f"graph {path.name}: node {node.name}: expected {expected}, found {names}; please report this with the "
-                f"versions that sg-export doctor prints"
-            )
 
 
 def half_attentions(graph: ir.Graph) -> int:

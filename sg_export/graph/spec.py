@@ -1,12 +1,8 @@
 """The graphs of a bundle: what each computes, and the tensors it takes, in terms of one `SparseModel`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from sg_export.models.sparse import SparseModel
 from sg_runtime.manifest import GraphKind, GuidanceMode, GuidancePlan, Level, ModelFacts, NetworkName, TensorFacts
 
 TAIL = ("c_in", "c_skip", "c_out", "a", "b", "e")
@@ -67,7 +63,7 @@ def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
     return [GraphSpec("condition", network=network), *branches]
 
 
-def inputs(
+def graph_inputs(
     spec: GraphSpec, model: ModelFacts, batch: int | None, *, symbolic_keep: bool = False
 ) -> tuple[TensorFacts, ...]:
     """The inputs of a graph, in order.
@@ -100,57 +96,9 @@ def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
     return dict(zip({"sparse": ("K",), "guided": ("K_strong", "K_weak")}.get(spec.kind, ()), keep, strict=False))
 
 
-def outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
-    """The outputs of a graph; arguments as in `inputs`."""
+def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
+    """The outputs of a graph; arguments as in `graph_inputs`."""
     if spec.kind == "condition":
         return (TensorFacts("modulations", "float32", ("S", model.modulations)),)
     latent = ("B" if batch is None else batch, model.channels, model.image_size, model.image_size)
     return (TensorFacts("prediction", "float32", latent), TensorFacts("next", "float32", latent))
-
-
-class GraphModule(nn.Module):
-    """The computation of one graph; its arguments are the graph's inputs, in order."""
-
-    def __init__(self, model: SparseModel, spec: GraphSpec, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.kind = spec.kind
-        self.names = tuple(names)
-
-    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The graph's outputs."""
-        found = compute(self.model, self.kind, dict(zip(self.names, values, strict=True)))
-        return found[0] if len(found) == 1 else found
-
-
-def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a graph of this kind, from its inputs by name."""
-    if kind == "condition":
-        return (model.condition(given["t"], given["class"]),)
-    x, modulations = given["x"], given["modulations"]
-    if kind == "guided":
-        output = model.guided(
-            given["c_in"] * x,
-            modulations,
-            given.get("keep_strong"),
-            given.get("keep_weak"),
-            given["scale"],
-            given.get("modulations_weak"),
-        )
-    else:
-        output = model.predict(given["c_in"] * x, modulations, given.get("keep"))
-    prediction = given["c_skip"] * x + given["c_out"] * output
-    return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
-
-
-def example(tensor: TensorFacts, tokens: int, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    """A random value for an input: times in (0, 1), distinct sorted indices, small numbers. `sizes`: symbolic sizes."""
-    shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
-    if tensor.name == "t":
-        return torch.rand(shape, generator=generator)
-    if tensor.name == "class":
-        return torch.zeros(shape, dtype=torch.int64)
-    if tensor.dtype == "int64":
-        order = torch.rand((shape[0], tokens), generator=generator).argsort(dim=1)
-        return order[:, : shape[1]].sort(dim=1).values
-    return torch.randn(shape, generator=generator)

@@ -24,8 +24,8 @@ from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from sg_export.graph import spec as graphs
-from sg_export.graph.spec import GraphSpec
+from sg_export.graph.module import compute, example
+from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Program, assemble
 from sg_export.models.branches import Branches
 from sg_export.models.sparse import SparseModel
@@ -59,8 +59,8 @@ def trace(
     graphs and takes longer. Raises ExportError where PyTorch cannot export the model.
     """
     names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
-    inputs = [graphs.inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
-    outputs = [graphs.outputs(spec, facts, batch) for spec in specs]
+    inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    outputs = [graph_outputs(spec, facts, batch) for spec in specs]
     exported, layers = _export(model, specs, names, inputs, facts.tokens, opset, each_layer)
     starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
     program = Program(
@@ -164,7 +164,7 @@ class _Program(nn.Module):
         rest, outputs = iter(values), list[Tensor]()
         for spec, names in zip(self._specs, self._names, strict=True):
             self._state.at = spec
-            outputs += graphs.compute(self.model, spec.kind, {name: next(rest) for name in names})
+            outputs += compute(self.model, spec.kind, {name: next(rest) for name in names})
         self._state.at = None
         return (*outputs, *self._state.bodies)
 
@@ -182,7 +182,7 @@ def _examples(
     """Values for the inputs of all graphs, and their symbolic dimensions."""
     generator = torch.Generator().manual_seed(0)
     dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
-    values = tuple(graphs.example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
+    values = tuple(example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
     return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
 
 

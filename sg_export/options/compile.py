@@ -10,7 +10,7 @@ from sg_export.graph.trace import DEFAULT_OPSET, OPSETS
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import EngineLibrary, GuidanceMode, Precision
+from sg_runtime.manifest import ENGINE_TARGETS, EngineLibrary, GuidanceMode, Precision
 
 DEFAULT_SPARSITY = 0.5
 
@@ -129,7 +129,7 @@ class CompileOptions:
     @property
     def libraries(self) -> tuple[EngineLibrary, ...]:
         """The libraries of the engines that are built."""
-        known: dict[Target, EngineLibrary] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+        known = {target: library for library, target in ENGINE_TARGETS.items()}
         return tuple(known[target] for target in dict.fromkeys(self.targets) if target in known)
 
     @property

@@ -12,16 +12,15 @@ from pathlib import Path
 from sg_engines.cache import EngineCache, EngineKey
 from sg_engines.child import BuildFigures, build_in_child
 from sg_engines.trt import EngineRecipe, Shape, has_timing_cache
-from sg_export.graph import spec as graphs
-from sg_export.graph.spec import GraphSpec
+from sg_export.graph.spec import GraphSpec, graph_inputs, keep_sizes
+from sg_export.options.engines import EngineOptions
 from sg_export.progress import Report
 from sg_runtime.backends.rtx_header import read_rtx_header
-from sg_runtime.backends.trt_check import EXTRAS, NAMES
 from sg_runtime.devices.gpus import Gpu, find_gpus
 from sg_runtime.errors import EngineError
 from sg_runtime.extras import require
 from sg_runtime.files import cache_folder, sha256_of
-from sg_runtime.manifest import EngineFacts, EngineLibrary, ModelFacts, Profile
+from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, ModelFacts, Profile
 
 LOG = logging.getLogger("sg_export")
 
@@ -31,19 +30,6 @@ each attention and profile (found in 1.7)."""
 
 CODE_BYTES = 16 << 20
 """Kernels and tables of a profile in a plan: 4 to 9 MB for glyphs, 15 MB for XL/2 (TensorRT-RTX 1.7)."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What engines to build. See `CompileOptions`."""
-
-    libraries: tuple[EngineLibrary, ...]
-    batches: tuple[int, ...]
-    compute_capabilities: tuple[int, ...]
-    workspace: int | None
-    timing_cache: Path | None
-    allow_unfused: bool
-    cache: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +54,7 @@ def check_libraries(libraries: Sequence[EngineLibrary]) -> None:
                 "--target tensorrt: TensorRT builds on the GPU that the engine is for, and none was found here: run "
                 "the build there, or give --target tensorrt-rtx, which builds without one, or --target onnxruntime"
             )
-        require(library, EXTRAS[library])
+        require(library)
 
 
 def build_engines(
@@ -92,7 +78,7 @@ def build_engines(
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
-            LOG.warning("warning: --timing-cache: %s has none, it is left as it is", NAMES[library])
+            LOG.warning("warning: --timing-cache: %s has none, it is left as it is", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
             profiles = _profiles(source, options.batches, condition_rows)
@@ -132,10 +118,10 @@ def _profiles(source: EngineSource, batches: Sequence[int], condition_rows: int)
 
 def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict[str, Shape]:
     """The shape of every input that has symbolic sizes."""
-    sizes = graphs.keep_sizes(spec, profile.keep) | {"B": profile.batch, "S": profile.batch}
+    sizes = keep_sizes(spec, profile.keep) | {"B": profile.batch, "S": profile.batch}
     return {
         tensor.name: tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
-        for tensor in graphs.inputs(spec, model, None, symbolic_keep=True)
+        for tensor in graph_inputs(spec, model, None, symbolic_keep=True)
         if any(isinstance(size, str) for size in tensor.shape)
     }
 

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ import onnxruntime
 import polygraphy
 import torch
 from numpy.typing import NDArray
-from polygraphy.comparator import RunResults
-from polygraphy.json import save_json
 
 from sg_runtime.bundle import Bundle
 from sg_runtime.files import replacing
-from sg_runtime.manifest import GraphFacts, GuidancePlan
+from sg_runtime.manifest import GuidancePlan
 
 Feed = dict[str, NDArray[Any]]
 
@@ -99,28 +95,6 @@ def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
     """None for what JSON has no number for."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in facts.items()}
-
-
-def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
-    """Leave inputs and PyTorch's results of a graph in Polygraphy's format; its commands that compare them.
-
-    Polygraphy runs ONNX files alone, and none in BF16 here.
-    """
-    inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
-    save_json(feeds, str(inputs))
-    RunResults([wanted]).save(str(outputs))
-    manifest = bundle.manifest
-    if graph.file is None or manifest.precision == "bf16":
-        return ()
-    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
-    words += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]
-    if manifest.quantization is not None:
-        least = manifest.quantization.gates.cosine
-        words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
-    else:
-        tolerance = "1e-4" if manifest.precision == "fp32" else "2e-2"
-        words += ["--atol", tolerance, "--rtol", tolerance]
-    return (shlex.join(words),)
 
 
 def rates_of(guidance: GuidancePlan) -> str:

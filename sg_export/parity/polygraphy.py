@@ -1,6 +1,9 @@
 """Polygraphy's view of a bundle's graphs: by PyTorch, and by a backend of the runtime."""
 
+import shlex
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
+from polygraphy.comparator import RunResults
+from polygraphy.json import save_json
 
 from sg_export.loading import LoadedModel
+from sg_export.parity.compare import Feed
 from sg_runtime.backends import Lane
+from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts
-from sg_runtime.run.launches import run_once
+from sg_runtime.run.evaluate import run_once
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
@@ -75,3 +82,25 @@ def _inputs(graph: GraphFacts) -> TensorMetadata:
     for tensor in graph.inputs:
         metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
     return metadata
+
+
+def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
+    """Leave inputs and PyTorch's results of a graph in Polygraphy's format; its commands that compare them.
+
+    Polygraphy runs ONNX files alone, and none in BF16 here.
+    """
+    inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
+    save_json(feeds, str(inputs))
+    RunResults([wanted]).save(str(outputs))
+    manifest = bundle.manifest
+    if graph.file is None or manifest.precision == "bf16":
+        return ()
+    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
+    words += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]
+    if manifest.quantization is not None:
+        least = manifest.quantization.gates.cosine
+        words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
+    else:
+        tolerance = "1e-4" if manifest.precision == "fp32" else "2e-2"
+        words += ["--atol", tolerance, "--rtol", tolerance]
+    return (shlex.join(words),)

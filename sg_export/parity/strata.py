@@ -10,13 +10,15 @@ from sg_calibration.settings import LEAST_STRATA
 from sg_export.loading import LoadedModel
 from sg_export.options.quantize import GATE_IMAGES
 from sg_export.parity.compare import Comparison, Feed, compare_arrays, rates_of
-from sg_export.parity.walk import Walk, by_pipeline, by_pytorch, sampled, walk
+from sg_export.parity.torch_branches import by_pytorch
+from sg_export.parity.walk import Walk, by_pipeline, sampled, walk
 from sg_runtime.backends import Lane
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.run.launches import GraphRunner, launches
+from sg_runtime.run.evaluate import GraphRunner
+from sg_runtime.run.launches import launches
 
 EVERY = 3
 """Of the evaluations of a run, one in so many is saved for Polygraphy."""

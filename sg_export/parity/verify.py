@@ -15,17 +15,16 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
-from sg_export.graph import spec as graphs
 from sg_export.graph.emulate import emulated
+from sg_export.graph.module import example
 from sg_export.graph.overflow import first_overflow
-from sg_export.loading import LoadedModel
+from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_export.parity import two_pass
-from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of, save_run
-from sg_export.parity.polygraphy import LaneRunner, TorchRunner
+from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of
+from sg_export.parity.polygraphy import LaneRunner, TorchRunner, save_run
 from sg_export.parity.strata import compare_guidance, feeds_of
 from sg_export.parity.walk import sampled
 from sg_export.progress import Report, silent
-from sg_export.reload import reload_checkpoint, reload_weak
 from sg_runtime.backends import Lane
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
@@ -222,9 +221,7 @@ def _feed(
     """
     generator = torch.Generator().manual_seed(number)
     sizes = {"B": rows, "S": manifest.condition_rows}
-    feed = {
-        tensor.name: graphs.example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs
-    }
+    feed = {tensor.name: example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs}
     classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
     classes[1::4] = manifest.model.num_classes
     time = _time(manifest, t)

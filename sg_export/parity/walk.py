@@ -4,18 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from sg_export.loading import LoadedModel
+from sg_export.parity.distances import cosine_similarity, distance
+from sg_runtime.arrays import Array
 from sg_runtime.errors import NonFiniteError
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import FLOAT32_MAX, GuidancePlan, SamplerName, StratumQuality
+from sg_runtime.manifest import GuidancePlan, SamplerName, StratumQuality
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun
-from sg_runtime.sampling import integrate, precondition, run_times, updates
+from sg_runtime.run.prepared import PreparedRun
+from sg_runtime.sampling import integrate, run_times, updates
 
-Array = NDArray[np.float32]
 BranchPredictor = Callable[[Array, PreparedRun, int], tuple[Array, Array]]
 """(x, plan, evaluation) → predictions of the strong and the weak branch, the strong one twice where it runs alone."""
 
@@ -50,36 +48,6 @@ def by_pipeline(pipe: Pipeline) -> BranchPredictor:
         strong = pipe.guided(x, ones, index)
         alone = plan.weak is None or plan.weak.levels[index] is None
         return strong, strong if alone else pipe.guided(x, zeros, index)
-
-    return branches
-
-
-def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[int]) -> BranchPredictor:
-    """The branches as PyTorch computes them, for images of these classes."""
-    facts = loaded.facts
-
-    def predict(
-        network: LoadedModel, branch: PreparedBranch, labels: torch.Tensor, x: Array, plan: PreparedRun, k: int
-    ) -> Array:
-        scaling, keep = precondition(facts.prediction, plan.times[k]), branch.keep[k]
-        state = torch.from_numpy(x)
-        with torch.no_grad():
-            output = network.model(
-                scaling.c_in * state,
-                torch.full((len(x),), scaling.t),
-                labels,
-                None if keep is None else torch.from_numpy(keep),
-            )
-        found: Array = (scaling.c_skip * state + scaling.c_out * output).numpy()
-        return found
-
-    def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
-        own = torch.tensor(classes)
-        strong = predict(loaded, plan.strong, own, x, plan, index)
-        if plan.weak is None or plan.weak.levels[index] is None:
-            return strong, strong
-        null = torch.full_like(own, facts.num_classes) if plan.null_weak else own
-        return strong, predict(weak or loaded, plan.weak, null, x, plan, index)
 
     return branches
 
@@ -184,17 +152,3 @@ def sampled(
     except NonFiniteError:
         model = pipe.bundle.manifest.model
         return np.full((len(classes), model.channels, model.image_size, model.image_size), np.nan, np.float32)
-
-
-def distance(found: Array, wanted: Array) -> float:
-    """Relative L2, in float64; FLOAT32_MAX where something is no number."""
-    norm = float(np.linalg.norm(wanted.astype(np.float64)))
-    value = float(np.linalg.norm(found.astype(np.float64) - wanted)) / max(norm, 1e-12)
-    return value if np.isfinite(value) else FLOAT32_MAX
-
-
-def cosine_similarity(found: Array, wanted: Array) -> float:
-    """Of the angle between them, in float64; -1 where something is no number."""
-    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-    value = float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12)
-    return value if np.isfinite(value) else -1.0

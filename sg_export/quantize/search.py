@@ -1,29 +1,20 @@
 """INT8 and FP8: ranges from guided runs, what stays in high precision, and whether the result is good enough."""
 
 import functools
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-import onnx_ir as ir
-from onnxruntime import InferenceSession
-
 from sg_calibration.feeds import Split, collect, given_shards, images_of, read_shard
-from sg_calibration.layers import check_names, layers_of
-from sg_calibration.qdq import quantize
+from sg_calibration.layers import check_names
 from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
-from sg_export.cost.count import layer_macs
-from sg_export.graph.emulate import emulated
-from sg_export.graph.half import to_half
-from sg_export.graph.spec import GraphSpec, keep_sizes
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
-from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_export.quantize.gates import gates_failure, gates_hold, gates_remedy, time_ratio
+from sg_export.quantize.layers import quantizable_layers
+from sg_export.quantize.rewrite import quantized_pipeline, reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, GateError, UsageError
 from sg_runtime.files import sha256_of
@@ -31,12 +22,9 @@ from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     LayerChoice,
-    NetworkName,
     Precision,
-    QualityGates,
     Quantization,
     QuantizedType,
-    StratumQuality,
     read_manifest,
 )
 from sg_runtime.pipeline import Pipeline
@@ -47,14 +35,6 @@ MARGIN = 0.9
 """Share of the gates' room that the search may use, as it sees other images than the gates."""
 
 STRATA = LEAST_STRATA
-TIMING_ROUNDS = 7
-BATCH = 8
-"""Most images in one run of a graph while ranges and errors are measured."""
-
-
-def reference_pipeline(reference: Bundle) -> Pipeline:
-    """The FP32 bundle on the CPU, with batches of a size for measuring."""
-    return Pipeline(reference, OrtBackend(reference), reference.manifest.batch or BATCH)
 
 
 def measure_ranges(
@@ -87,7 +67,7 @@ def decide_quantization(
     Raises GateError where the gates do not hold, UsageError for an unknown layer or the plan of another network.
     """
     manifest, pipe = reference.manifest, reference_pipeline(reference)
-    known = _known(reference)
+    known = quantizable_layers(reference)
     check_names("--exclude", options.exclude, known)
     given = None if options.like is None else _choice_of(options.like, known, options.type)
     if options.table is not None:
@@ -111,9 +91,9 @@ def decide_quantization(
     candidate = makes(quantized)
     judged = walks_of(pipe, "gate", options.gate_images)
     quality = judge(candidate, judged)
-    holds = _holds(quality, options.effective_gates)
+    holds = gates_hold(quality, options.effective_gates)
     if not holds and not options.allow_quality_loss:
-        raise GateError(f"{_failure(quality, options)}: {_remedy(options)}")
+        raise GateError(f"{gates_failure(quality, options)}: {gates_remedy(options)}")
     layers = []
     for name, facts in known.items():
         own = choice[name]
@@ -122,8 +102,8 @@ def decide_quantization(
         layers.append(
             LayerChoice(name, own.quantized, weight_only, own.reason, own.sensitivity, saved, facts.linear_macs)
         )
-    remarks = [] if holds else [f"its gates do not hold: {_failure(quality, options)}"]
-    ratio = _time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
+    remarks = [] if holds else [f"its gates do not hold: {gates_failure(quality, options)}"]
+    ratio = time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
     if ratio is not None and ratio >= 1:
         remarks.append(f"not faster on this machine's CPU: a guided step takes {ratio:.2f} times that of FP32")
     if not quantized:
@@ -174,7 +154,7 @@ def _search(
 
     def passes(returned: int) -> bool:
         tell(f"trying with {returned} layers in high precision", None)
-        return _holds(judge(makes(worst_first[returned:]), walks), options.effective_gates, MARGIN)
+        return gates_hold(judge(makes(worst_first[returned:]), walks), options.effective_gates, MARGIN)
 
     returned = worst_first[: _least(passes, len(worst_first))]
     choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
@@ -202,133 +182,6 @@ def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -
     manifest = pipe.bundle.manifest
     own = images_of(split, manifest.model, images)
     return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
-
-
-def quantized_models(
-    reference: Bundle, files: Mapping[str, Sequence[GraphSpec]], quantization: Quantization, ranges: Mapping[str, float]
-) -> dict[str, ir.Model]:
-    """The graphs of the FP32 bundle, quantized by the plan, by file."""
-    chosen = [layer.name for layer in quantization.layers if layer.quantized]
-    return {
-        name: quantized_model(reference.path / "graphs" / f"{name}.onnx", quantization.type, ranges, chosen)
-        for name in files
-    }
-
-
-def quantized_model(path: Path, kind: QuantizedType, ranges: Mapping[str, float], chosen: Collection[str]) -> ir.Model:
-    """The FP32 graph at `path` with these layers quantized; those without a range by their weights alone."""
-    proto = onnx.load(path)
-    own = {name: ranges[name] for name in chosen if name in ranges}
-    model = ir.from_proto(quantize(proto, kind, own, weight_only=[name for name in chosen if name not in ranges]))
-    model.graph.sort()  # the quantizer adds its nodes at the end
-    for node in model.graph:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            source, typed = node.inputs[0], node.inputs[2 if node.op_type == "QuantizeLinear" else 1]
-            assert source is not None
-            assert typed is not None
-            assert typed.dtype is not None
-            node.outputs[0].shape, node.outputs[0].type = source.shape, ir.TensorType(typed.dtype)
-    return model
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerFacts:
-    weight_bytes: int
-    linear_macs: int
-    in_steps: bool
-
-
-def _known(reference: Bundle) -> dict[str, _LayerFacts]:
-    """All quantizable layers, in the order of the network.
-
-    Multiply-adds are of the first guided or other step graph, bytes and multiply-adds of both networks together.
-    """
-    found: dict[str, dict[NetworkName, _LayerFacts]] = {}
-    for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
-        path = reference.onnx(graph)
-        model, in_steps = ir.load(path).graph, graph.kind != "condition"
-        macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
-        for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
-            weight = model.initializers[layer.weight].const_value
-            assert weight is not None
-            own = _LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
-            found.setdefault(name, {}).setdefault(graph.network, own)
-    facts = {}
-    for name in sorted(found, key=_place):
-        networks = found[name].values()
-        facts[name] = _LayerFacts(
-            sum(one.weight_bytes for one in networks),
-            sum(one.linear_macs for one in networks),
-            any(one.in_steps for one in networks),
-        )
-    return facts
-
-
-def _place(name: str) -> list[str]:
-    """Sorts names with numbers as a reader does."""
-    return [part.zfill(4) if part.isdigit() else part for part in name.split(".")]
-
-
-def quantized_pipeline(
-    reference: Bundle,
-    kind: QuantizedType,
-    ranges: Mapping[str, float],
-    chosen: Collection[str],
-    *,
-    base: Precision = "fp32",
-    fp32_layers: Collection[str] = (),
-) -> Pipeline:
-    """The bundle with these layers quantized, on the CPU."""
-
-    def opened(path: Path) -> InferenceSession:
-        model = quantized_model(path, kind, ranges, chosen)
-        if base == "fp32":
-            return open_session(path, ir.to_proto(model).SerializeToString())
-        to_half(model.graph, base, fp32_layers)
-        return open_session(path, emulated(model))
-
-    return Pipeline(reference, OrtBackend(reference, open_graph=opened), reference.manifest.batch or BATCH)
-
-
-def _time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
-    """Time of a guided evaluation by the candidate over that by the pipeline: the median of rounds in turn."""
-    plans = {
-        side: side.prepare(own.times[:1], own.classes, own.seeds, guidance=own.guidance) for side in (candidate, pipe)
-    }
-
-    def seconds(side: Pipeline) -> float:
-        began = time.perf_counter()
-        side.guided(own.states[0], plans[side], 0)
-        return time.perf_counter() - began
-
-    return statistics.median([seconds(candidate) / seconds(pipe) for _ in range(TIMING_ROUNDS)])
-
-
-def _holds(quality: Sequence[StratumQuality], gates: QualityGates, margin: float = 1.0) -> bool:
-    """Whether the gates hold at every time, with a share of their room left over."""
-    least = 1 - margin * (1 - gates.cosine)
-    return all(min(q.strong, q.weak) >= least and q.guided <= margin * gates.guided for q in quality)
-
-
-def _failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -> str:
-    gates = options.effective_gates
-    branch = min(quality, key=lambda q: min(q.strong, q.weak))
-    guided = max(quality, key=lambda q: q.guided)
-    return (
-        f"{options.type}: expected a cosine of at least {gates.cosine:g} for each branch and a guided prediction "
-        f"within {gates.guided:.0%} at every time, found {min(branch.strong, branch.weak):.4f} at {branch.time:.3g} "
-        f"and {guided.guided:.1%} at {guided.time:.3g}"
-    )
-
-
-def _remedy(options: QuantizeOptions) -> str:
-    """What may help a result that its gates refuse."""
-    ways = ["another --method", "wider gates", "--allow-quality-loss"]
-    if options.like is not None:
-        ways.insert(0, "a search of its own, without --like")
-    if options.table is None and options.data is None:
-        ways.insert(0, "more --calib-samples")
-    return f"try {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _least(passes: Callable[[int], bool], most: int) -> int:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,34 +15,7 @@ from sg_runtime import __version__
 
 COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285")
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1f23; --paper: #fff; --soft: #6b7280; --line: #d9dde3; --fill: #f3f5f8 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --paper: #14171b; --soft: #9aa3ad; --line: #333a42; --fill: #1d2228 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-p, figcaption { color: var(--soft); max-width: 46rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-th { color: var(--soft); font-weight: 600 }
-svg { width: 100%; min-width: 30rem; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
-.axis { stroke: var(--line) } .gate { stroke: var(--soft); stroke-dasharray: 4 4 }
-.grids { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
-.grids img { image-rendering: pixelated; width: 15rem; max-width: 100%; border: 1px solid var(--line) }
-.key span { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin: 0 .35em 0 1em }
-.bars { display: grid; grid-template-columns: max-content 1fr; gap: 0 .6rem; font-size: .8rem; line-height: 1.35;
-  color: var(--soft) }
-.bars span { text-align: right } .bars div { display: flex; align-items: center; gap: .4rem; padding-right: 3.5rem }
-.bars i { height: .7em; min-width: 1px; border-radius: .15em; flex: none }
-.map { display: flex; flex-wrap: wrap; gap: 3px } .map div { padding: .2rem .4rem; border-radius: .25rem;
-  font-size: .75rem; background: var(--fill); border: 1px solid var(--line) }
-.map .high { border-color: #d9480f; border-width: 2px } .map .weight { border-style: dashed }
-"""
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def render(page: Page) -> str:

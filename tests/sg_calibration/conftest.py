@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sg_export.quantize.search import reference_pipeline
+from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.pipeline import Pipeline
 

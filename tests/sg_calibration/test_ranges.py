@@ -20,7 +20,7 @@ from sg_calibration import ranges
 from sg_calibration.feeds import Shard, given_shards, read_shard
 from sg_calibration.layers import layers_of
 from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
-from sg_export.quantize.search import reference_pipeline
+from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.guidance import built_guidances

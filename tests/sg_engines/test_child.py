@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -309,15 +308,6 @@ def test_plan_goes_through_json_unchanged(cache: Path | None) -> None:
     plan = EngineRecipe(({"x": (2, 16), "keep": (2, 4)}, {"x": (3, 16)}), (86, 120), 1 << 30, cache)
     content = json.loads(json.dumps(sg_engines.child._plan_content(plan)))
     assert sg_engines.child._plan(content) == plan
-
-
-def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux says it in a file; elsewhere `getrusage` does, which on Linux may be of the starting process, too."""
-    peak = sg_engines.child.peak_memory()
-    assert 50e6 < peak < 20e9
-    monkeypatch.setattr(sg_engines.child, "Path", lambda name: SimpleNamespace(exists=lambda: False))
-    monkeypatch.setattr(sg_engines.child.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=123))
-    assert sg_engines.child.peak_memory() == 123
 
 
 def test_build_in_child_without_enough_memory_says_what_to_do(

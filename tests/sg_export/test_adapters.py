@@ -62,7 +62,7 @@ def test_adapters_have_the_parts_that_callers_use(family: str) -> None:
     adapter = ADAPTERS[family]
     assert family == adapter.FAMILY
     assert adapter.KEYS
-    assert all(callable(getattr(adapter, name)) for name in ("build", "kept", "usual_route"))
+    assert all(callable(getattr(adapter, name)) for name in ("build", "kept_count", "usual_route"))
 
 
 @given(tokens=st.integers(1, 4096), sparsity=st.floats(0, 1, exclude_max=True))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
-import sg_export.compiler
-from sg_export.compiler import check_graph, compile
+import sg_export.graph.check
+from sg_export.compiler import compile
 from sg_export.loading import LoadedModel, load_model
 from sg_export.options.compile import CompileOptions
 from sg_runtime import __version__
@@ -287,7 +286,7 @@ def test_compile_to_an_output_that_appears_meanwhile_raises(quick_checkpoint: Pa
 def test_compile_of_a_graph_that_differs_from_pytorch_raises(
     quick_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sg_export.compiler, "MAX_BUILD_ERROR", {"fp32": 0.0})
+    monkeypatch.setattr(sg_export.graph.check, "MAX_BUILD_ERROR", {"fp32": 0.0})
     with pytest.raises(
         ExportError, match=r"graph condition.onnx: relative L2 distance to PyTorch: expected at most 0, found .*e-0"
     ):
@@ -330,32 +329,3 @@ def test_compile_with_missing_weak_checkpoint_makes_no_folder(tiny_checkpoint: P
     with pytest.raises(CheckpointError, match=r"missing.pt: expected a checkpoint .* found nothing there"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", weak_checkpoint=tmp_path / "missing.pt"))
     assert not list(tmp_path.iterdir())
-
-
-def write_model(path: Path, nodes: list[onnx.NodeProto], rows: int = 2) -> Path:
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows]) for name in "xy")
-    graph = helper.make_graph(nodes, "g", [x], [y])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
-@pytest.mark.parametrize(
-    "node",
-    [
-        helper.make_node("NoSuchOperator", ["x"], ["y"]),
-        helper.make_node("Relu", ["absent"], ["y"]),
-        helper.make_node("Concat", ["x", "x"], ["y"], axis=0),
-    ],
-    ids=["operator", "input", "shape"],
-)
-def test_check_graph_of_a_wrong_graph_raises(node: onnx.NodeProto, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "wrong.onnx", [node])
-    with pytest.raises(ExportError, match=rf"^graph wrong.onnx: ONNX {onnx.__version__} refuses it: "):
-        check_graph(path)
-
-
-def test_check_graph_of_a_right_graph_leaves_it_alone(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "right.onnx", [helper.make_node("Relu", ["x"], ["y"])])
-    before = path.read_bytes()
-    check_graph(path)
-    assert content(tmp_path) == {"right.onnx": before}

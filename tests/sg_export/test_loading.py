@@ -82,7 +82,7 @@ def test_level_of_whole_number_is_a_float(loaded: LoadedModel) -> None:
 
 def test_level_that_keeps_no_token_raises(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Upstream's rounding always keeps one; that of other families need not.
-    monkeypatch.setattr(tread, "kept", lambda tokens, sparsity: 0)
+    monkeypatch.setattr(tread, "kept_count", lambda tokens, sparsity: 0)
     with pytest.raises(UsageError, match="keeps no token of 16: expected one that keeps some"):
         loaded.level(0.99)
 

@@ -16,7 +16,7 @@ from sg_runtime.backends.ort import PROVIDERS
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import EngineError, MissingExtraError, UsageError
 from sg_runtime.manifest import GraphFacts
-from sg_runtime.run.launches import run_once
+from sg_runtime.run.evaluate import run_once
 
 
 @pytest.fixture

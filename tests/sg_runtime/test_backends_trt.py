@@ -405,7 +405,7 @@ def test_engine_that_does_not_deserialise_names_it_and_the_build(library: Librar
     with pytest.raises(EngineError) as caught:
         Pipeline.load(path)
     assert str(caught.value).startswith(
-        f"{path}: {engine.file}: TensorRT-RTX cannot open it, as its own messages say; build it anew: sg-export build "
+        f"{path}: {engine.file}: TensorRT-RTX cannot open it, as its messages say; build it anew: sg-export build "
     )
 
 

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from sg_export.cli import main
-from sg_export.compiler import choose_graphs
 from sg_export.graph.trace import DEFAULT_OPSET
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
+from sg_export.packing.pairs import choose_graphs
 from sg_runtime.build_command import USUAL_OPSET, build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError

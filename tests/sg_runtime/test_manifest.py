@@ -46,7 +46,7 @@ from sg_runtime.manifest import (
     write_manifest,
 )
 
-SCHEMA_FILE = Path(sg_runtime.manifest.__file__).with_name("manifest.schema.json")
+SCHEMA_FILE = Path(sg_runtime.manifest.__file__).with_name("schema.json")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # JSON in UTF-8 has no lone surrogates
 counts = st.integers(1, 2**63 - 1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sg_runtime import noise as random
+from sg_runtime import philox
 
 MASK = 2**64 - 1
 WORDS = st.integers(0, MASK)
@@ -26,7 +26,7 @@ PLACES = st.fixed_dictionaries({"step": WORDS, "evaluation": WORDS, "branch": WO
 few = settings(max_examples=50)
 
 
-def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
+def philox_in_python(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
     """One block of Philox4x64-10, four words, as Random123's `philox.h` computes it."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -43,9 +43,9 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
 
 
 def words_in_python(seed: int, purpose: int, count: int, step: int, evaluation: int, branch: int) -> list[int]:
-    """What `random.raw_words` must return, without NumPy."""
+    """What `philox.raw_words` must return, without NumPy."""
     blocks = range(-(-count // 4))
-    return [w for b in blocks for w in philox((b + 1, step, evaluation, branch), (seed, purpose))][:count]
+    return [w for b in blocks for w in philox_in_python((b + 1, step, evaluation, branch), (seed, purpose))][:count]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_philox_in_python_gives_the_known_answers(
     counter: tuple[int, ...], key: tuple[int, ...], words: list[int]
 ) -> None:
     """The vectors of Random123's `kat_vectors`, so that the implementation above is no copy of a mistake."""
-    assert philox(counter, key) == words
+    assert philox_in_python(counter, key) == words
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,15 @@ def test_raw_words_of_test_vectors_are_as_committed(
     seed: int, purpose: int, place: tuple[int, int, int], words: list[int]
 ) -> None:
     step, evaluation, branch = place
-    drawn = random.raw_words(seed, purpose, 6, step=step, evaluation=evaluation, branch=branch)
+    drawn = philox.raw_words(seed, purpose, 6, step=step, evaluation=evaluation, branch=branch)
     assert drawn.dtype == np.uint64
     assert [int(word) for word in drawn] == words
 
 
 def test_purposes_and_branches_are_as_documented() -> None:
     """Part of every key and counter: another number, and every image changes."""
-    assert (random.INITIAL_NOISE, random.CHURN, random.SUBSET) == (0, 1, 2)
-    assert (random.STRONG, random.WEAK) == (0, 1)
+    assert (philox.INITIAL_NOISE, philox.CHURN, philox.SUBSET) == (0, 1, 2)
+    assert (philox.STRONG, philox.WEAK) == (0, 1)
 
 
 @few
@@ -139,7 +139,7 @@ def test_purposes_and_branches_are_as_documented() -> None:
 def test_raw_words_of_any_place_equal_those_of_plain_python(
     seed: int, purpose: int, count: int, place: dict[str, int]
 ) -> None:
-    drawn = random.raw_words(seed, purpose, count, **place)
+    drawn = philox.raw_words(seed, purpose, count, **place)
     assert [int(word) for word in drawn] == words_in_python(seed, purpose, count, **place)
 
 
@@ -172,7 +172,7 @@ def test_raw_words_of_any_place_equal_those_of_plain_python(
     ],
 )
 def test_normal_of_test_vectors_is_as_committed(seed: int, step: int, numbers: list[float]) -> None:
-    drawn = random.normal(seed, random.INITIAL_NOISE, (len(numbers),), step=step)
+    drawn = philox.normal(seed, philox.INITIAL_NOISE, (len(numbers),), step=step)
     assert drawn.dtype == np.float32
     # The float64 logarithm and cosine of two machines differ in the last bit, which may move the rounding to float32
     # by one place: 2**-23 at most, relative.
@@ -182,12 +182,12 @@ def test_normal_of_test_vectors_is_as_committed(seed: int, step: int, numbers: l
 def test_normal_of_plain_python_is_the_same() -> None:
     """Box and Muller's transform of pairs of uniform numbers in (0, 1], made of the upper 53 bits of each word."""
     expected = []
-    words = words_in_python(7, random.CHURN, 10, 5, 0, 0)
+    words = words_in_python(7, philox.CHURN, 10, 5, 0, 0)
     for first, second in zip(words[0::2], words[1::2], strict=True):
         u, v = (((word >> 11) + 0.5) / 2**53 for word in (first, second))
         radius = math.sqrt(-2 * math.log(u))
         expected += [radius * math.cos(2 * math.pi * v), radius * math.sin(2 * math.pi * v)]
-    drawn = random.normal(7, random.CHURN, (3, 3), step=5)
+    drawn = philox.normal(7, philox.CHURN, (3, 3), step=5)
     assert drawn.shape == (3, 3)
     # As in the test vectors, plus the absolute error of a cosine near its zero.
     np.testing.assert_allclose(drawn.reshape(-1), expected[:9], rtol=2**-23, atol=1e-15)
@@ -196,15 +196,15 @@ def test_normal_of_plain_python_is_the_same() -> None:
 @few
 @given(WORDS, st.lists(st.integers(1, 5), max_size=4))
 def test_normal_of_a_smaller_shape_begins_the_larger_one(seed: int, shape: list[int]) -> None:
-    drawn = random.normal(seed, random.INITIAL_NOISE, tuple(shape))
-    larger = random.normal(seed, random.INITIAL_NOISE, (drawn.size + 3,))
+    drawn = philox.normal(seed, philox.INITIAL_NOISE, tuple(shape))
+    larger = philox.normal(seed, philox.INITIAL_NOISE, (drawn.size + 3,))
     assert drawn.shape == tuple(shape)
     np.testing.assert_array_equal(drawn.reshape(-1), larger[: drawn.size])
 
 
 def test_normal_of_many_has_the_moments_of_a_standard_normal() -> None:
     count = 100_000
-    drawn = random.normal(3, random.INITIAL_NOISE, (count,)).astype(np.float64)
+    drawn = philox.normal(3, philox.INITIAL_NOISE, (count,)).astype(np.float64)
     # Five standard deviations of the estimates. The numbers are always the same: the test cannot fail by chance.
     assert abs(drawn.mean()) < 5 * math.sqrt(1 / count)
     assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / count)
@@ -216,8 +216,8 @@ def test_normal_of_many_has_the_moments_of_a_standard_normal() -> None:
 
 def test_normal_of_the_extreme_words_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest and the largest word, put in since no seed at hand draws them: the logarithm never sees a zero."""
-    monkeypatch.setattr(random, "raw_words", lambda *_, **__: np.array([0, 0, MASK, MASK], dtype=np.uint64))
-    drawn = random.normal(0, random.INITIAL_NOISE, (4,))
+    monkeypatch.setattr(philox, "raw_words", lambda *_, **__: np.array([0, 0, MASK, MASK], dtype=np.uint64))
+    drawn = philox.normal(0, philox.INITIAL_NOISE, (4,))
     assert np.isfinite(drawn).all()
     # The longest radius there is and the shortest; float32 rounds the first.
     assert drawn[0] == pytest.approx(math.sqrt(-2 * math.log(2**-54)), rel=2**-23)
@@ -237,7 +237,7 @@ def test_subset_of_test_vectors_is_as_committed(
 ) -> None:
     step, evaluation, branch = place
     for expected in (four, eight):
-        drawn = random.subset(seed, 16, len(expected), step=step, evaluation=evaluation, branch=branch)
+        drawn = philox.subset(seed, 16, len(expected), step=step, evaluation=evaluation, branch=branch)
         assert drawn.dtype == np.int64
         assert drawn.tolist() == expected
 
@@ -249,34 +249,34 @@ def test_subset_of_any_place_is_sorted_distinct_in_range_and_nested(
 ) -> None:
     keep = data.draw(st.integers(1, tokens))
     larger = data.draw(st.integers(keep, tokens))
-    drawn = random.subset(seed, tokens, keep, **place)
+    drawn = philox.subset(seed, tokens, keep, **place)
     assert drawn.shape == (keep,)
     assert (np.diff(drawn) > 0).all()
     assert drawn[0] >= 0
     assert drawn[-1] < tokens
-    assert set(drawn) <= set(random.subset(seed, tokens, larger, **place))
+    assert set(drawn) <= set(philox.subset(seed, tokens, larger, **place))
 
 
 @few
 @given(WORDS, st.integers(1, 40), PLACES)
 def test_subset_of_any_place_holds_the_smallest_words(seed: int, tokens: int, place: dict[str, int]) -> None:
-    words = words_in_python(seed, random.SUBSET, tokens, **place)
+    words = words_in_python(seed, philox.SUBSET, tokens, **place)
     by_word = sorted(range(tokens), key=lambda token: (words[token], token))
     for keep in {1, (tokens + 1) // 2, tokens}:
-        assert random.subset(seed, tokens, keep, **place).tolist() == sorted(by_word[:keep])
+        assert philox.subset(seed, tokens, keep, **place).tolist() == sorted(by_word[:keep])
 
 
 def test_subset_of_equal_words_takes_the_lower_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words put in, since no seed at hand draws one twice."""
-    monkeypatch.setattr(random, "raw_words", lambda *_, **__: np.array([5, 3, 5, 3, 5], dtype=np.uint64))
-    assert random.subset(0, 5, 3, step=0, evaluation=0, branch=0).tolist() == [0, 1, 3]
+    monkeypatch.setattr(philox, "raw_words", lambda *_, **__: np.array([5, 3, 5, 3, 5], dtype=np.uint64))
+    assert philox.subset(0, 5, 3, step=0, evaluation=0, branch=0).tolist() == [0, 1, 3]
 
 
 def test_subset_of_many_seeds_keeps_every_token_equally_often() -> None:
     tokens, keep, seeds = 16, 4, 4000
     counts = np.zeros(tokens)
     for seed in range(seeds):
-        counts[random.subset(seed, tokens, keep, step=0, evaluation=0, branch=0)] += 1
+        counts[philox.subset(seed, tokens, keep, step=0, evaluation=0, branch=0)] += 1
     share = keep / tokens
     # Five standard deviations of a binomial count; always the same seeds.
     assert np.abs(counts / seeds - share).max() < 5 * math.sqrt(share * (1 - share) / seeds)
@@ -285,12 +285,12 @@ def test_subset_of_many_seeds_keeps_every_token_equally_often() -> None:
 def test_raw_words_of_different_places_are_different() -> None:
     """Every part of key and counter counts, and none stands in for another."""
     draws = {
-        tuple(random.raw_words(seed, purpose, 4, step=step, evaluation=evaluation, branch=branch).tolist())
+        tuple(philox.raw_words(seed, purpose, 4, step=step, evaluation=evaluation, branch=branch).tolist())
         for seed in (0, 1, 2)
-        for purpose in (random.INITIAL_NOISE, random.CHURN, random.SUBSET)
+        for purpose in (philox.INITIAL_NOISE, philox.CHURN, philox.SUBSET)
         for step in (0, 1, 2)
         for evaluation in (0, 1)
-        for branch in (random.STRONG, random.WEAK)
+        for branch in (philox.STRONG, philox.WEAK)
     }
     assert len(draws) == 3 * 3 * 3 * 2 * 2
     assert len({word for draw in draws for word in draw}) == 4 * len(draws)

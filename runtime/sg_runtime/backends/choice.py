@@ -10,7 +10,7 @@ from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
-from sg_runtime.manifest import EngineLibrary
+from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -26,7 +26,7 @@ BACKENDS = (
 
 _AUTOMATIC = 4
 
-_LIBRARIES: dict[str, EngineLibrary] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_LIBRARIES: dict[str, EngineLibrary] = {target: library for library, target in ENGINE_TARGETS.items()}
 """The library of the backends that run engines."""
 
 
@@ -125,10 +125,10 @@ def _check(bundle: Bundle, name: str, number: int, batch: int | None) -> None:
 
 
 def _check_engines(bundle: Bundle, library: EngineLibrary, number: int, batch: int | None) -> None:
-    from sg_runtime.backends.trt_check import NAMES, check_engines
+    from sg_runtime.backends.trt_check import check_engines
 
     if not any(engine.library == library for engine in bundle.manifest.engines):
-        raise _NothingForItError(f"the bundle has no engines of {NAMES[library]}")
+        raise _NothingForItError(f"the bundle has no engines of {ENGINE_NAMES[library]}")
     check_engines(bundle, library, batch, number)
 
 

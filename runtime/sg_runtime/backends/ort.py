@@ -83,7 +83,7 @@ class OrtBackend:
 
         open_graph: in place of `open_session`, on the CPU.
         """
-        require("onnxruntime", "ort")
+        require("onnxruntime")
         self.name = name
         self.lanes = None if name == "onnxruntime-cpu" else 1
         self.batches: tuple[int, ...] | None = None if bundle.manifest.batch is None else (bundle.manifest.batch,)
@@ -202,7 +202,7 @@ def open_session(
     Warns of nodes that the provider does not run itself. Raises EngineError where ONNX Runtime does not take the
     graph, or cannot load the provider.
     """
-    ort = require("onnxruntime", "ort")
+    ort = require("onnxruntime")
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors alone
     if threads is not None:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sg_runtime.backends.base import Call, CallSequence
-from sg_runtime.backends.trt_check import NAMES
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.cuda import CudaArray, CudaMemory, use_gpu
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, DeviceError, EngineError
 from sg_runtime.files import cache_folder, replacing
-from sg_runtime.manifest import EngineFacts, EngineLibrary, GraphFacts
+from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineFacts, EngineLibrary, GraphFacts
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -37,7 +36,7 @@ class TrtBackend:
         capture: bool = True,
     ) -> None:
         """number: of the GPU. stream: see `cuda.stream_handle`. Raises EngineError where an engine is not taken."""
-        self.name = library.replace("_", "-")
+        self.name = ENGINE_TARGETS[library]
         self.lanes: int | None = None if stream is None else 1
         self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches(library)
         self.bundle, self.library, self.captures = bundle, library, capture
@@ -65,7 +64,7 @@ class TrtBackend:
         with self._lock:
             context = opened.create_execution_context(config or self._user_managed)
         if context is None or not context.set_optimization_profile_async(profile, memory.stream):
-            raise EngineError(f"{engine.file}: {NAMES[self.library]} gives no context for profile {profile}")
+            raise EngineError(f"{engine.file}: {ENGINE_NAMES[self.library]} gives no context for profile {profile}")
         context.set_device_memory(scratch.address, scratch.nbytes)
         for number in range(opened.num_io_tensors):
             name = opened.get_tensor_name(number)
@@ -98,7 +97,7 @@ class TrtBackend:
         found = self._runtime.deserialize_cuda_engine(self.bundle.file(engine.file).read_bytes())
         if found is None:
             raise EngineError(
-                f"{self.bundle.path}: {engine.file}: {NAMES[self.library]} cannot open it, as its own messages say; "
+                f"{self.bundle.path}: {engine.file}: {ENGINE_NAMES[self.library]} cannot open it, as its messages say; "
                 f"build it anew: {build_command(self.bundle.manifest, str(self.bundle.path))}"
             )
         return found
@@ -142,7 +141,7 @@ class TrtLane:
         found = self._backend.bundle.manifest.engine(graph, batch, self._backend.library)
         if found is None:
             raise BundleError(
-                f"{self._backend.bundle.path}: {graph.name} has no engine of {NAMES[self._backend.library]} for "
+                f"{self._backend.bundle.path}: {graph.name} has no engine of {ENGINE_NAMES[self._backend.library]} for "
                 f"batches of {batch}; build it anew: "
                 f"{build_command(self._backend.bundle.manifest, str(self._backend.bundle.path), batch=batch)}"
             )
@@ -158,7 +157,9 @@ class TrtLane:
             for name, array in arrays.items():
                 context.set_tensor_address(name, array.address)
             if not context.execute_async_v3(self.memory.stream):
-                raise EngineError(f"{engine.file}: {NAMES[self._backend.library]} failed, as its own messages say")
+                raise EngineError(
+                    f"{engine.file}: {ENGINE_NAMES[self._backend.library]} failed, as its own messages say"
+                )
 
         return call
 

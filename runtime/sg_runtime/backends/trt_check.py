@@ -8,10 +8,8 @@ from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import Gpu, find_gpus
 from sg_runtime.errors import BundleError, MissingExtraError, UsageError
-from sg_runtime.manifest import EngineFacts, EngineLibrary
-
-NAMES: dict[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EXTRAS: dict[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+from sg_runtime.extras import install_command
+from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary
 
 
 def installed_version(library: EngineLibrary) -> str | None:
@@ -38,8 +36,8 @@ def check_engines(bundle: Bundle, library: EngineLibrary, batch: int | None = No
     version = installed_version(library)
     if version is None:
         raise MissingExtraError(
-            f"{bundle.path}: its engines need {NAMES[library]}, which is not installed: "
-            f"pip install 'sg-export[{EXTRAS[library]}]'"
+            f"{bundle.path}: its engines need {ENGINE_NAMES[library]}, which is not installed: "
+            f"{install_command(library)}"
         )
     check_library(bundle, library, version, find_gpus()[number:])
 
@@ -50,7 +48,7 @@ def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Se
         if engine.library != library:
             continue
         _check_file(bundle, engine)
-        name, where = NAMES[library], f"{bundle.path}: {engine.file}"
+        name, where = ENGINE_NAMES[library], f"{bundle.path}: {engine.file}"
         targets = ", ".join(map(str, engine.compute_capabilities))
         if engine.version != version:
             raise BundleError(

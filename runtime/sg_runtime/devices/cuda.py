@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from sg_runtime.arrays import Indices
 from sg_runtime.devices import dlpack
 from sg_runtime.devices.gpus import call, load_driver
 from sg_runtime.errors import DeviceMemoryError, UsageError
-
-Indices = NDArray[np.int64]
 
 _DEFAULT_STREAMS = (0, 1, 2)
 """Handles of CUDA's default streams: 0 and 1 are the process's, 2 is the calling thread's."""

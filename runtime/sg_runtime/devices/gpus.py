@@ -20,7 +20,7 @@ def load_driver() -> Any:
 
     Raises MissingExtraError where cuda-bindings is not installed, DeviceError where there is no driver or no GPU.
     """
-    driver = require("cuda.bindings.driver", "tensorrt-rtx")
+    driver = require("cuda.bindings.driver")
     try:
         call(driver, "cuInit", 0)
     except RuntimeError as error:  # no driver library; cuda-bindings raises a subclass that has moved before
@@ -33,7 +33,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
     Raises MissingExtraError where cuda-bindings is not installed, DeviceError where the driver does not answer.
     """
-    driver = require("cuda.bindings.driver", "tensorrt-rtx")
+    driver = require("cuda.bindings.driver")
     try:
         status, *_ = driver.cuInit(0)
     except RuntimeError:  # as in load_driver

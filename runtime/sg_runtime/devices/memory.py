@@ -7,9 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from sg_runtime.arrays import Indices
 from sg_runtime.errors import UsageError
-
-Indices = NDArray[np.int64]
 
 ALIGNMENT = 256
 """Bytes at which every tensor that an engine reads or writes begins."""

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from sg_runtime.backends.base import Backend, Lane
 from sg_runtime.errors import DeviceError, DeviceMemoryError, UsageError
 from sg_runtime.manifest import Manifest
-from sg_runtime.run.workspace import Workspace, largest, run_bytes
+from sg_runtime.run.budget import fitting, run_bytes
+from sg_runtime.run.workspace import Workspace
 
 WORKSPACES = 2
 """Most workspaces that an idle lane keeps."""
@@ -36,20 +37,20 @@ class LanePool:
             if self._lost is not None:
                 raise DeviceError(self._lost)
             with self._lock:
-                worker = self._idle.pop() if self._idle else None
-            worker = worker or LaneState(self._manifest, self._backend.lane(), self._backend.batches)
-            worker.lane.enter()
+                leased = self._idle.pop() if self._idle else None
+            leased = leased or LaneState(self._manifest, self._backend.lane(), self._backend.batches)
+            leased.lane.enter()
             try:
-                yield worker
+                yield leased
             except UsageError:
                 raise  # before any work
             except BaseException as error:
-                worker.release()
-                self._check_device(worker.lane, error)
+                leased.release()
+                self._check_device(leased.lane, error)
                 raise
             finally:
                 with self._lock:
-                    self._idle.append(worker)
+                    self._idle.append(leased)
         finally:
             if self._places is not None:
                 self._places.release()
@@ -57,8 +58,8 @@ class LanePool:
     def release(self) -> None:
         """Give back the buffers of all idle lanes."""
         with self._lock:
-            for worker in self._idle:
-                worker.release()
+            for leased in self._idle:
+                leased.release()
 
     def _check_device(self, lane: Lane, cause: BaseException) -> None:
         """Raise DeviceError, now and for every later lease, where the device no longer answers."""
@@ -106,25 +107,3 @@ class LaneState:
     def release(self) -> None:
         """Give back all buffers."""
         self._workspaces.clear()
-
-
-def fitting(
-    manifest: Manifest, batches: tuple[int, ...] | None, batch: int, evaluations: int, separate: bool, free: int
-) -> str:
-    """What to ask for so that a run needs at most `free` bytes: fewer evaluations at a time, else fewer images.
-
-    batches: the image counts that there are, None for any.
-    """
-    chunk = largest(lambda size: run_bytes(manifest, batch, size, separate) <= free, evaluations)
-    if chunk:
-        return f"Pipeline.load(…, chunk={chunk}) would fit"
-
-    def fits(images: int) -> bool:
-        return run_bytes(manifest, images, 1, separate) <= free
-
-    images = largest(fits, batch)
-    if batches is not None:
-        images = max((size for size in batches if size < batch and fits(size)), default=0)
-    if images:
-        return f"Pipeline.load(…, batch={images}, chunk=1) would fit"
-    return "free some memory, or build for fewer images" if batches else "not even one image fits: free some memory"

@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sg_runtime import philox
+from sg_runtime.arrays import Array, Indices
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName
 from sg_runtime.sampling import precondition
 
-Array = NDArray[np.float32]
-Indices = NDArray[np.int64]
 Condition = Callable[[NetworkName, Array, Indices], DeviceArray]
 """(network, t (S,), classes (S,)) → modulations (S, M)."""
 

@@ -4,21 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sg_runtime import philox
+from sg_runtime.arrays import Array, Indices
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import DeviceMemoryError, NonFiniteError
 from sg_runtime.manifest import GuidancePlan, Manifest
+from sg_runtime.run.budget import largest, run_bytes
+from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LaneState
-from sg_runtime.run.launches import GraphRunner
 from sg_runtime.run.prepared import prepare
-from sg_runtime.run.workspace import largest, run_bytes
 from sg_runtime.sampling import Update
-
-Array = NDArray[np.float32]
-Indices = NDArray[np.int64]
 
 CHUNK_BYTES = 256 << 20
 """What the conditioning that is held at a time may take where no number of evaluations is given."""
@@ -41,7 +38,7 @@ class Run:
 
 def sample_group(
     manifest: Manifest,
-    worker: LaneState,
+    leased: LaneState,
     runner: GraphRunner,
     run: Run,
     labels: Indices,
@@ -54,7 +51,7 @@ def sample_group(
     """
     separate = run.guidance.null_weak or run.guidance.weak_network == "weak"
     size = _chunk(manifest, run, len(labels), separate)
-    workspace = worker.workspace(len(labels), size, separate)
+    workspace = leased.workspace(len(labels), size, separate)
     workspace.start(np.float32(run.start) * noise(manifest, seeds, philox.INITIAL_NOISE))
     try:
         for first in range(0, len(run.updates), size):

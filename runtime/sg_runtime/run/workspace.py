@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sg_runtime.arrays import Array
 from sg_runtime.backends.base import Call, CallSequence, Lane
-from sg_runtime.devices.memory import DeviceArray, Table, aligned
+from sg_runtime.devices.memory import DeviceArray, Table
 from sg_runtime.manifest import Manifest
 from sg_runtime.run.launches import Launch, launches
 from sg_runtime.run.prepared import PreparedBranch, PreparedRun
 from sg_runtime.sampling import Update
 
-Array = NDArray[np.float32]
 Noise = Callable[[int], Array]
 """step → standard normal numbers like the state."""
 
@@ -150,25 +150,3 @@ class Workspace:
 
     def _scalar(self, index: int, number: int, name: str) -> int:
         return (index * LAUNCHES + number) * len(SCALARS) + SCALARS.index(name)
-
-
-def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) -> int:
-    """Bytes of a workspace and of the plan that fills it, the most that they can be."""
-    model, networks = manifest.model, 1 + separate
-    latents = LATENTS * aligned(batch * model.channels * model.image_size**2 * 4)
-    tables = networks * aligned(batch * model.modulations * 4)
-    counts = {level.keep for graph in manifest.graphs for level in graph.levels}
-    keeps = 2 * sum(aligned(batch * keep * 8) for keep in counts)
-    scalars = LAUNCHES * len(SCALARS) * aligned(4)
-    runs = -(-evaluations * (batch + separate) // manifest.condition_rows)  # of `condition`, for images and "no class"
-    plan = networks * runs * manifest.condition_rows * model.modulations * 4
-    return latents + evaluations * (tables + keeps + scalars) + plan
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits for one number fits for all below."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

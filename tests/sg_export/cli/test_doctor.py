@@ -11,6 +11,7 @@ import torch
 
 import sg_export.cli
 from sg_runtime import __version__
+from sg_runtime.extras import Library
 
 # Its name in the package is the command's.
 module = sys.modules[f"{sg_export.cli.__name__}.doctor"]
@@ -28,14 +29,14 @@ def test_doctor_json_is_json(cli: Callable[..., Any]) -> None:
     facts = json.loads(cli("doctor", "--json").stdout)
     assert facts["sg-export"] == __version__
     assert facts["libraries"]["onnxruntime"] == onnxruntime.__version__
-    assert set(facts["libraries"]) == {name for name, _, _ in module.LIBRARIES}
+    assert set(facts["libraries"]) == {library.distribution for library in module.LIBRARIES}
     assert "CPUExecutionProvider" in facts["onnxruntime providers"]
 
 
 def test_doctor_without_libraries_says_how_to_get_them(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LIBRARIES", (("no-such-distribution", "building", "export"),))
+    monkeypatch.setattr(module, "LIBRARIES", (Library("no_such", "no-such-distribution", "building", "export"),))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     result = cli("doctor")
     assert result.exit_code == 0

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from sg_export.compiler import check_graph
-from sg_export.graph import spec as graphs
-from sg_export.graph.spec import GraphModule, GraphSpec
+from sg_export.graph.check import check_graph
+from sg_export.graph.module import GraphModule, example
+from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.trace import DEFAULT_OPSET, trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel, load_model
@@ -82,8 +82,8 @@ def values_of(spec: GraphSpec, loaded: LoadedModel, rows: int, batch: int | None
     """Random inputs of a graph; the modulations are those of random times and classes."""
     generator = torch.Generator().manual_seed(rows)
     sizes = {"B": rows, "S": rows}
-    inputs = graphs.inputs(spec, loaded.facts, batch)
-    values = {tensor.name: graphs.example(tensor, 16, sizes, generator) for tensor in inputs}
+    inputs = graph_inputs(spec, loaded.facts, batch)
+    values = {tensor.name: example(tensor, 16, sizes, generator) for tensor in inputs}
     if spec.kind == "condition":
         return values | {"class": torch.arange(rows) % 6}
     t, classes = torch.rand(rows, generator=generator), torch.arange(rows) % 6
@@ -121,7 +121,7 @@ def signature(graph: GraphProto) -> list[tuple[str, int, list[int | str]]]:
 
 def expected_signature(spec: GraphSpec, loaded: LoadedModel, batch: int | None) -> list[tuple[str, int, list[Any]]]:
     types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    tensors = [*graphs.inputs(spec, loaded.facts, batch), *graphs.outputs(spec, loaded.facts, batch)]
+    tensors = [*graph_inputs(spec, loaded.facts, batch), *graph_outputs(spec, loaded.facts, batch)]
     return [(tensor.name, types[tensor.dtype], list(tensor.shape)) for tensor in tensors]
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sg_export.graph import spec as graphs
-from sg_export.graph.spec import GraphSpec
+from sg_export.graph.module import example
+from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.graph.trace import DEFAULT_OPSET, trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
@@ -106,8 +106,8 @@ def test_trace_has_attention_for_each_branch_and_one_prefix(traced: Traced) -> N
 def values_of(case: Case, loaded: LoadedModel) -> dict[str, Tensor]:
     """Random inputs of the graph; the modulations are those of random times and classes."""
     generator = torch.Generator().manual_seed(0)
-    inputs = graphs.inputs(case.spec, loaded.facts, IMAGES)
-    values = {tensor.name: graphs.example(tensor, TOKENS, {}, generator) for tensor in inputs}
+    inputs = graph_inputs(case.spec, loaded.facts, IMAGES)
+    values = {tensor.name: example(tensor, TOKENS, {}, generator) for tensor in inputs}
     t = torch.rand(IMAGES, generator=generator)
     values["modulations"] = loaded.model.condition(t, torch.tensor([0, 2]))
     if case.null:

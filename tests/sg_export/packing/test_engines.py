@@ -14,7 +14,7 @@ import tensorrt_rtx
 from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
-from sg_export.packing import engines as engine_build
+from sg_export.packing import engines
 from sg_export.packing.engines import check_libraries, count_fused_attention
 from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.bundle import Bundle
@@ -151,7 +151,7 @@ def test_compile_again_takes_engines_from_the_cache(
     first = build(cache=cache)
     assert told(caplog) == [f"miss: no engine of {name} in {cache}" for name in ("condition", "guided-16-K")]
     caplog.clear()
-    monkeypatch.setattr(engine_build, "build_in_child", None)  # nothing is built
+    monkeypatch.setattr(engines, "build_in_child", None)  # nothing is built
     second = build("again", cache=cache)
     assert told(caplog) == ["hit", "hit"]
     assert second.manifest == first.manifest
@@ -169,7 +169,7 @@ def test_compile_with_another_batch_says_what_differs(
 def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine_build, "FUSED_ATTENTION", rb"a kernel that no plan has")
+    monkeypatch.setattr(engines, "FUSED_ATTENTION", rb"a kernel that no plan has")
     with pytest.raises(
         EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*--allow-unf"
     ):
@@ -181,7 +181,7 @@ def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
 
 
 def test_compile_of_an_engine_of_another_size_fails(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "CODE_BYTES", 0)
+    monkeypatch.setattr(engines, "CODE_BYTES", 0)
     with pytest.raises(EngineError, match=r"condition\..*: expected 0.1 to 0.1 MB for weights of 0.1 MB, found .* MB"):
         build()
 
@@ -190,7 +190,7 @@ def test_compile_of_a_plan_for_other_gpus_fails(build: Build, monkeypatch: pytes
     def other(path: Path) -> Any:
         return replace(read_rtx_header(path), compute_capabilities=(86,))
 
-    monkeypatch.setattr(engine_build, "read_rtx_header", other)
+    monkeypatch.setattr(engines, "read_rtx_header", other)
     with pytest.raises(
         EngineError, match=r"expected a plan of TensorRT-RTX .* for \(89,\), found one of .* for \(86,\)"
     ):
@@ -218,7 +218,7 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
 
 
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "find_gpus", lambda: ())
+    monkeypatch.setattr(engines, "find_gpus", lambda: ())
     with pytest.raises(
         EngineError, match="none was found here: run the build there, or give --target tensorrt-rtx"
     ) as e:
@@ -227,7 +227,7 @@ def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monke
 
 
 def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "find_gpus", lambda: (Gpu("NVIDIA H100", 90),))
+    monkeypatch.setattr(engines, "find_gpus", lambda: (Gpu("NVIDIA H100", 90),))
     for library, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
         monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
         with pytest.raises(MissingExtraError, match=rf"{library} is not installed: pip install 'sg-export\[{extra}\]'"):

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from sg_export.compiler import compile
+from sg_export.loading import reload_checkpoint, reload_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.parity.compare import Comparison, Parity, compare_arrays, write_parity
 from sg_export.parity.verify import PARITY_GATES, TIMES, verify
-from sg_export.reload import reload_checkpoint, reload_weak
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of

@@ -20,8 +20,8 @@ from sg_runtime.devices.memory import HostMemory
 from sg_runtime.errors import DeviceError, DeviceMemoryError, UsageError
 from sg_runtime.manifest import Manifest, SamplerName, read_manifest
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.run.lanes import WORKSPACES, LanePool, LaneState, fitting
-from sg_runtime.run.workspace import run_bytes
+from sg_runtime.run.budget import fitting, run_bytes
+from sg_runtime.run.lanes import WORKSPACES, LanePool, LaneState
 
 Array = NDArray[np.float32]
 SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun")
@@ -314,7 +314,7 @@ def test_sample_of_more_than_the_memory_holds_is_refused_before_its_noise_is_dra
 ) -> None:
     """Which takes minutes for what cannot be run at all."""
     drawn: list[int] = []
-    monkeypatch.setattr("sg_runtime.run.sample.random.normal", lambda *_, **__: drawn.append(1) or np.zeros((2, 8, 8)))
+    monkeypatch.setattr("sg_runtime.run.sample.philox.normal", lambda *_, **__: drawn.append(1) or np.zeros((2, 8, 8)))
     turns.memory = SmallMemory(10**4)
     with pytest.raises(DeviceMemoryError, match=r"found 0 MB free; not even one image fits: free some memory"):
         pipe.sample([0, 1, 2], [0, 1, 2], steps=3)

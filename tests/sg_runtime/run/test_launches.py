@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sg_export.compiler import CONDITION_ROWS
 from sg_export.loading import load_model
 from sg_export.models.sparse import SparseModel
+from sg_export.packing.pack import CONDITION_ROWS
 from sg_runtime import philox
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import choose, guide
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, read_manifest
-from sg_runtime.run.launches import GraphRunner
+from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.prepared import PreparedBranch, PreparedRun, prepare
 from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Update, precondition

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sg_runtime import philox
 from sg_runtime.guidance import choose
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName, read_manifest
-from sg_runtime.run.launches import GraphRunner
+from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.prepared import PreparedBranch, PreparedRun, prepare
 
 TOKENS, NO_CLASS = 16, 5

@@ -15,8 +15,8 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import NonFiniteError
 from sg_runtime.manifest import read_manifest
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.budget import run_bytes
 from sg_runtime.run.sample import check_finite, noise
-from sg_runtime.run.workspace import run_bytes
 from sg_runtime.sampling import Churn
 
 HUGE = 3e38

@@ -19,8 +19,9 @@ from sg_runtime.devices.memory import ALIGNMENT, HostMemory, aligned
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, Level, SamplerName, read_manifest
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.budget import run_bytes
 from sg_runtime.run.prepared import PreparedBranch, PreparedRun
-from sg_runtime.run.workspace import Workspace, run_bytes
+from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
 
 Array = NDArray[np.float32]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from sg_engines.ort import run_once
+from sg_export.graph.check import run_onnx
 from sg_runtime.errors import EngineError, MissingExtraError
 
 
@@ -24,8 +24,8 @@ def graph(tmp_path: Path) -> Path:
     return tmp_path / "g.onnx"
 
 
-def test_run_once_gives_all_outputs_in_order(graph: Path) -> None:
-    y, z = run_once(graph, {"x": np.array([1, 2], np.float32)})
+def test_run_onnx_gives_all_outputs_in_order(graph: Path) -> None:
+    y, z = run_onnx(graph, {"x": np.array([1, 2], np.float32)})
     assert y.tolist() == [2, 3]
     assert z.tolist() == [-1, -2]
 
@@ -35,27 +35,27 @@ def test_run_once_gives_all_outputs_in_order(graph: Path) -> None:
     [{}, {"x": np.zeros(3, np.float32)}, {"x": np.zeros(2, np.float64)}, {"w": np.zeros(2, np.float32)}],
     ids=["none", "shape", "dtype", "name"],
 )
-def test_run_once_with_wrong_feeds_raises(feeds: dict[str, np.ndarray], graph: Path) -> None:
+def test_run_onnx_with_wrong_feeds_raises(feeds: dict[str, np.ndarray], graph: Path) -> None:
     with pytest.raises(EngineError, match=r"^g.onnx: ONNX Runtime failed: ") as caught:
-        run_once(graph, feeds)
+        run_onnx(graph, feeds)
     assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph"], ids=["empty", "text"])
-def test_run_once_of_no_graph_raises(content: bytes, graph: Path) -> None:
+def test_run_onnx_of_no_graph_raises(content: bytes, graph: Path) -> None:
     graph.write_bytes(content)
     with pytest.raises(EngineError, match=r"^g.onnx: ONNX Runtime .* cannot open it: "):
-        run_once(graph, {"x": np.zeros(2, np.float32)})
+        run_onnx(graph, {"x": np.zeros(2, np.float32)})
 
 
-def test_run_once_of_a_graph_whose_weights_are_missing_raises(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_run_onnx_of_a_graph_whose_weights_are_missing_raises(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "dense.onnx"
     path.write_bytes((tiny_bundle / "graphs/dense.onnx").read_bytes())
     with pytest.raises(EngineError, match=r"^dense.onnx: ONNX Runtime .* cannot open it: .*weights.bin"):
-        run_once(path, {})
+        run_onnx(path, {})
 
 
-def test_run_once_without_onnxruntime_names_the_extra(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_onnx_without_onnxruntime_names_the_extra(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed: pip install 'sg-export\[ort\]'"):
-        run_once(graph, {"x": np.zeros(2, np.float32)})
+        run_onnx(graph, {"x": np.zeros(2, np.float32)})

@@ -1,15 +1,14 @@
 """What a build was asked for: options that fit together, the guidance of the bundle, and the graphs that it needs."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sg_export.compiler import choose_graphs
 from sg_export.loading import LoadedModel, load_model
 from sg_export.options.compile import CompileOptions
+from sg_export.packing.pairs import choose_graphs
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GuidancePlan, Level
 
@@ -19,47 +18,6 @@ FULL, MOST, HALF = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8)
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint: Path) -> LoadedModel:
     return load_model(tiny_checkpoint)
-
-
-@pytest.mark.parametrize("opset", [19, 23])
-def test_compile_options_of_another_opset_raise(opset: int, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"opset: expected 20 to 22, found {opset}"):
-        CompileOptions(tmp_path, opset=opset)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch": (0,)}, "batch: expected at least 1, found 0"),
-        ({"steps": -3}, "steps: expected at least 1, found -3"),
-        ({"strong_sparsity": ()}, "strong_sparsity: expected at least one, found none"),
-        ({"guidance": "cfg", "sparsity": (0.5,)}, "sparsity: cfg guidance has no sparser branch: give strong_sparsity"),
-        ({"guidance": "none", "sparsity": (0.5,)}, "sparsity: none guidance has no sparser branch"),
-        ({"schedule": "linear"}, "schedule: expected one of constant, cosine, found 'linear'"),
-        (
-            {"guidance": "autoguidance"},
-            "weak_checkpoint: expected one for autoguidance and for no other mode, found none",
-        ),
-        *(
-            (
-                {"guidance": mode, "weak_checkpoint": "weak.pt"},
-                f"for no other mode, found weak.pt for {re.escape(mode)}$",
-            )
-            for mode in ("none", "cfg", "sg", "cfg+sg")
-        ),
-    ],
-)
-def test_compile_options_out_of_range_raise(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        CompileOptions(Path("out"), **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "mode"),
-    [({}, "sg"), ({"guidance": "cfg"}, "cfg"), ({"weak_checkpoint": "weak.pt"}, "autoguidance")],
-)
-def test_compile_options_without_guidance_imply_it(options: dict[str, Any], mode: str) -> None:
-    assert CompileOptions(Path("out"), **options).mode == mode
 
 
 @pytest.mark.parametrize(
@@ -99,7 +57,7 @@ def test_compile_options_without_guidance_imply_it(options: dict[str, Any], mode
     ],
     ids=["default", "sparse strong", "pairs", "cfg", "cfg pairs", "none", "cfg+sg", "cfg+sg pairs"],
 )
-def test_plan_build_of_rates_gives_plan_and_graphs(
+def test_choose_graphs_of_rates_gives_plan_and_graphs(
     options: dict[str, Any], strong: Level, weak: Level, expected: list[str], loaded: LoadedModel
 ) -> None:
     plan, specs = choose_graphs(loaded, None, CompileOptions(Path("out"), **options))
@@ -121,7 +79,7 @@ def test_plan_build_of_rates_gives_plan_and_graphs(
         ),
     ],
 )
-def test_plan_build_of_two_networks_has_graphs_of_each(
+def test_choose_graphs_of_two_networks_has_graphs_of_each(
     options: dict[str, Any], strong: Level, weak: Level, expected: list[str], loaded: LoadedModel
 ) -> None:
     settings = CompileOptions(Path("out"), weak_checkpoint="weak.pt", **options)
@@ -142,7 +100,7 @@ def test_plan_build_of_two_networks_has_graphs_of_each(
         ({"guidance": "cfg+sg", "sparsity": (0.5, 0.25)}, (FULL, HALF, None, MOST)),
     ],
 )
-def test_plan_build_of_a_cosine_goes_from_the_first_to_the_last(
+def test_choose_graphs_of_a_cosine_goes_from_the_first_to_the_last(
     options: dict[str, Any], ends: tuple[Level, Level, Level | None, Level | None], loaded: LoadedModel
 ) -> None:
     settings = CompileOptions(Path("out"), schedule="cosine", scale=(3.0, 1.0), interval=(0.2, 0.8), **options)
@@ -152,7 +110,7 @@ def test_plan_build_of_a_cosine_goes_from_the_first_to_the_last(
     assert plan == GuidancePlan(mode, strong, weak, 3.0, strong_last, weak_last, 1.0, (0.2, 0.8))
 
 
-def test_plan_build_of_a_constant_schedule_takes_the_first(loaded: LoadedModel) -> None:
+def test_choose_graphs_of_a_constant_schedule_takes_the_first(loaded: LoadedModel) -> None:
     settings = CompileOptions(Path("out"), (0.5, 0.75), (0.0, 0.25))
     assert choose_graphs(loaded, None, settings)[0] == GuidancePlan("sg", FULL, HALF, 2.0)
 
@@ -187,7 +145,7 @@ def test_plan_build_of_a_constant_schedule_takes_the_first(loaded: LoadedModel) 
         ({"schedule": "cosine", "sparsity": (0.0,)}, "expected a weak branch sparser than the strong one"),
     ],
 )
-def test_plan_build_of_a_request_that_cannot_be_served_says_why(
+def test_choose_graphs_of_a_request_that_cannot_be_served_says_why(
     options: dict[str, Any], message: str, loaded: LoadedModel
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -195,7 +153,7 @@ def test_plan_build_of_a_request_that_cannot_be_served_says_why(
     assert message in str(caught.value)
 
 
-def test_plan_build_of_a_weak_rate_that_cannot_be_served_says_why(loaded: LoadedModel) -> None:
+def test_choose_graphs_of_a_weak_rate_that_cannot_be_served_says_why(loaded: LoadedModel) -> None:
     settings = CompileOptions(Path("out"), (0.5, 0.51), weak_checkpoint="weak.pt")
     with pytest.raises(UsageError, match=r"sparsities 0.5 and 0.51 both keep 8 tokens: give one of them"):
         choose_graphs(loaded, loaded, settings)

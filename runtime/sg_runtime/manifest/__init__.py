@@ -1,0 +1,72 @@
+"""The manifest of a bundle: what was built, from what, and how to run it. Frozen data, read strictly."""
+
+from sg_runtime.manifest.base import (
+    ENGINE_NAMES,
+    ENGINE_TARGETS,
+    FLOAT32_MAX,
+    FLOAT32_MIN,
+    EngineLibrary,
+    GraphKind,
+    GuidanceMode,
+    HalfPrecision,
+    NetworkName,
+    Precision,
+    Prediction,
+    QuantizedType,
+    SamplerName,
+)
+from sg_runtime.manifest.files import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    FileFacts,
+    Manifest,
+    Source,
+    adapter,
+    json_schema,
+    read_manifest,
+    write_manifest,
+)
+from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, Profile, TensorFacts
+from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
+from sg_runtime.manifest.model import Level, ModelFacts, Route
+from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
+
+__all__ = [
+    "ENGINE_NAMES",
+    "ENGINE_TARGETS",
+    "FLOAT32_MAX",
+    "FLOAT32_MIN",
+    "MANIFEST_FILE",
+    "SCHEMA_VERSION",
+    "Cost",
+    "EngineFacts",
+    "EngineLibrary",
+    "FileFacts",
+    "GraphFacts",
+    "GraphKind",
+    "GuidanceMode",
+    "GuidancePlan",
+    "HalfPrecision",
+    "Karras",
+    "LayerChoice",
+    "Level",
+    "Manifest",
+    "ModelFacts",
+    "NetworkName",
+    "Precision",
+    "Prediction",
+    "Profile",
+    "QualityGates",
+    "Quantization",
+    "QuantizedType",
+    "Route",
+    "SamplerName",
+    "Sampling",
+    "Source",
+    "StratumQuality",
+    "TensorFacts",
+    "adapter",
+    "json_schema",
+    "read_manifest",
+    "write_manifest",
+]

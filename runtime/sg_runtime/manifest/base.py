@@ -1,0 +1,60 @@
+"""What all facts share: their vocabulary, strictness, and checks of numbers."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sg_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+GraphKind = Literal["condition", "dense", "sparse", "guided"]
+
+
+GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
+
+
+NetworkName = Literal["main", "weak"]
+
+
+Prediction = Literal["flow", "edm"]
+
+
+HalfPrecision = Literal["fp16", "bf16"]
+
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+QuantizedType = Literal["int8", "fp8"]
+
+
+EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
+ENGINE_NAMES: Mapping[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+"""The libraries' names in messages."""
+ENGINE_TARGETS: Mapping[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+"""Their names as a target of a build and as a backend."""
+
+
+SamplerName = Literal["euler", "heun"]
+
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+FLOAT32_MIN = 2.0**-126
+"""The smallest float32 number above 0 of full precision."""
+
+
+class Strict:
+    """Unknown keys and values of another type are errors."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+def check_counts(owner: object, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(owner, name)) < least:
+            raise UsageError(f"{name}: expected at least {least}, found {value}")

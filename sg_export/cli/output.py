@@ -1,0 +1,82 @@
+"""What commands print: progress, warnings, tables."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+from sg_export.progress import Report, silent
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Report stages on standard error: as a bar on a terminal, a line each elsewhere, not at all if `quiet`."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def show(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+                told = stage if share is None else f"{stage} {share:.0%}"
+                bar.update(task, description=told, completed=done, total=total)
+
+            yield show
+    else:
+        last = None
+
+        def line(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+            nonlocal last
+            if stage != last:
+                click.echo(stage if total is None else f"[{done + 1}/{total}] {stage}", err=True)
+            last = stage
+
+        yield line
+
+
+@contextmanager
+def messages(everything: bool) -> Iterator[None]:
+    """Show the warnings of sg-export on standard error, or `everything` that it tells."""
+
+    class Echo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(record.getMessage(), err=True)
+
+    log, handler = logging.getLogger("sg_export"), Echo()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if everything else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns of numbers are right-aligned. Wide where standard output is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell(value)) for value in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def cell(value: object) -> str:
+    """A value as table text: floats with four digits, None as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

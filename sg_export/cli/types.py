@@ -1,0 +1,65 @@
+"""Types of option values."""
+
+import re
+from typing import Any
+
+import click
+
+from sg_runtime.errors import UsageError
+from sg_runtime.guidance import Ramp
+from sg_runtime.manifest import Route
+
+
+class RouteType(click.ParamType[Route]):
+    """START-END, both blocks included."""
+
+    name = "START-END"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Route:
+        if isinstance(value, Route):
+            return value
+        try:
+            return Route.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, context)
+
+
+class RampType(click.ParamType[Ramp]):
+    """A number, or FIRST:LAST for a cosine from the first step's to the last step's."""
+
+    name = "NUMBER|FIRST:LAST"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Ramp:
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]  # a default
+        try:
+            numbers = tuple(float(part) for part in value.split(":"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 2):
+            self.fail(f"{value!r}: expected a number, or two as FIRST:LAST", param, context)
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+class ComputeCapabilityType(click.ParamType[int]):
+    """8.6 or 86."""
+
+    name = "SM"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,2})\.?(\d)", str(value))
+        if match is None:
+            self.fail(f"{value!r}: expected a compute capability, as 8.6 or 86", param, context)
+        return int(match[1] + match[2])
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes, with a unit: 512M or 4G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMG]?)i?B?", str(value), re.IGNORECASE)
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r}: expected a size, as 512M or 4G", param, context)
+        return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]

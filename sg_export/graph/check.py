@@ -1,0 +1,114 @@
+"""Checks of a written graph: by ONNX, by types, and by ONNX Runtime next to PyTorch."""
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from sg_export.graph.emulate import emulated
+from sg_export.graph.half import _FP32, HALF
+from sg_export.graph.module import GraphModule, example
+from sg_export.graph.overflow import first_overflow
+from sg_export.graph.products import belongs, weighted_products
+from sg_export.graph.spec import GraphSpec, graph_inputs
+from sg_export.loading import LoadedModel
+from sg_export.options.compile import CompileOptions
+from sg_runtime.backends.ort import open_session
+from sg_runtime.errors import EngineError, ExportError, MissingExtraError
+from sg_runtime.manifest import (
+    Precision,
+)
+
+
+def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) -> None:
+    """Raise ExportError unless the products with a weight in the graph at `path` have the types that were asked for.
+
+    The file is read anew, and the types of computed values are inferred by ONNX.
+    """
+    wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph
+    for weight, node in weighted_products(graph):
+        expected = _FP32 if belongs(weight, layers) else wanted
+        found = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+        if found != {expected}:
+            names = ", ".join(sorted(str(dtype) for dtype in found))
+            raise ExportError(
+                f"graph {path.name}: node {node.name}: expected {expected}, found {names}; please report this with the "
+                f"versions that sg-export doctor prints"
+            )
+
+
+def run_onnx(graph: Path, feeds: Mapping[str, NDArray[Any]], content: bytes | None = None) -> list[NDArray[Any]]:
+    """Open the graph at `graph`, run it on `feeds`, and return its outputs in order.
+
+    content: a model to run in its place, with the weights beside it.
+    Raises EngineError where ONNX Runtime cannot open or run it, MissingExtraError where it is not installed.
+    """
+    session = open_session(graph, content)
+    try:
+        outputs: list[NDArray[Any]] = session.run(None, dict(feeds))
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise EngineError(f"{graph.name}: ONNX Runtime failed: {error}") from error
+    return outputs
+
+
+MAX_BUILD_ERROR: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
+"""Relative L2 distance to PyTorch above which a graph is wrong: rounding stays below it, a fault far above."""
+
+
+MAX_QUANTIZED_ERROR = 0.5
+"""The same for a quantized graph, whose quality its gates decide on real inputs."""
+
+
+def check_graph(path: Path) -> None:
+    """ONNX's checker and strict shape inference, by path, so that weights beyond 2 GB are no matter.
+
+    Raises ExportError with ONNX's reason.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            onnx.checker.check_model(str(path), full_check=False)
+            inferred = Path(scratch) / path.name
+            onnx.shape_inference.infer_shapes_path(
+                str(path), str(inferred), check_type=True, strict_mode=True, data_prop=True
+            )
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"graph {path.name}: ONNX {onnx.__version__} refuses it: {error}") from error
+
+
+def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: CompileOptions) -> float | None:
+    """Relative L2 distance of the graph to PyTorch on one random input; None where ONNX Runtime is not installed."""
+    precision = options.precision
+    most = MAX_BUILD_ERROR[precision] if options.quantize is None else MAX_QUANTIZED_ERROR
+    inputs = graph_inputs(spec, loaded.facts, options.graph_batch)
+    generator = torch.Generator().manual_seed(1)
+    values = [example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
+    try:
+        feeds = {t.name: v.numpy() for t, v in zip(inputs, values, strict=True)}
+        found = run_onnx(path, feeds, None if precision == "fp32" else emulated(path))
+    except MissingExtraError:
+        return None
+    with torch.no_grad():
+        wanted = GraphModule(loaded.model, spec, [t.name for t in inputs])(*values)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    # An untrained network's output is zero.
+    distance = max(
+        float((torch.from_numpy(f) - w).norm() / w.norm().clamp(min=1e-12)) for f, w in zip(found, wanted, strict=True)
+    )
+    if not math.isfinite(distance) and precision != "fp32" and (operator := first_overflow(path, feeds)) is not None:
+        raise ExportError(
+            f"graph {path.name}: expected values that {precision} holds, found larger ones from {operator} on: build "
+            f"with --precision bf16 or fp32"
+        )
+    if not distance <= most:
+        raise ExportError(
+            f"graph {path.name}: relative L2 distance to PyTorch: expected at most {most:g}, "
+            f"found {distance:g}; please report this with the versions that sg-export doctor prints"
+        )
+    return distance

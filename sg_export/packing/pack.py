@@ -1,0 +1,213 @@
+"""Traced graphs to the files and the manifest of a bundle."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sg_export.cost.count import count_cost
+from sg_export.graph.check import check_graph, check_parity, check_types
+from sg_export.graph.half import half_attentions, to_half
+from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_sizes
+from sg_export.graph.trace import trace
+from sg_export.graph.weights import write_graphs
+from sg_export.loading import LoadedModel
+from sg_export.options.compile import DEFAULT_ENGINE_BATCH, CompileOptions
+from sg_export.options.engines import EngineOptions
+from sg_export.packing.engines import EngineSource, build_engines
+from sg_export.progress import Counted
+from sg_runtime import __version__
+from sg_runtime.files import sha256_of
+from sg_runtime.manifest import (
+    SCHEMA_VERSION,
+    Cost,
+    EngineFacts,
+    FileFacts,
+    GraphFacts,
+    GuidancePlan,
+    Karras,
+    Manifest,
+    NetworkName,
+    Quantization,
+    Sampling,
+)
+
+CONDITION_ROWS = 40
+"""Rows of `condition` in one run: fixed, so that a row is the same whatever is computed beside it, and as many as the
+default run has steps, so that its weights are read once."""
+
+
+EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
+"""Defaults of NVlabs/edm (`generate.py`, `edm_sampler`), which both families' samplers share."""
+
+
+Networks = Mapping[NetworkName, LoadedModel | None]
+
+
+WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
+
+
+def manifest_of(
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    plan: GuidancePlan,
+    options: CompileOptions,
+    layers: tuple[str, ...],
+    quantization: Quantization | None,
+    written: "Written",
+    engines: tuple[EngineFacts, ...],
+    folder: Path,
+) -> Manifest:
+    """What is in `folder`."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created_by=f"sg-export {__version__}",
+        model=loaded.facts,
+        guidance=plan,
+        sampling=(
+            Sampling("euler", options.steps, None)
+            if loaded.facts.prediction == "flow"
+            else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
+        ),
+        precision=options.precision,
+        fp32_layers=layers,
+        quantization=quantization,
+        opset=options.opset,
+        batch=options.graph_batch,
+        condition_rows=CONDITION_ROWS,
+        graphs=written.facts,
+        engines=engines,
+        source=loaded.source,
+        weak_source=None if weak is None else weak.source,
+        files={
+            path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
+            for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written of the graphs. attentions: in half precision, by file. costs: by graph."""
+
+    facts: tuple[GraphFacts, ...]
+    attentions: Mapping[str, int]
+    costs: Mapping[GraphSpec, Cost]
+
+
+def files_of(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[GraphSpec]]:
+    """The graphs of every file; with symbolic token counts one file is the graphs of all levels."""
+    files: dict[str, list[GraphSpec]] = {}
+    for spec in specs:
+        files.setdefault(spec.shared_name if symbolic else spec.name, []).append(spec)
+    return files
+
+
+def trace_all(
+    networks: Networks, files: Mapping[str, Sequence[GraphSpec]], options: CompileOptions, counted: Counted
+) -> dict[str, ir.Model]:
+    """The FP32 graphs of all files."""
+    traced: dict[str, ir.Model] = {}
+    for network, source in networks.items():
+        own = {name: specs[0] for name, specs in files.items() if specs[0].network == network}
+        if source is None or not own:
+            continue
+        counted(f"tracing {', '.join(own)}")
+        models = trace(
+            source.model,
+            list(own.values()),
+            source.facts,
+            options.graph_batch,
+            options.opset,
+            symbolic_keep=bool(options.libraries),
+        )
+        traced |= zip(own, models, strict=True)
+    return traced
+
+
+def pack(
+    networks: Networks,
+    files: Mapping[str, Sequence[GraphSpec]],
+    models: Mapping[str, ir.Model],
+    layers: tuple[str, ...],
+    options: CompileOptions,
+    folder: Path,
+    counted: Counted,
+) -> Written:
+    """Type, count, write and check all graphs in `folder`/graphs."""
+    by_network: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
+    costs: dict[GraphSpec, Cost] = {}
+    attentions: dict[str, int] = {}
+    for name, own in files.items():
+        graph = models[name].graph
+        if options.precision != "fp32":
+            to_half(graph, options.precision, layers)
+        by_network[own[0].network].append(models[name])
+        attentions[name] = half_attentions(graph)
+        for spec in own:
+            costs[spec] = count_cost(graph, keep_sizes(spec, [level.keep for level in spec.levels]))
+    counted("writing graphs and weights")
+    (folder / "graphs").mkdir()
+    for network, own_models in by_network.items():
+        if own_models:
+            write_graphs(own_models, folder / "graphs", WEIGHTS_FILES[network])
+    facts: list[GraphFacts] = []
+    for name, own in files.items():
+        path = folder / "graphs" / f"{name}.onnx"
+        for spec in own:
+            counted(f"checking {spec.name}")
+            source = networks[spec.network]
+            assert source is not None
+            if spec is own[0]:
+                check_graph(path)
+                check_types(path, options.precision, layers)
+            facts.append(
+                GraphFacts(
+                    name=spec.name,
+                    kind=spec.kind,
+                    network=spec.network,
+                    levels=spec.levels,
+                    file=f"graphs/{path.name}" if options.has_onnx else None,
+                    inputs=graph_inputs(spec, source.facts, options.graph_batch),
+                    outputs=graph_outputs(spec, source.facts, options.graph_batch),
+                    cost=costs[spec],
+                    parity=check_parity(source, spec, path, options),
+                )
+            )
+    return Written(tuple(facts), attentions, costs)
+
+
+def engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: Written) -> EngineSource:
+    return EngineSource(
+        path=folder / "graphs" / f"{name}.onnx",
+        weights=folder / "graphs" / WEIGHTS_FILES[own[0].network],
+        specs=tuple(own),
+        half_attentions=written.attentions[name],
+        weight_bytes=written.costs[own[0]].weight_bytes,
+    )
+
+
+def add_engines(
+    loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
+) -> tuple[EngineFacts, ...]:
+    """Engines in `folder`/engines."""
+    if not options.libraries:
+        return ()
+    engine_options = EngineOptions(
+        libraries=options.libraries,
+        batches=tuple(sorted(set(options.batch))) or (DEFAULT_ENGINE_BATCH,),
+        compute_capabilities=tuple(sorted(set(options.compute_capabilities))),
+        workspace=options.workspace,
+        timing_cache=options.timing_cache,
+        allow_unfused=options.allow_unfused,
+        cache=options.cache,
+    )
+
+    def told(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+        if share is None:
+            counted(stage)
+        else:
+            counted.stage(stage, share)
+
+    return build_engines(sources, loaded.facts, CONDITION_ROWS, engine_options, folder / "engines", told)

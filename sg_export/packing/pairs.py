@@ -1,0 +1,53 @@
+"""Which levels and pairs of levels a build makes graphs of."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from sg_export.graph.spec import GraphSpec, graphs_for
+from sg_export.loading import LoadedModel
+from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
+from sg_runtime.errors import UsageError
+from sg_runtime.guidance import scale_ends
+from sg_runtime.manifest import (
+    GuidancePlan,
+    Level,
+)
+
+
+def choose_graphs(
+    loaded: LoadedModel, weak_loaded: LoadedModel | None, options: CompileOptions
+) -> tuple[GuidancePlan, list[GraphSpec]]:
+    """The bundle's guidance plan and its graphs. Raises UsageError for what the model or this version cannot do."""
+    mode = options.mode
+    strong = _levels(loaded, options.strong_sparsity)
+    weak = strong
+    if mode not in ("none", "cfg"):
+        weak = _levels(weak_loaded or loaded, options.sparsity or (DEFAULT_SPARSITY,))
+    if weak_loaded is None:
+        _check_distinct({*strong, *weak})
+    if mode in ("sg", "cfg+sg") and options.schedule == "constant":
+        for level in weak:
+            if level.sparsity == 0:
+                raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")
+
+    def last(levels: Sequence[Level]) -> Level | None:
+        return levels[-1] if options.schedule == "cosine" and len(levels) > 1 else None
+
+    scale, scale_last = scale_ends(options.scale)
+    plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
+    return plan, graphs_for(mode, strong, weak)
+
+
+def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:
+    levels = [loaded.level(sparsity) for sparsity in sparsities]
+    _check_distinct(levels)
+    return levels
+
+
+def _check_distinct(levels: Iterable[Level]) -> None:
+    """A graph is known by the tokens that it keeps: each count may come from one sparsity alone."""
+    for a, b in itertools.combinations(sorted(levels, key=lambda level: level.sparsity), 2):
+        if a.keep == b.keep:
+            raise UsageError(
+                f"sparsities {a.sparsity:g} and {b.sparsity:g} both keep {a.keep} tokens: give one of them"
+            )

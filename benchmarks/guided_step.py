@@ -120,7 +120,7 @@ def main() -> None:
             for (strong, weak), bundle in bundles.items():
                 for batch in options.batch:
                     generator, shape = np.random.default_rng(0), loaded.facts
-                    latent = (batch, shape.channels, shape.image_size, shape.image_size)
+                    latent = (batch, *shape.latent)
                     x = generator.standard_normal(latent, dtype=np.float32)
                     classes = generator.integers(0, shape.num_classes, batch)
                     setting = Setting(bundle, loaded, strong, weak, x, classes, options.threads, Path(scratch))

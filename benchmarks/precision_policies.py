@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 from benchmarks.engine_builds import load
 from benchmarks.machine import machine
-from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_engines.child import build_in_child
 from sg_engines.trt import EngineRecipe
 from sg_export import LoadedModel
@@ -39,6 +38,7 @@ from sg_export.graph.overflow import range_shares
 from sg_export.graph.spec import GraphSpec
 from sg_export.graph.trace import DEFAULT_OPSET, trace
 from sg_export.graph.weights import write_graphs
+from sg_export.models.dit import ENDS
 from sg_export.packing.engines import count_fused_attention, profile_shapes
 from sg_export.parity.verify import TIMES
 from sg_runtime import philox
@@ -115,8 +115,8 @@ def measure(name: str, loaded: LoadedModel, folder: Path) -> list[Row]:
     for precision in HALF:
         after = loaded.model.network.layer_name(loaded.model.route.end + 1)
         layers = {
-            "ends": EMBEDDERS_AND_HEAD,
-            "ends + after": (*EMBEDDERS_AND_HEAD, after),
+            "ends": ENDS,
+            "ends + after": (*ENDS, after),
             "ours": fp32_layers(loaded.model, precision),
         }
         policies: dict[str, Policy] = {"whole": partial(to_whole, precision=precision)}
@@ -238,7 +238,7 @@ def feeds(
     """Inputs of the guided graph at one time: noise, classes and subsets of that time, the policy's own modulations."""
     facts, seeds = loaded.facts, range(IMAGES)
     generator = np.random.default_rng(number)
-    x = generator.standard_normal((IMAGES, facts.channels, facts.image_size, facts.image_size), dtype=np.float32)
+    x = generator.standard_normal((IMAGES, *facts.latent), dtype=np.float32)
     classes = generator.integers(0, facts.num_classes, IMAGES)
     session = open_session(graphs.condition, None if exact else emulated(graphs.condition))
     (rows,) = session.run(None, {"t": np.full(IMAGES, TIMES[number], np.float32), "class": classes})

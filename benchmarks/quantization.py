@@ -112,7 +112,7 @@ def methods(reference: Bundle, kinds: list[QuantizedType], table: RangeTable, im
     """The worst of all times, with all layers quantized, by type and method."""
     walks = walks_of(reference_pipeline(reference), "gate", images)
     graphs = [onnx.load(reference.onnx(graph), load_external_data=False) for graph in reference.manifest.graphs]
-    layers = sorted({name for graph in graphs for name in layers_of(graph)})
+    layers = sorted({name for graph in graphs for name in layers_of(graph, reference.manifest.model.ends)})
     rows = []
     for kind in kinds:
         for method in METHODS:

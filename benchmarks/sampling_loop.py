@@ -108,7 +108,7 @@ def pytorch_loop(loaded: LoadedModel, classes: Sequence[int], pair: tuple[float,
     facts, model = loaded.facts, loaded.model
     counts = [loaded.level(rate).keep for rate in pair]
     labels = torch.tensor(classes)
-    x = torch.randn(len(classes), facts.channels, facts.image_size, facts.image_size)
+    x = torch.randn(len(classes), *facts.latent)
 
     def subset(count: int) -> Tensor | None:
         if count == facts.tokens:

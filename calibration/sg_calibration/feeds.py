@@ -153,7 +153,7 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
         "seed": np.arange(images, dtype=np.uint64),
     }
     found = defaults | found
-    latent = (evaluations, images, model.channels, model.image_size, model.image_size)
+    latent = (evaluations, images, *model.latent)
     shapes = {"x": latent, "label": (images,), "seed": (images,)}
     for name in ("time", "label", *_TYPES):  # the first two say how long the others are
         dtype = _TYPES[name]

@@ -1,7 +1,7 @@
 """The layers of a graph that can be quantized, by the names of their modules."""
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -9,9 +9,6 @@ import onnx
 from sg_runtime.errors import UsageError
 
 PRODUCTS = ("MatMul", "Gemm")
-
-EMBEDDERS_AND_HEAD = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
-"""Modules at the ends of the network, whose rounding nothing later makes good and which cost little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +21,8 @@ class Layer:
     weight: str
 
 
-def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
-    """The quantizable layers of a graph by name: products with a weight, but for embedders and head.
+def layers_of(model: onnx.ModelProto, ends: Sequence[str] = ()) -> dict[str, Layer]:
+    """The quantizable layers of a graph by name: products with a weight, without the modules `ends`.
 
     Attention's products have no weight; what moves, adds, or normalises tokens is no product. So none of these is here.
     """
@@ -34,7 +31,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
     for node in model.graph.node:
         if node.op_type in PRODUCTS and node.input[1] in weights:
             name = node.input[1].removesuffix(".T").removesuffix(".weight")
-            if not any(f"{name}.".startswith(f"{end}.") for end in EMBEDDERS_AND_HEAD):
+            if not any(f"{name}.".startswith(f"{end}.") for end in ends):
                 found[name] = Layer(name, node.name, node.input[0], node.input[1])
     return found
 

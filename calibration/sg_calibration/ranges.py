@@ -181,7 +181,7 @@ class _Observer:
     def __init__(self, pipe: Pipeline, graph: GraphFacts) -> None:
         path = pipe.bundle.onnx(graph)
         model = onnx.load(path, load_external_data=False)
-        self.layers: dict[str, Layer] = layers_of(model)
+        self.layers: dict[str, Layer] = layers_of(model, pipe.bundle.manifest.model.ends)
         types = {value.name: value for value in model.graph.value_info}
         del model.graph.output[:]
         model.graph.output.extend(types[layer.source] for layer in self.layers.values())

@@ -461,7 +461,6 @@ class Pipeline:
         )
 
     def _check_latent(self, x: DeviceArray, images: int) -> None:
-        model = self.bundle.manifest.model
-        expected = (images, model.channels, model.image_size, model.image_size)
+        expected = (images, *self.bundle.manifest.model.latent)
         if x.dtype != np.float32 or x.shape != expected:
             raise UsageError(f"x: expected float32 of shape {expected}, found {x.dtype} of shape {x.shape}")

@@ -90,8 +90,7 @@ def assemble(
         family=family,
         prediction=prediction,
         space=facts.space or ("pixel" if config.channels in (1, 3) else "latent"),
-        image_size=config.image_size,
-        channels=config.channels,
+        latent=(config.channels, config.image_size, config.image_size),
         patch=config.patch,
         tokens=config.tokens,
         width=config.width,
@@ -102,6 +101,7 @@ def assemble(
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         route=route,
         class_names=names,
+        ends=network.ends,
     )
     return SparseModel(network, layers).eval().requires_grad_(False), model_facts
 

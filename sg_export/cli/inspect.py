@@ -60,7 +60,8 @@ def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | N
 
 
 def _model_rows(model: Any) -> list[tuple[str, str]]:
-    shape = f"{model.image_size}×{model.image_size}×{model.channels}"
+    channels, height, width = model.latent
+    shape = f"{height}×{width}×{channels}"
     names = "" if model.class_names is None else f", {model.class_names[0]} to {model.class_names[-1]}"
     return [
         ("family", model.family),

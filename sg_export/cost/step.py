@@ -130,7 +130,7 @@ def _single(manifest: Manifest, network: NetworkName, level: Level) -> Cost:
 
 def _published(manifest: Manifest, way: str, strong: Level, weak: Level) -> float | None:
     model = manifest.model
-    shape = (model.depth, model.width, model.tokens, model.channels, model.patch)
-    if shape != (28, 1152, 256, 4, 2) or model.route != Route(2, 24):
+    shape = (model.depth, model.width, model.tokens, model.latent, model.patch)
+    if shape != (28, 1152, 256, (4, 32, 32), 2) or model.route != Route(2, 24):
         return None
     return PUBLISHED.get((way, strong.sparsity, weak.sparsity))

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_export.graph.products import belongs, weighted_products
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError
@@ -40,8 +39,8 @@ def fp32_layers(model: SparseModel, precision: Precision, *, half_only: bool = F
         return ()
     after = model.route.end + 1
     if precision == "fp16" or after == model.network.layers:
-        return EMBEDDERS_AND_HEAD
-    return (*EMBEDDERS_AND_HEAD, model.network.layer_name(after))
+        return model.network.ends
+    return (*model.network.ends, model.network.layer_name(after))
 
 
 def to_half(

@@ -74,7 +74,7 @@ def graph_inputs(
     if spec.kind == "condition":
         return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
     images = "B" if batch is None else batch
-    latent = (images, model.channels, model.image_size, model.image_size)
+    latent = (images, *model.latent)
     rows = ("modulations", "modulations_weak") if spec.null_weak else ("modulations",)
     names = {"dense": (), "sparse": ("keep",), "guided": ("keep_strong", "keep_weak")}[spec.kind]
     scalars = ("scale", *TAIL) if spec.kind == "guided" else TAIL
@@ -100,5 +100,5 @@ def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tupl
     """The outputs of a graph; arguments as in `graph_inputs`."""
     if spec.kind == "condition":
         return (TensorFacts("modulations", "float32", ("S", model.modulations)),)
-    latent = ("B" if batch is None else batch, model.channels, model.image_size, model.image_size)
+    latent = ("B" if batch is None else batch, *model.latent)
     return (TensorFacts("prediction", "float32", latent), TensorFacts("next", "float32", latent))

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from sg_export.models.branches import Branches, join
 
+ENDS = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
+"""Embedders and head: no later layer corrects their rounding, and they cost little."""
+
 FREQUENCIES = 128
 """Cosines (and as many sines) of the timestep embedding."""
 
@@ -166,6 +169,11 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_width) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch**2 * config.channels)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The modules that stay in FP32."""
+        return ENDS
 
     @property
     def stack(self) -> list[Modulated]:

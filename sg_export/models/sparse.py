@@ -18,6 +18,7 @@ class Network(Protocol):
 
     layers: int
     modulations: int
+    ends: tuple[str, ...]
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """t (S,) float32, classes (S,) int64 → modulations (S, M), all that the step needs of both."""

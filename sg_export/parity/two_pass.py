@@ -66,8 +66,7 @@ def sample(
         return following
 
     def noise(purpose: int, step: int) -> NDArray[np.float32]:
-        shape = (facts.channels, facts.image_size, facts.image_size)
-        return np.stack([philox.normal(seed, purpose, shape, step=step) for seed in seeds])
+        return np.stack([philox.normal(seed, purpose, facts.latent, step=step) for seed in seeds])
 
     start = np.float32(times[0]) * noise(philox.INITIAL_NOISE, 0)
     return integrate(run, advance, start, lambda step: noise(philox.CHURN, step))

@@ -150,5 +150,4 @@ def sampled(
     try:
         return pipe.sample(classes, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
     except NonFiniteError:
-        model = pipe.bundle.manifest.model
-        return np.full((len(classes), model.channels, model.image_size, model.image_size), np.nan, np.float32)
+        return np.full((len(classes), *pipe.bundle.manifest.model.latent), np.nan, np.float32)

@@ -31,7 +31,7 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
         path = reference.onnx(graph)
         model, in_steps = ir.load(path).graph, graph.kind != "condition"
         macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
-        for name, layer in layers_of(onnx.load(path, load_external_data=False)).items():
+        for name, layer in layers_of(onnx.load(path, load_external_data=False), reference.manifest.model.ends).items():
             weight = model.initializers[layer.weight].const_value
             assert weight is not None
             own = LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)

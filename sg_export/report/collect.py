@@ -139,5 +139,5 @@ def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:
             x = pipe.sample(classes, range(SHOWN_IMAGES), guidance=plan)
         except UsageError:  # not built for it
             continue
-        found[mode] = grid(pipe.decode(x), columns=4, zoom=max(1, 64 // model.image_size))
+        found[mode] = grid(pipe.decode(x), columns=4, zoom=max(1, 64 // model.latent[1]))
     return found

@@ -50,9 +50,11 @@ def test_run_of_another_graph_in_its_place_names_it(bundle: Path, edit: Edit) ->
         Pipeline.load(bundle)([0], [0], steps=1)
 
 
-@pytest.mark.parametrize(("fact", "value"), [("image_size", 10), ("channels", 3)])
-def test_run_of_a_model_of_another_shape_names_the_graph(bundle: Path, edit: Edit, fact: str, value: int) -> None:
-    edit(lambda manifest: manifest["model"].update({fact: value}))
+@pytest.mark.parametrize("latent", [(2, 10, 10), (3, 8, 8), (2, 4, 16)])
+def test_run_of_a_model_of_another_shape_names_the_graph(
+    bundle: Path, edit: Edit, latent: tuple[int, int, int]
+) -> None:
+    edit(lambda manifest: manifest["model"].update(latent=latent))
     with pytest.raises(EngineError, match=r"^graphs/guided-16-8\.onnx: ONNX Runtime failed: "):
         Pipeline.load(bundle)([0], [0], steps=1)
 

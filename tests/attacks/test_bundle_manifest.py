@@ -51,13 +51,13 @@ def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Re
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
 def test_load_of_json_that_is_no_manifest_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
-    refused("manifest.json: expected schema version 3, found None")
+    refused("manifest.json: expected schema version 4, found None")
 
 
 @pytest.mark.parametrize("version", [0, 1, -1, "2", True, 2.0, [2], 10**30])
 def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refused, version: object) -> None:
     edit(lambda content: content.update(schema_version=version))
-    refused(f"expected schema version 3, found {version!r}; rebuild the bundle with this sg-export")
+    refused(f"expected schema version 4, found {version!r}; rebuild the bundle with this sg-export")
 
 
 def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:
@@ -89,8 +89,8 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
         (lambda c: c["guidance"]["weak"].update(sparsity=1.5), "sparsity 1.5: expected at least 0 and less than 1"),
         (lambda c: c["model"].update(class_names=["one"]), "class_names: expected 5 names, found 1"),
         (lambda c: c["model"]["route"].update(start=2, end=1), "route 2-1: expected 0 <= start <= end"),
-        (lambda c: c["model"].update(channels=-2), "channels: expected at least 1, found -2"),
-        (lambda c: c["model"].update(image_size=0), "image_size: expected at least 1, found 0"),
+        (lambda c: c["model"].update(latent=[-2, 8, 8]), "latent: expected sizes of at least 1, found (-2, 8, 8)"),
+        (lambda c: c["model"].update(latent=[2, 8, 0]), "latent: expected sizes of at least 1, found (2, 8, 0)"),
         (lambda c: c["model"].update(num_classes=-1), "num_classes: expected at least 1, found -1"),
         (lambda c: c["sampling"].update(steps=0), "steps: expected at least 1, found 0"),
         (lambda c: c.update(batch=0), "batch: expected at least 1, found 0"),

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sg_calibration.layers import layers_of
 from sg_calibration.qdq import LARGEST, Kind, quantize
+from sg_export.models.dit import ENDS
 from sg_runtime.errors import ExportError
 
 KINDS = [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)]
@@ -115,7 +116,7 @@ def test_quantize_of_zero_weights_gives_zeros(kind: Kind) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_quantize_of_a_graph_has_nodes_around_layers_alone(kind: Kind, dtype: int, guided: onnx.ModelProto) -> None:
-    layers, before = layers_of(guided), Counter(node.op_type for node in guided.graph.node)
+    layers, before = layers_of(guided, ENDS), Counter(node.op_type for node in guided.graph.node)
     outputs = [value.name for value in guided.graph.output]
     plain = {name for name in tensors(guided) if name not in {layer.weight for layer in layers.values()}}
     ranges = {name: 1.0 + number for number, name in enumerate(layers)}
@@ -143,7 +144,7 @@ def test_quantize_of_a_graph_has_nodes_around_layers_alone(kind: Kind, dtype: in
 
 
 def test_quantize_of_weights_alone_leaves_activations(guided: onnx.ModelProto) -> None:
-    layers, names = layers_of(guided), ["blocks.0.attn.qkv", "blocks.1.mlp.fc1"]
+    layers, names = layers_of(guided, ENDS), ["blocks.0.attn.qkv", "blocks.1.mlp.fc1"]
     model = quantize(guided, "int8", {names[0]: 1.0}, weight_only=[names[1]])
     nodes, made = {node.name: node for node in model.graph.node}, producers(model)
     counts = Counter(node.op_type for node in model.graph.node)

@@ -20,6 +20,7 @@ from sg_calibration import ranges
 from sg_calibration.feeds import Shard, given_shards, read_shard
 from sg_calibration.layers import layers_of
 from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
+from sg_export.models.dit import ENDS
 from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, UsageError
@@ -43,7 +44,7 @@ def seen_by_hand(pipe: Pipeline, pair: int, shards: list[Shard]) -> dict[str, di
     graph = pipe.bundle.manifest.graph("guided", plan.strong.keep, plan.weak.keep)
     assert graph is not None
     model = onnx.load(pipe.bundle.onnx(graph))
-    sources = {layer.source: name for name, layer in layers_of(model).items()}
+    sources = {layer.source: name for name, layer in layers_of(model, ENDS).items()}
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in sources)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

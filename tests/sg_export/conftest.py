@@ -70,8 +70,7 @@ def make_model() -> MakeModel:
             family="maskdit" if masked else "tread",
             prediction="edm" if masked else "flow",
             space="latent",
-            image_size=config.image_size,
-            channels=config.channels,
+            latent=(config.channels, config.image_size, config.image_size),
             patch=config.patch,
             tokens=config.tokens,
             width=config.width,
@@ -82,6 +81,7 @@ def make_model() -> MakeModel:
             parameters=sum(tensor.numel() for tensor in state.values()),
             route=Route(0, config.depth - 1) if masked else route,
             class_names=None,
+            ends=network.ends,
         )
         layers = Route(0, config.depth) if masked else route
         model = SparseModel(network, layers).eval().requires_grad_(False)

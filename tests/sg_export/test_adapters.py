@@ -144,7 +144,7 @@ def test_usual_route_of_any_depth_lies_in_the_network(depth: int) -> None:
 def test_build_states_the_facts(tiny: Any) -> None:
     read = checkpoint(tiny.state(), heads=2, route="1-1", prediction="flow", class_names=tuple("abcde"))
     model, facts = tread.build(read, Overrides())
-    shape = (facts.image_size, facts.channels, facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
+    shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
     assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("tread", "flow", "latent", 5)
     assert facts.modulations == 6 * 32 * 3 + 2 * 32
@@ -210,7 +210,7 @@ def empty(config: DiTConfig) -> dict[str, torch.Tensor]:
 def test_build_of_maskdit_states_the_facts(tiny_masked: Any) -> None:
     read = checkpoint(tiny_masked.state(), "model.", class_names=tuple("abcde"))
     model, facts = maskdit.build(read, Overrides(heads=2))
-    shape = (facts.image_size, facts.channels, facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
+    shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
     assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("maskdit", "edm", "latent", 5)
     # Three blocks of six vectors and the layer between of two; eight blocks of six and the final layer of two.

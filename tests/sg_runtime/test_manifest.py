@@ -84,14 +84,12 @@ routes = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda pair: Rout
 @st.composite
 def models(draw: st.DrawFn) -> ModelFacts:
     names = draw(st.none() | st.lists(texts, min_size=1, max_size=3).map(tuple))
-    sizes = draw(st.lists(counts, min_size=7, max_size=7))
-    image_size, channels, patch, width, depth, heads, modulations = sizes
+    patch, width, depth, heads, modulations = draw(st.lists(counts, min_size=5, max_size=5))
     return ModelFacts(
         family=draw(texts),
         prediction=draw(st.sampled_from(["flow", "edm"])),
         space=draw(st.sampled_from(["pixel", "latent"])),
-        image_size=image_size,
-        channels=channels,
+        latent=draw(st.tuples(counts, counts, counts)),
         patch=patch,
         tokens=draw(st.integers(2, 1000)),
         width=width,
@@ -102,6 +100,7 @@ def models(draw: st.DrawFn) -> ModelFacts:
         parameters=draw(counts),
         route=draw(st.none() | routes),
         class_names=names,
+        ends=draw(st.lists(texts, max_size=2).map(tuple)),
     )
 
 
@@ -362,7 +361,7 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     content["of_the_future"] = {}  # the version is told first, not the keys that come with it
     with pytest.raises(BundleError) as caught:
         read(content)
-    assert f"expected schema version 3, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
+    assert f"expected schema version 4, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
 
 
 def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:

@@ -18,8 +18,9 @@ from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
+from sg_runtime.manifest.upgrade import upgraded
 
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 
 
 MANIFEST_FILE = "manifest.json"
@@ -61,7 +62,7 @@ class Manifest(Strict):
     weak_source: the checkpoint of the weak network, where there is one.
     """
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
@@ -159,7 +160,7 @@ def json_schema() -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest strictly.
+    """Read a manifest strictly; one of an earlier schema is upgraded as it is read.
 
     Raises BundleError where the file is missing, is no JSON, is of another schema version, or does not fit the schema.
     """
@@ -172,7 +173,11 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the manifest of a bundle, found {_reason(error)}; rebuild it") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    version = None
+    if isinstance(content, dict):
+        newest = upgraded(content)
+        text = text if newest is content else json.dumps(newest)
+        version = newest.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:  # True == 1
         raise BundleError(
             f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}; "

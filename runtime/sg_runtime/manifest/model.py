@@ -53,15 +53,25 @@ class Level(Strict):
 class ModelFacts(Strict):
     """What the runtime and its user need to know of the network.
 
-    Class index `num_classes` means "no class". tokens is N; modulations is M, the values that a step needs of time and
-    class; parameters counts all weights.
+    family: the adapter that read the checkpoint.
+    prediction: what the network predicts.
+    space: whether it samples pixels or the latents of a decoder that is not part of the bundle.
+    latent: (C, H, W) of one sample.
+    patch: side of the square that one token covers.
+    tokens: N, tokens of one sample.
+    width, depth, heads: of the transformer.
+    num_classes: classes; the class index `num_classes` means "no class".
+    modulations: M, values that a step needs of time and class.
+    parameters: number of all weights.
+    route: blocks that run on the kept tokens; None if unknown.
+    class_names: names of the classes in order, if the checkpoint has them.
+    ends: modules at both ends of the network, which stay in FP32 in a half-precision or quantized bundle.
     """
 
     family: str
     prediction: Prediction
     space: Literal["pixel", "latent"]
-    image_size: int
-    channels: int
+    latent: tuple[int, int, int]
     patch: int
     tokens: int
     width: int
@@ -72,9 +82,11 @@ class ModelFacts(Strict):
     parameters: int
     route: Route | None
     class_names: tuple[str, ...] | None
+    ends: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        sizes = ("image_size", "channels", "patch", "tokens", "width", "depth", "heads", "num_classes", "modulations")
-        check_counts(self, 1, *sizes)
+        check_counts(self, 1, "patch", "tokens", "width", "depth", "heads", "num_classes", "modulations")
+        if min(self.latent) < 1:
+            raise UsageError(f"latent: expected sizes of at least 1, found {self.latent}")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise UsageError(f"class_names: expected {self.num_classes} names, found {len(self.class_names)}")

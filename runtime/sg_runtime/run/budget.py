@@ -1,5 +1,6 @@
 """Memory of a run, and what fits into a budget."""
 
+import math
 from collections.abc import Callable
 
 from sg_runtime.devices.memory import aligned
@@ -10,7 +11,7 @@ from sg_runtime.run.workspace import LATENTS, LAUNCHES, SCALARS
 def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) -> int:
     """Bytes of a workspace and of the plan that fills it, the most that they can be."""
     model, networks = manifest.model, 1 + separate
-    latents = LATENTS * aligned(batch * model.channels * model.image_size**2 * 4)
+    latents = LATENTS * aligned(batch * math.prod(model.latent) * 4)
     tables = networks * aligned(batch * model.modulations * 4)
     counts = {level.keep for graph in manifest.graphs for level in graph.levels}
     keeps = 2 * sum(aligned(batch * keep * 8) for keep in counts)

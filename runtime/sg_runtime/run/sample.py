@@ -72,8 +72,7 @@ def sample_group(
 
 def noise(manifest: Manifest, seeds: Sequence[int], purpose: int, step: int = 0) -> Array:
     """Standard normal numbers like the state of one image for each seed, (B, C, H, W) float32."""
-    model = manifest.model
-    shape = (model.channels, model.image_size, model.image_size)
+    shape = manifest.model.latent
     return np.stack([philox.normal(seed, purpose, shape, step=step) for seed in seeds])
 
 

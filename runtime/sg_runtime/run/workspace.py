@@ -40,7 +40,7 @@ class Workspace:
         model = manifest.model
         self._lane, self._manifest, self._batch = lane, manifest, batch
         self._evaluations, self._separate = evaluations, separate
-        latent = (batch, model.channels, model.image_size, model.image_size)
+        latent = (batch, *model.latent)
         memory = lane.memory
         self._latents: list[DeviceArray] = [memory.empty(latent, np.float32) for _ in range(LATENTS)]
         rows = (batch, model.modulations)

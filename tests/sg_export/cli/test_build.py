@@ -172,7 +172,7 @@ def test_build_with_weak_checkpoint_of_another_network_ends_with_2(
 ) -> None:
     message = refused(2, "build", tiny_checkpoint, "--weak-checkpoint", "glyphs-early", "-o", tmp_path / "out")
     assert message.startswith(
-        "glyphs-early.safetensors: expected an earlier checkpoint of the network in tiny.safetensors; image_size: "
+        "glyphs-early.safetensors: expected an earlier checkpoint of the network in tiny.safetensors; latent: "
     )
     assert message.endswith("; route: expected 1-1, found 1-6")
     assert not list(tmp_path.iterdir())

@@ -177,8 +177,7 @@ def xl() -> dict[str, Cost]:
         family="tread",
         prediction="flow",
         space="latent",
-        image_size=XL.image_size,
-        channels=XL.channels,
+        latent=(XL.channels, XL.image_size, XL.image_size),
         patch=XL.patch,
         tokens=XL.tokens,
         width=XL.width,
@@ -189,6 +188,7 @@ def xl() -> dict[str, Cost]:
         parameters=sum(tensor.numel() for tensor in network.state_dict().values()),
         route=route,
         class_names=None,
+        ends=(),
     )
     model = SparseModel(network, route).eval().requires_grad_(False)
     kept = {"condition": (), "sparse": (128,), "guided": (256, 128)}

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from sg_calibration.layers import EMBEDDERS_AND_HEAD, layers_of
+from sg_calibration.layers import layers_of
 from sg_calibration.qdq import Kind
 from sg_export.cost.count import count_cost, layer_macs
 from sg_export.graph.check import check_types
@@ -19,7 +19,7 @@ from sg_export.graph.spec import GraphSpec, keep_sizes
 from sg_export.graph.trace import DEFAULT_OPSET, trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
-from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.dit import ENDS, DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.quantize.rewrite import quantized_model
 from sg_runtime.errors import ExportError
@@ -62,12 +62,12 @@ def test_fp32_layers_are_the_ends_and_in_bf16_the_layer_after_the_route(
     loaded: LoadedModel, masked: LoadedModel, make_model: Callable[..., LoadedModel]
 ) -> None:
     assert fp32_layers(loaded.model, "fp32") == ()
-    assert fp32_layers(loaded.model, "fp16") == EMBEDDERS_AND_HEAD
-    assert fp32_layers(loaded.model, "bf16") == (*EMBEDDERS_AND_HEAD, "blocks.2")
-    assert fp32_layers(masked.model, "bf16") == (*EMBEDDERS_AND_HEAD, "decoder_blocks.0")
+    assert fp32_layers(loaded.model, "fp16") == ENDS
+    assert fp32_layers(loaded.model, "bf16") == (*ENDS, "blocks.2")
+    assert fp32_layers(masked.model, "bf16") == (*ENDS, "decoder_blocks.0")
     assert fp32_layers(loaded.model, "fp16", half_only=True) == ()
     to_the_end = make_model(DiT, CONFIG, Route(1, 2))
-    assert fp32_layers(to_the_end.model, "bf16") == EMBEDDERS_AND_HEAD
+    assert fp32_layers(to_the_end.model, "bf16") == ENDS
 
 
 @pytest.mark.parametrize("precision", HALF)
@@ -90,7 +90,7 @@ def test_to_half_types_the_products_and_nothing_else_but_attention(
 
 
 def test_to_half_keeps_attention_whole_in_half_precision(loaded: LoadedModel) -> None:
-    graph = halved(loaded, GUIDED, "fp16", EMBEDDERS_AND_HEAD)
+    graph = halved(loaded, GUIDED, "fp16", ENDS)
     assert half_attentions(graph) == 1 + 2 * 2  # one before the route, two in it and after it
     for node in graph:
         if node.op_type == "Softmax":
@@ -99,12 +99,12 @@ def test_to_half_keeps_attention_whole_in_half_precision(loaded: LoadedModel) ->
             for part in (product, node, use.node):
                 assert {v.dtype for v in (*part.inputs, *part.outputs)} == {FLOAT16}  # type: ignore[union-attr]
     # Between the products of a block there is one way down, before a product, and one up, at the gate.
-    after = halved(loaded, GUIDED, "fp16", (*EMBEDDERS_AND_HEAD, "blocks.2"))
+    after = halved(loaded, GUIDED, "fp16", (*ENDS, "blocks.2"))
     assert half_attentions(after) == 1 + 2
 
 
 def test_to_half_keeps_the_residual_stream_in_fp32(loaded: LoadedModel) -> None:
-    graph = halved(loaded, GUIDED, "fp16", EMBEDDERS_AND_HEAD)
+    graph = halved(loaded, GUIDED, "fp16", ENDS)
     gather = [node for node in graph if node.op_type in ("GatherND", "ScatterND")]
     assert len(gather) == 2
     assert all(node.outputs[0].dtype == FLOAT for node in gather)
@@ -127,7 +127,7 @@ def test_to_half_of_a_weight_out_of_range_names_it_when_it_is_written(loaded: Lo
     weight = model.graph.initializers["blocks.1.mlp.fc1.weight.T"]
     assert weight.const_value is not None
     weight.const_value = ir.tensor(np.full(weight.const_value.shape.numpy(), 1e5, np.float32), name=weight.name)
-    to_half(model.graph, "fp16", EMBEDDERS_AND_HEAD)
+    to_half(model.graph, "fp16", ENDS)
     with pytest.raises(
         ExportError, match=r"blocks.1.mlp.fc1.weight.T: expected weights that float16 holds, found up to 100000"
     ):
@@ -177,13 +177,13 @@ def test_check_types_of_a_graph_left_in_fp32_names_a_node(loaded: LoadedModel, t
     (path,) = write_graphs([traced(loaded, GUIDED)], tmp_path, "weights.bin")
     check_types(path, "fp32", ())
     with pytest.raises(ExportError, match=r"node blocks.0.attn.qkv/MatMul: expected FLOAT16, found FLOAT; please"):
-        check_types(path, "fp16", EMBEDDERS_AND_HEAD)
+        check_types(path, "fp16", ENDS)
 
 
 def quantized(loaded: LoadedModel, kind: Kind, folder: Path) -> ir.Model:
     """The guided graph with all layers but the first block's quantized."""
     (path,) = write_graphs([traced(loaded, GUIDED)], folder, "weights.bin")
-    names = [name for name in layers_of(onnx.load(path)) if not name.startswith("blocks.0.")]
+    names = [name for name in layers_of(onnx.load(path), ENDS) if not name.startswith("blocks.0.")]
     return quantized_model(path, kind, dict.fromkeys(names, 4.0), names)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tensorrt_rtx
 
-from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_export.compiler import compile
+from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
 from sg_export.packing import engines
 from sg_export.packing.engines import check_libraries, count_fused_attention
@@ -45,7 +45,7 @@ def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
     assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", "engines"}
     manifest, engines = bundle.manifest, engines_of(bundle)
     assert manifest.precision == precision
-    after = {"fp32": (), "fp16": EMBEDDERS_AND_HEAD, "bf16": (*EMBEDDERS_AND_HEAD, "blocks.7")}
+    after = {"fp32": (), "fp16": ENDS, "bf16": (*ENDS, "blocks.7")}
     assert manifest.fp32_layers == after[precision]
     assert [(graph.name, graph.file) for graph in manifest.graphs] == [
         (name, None) for name in ("condition", "guided-64-32", "guided-64-7")

@@ -103,7 +103,7 @@ def test_half_precision_is_finite_at_all_times(
     generator = np.random.default_rng(0)
     for number, time in enumerate(times):
         scaling = precondition(prediction, float(time))
-        x = generator.standard_normal((2, facts.channels, facts.image_size, facts.image_size), np.float32)
+        x = generator.standard_normal((2, *facts.latent), np.float32)
         x *= np.float32(max(time, 1))
         labels = np.array([0, facts.num_classes])
         (rows,) = modulate.run(None, {"t": np.full(2, scaling.t, np.float32), "class": labels})

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from sg_calibration.feeds import images_of
-from sg_calibration.layers import EMBEDDERS_AND_HEAD
 from sg_calibration.settings import FeedSettings
 from sg_export.compiler import compile
 from sg_export.graph.check import check_types
+from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
 from sg_export.options.quantize import DEFAULT_METHODS, QuantizeOptions
 from sg_export.quantize import search as quantization
@@ -151,7 +151,7 @@ def test_quantized_bundle_runs_near_fp32(name: str, tiny_bundle: Path, request: 
 def test_compile_over_fp16_has_scales_and_products_in_it(tiny_half_bundle: Path) -> None:
     bundle = Bundle.open(tiny_half_bundle)
     assert (bundle.manifest.precision, bundle.manifest.precision_name) == ("fp16", "int8 over fp16")
-    assert bundle.manifest.fp32_layers == EMBEDDERS_AND_HEAD
+    assert bundle.manifest.fp32_layers == ENDS
     assert bundle.manifest.quantization is not None
     assert bundle.manifest.quantization.time_ratio is None, "the CPU does not run it as it is"
     model = loaded(bundle, "guided")

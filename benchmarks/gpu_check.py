@@ -254,7 +254,7 @@ def ort_is_right(folder):
                 pipe = Pipeline.load(bundle, "cuda", backend="onnxruntime-cuda", capture=capture)
                 runs = [pipe.sample([0, 1], [5, 6], steps=8, sampler=sampler) for _ in range(3)]
                 pipe.guided(
-                    pipe.initial_noise([1, 2]), 0.5, [0, 1]
+                    pipe.initial_noise([1, 2]), pipe.prepare_once(0.5, [0, 1])
                 )  # another run between replays: CudaAsyncBuffer (#32121)
                 runs.append(pipe.sample([0, 1], [5, 6], steps=8, sampler=sampler))
                 found[f"{precision}/{sampler}/{'graph' if capture else 'plain'}"] = [
@@ -632,7 +632,7 @@ def teardown(mode, bundle):
         for turn in range(4):
             distances.append(f"{rel(pipe.sample([0, 1], [5, 6], steps=8), wanted):.1e}")
             if turn == 2:  # a plain run between replays takes buffers that a graph may still read
-                pipe.guided(pipe.initial_noise([1, 2]), 0.5, [0, 1])
+                pipe.guided(pipe.initial_noise([1, 2]), pipe.prepare_once(0.5, [0, 1]))
         if mode == "released":
             for session in pipe.backend._sessions.values():
                 for number in range(64):

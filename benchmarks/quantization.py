@@ -191,7 +191,7 @@ def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> lis
         for index, x in enumerate(shard.x):
             (launch,) = launches(manifest, plan, index, 0.0, 1.0, 0.0)
             for group in runner.groups(len(x)):
-                own = runner.feeds(launch, x, x, index, group)
+                own = runner.feeds(launch, x, x, group)
                 feeds.append({name: np.asarray(value) for name, value in own.items()})
     return feeds
 
@@ -228,7 +228,7 @@ def speed(bundles: Mapping[str, Bundle], batch: int, rounds: int) -> list[dict[s
         for name, pipe in pipes.items():
             time.sleep(PAUSE)
             began = time.perf_counter()
-            pipe.guided(x, plans[name], 0)
+            pipe.guided(x, plans[name])
             if number:
                 times[name].append(1e3 * (time.perf_counter() - began))
     rows = []

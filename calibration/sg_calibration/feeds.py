@@ -178,8 +178,7 @@ def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, classes: Sequence[i
 
     def advance(index: int, x: Array, r: Array) -> Array:
         states.append(x)
-        a, b, e = (np.float32(value) for value in (run[index].a, run[index].b, run[index].e))
-        return np.asarray(a * x + b * pipe.guided(x, plan, index) + e * r)
+        return run[index].next(x, pipe.guided(x, plan, index), r)
 
     integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
     step, evaluation = np.array(counters, np.int64).T

@@ -29,10 +29,10 @@ def build_command(
     if manifest.weak_source is not None:
         strong += [g.levels[0] for g in manifest.graphs if g.levels and g.network == "main"]
         weak += [g.levels[0] for g in manifest.graphs if g.levels and g.network == "weak"]
-    elif plan.mode == "none":
+    elif plan.row.branches == 1:
         strong += [levels[0] for levels in singles]
     ends = ((strong, plan.strong_last, "--strong-sparsity"), (weak, plan.weak_last, "--sparsity"))
-    for levels, last, option in ends[: 1 if plan.mode in ("none", "cfg") else 2]:
+    for levels, last, option in ends[: 1 if plan.row.weak_level == "same" else 2]:
         rates = list(dict.fromkeys(level.sparsity for level in levels if level != last))
         rates += [last.sparsity] if last is not None else []
         words += [word for rate in rates for word in (option, _text(rate))]

@@ -9,7 +9,8 @@ import numpy as np
 
 from sg_runtime.arrays import Array
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.sampling import Update
 
 Ramp = float | tuple[float, float]
 """A value for the whole run, or the values of the first and the last step, with a cosine between them."""
@@ -35,28 +36,28 @@ class StepGuidance:
 
 def guidance_table(
     plan: GuidancePlan,
-    times: Sequence[float],
-    steps: Sequence[int],
-    last_step: int,
+    updates: Sequence[Update],
     strong_levels: Sequence[Level],
     weak_levels: Sequence[Level],
+    last_step: int | None = None,
 ) -> tuple[StepGuidance, ...]:
-    """What guides each evaluation of a run, at `times`, in the sampling `steps`, 0 to `last_step`.
+    """What guides each evaluation of a run.
 
-    Sparsities that change go by way of the nearest of their ends and the levels that were built, the lower where two
-    are as near.
+    strong_levels, weak_levels: the levels that were built. Sparsities that change take the nearest of these and their
+    ends, the lower of two that are equally near. last_step: the step where they end, by default the run's last.
     """
+    last = max((update.step for update in updates), default=0) if last_step is None else last_step
 
     def at(time: float, step: int) -> StepGuidance:
-        progress = step / last_step if last_step else 0.0
+        progress = step / last if last else 0.0
         strong = _level_at(plan.strong, plan.strong_last, progress, strong_levels)
         scale = plan.scale if plan.scale_last is None else cosine_ramp(plan.scale, plan.scale_last, progress)
         outside = plan.interval is not None and not plan.interval[0] <= time <= plan.interval[1]
-        if plan.mode == "none" or outside:
+        if plan.row.branches == 1 or outside:
             return StepGuidance(strong, None, scale)
         return StepGuidance(strong, _level_at(plan.weak, plan.weak_last, progress, weak_levels), scale)
 
-    return tuple(at(time, step) for time, step in zip(times, steps, strict=True))
+    return tuple(at(update.time, update.step) for update in updates)
 
 
 def cosine_ramp(first: float, last: float, progress: float) -> float:
@@ -85,20 +86,27 @@ def built_guidances(manifest: Manifest) -> list[GuidancePlan]:
     """
     plan = manifest.guidance
     scale = max(plan.scale, plan.scale if plan.scale_last is None else plan.scale_last, key=abs)
-    modes: dict[tuple[bool, bool], GuidanceMode] = {(True, True): "cfg", (True, False): "cfg+sg"}
     pairs = []
     for graph in manifest.graphs:
         if graph.kind == "guided":
             strong, weak = graph.levels
-            pairs.append(GuidancePlan(modes.get((graph.null_weak, strong == weak), "sg"), strong, weak, scale))
+            pairs.append(GuidancePlan(_mode_of(graph.null_weak, strong == weak), strong, weak, scale))
     if pairs:
         return pairs
     both: Iterable[tuple[Level, Level]]
-    if plan.mode == "autoguidance":
+    if plan.row.weak_network == "weak":
         both = itertools.product(levels(manifest), levels(manifest, "weak"))
     else:
         both = ((level, level) for level in levels(manifest))
     return [GuidancePlan(plan.mode, strong, weak, scale) for strong, weak in both]
+
+
+def _mode_of(null_weak: bool, same_level: bool) -> GuidanceMode:
+    """The mode of a graph that holds both branches."""
+    level = "same" if same_level else "sparser"
+    return next(
+        mode for mode, row in MODES.items() if row.fusible and (row.null_weak, row.weak_level) == (null_weak, level)
+    )
 
 
 def choose(
@@ -117,18 +125,21 @@ def choose(
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
-    network: NetworkName = "weak" if chosen == "autoguidance" else "main"
+    if chosen not in MODES:
+        raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {chosen!r}")
+    row = MODES[chosen]
+    network = row.weak_network
     manifest.condition(network)  # raises where the network is not there
     strong = (plan.strong, plan.strong_last)
     if strong_sparsity is not None:
         strong = _ends(manifest, strong_sparsity, "main", chosen, "--strong-sparsity")
-    if chosen in ("none", "cfg"):
+    if row.weak_level == "same":
         if sparsity is not None:
             raise UsageError(f"{chosen} guidance has one sparsity: give the strong one, not the weak one")
         weak = strong
     elif sparsity is not None:
         weak = _ends(manifest, sparsity, network, chosen, "--sparsity")
-    elif plan.mode not in ("none", "cfg") and plan.weak_network == network:
+    elif plan.row.weak_level != "same" and plan.row.weak_network == network:
         weak = (plan.weak, plan.weak_last)
     else:
         raise UsageError(_without_sparsity(manifest, chosen, strong[0], network))

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,15 @@ from sg_runtime.backends import Backend, open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
-from sg_runtime.guidance import Ramp, choose, guide, with_scale
+from sg_runtime.guidance import Ramp, choose, with_scale
 from sg_runtime.images import to_pixels
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, SamplerName
 from sg_runtime.requests import check_seeds, check_times, class_index, given_subset, whole_number
 from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LanePool, LaneState
-from sg_runtime.run.prepared import PreparedRun, prepare
+from sg_runtime.run.prepared import Batch, PreparedRun, prepare
 from sg_runtime.run.sample import Run, check_finite, noise, sample_group
-from sg_runtime.sampling import SAMPLERS, Churn, run_times, updates
+from sg_runtime.sampling import SAMPLERS, Churn, Update, run_times, updates
 
 Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
@@ -158,7 +158,6 @@ class Pipeline:
             return decode(x)
         return self.decode(x) if self.bundle.manifest.model.space == "pixel" else x
 
-    @overload
     def sample(
         self,
         classes: Classes,
@@ -171,52 +170,55 @@ class Pipeline:
         churn: Churn | None = None,
         fused: bool = True,
         progress: Progress | None = None,
-        on_device: Literal[False] = False,
-    ) -> Array: ...
-
-    @overload
-    def sample(
-        self,
-        classes: Classes,
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        scale: Ramp | None = None,
-        sampler: SamplerName | None = None,
-        guidance: GuidancePlan | None = None,
-        churn: Churn | None = None,
-        fused: bool = True,
-        progress: Progress | None = None,
-        on_device: Literal[True],
-    ) -> DeviceArray: ...
-
-    def sample(
-        self,
-        classes: Classes,
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        scale: Ramp | None = None,
-        sampler: SamplerName | None = None,
-        guidance: GuidancePlan | None = None,
-        churn: Churn | None = None,
-        fused: bool = True,
-        progress: Progress | None = None,
-        on_device: bool = False,
-    ) -> Array | DeviceArray:
+    ) -> Array:
         """Sample one image per class and seed, (B, C, H, W) float32.
 
-        classes: index, name, or None for no class. seeds: 0 to 2**64 - 1; an image depends on its class and seed, not
-        on the others: bit for bit where the graphs run at one batch size, to rounding otherwise. guidance: from
-        `self.guidance(…)`, by default the bundle's; scale replaces its scale. churn: noise that an edm run adds, for
-        which the state comes to the CPU in every such step. fused: use the guided graph where there is one; False
-        always runs the two branches by graphs of their own. progress: called when an evaluation has been asked for,
-        which on a GPU is before it is done. on_device: return the array where it lies, for
-        `torch.from_dlpack`; on the CPU it is NumPy's.
+        classes: index, name, or None for no class.
+        seeds: 0 to 2**64 - 1. An image depends on its class and seed, not on the others: bit for bit if the graphs run
+        at one batch size, to rounding otherwise.
+        steps, sampler: by default the bundle's.
+        guidance: from `self.guidance(…)`, by default the bundle's. scale: replaces its scale.
+        churn: noise that an edm run adds; the state comes to the CPU in every such step.
+        fused: use the guided graph if there is one; False always runs each branch by its own graph.
+        progress: called when an evaluation has been submitted, which on a GPU is before it is done.
 
-        Raises NonFiniteError where the samples are no numbers, DeviceMemoryError where memory does not suffice, with
-        what would fit, and DeviceError where the device is lost. After the first two the pipeline goes on as before.
+        Raises UsageError for arguments that the bundle cannot serve, NonFiniteError if a sample is not finite,
+        DeviceMemoryError with what would fit if memory does not suffice, DeviceError if the device is lost. The
+        pipeline stays usable after all but the last.
         """
+        _, samples = self._sample(classes, seeds, steps, scale, sampler, guidance, churn, fused, progress)
+        return samples
+
+    def sample_on_device(
+        self,
+        classes: Classes,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        scale: Ramp | None = None,
+        sampler: SamplerName | None = None,
+        guidance: GuidancePlan | None = None,
+        churn: Churn | None = None,
+        fused: bool = True,
+        progress: Progress | None = None,
+    ) -> DeviceArray:
+        """Sample as `sample` does, and leave the samples on the pipeline's device, for `torch.from_dlpack`."""
+        samples, _ = self._sample(classes, seeds, steps, scale, sampler, guidance, churn, fused, progress)
+        return samples
+
+    def _sample(
+        self,
+        classes: Classes,
+        seeds: Sequence[int],
+        steps: int | None,
+        scale: Ramp | None,
+        sampler: SamplerName | None,
+        guidance: GuidancePlan | None,
+        churn: Churn | None,
+        fused: bool,
+        progress: Progress | None,
+    ) -> tuple[DeviceArray, Array]:
+        """The samples on the device and on the CPU."""
         defaults = self.bundle.manifest.sampling
         steps = defaults.steps if steps is None else steps
         sampler = sampler or defaults.sampler
@@ -231,7 +233,7 @@ class Pipeline:
         if churn is not None and model.prediction != "edm":
             raise UsageError(f"churn: expected an edm model, found one of {model.prediction} prediction")
         times = run_times(steps, defaults.karras)
-        run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), steps, fused, self.chunk)
+        run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), fused, self.chunk)
         with self._running() as (leased, runner):
             memory, groups, finished = leased.lane.memory, list(runner.groups(len(labels))), count(1)
 
@@ -253,7 +255,7 @@ class Pipeline:
             if not self._kept:
                 self._kept = True
                 self.backend.keep()
-            return result if on_device else samples
+            return result, samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
         """Standard normal noise, (B, C, H, W) float32; row k is that of seeds[k].
@@ -272,13 +274,12 @@ class Pipeline:
         guidance: GuidancePlan | None = None,
         scale: Ramp | None = None,
     ) -> PreparedRun:
-        """Compute conditioning and token subsets of evaluations at `times`, for `guided(x, plan, i)`.
+        """Compute the conditioning and the kept tokens of evaluations at `times`, for `guided` and `branches`.
 
-        times: t in [0, 1] of a flow model, sigma above 0 of an edm model. counters: (step, evaluation) of each
-        evaluation, for its random subsets; by default (i, 0).
+        times: t in [0, 1] of a flow model, sigma above 0 of an edm model.
+        counters: (step, evaluation) of each evaluation, for its kept tokens; by default (i, 0).
+        classes, seeds, guidance, scale: see `sample`.
         """
-        labels = self._labels(classes)
-        check_seeds(seeds, len(labels))
         counters = [(i, 0) for i in range(len(times))] if counters is None else counters
         if len(times) == 0:
             raise UsageError("times: expected at least one, found none")
@@ -287,106 +288,60 @@ class Pipeline:
         for counter in counters:
             if min(whole_number("counter", number) for number in counter) < 0:
                 raise UsageError(f"counters: expected (step, evaluation), none below 0, found {counter}")
-        chosen = self._scaled(guidance, scale)
-        last_step = max(step for step, _ in counters)
-        with self._running() as (leased, runner):
-            plan = self._prepare(runner, chosen, [float(time) for time in times], labels, seeds, counters, last_step)
-            leased.lane.memory.wait()  # another lane may use it
-            return plan
+        places = [Update(*counter, float(time), 0.0, 1.0, 0.0) for counter, time in zip(counters, times, strict=True)]
+        return self._prepare(places, classes, seeds, self._scaled(guidance, scale))
 
-    @overload
-    def guided(
-        self, x: Array, plan: PreparedRun, index: int, /, *, return_branches: Literal[False] = False
-    ) -> Array: ...
-
-    @overload
-    def guided(
-        self, x: Array, plan: PreparedRun, index: int, /, *, return_branches: Literal[True]
-    ) -> tuple[Array, Array, Array]: ...
-
-    @overload
-    def guided(
+    def prepare_once(
         self,
-        x: Array,
         t: float,
         classes: Classes,
-        /,
         *,
         seeds: Sequence[int] | None = None,
         step: int = 0,
-        scale: Ramp | None = None,
         guidance: GuidancePlan | None = None,
+        scale: Ramp | None = None,
         keep_strong: Indices | None = None,
         keep_weak: Indices | None = None,
-        return_branches: Literal[False] = False,
-    ) -> Array: ...
+    ) -> PreparedRun:
+        """Prepare a single evaluation at `t`, or sigma of an edm model.
 
-    @overload
-    def guided(
-        self,
-        x: Array,
-        t: float,
-        classes: Classes,
-        /,
-        *,
-        seeds: Sequence[int] | None = None,
-        step: int = 0,
-        scale: Ramp | None = None,
-        guidance: GuidancePlan | None = None,
-        keep_strong: Indices | None = None,
-        keep_weak: Indices | None = None,
-        return_branches: Literal[True],
-    ) -> tuple[Array, Array, Array]: ...
-
-    def guided(
-        self,
-        x: Array,
-        plan_or_t: PreparedRun | float,
-        index_or_classes: int | Classes,
-        /,
-        *,
-        seeds: Sequence[int] | None = None,
-        step: int = 0,
-        scale: Ramp | None = None,
-        guidance: GuidancePlan | None = None,
-        keep_strong: Indices | None = None,
-        keep_weak: Indices | None = None,
-        return_branches: bool = False,
-    ) -> Array | tuple[Array, Array, Array]:
-        """The guided prediction at x (B, C, H, W) float32, for samplers of one's own: velocity (flow), denoised (edm).
-
-        `guided(x, plan, i)` is evaluation i of a plan from `prepare`. `guided(x, t, classes, …)` prepares for this one
-        call at t, or sigma of an edm model: seeds (default 0 to B - 1) and step draw the token subsets, unless
-        keep_strong and keep_weak, (B, K) int64 sorted, give them. return_branches: return NumPy's (guided, strong,
-        weak). x may be any array on the pipeline's device that speaks DLPack, such as torch's: it is read where it
-        lies, and the prediction stays there.
+        seeds: by default 0 to B - 1. step: draws the kept tokens, and says how far guidance that changes over a run of
+        the bundle's default length has come. keep_strong, keep_weak: (B, K) int64 sorted, in place of the drawn ones.
         """
-        if isinstance(plan_or_t, PreparedRun):
-            plan, index = plan_or_t, whole_number("evaluation", index_or_classes)
-            if step or any(value is not None for value in (seeds, scale, guidance, keep_strong, keep_weak)):
-                raise UsageError("a plan settles seeds, step, scale, guidance and subsets: give these to prepare")
-            if not 0 <= index < len(plan.times):
-                raise UsageError(f"evaluation {index}: the plan has 0 to {len(plan.times) - 1}")
-            images = len(plan.strong.rows)
-        else:
-            classes: Classes = index_or_classes  # type: ignore[assignment]
-            images = len(classes)
-        with self._running() as (leased, runner):
-            memory = leased.lane.memory
-            held = memory.hold(x)
-            self._check_latent(held, images)
-            if not isinstance(plan_or_t, PreparedRun):
-                chosen = self._scaled(guidance, scale)
-                plan, index = self._one_off(runner, plan_or_t, classes, seeds, step, chosen), 0
-                plan = self._with_subsets(plan, keep_strong, keep_weak)
-            if return_branches:
-                strong, weak = (memory.download(found) for found in runner.branches(held, plan, index))
-                return guide(strong, weak, plan.scales[index]), strong, weak
-            found = runner.prediction(held, plan, index)
+        if whole_number("step", step) < 0:
+            raise UsageError(f"step: expected at least 0, found {step}")
+        last_step = max(step, self.bundle.manifest.sampling.steps - 1)
+        seeds = range(len(classes)) if seeds is None else seeds
+        chosen = self._scaled(guidance, scale)
+        run = self._prepare([Update(step, 0, float(t), 0.0, 1.0, 0.0)], classes, seeds, chosen, last_step)
+        branches = []
+        for name, own, branch in zip_longest(("keep_strong", "keep_weak"), (keep_strong, keep_weak), run.branches):
+            drawn = None if branch is None else branch.keep[0]
+            keep = given_subset(name, own, drawn, self.bundle.manifest.model.tokens)
+            branches += [] if branch is None else [replace(branch, keep=(keep,))]
+        return replace(run, branches=tuple(branches))
+
+    def guided(self, x: Array, run: PreparedRun, index: int = 0) -> Array:
+        """The guided prediction of an evaluation at x (B, C, H, W) float32: velocity (flow) or denoised image (edm).
+
+        For samplers of your own. x may be any array on the pipeline's device that speaks DLPack, such as torch's: it is
+        read in place, and the prediction stays on the device.
+        """
+        with self._evaluating(x, run, index) as (leased, runner, held):
+            found = runner.prediction(held, run, index)
             if isinstance(x, np.ndarray):
-                return memory.download(found)
-            memory.wait()
+                return leased.lane.memory.download(found)
+            leased.lane.memory.wait()
             return found
+
+    def branches(self, x: Array, run: PreparedRun, index: int = 0) -> tuple[Array, Array]:
+        """The predictions of the strong and the weak branch at x, each by its own graph, as NumPy arrays.
+
+        `guide(strong, weak, run.scales[index])` combines them. Raises UsageError if the strong branch runs alone.
+        """
+        with self._evaluating(x, run, index) as (leased, runner, held):
+            strong, weak = (leased.lane.memory.download(found) for found in runner.branches(held, run, index))
+            return strong, weak
 
     def decode(self, x: Array) -> NDArray[np.uint8]:
         """Pixels of a pixel model: (B, C, H, W) float32 in [-1, 1] → (B, H, W, C) uint8.
@@ -416,51 +371,33 @@ class Pipeline:
         with self._lanes.lease() as leased:
             yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, self.backend.batches)
 
+    @contextmanager
+    def _evaluating(
+        self, x: Array, run: PreparedRun, index: int
+    ) -> Iterator[tuple[LaneState, GraphRunner, DeviceArray]]:
+        """A lane for this thread, and x on its device. Raises UsageError for an x or an index that does not fit."""
+        if not 0 <= whole_number("evaluation", index) < len(run.times):
+            raise UsageError(f"evaluation {index}: the prepared run has 0 to {len(run.times) - 1}")
+        with self._running() as (leased, runner):
+            held = leased.lane.memory.hold(x)
+            expected = (run.images, *self.bundle.manifest.model.latent)
+            if held.dtype != np.float32 or held.shape != expected:
+                raise UsageError(f"x: expected float32 of shape {expected}, found {held.dtype} of shape {held.shape}")
+            yield leased, runner, held
+
     def _prepare(
         self,
-        runner: GraphRunner,
-        guidance: GuidancePlan,
-        times: Sequence[float],
-        labels: Indices,
-        seeds: Sequence[int],
-        counters: Sequence[tuple[int, int]],
-        last_step: int,
-    ) -> PreparedRun:
-        manifest = self.bundle.manifest
-        check_times(manifest.model, times)
-        return prepare(manifest, runner.condition, guidance, times, labels, seeds, counters, last_step)
-
-    def _one_off(
-        self,
-        runner: GraphRunner,
-        t: float,
+        places: Sequence[Update],
         classes: Classes,
-        seeds: Sequence[int] | None,
-        step: int,
+        seeds: Sequence[int],
         guidance: GuidancePlan,
+        last_step: int | None = None,
     ) -> PreparedRun:
-        """The plan of one evaluation; what changes over a run is as in the bundle's default number of steps."""
-        labels = self._labels(classes)
-        seeds = range(len(labels)) if seeds is None else seeds
-        check_seeds(seeds, len(labels))
-        if whole_number("step", step) < 0:
-            raise UsageError(f"step: expected at least 0, found {step}")
-        last_step = max(step, self.bundle.manifest.sampling.steps - 1)
-        return self._prepare(runner, guidance, [float(t)], labels, seeds, [(step, 0)], last_step)
-
-    def _with_subsets(self, plan: PreparedRun, strong: Indices | None, weak: Indices | None) -> PreparedRun:
-        """A plan of one evaluation with the subsets that the caller gives in place of the drawn ones."""
-        tokens = self.bundle.manifest.model.tokens
-        (drawn_strong,), (drawn_weak,) = plan.strong.keep, plan.weak.keep if plan.weak else (None,)
-        keep_strong = given_subset("keep_strong", strong, drawn_strong, tokens)
-        keep_weak = given_subset("keep_weak", weak, drawn_weak, tokens)
-        return replace(
-            plan,
-            strong=replace(plan.strong, keep=(keep_strong,)),
-            weak=plan.weak and replace(plan.weak, keep=(keep_weak,)),
-        )
-
-    def _check_latent(self, x: DeviceArray, images: int) -> None:
-        expected = (images, *self.bundle.manifest.model.latent)
-        if x.dtype != np.float32 or x.shape != expected:
-            raise UsageError(f"x: expected float32 of shape {expected}, found {x.dtype} of shape {x.shape}")
+        batch = Batch(self._labels(classes), seeds)
+        check_seeds(seeds, len(batch.labels))
+        manifest = self.bundle.manifest
+        check_times(manifest.model, [update.time for update in places])
+        with self._running() as (leased, runner):
+            run = prepare(manifest, runner.condition, guidance, places, batch, last_step)
+            leased.lane.memory.wait()  # another lane may use it
+            return run

@@ -55,6 +55,12 @@ class Update:
     e: float
     noise: float = 0.0
 
+    def next(self, x: Array, prediction: Array, r: Array) -> Array:
+        """The state after the update, in the type of `x`."""
+        a, b, e = (x.dtype.type(value) for value in (self.a, self.b, self.e))
+        following: Array = a * x + b * prediction + e * r
+        return following
+
 
 @dataclass(frozen=True, slots=True)
 class Churn:

@@ -47,17 +47,12 @@ class TorchLoop:
         times = run_times(steps, manifest.sampling.karras)
         self._updates = updates(manifest.sampling.sampler, self._facts.prediction, times)
         self._table = guidance_table(
-            guidance,
-            [update.time for update in self._updates],
-            [update.step for update in self._updates],
-            steps - 1,
-            levels(manifest),
-            levels(manifest, guidance.weak_network),
+            guidance, self._updates, levels(manifest), levels(manifest, guidance.row.weak_network)
         )
         seeds = range(len(classes))
         self._start = self._put(np.float32(times[0]) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
         own = torch.tensor(classes, device=device)
-        self._classes = [own, torch.full_like(own, self._facts.num_classes) if guidance.null_weak else own]
+        self._classes = [own, torch.full_like(own, self._facts.num_classes) if guidance.row.null_weak else own]
         self._keeps = [
             [self._subsets(seeds, level, number, update.step, update.evaluation) for number, level in enumerate(pair)]
             for update, pair in zip(self._updates, [(g.strong, g.weak) for g in self._table], strict=True)

@@ -172,7 +172,7 @@ def build(
     from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
     from sg_export.options.quantize import QUALITY_GATES, QuantizeOptions
     from sg_export.reference import DEFAULT_REFERENCE
-    from sg_runtime.manifest import QualityGates, adapter
+    from sg_runtime.manifest import MODES, QualityGates, adapter
 
     if model is None:
         model = DEFAULT_REFERENCE
@@ -231,7 +231,7 @@ def build(
     elif not quiet:
         built = [graph.levels for graph in bundle.manifest.graphs if graph.kind == "guided"]
         wanted = itertools.product(strong_sparsity, sparsity or (DEFAULT_SPARSITY,))
-        for strong, weak in wanted if options.mode in ("sg", "cfg+sg") else ():
+        for strong, weak in wanted if MODES[options.mode].weak_level == "sparser" else ():
             if all((strong, weak) != (a.sparsity, b.sparsity) for a, b in built):
                 click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
         for engine in bundle.manifest.engines:

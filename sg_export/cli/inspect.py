@@ -191,10 +191,10 @@ def _guidance(plan: "GuidancePlan") -> str:
         return ramp(first.sparsity, None if last is None else last.sparsity)
 
     parts: list[str] = [plan.mode]
-    if plan.mode not in ("none", "cfg"):
+    if plan.row.weak_level != "same":
         strong, weak = rate(plan.strong, plan.strong_last), rate(plan.weak, plan.weak_last)
         parts.append(f"sparsity {strong} strong and {weak} weak")
-    if plan.mode != "none":
+    if plan.row.branches == 2:
         parts.append(f"scale {ramp(plan.scale, plan.scale_last)}")
     if plan.interval is not None:
         parts.append(f"between times {plan.interval[0]:g} and {plan.interval[1]:g}")

@@ -48,13 +48,14 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
         return [bundle]
     strong = [step.strong for step in table]
     unguided = _passes(manifest, "unguided", [[("main", level)] for level in strong])
-    if plan.mode == "none":
+    if plan.row.branches == 1:
         return [unguided, bundle]
     costs = [unguided, _passes(manifest, "CFG", [[("main", level)] * 2 for level in strong])]
     both = [
-        [("main", step.strong), *([(plan.weak_network, step.weak)] if step.weak is not None else [])] for step in table
+        [("main", step.strong), *([(plan.row.weak_network, step.weak)] if step.weak is not None else [])]
+        for step in table
     ]
-    if plan.mode != "cfg":
+    if plan.row.weak_level != "same":
         costs.append(_passes(manifest, "two passes", both))
     return [*costs, bundle]
 
@@ -64,12 +65,7 @@ def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
     sampling = manifest.sampling
     run = updates(sampling.sampler, manifest.model.prediction, run_times(sampling.steps, sampling.karras))
     return guidance_table(
-        manifest.guidance,
-        [update.time for update in run],
-        [update.step for update in run],
-        sampling.steps - 1,
-        levels(manifest),
-        levels(manifest, manifest.guidance.weak_network),
+        manifest.guidance, run, levels(manifest), levels(manifest, manifest.guidance.row.weak_network)
     )
 
 
@@ -97,14 +93,16 @@ def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
     costs: list[Cost] = []
     for step in table:
         keep = [level.keep for level in (step.strong, step.weak) if level is not None]
-        guided = manifest.graph("guided", *keep, null_weak=plan.null_weak) if plan.weak_network == "main" else None
+        guided = (
+            manifest.graph("guided", *keep, null_weak=plan.row.null_weak) if plan.row.weak_network == "main" else None
+        )
         if step.weak is None or guided is None:
             costs.append(_single(manifest, "main", step.strong))
-            costs += [] if step.weak is None else [_single(manifest, plan.weak_network, step.weak)]
+            costs += [] if step.weak is None else [_single(manifest, plan.row.weak_network, step.weak)]
         else:
             costs.append(guided.cost)
-    count, rows = len(table), len(table) * (2 if plan.null_weak else 1)
-    networks: list[NetworkName] = ["main", "weak"] if plan.weak_network == "weak" else ["main"]
+    count, rows = len(table), len(table) * (2 if plan.row.null_weak else 1)
+    networks: list[NetworkName] = ["main", "weak"] if plan.row.weak_network == "weak" else ["main"]
     conditions = [manifest.condition(network).cost for network in networks]
     reads = math.ceil(rows / manifest.condition_rows)
     return StepCost(

@@ -3,7 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sg_runtime.manifest import GraphKind, GuidanceMode, GuidancePlan, Level, ModelFacts, NetworkName, TensorFacts
+from sg_runtime.manifest import (
+    MODES,
+    GraphKind,
+    GuidanceMode,
+    GuidancePlan,
+    Level,
+    ModelFacts,
+    NetworkName,
+    TensorFacts,
+)
 
 TAIL = ("c_in", "c_skip", "c_out", "a", "b", "e")
 """Scalars of the update: D = c_skip * x + c_out * network(c_in * x), next = a * x + b * D + e * r."""
@@ -42,17 +51,18 @@ def graphs_for(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level
     sg and cfg+sg pair each strong level with the sparser weak ones, cfg each with itself. The weak levels of
     autoguidance are another network's, with which nothing is shared: it has graphs of its own, and no pairs.
     """
-    if mode == "autoguidance":
+    row = MODES[mode]
+    if row.weak_network == "weak":
         return [*_singles(strong, "main"), *_singles(weak, "weak")]
-    pairs = [(s, w) for s in strong for w in weak if (w.keep < s.keep if mode in ("sg", "cfg+sg") else w == s)]
-    guided = [GraphSpec("guided", pair, null_weak=mode in ("cfg", "cfg+sg")) for pair in pairs if mode != "none"]
+    pairs = [(s, w) for s in strong for w in weak if (w.keep < s.keep if row.weak_level == "sparser" else w == s)]
+    guided = [GraphSpec("guided", pair, null_weak=row.null_weak) for pair in pairs if row.branches == 2]
     return [*_singles({*strong, *weak}, "main"), *guided]
 
 
 def guided_alone(plan: GuidancePlan) -> bool:
     """Whether guided graphs are all that a run of the plan needs, with the condition."""
     ends = (plan.strong_last, plan.weak_last)
-    return plan.mode in ("sg", "cfg", "cfg+sg") and plan.interval is None and ends == (None, None)
+    return plan.row.fusible and plan.interval is None and ends == (None, None)
 
 
 def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:

@@ -10,7 +10,7 @@ from sg_export.graph.trace import DEFAULT_OPSET, OPSETS
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import ENGINE_TARGETS, EngineLibrary, GuidanceMode, Precision
+from sg_runtime.manifest import ENGINE_TARGETS, MODES, EngineLibrary, GuidanceMode, Precision
 
 DEFAULT_SPARSITY = 0.5
 
@@ -77,11 +77,11 @@ class CompileOptions:
             raise UsageError("strong_sparsity: expected at least one, found none")
         if self.schedule not in get_args(Schedule):
             raise UsageError(f"schedule: expected one of {', '.join(get_args(Schedule))}, found {self.schedule!r}")
-        if self.mode in ("none", "cfg") and self.sparsity:
+        if MODES[self.mode].weak_level == "same" and self.sparsity:
             raise UsageError(
                 f"sparsity: {self.mode} guidance has no sparser branch: give strong_sparsity, or guidance sg"
             )
-        if (self.mode == "autoguidance") != (self.weak_checkpoint is not None):
+        if (MODES[self.mode].weak_network == "weak") != (self.weak_checkpoint is not None):
             found = "none" if self.weak_checkpoint is None else f"{self.weak_checkpoint} for {self.mode}"
             raise UsageError(f"weak_checkpoint: expected one for autoguidance and for no other mode, found {found}")
 

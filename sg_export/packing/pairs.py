@@ -9,6 +9,7 @@ from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import scale_ends
 from sg_runtime.manifest import (
+    MODES,
     GuidancePlan,
     Level,
 )
@@ -21,11 +22,12 @@ def choose_graphs(
     mode = options.mode
     strong = _levels(loaded, options.strong_sparsity)
     weak = strong
-    if mode not in ("none", "cfg"):
+    row = MODES[mode]
+    if row.weak_level != "same":
         weak = _levels(weak_loaded or loaded, options.sparsity or (DEFAULT_SPARSITY,))
     if weak_loaded is None:
         _check_distinct({*strong, *weak})
-    if mode in ("sg", "cfg+sg") and options.schedule == "constant":
+    if row.weak_level == "sparser" and options.schedule == "constant":
         for level in weak:
             if level.sparsity == 0:
                 raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")

@@ -101,4 +101,4 @@ def rates_of(guidance: GuidancePlan) -> str:
     """Strong and weak sparsity as a user writes them, FIRST:LAST where they change; one where both are the same."""
     ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
     shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
-    return "/".join(shown[:1] if guidance.mode in ("none", "cfg") else shown)
+    return "/".join(shown[:1] if guidance.row.weak_level == "same" else shown)

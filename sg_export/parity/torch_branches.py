@@ -33,9 +33,9 @@ def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
         own = torch.tensor(classes)
         strong = predict(loaded, plan.strong, own, x, plan, index)
-        if plan.weak is None or plan.weak.levels[index] is None:
+        if plan.weak is None or len(plan.active(index)) == 1:
             return strong, strong
-        null = torch.full_like(own, facts.num_classes) if plan.null_weak else own
+        null = torch.full_like(own, facts.num_classes) if plan.guidance.row.null_weak else own
         return strong, predict(weak or loaded, plan.weak, null, x, plan, index)
 
     return branches

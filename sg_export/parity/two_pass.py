@@ -35,11 +35,9 @@ def sample(
     """
     facts, times = loaded.facts, run_times(steps, karras)
     run = updates(sampler, facts.prediction, times, churn)
-    table = guidance_table(
-        guidance, [u.time for u in run], [u.step for u in run], steps - 1, levels, weak_levels or levels
-    )
+    table = guidance_table(guidance, run, levels, weak_levels or levels)
     strong_classes = torch.tensor(classes)
-    weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.null_weak else strong_classes
+    weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.row.null_weak else strong_classes
 
     def predict(
         network: LoadedModel, x: NDArray[np.float32], labels: Tensor, level: Level, branch: int, update: Update

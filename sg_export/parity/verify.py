@@ -122,7 +122,7 @@ def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: P
         (guidance, sampler, fused)
         for guidance in _guidances(manifest)
         for sampler in SAMPLERS
-        for fused in ((True, False) if guidance.mode in ("sg", "cfg", "cfg+sg") else (False,))
+        for fused in ((True, False) if guidance.row.fusible else (False,))
         if fused or singles
     ]
     stages = len(manifest.graphs) + len(runs)
@@ -275,9 +275,9 @@ def _compare_run(
         seeds,
         RUN_STEPS,
         sampler,
-        weak=weak if guidance.weak_network == "weak" else None,
+        weak=weak if guidance.row.weak_network == "weak" else None,
         levels=levels(manifest),
-        weak_levels=levels(manifest, guidance.weak_network),
+        weak_levels=levels(manifest, guidance.row.weak_network),
         karras=manifest.sampling.karras,
     )
     found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
@@ -286,5 +286,5 @@ def _compare_run(
 
 
 def _run_name(guidance: GuidancePlan, sampler: SamplerName, fused: bool) -> str:
-    where = " in one graph" if fused else " in two graphs" if guidance.mode != "none" else ""
+    where = " in one graph" if fused else " in two graphs" if guidance.row.branches == 2 else ""
     return f"{RUN_STEPS} {sampler} steps, {guidance.mode} {rates_of(guidance)}{where}"

@@ -46,7 +46,7 @@ def by_pipeline(pipe: Pipeline) -> BranchPredictor:
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
         ones, zeros = (replace(plan, scales=(scale,) * len(plan.scales)) for scale in (1.0, 0.0))
         strong = pipe.guided(x, ones, index)
-        alone = plan.weak is None or plan.weak.levels[index] is None
+        alone = len(plan.active(index)) == 1
         return strong, strong if alone else pipe.guided(x, zeros, index)
 
     return branches
@@ -78,8 +78,7 @@ def walk(
             if not shift:
                 states.append(x)
                 found.append(pair)
-            a, b, e = (np.float32(value) for value in (run[index].a, run[index].b, run[index].e))
-            return np.asarray(a * x + b * guide(*pair, guidance.scale) + e * r)
+            return run[index].next(x, guide(*pair, guidance.scale), r)
 
         return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
 

@@ -171,6 +171,9 @@ def test_run_of_an_output_that_is_not_there_names_the_graph(bundle: Path, edit: 
     replace_file(bundle, edit, f"graphs/{name}.onnx", model.SerializeToString())
     pipe = Pipeline.load(bundle)
     x = pipe.initial_noise([0])
-    calls = {"next": lambda: pipe.sample([0], [0], steps=1), "prediction": lambda: pipe.guided(x, 0.5, [0])}
+    calls = {
+        "next": lambda: pipe.sample([0], [0], steps=1),
+        "prediction": lambda: pipe.guided(x, pipe.prepare_once(0.5, [0])),
+    }
     with pytest.raises(EngineError, match=rf"^graphs/{name}\.onnx: ONNX Runtime failed: .*{output}"):
         calls.get(output, calls["next"])()

@@ -53,9 +53,10 @@ def seen_by_hand(pipe: Pipeline, pair: int, shards: list[Shard]) -> dict[str, di
         images = (shard.classes(pipe.bundle.manifest.model), shard.seed.tolist())
         prepared = pipe.prepare(shard.time, *images, counters=shard.counters, guidance=plan)
         assert prepared.weak is not None
+        held = prepared.strong.held["modulations"]
         for k, x in enumerate(shard.x):
             feeds: dict[str, Any] = dict.fromkeys(("scale", "c_in", "c_skip", "c_out", "a", "b", "e"), np.float32(1))
-            feeds |= {"x": x, "r": x, "modulations": prepared.strong.modulations[k][prepared.strong.rows]}
+            feeds |= {"x": x, "r": x, "modulations": held.values[k][held.rows]}
             feeds |= {"keep_strong": prepared.strong.keep[k], "keep_weak": prepared.weak.keep[k]}
             wanted = [tensor.name for tensor in graph.inputs]
             values = session.run(list(sources), {name: np.asarray(feeds[name]) for name in wanted})

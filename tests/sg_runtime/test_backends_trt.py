@@ -183,7 +183,7 @@ def test_sample_in_a_default_stream_is_captured_in_another(library: Library, dri
 
 def test_sample_on_the_device_is_an_array_there(driver: Driver, pipe: Pipeline) -> None:
     expected = sample(pipe)
-    found = pipe.sample(CLASSES, SEEDS, steps=STEPS, on_device=True)
+    found = pipe.sample_on_device(CLASSES, SEEDS, steps=STEPS)
     assert isinstance(found, CudaArray)
     sample(pipe)  # no later run writes into it
     content = driver.place(found.address, found.nbytes).view(np.float32).reshape(found.shape)
@@ -196,8 +196,8 @@ def test_guided_of_an_array_on_the_device_stays_there(
 ) -> None:
     """As of PyTorch's; with the graph's other output going nowhere."""
     x = on_cpu(library.bundle.path).initial_noise(SEEDS[:images])
-    expected = on_cpu(library.bundle.path).guided(x, 0.5, CLASSES[:images])
-    close(pipe.guided(x, 0.5, CLASSES[:images]), expected)
+    expected = on_cpu(library.bundle.path).guided(x, on_cpu(library.bundle.path).prepare_once(0.5, CLASSES[:images]))
+    close(pipe.guided(x, pipe.prepare_once(0.5, CLASSES[:images])), expected)
     with pipe._lanes.lease() as worker:
         held = worker.lane.memory.hold(x)
         worker.lane.memory.wait()
@@ -209,7 +209,7 @@ def test_guided_of_an_array_on_the_device_stays_there(
         def __dlpack_device__(self) -> tuple[int, int]:
             return dlpack.CUDA, 0
 
-    found: Any = pipe.guided(Tensor(), 0.5, CLASSES[:images])  # type: ignore[call-overload]
+    found: Any = pipe.guided(Tensor(), pipe.prepare_once(0.5, CLASSES[:images]))  # type: ignore[call-overload]
     assert isinstance(found, CudaArray)
     close(driver.place(found.address, found.nbytes).view(np.float32).reshape(found.shape), expected)
 
@@ -479,7 +479,7 @@ def test_device_that_is_lost_ends_the_pipeline(driver: Driver, pipe: Pipeline, w
     assert "cuStreamSynchronize gave CUDA_ERROR_ILLEGAL_ADDRESS" in message
     driver.statuses.clear()
     driver.lost = False
-    for ask in (sample, lambda pipe: pipe.guided(np.zeros((1, 2, 8, 8), np.float32), 0.5, [0])):
+    for ask in (sample, lambda pipe: pipe.guided(np.zeros((1, 2, 8, 8), np.float32), pipe.prepare_once(0.5, [0]))):
         with pytest.raises(DeviceError) as again:
             ask(pipe)
         assert str(again.value) == message

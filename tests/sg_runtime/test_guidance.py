@@ -25,6 +25,7 @@ from sg_runtime.guidance import (
     with_scale,
 )
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, read_manifest
+from sg_runtime.sampling import Update
 
 DENSE, QUARTER, HALF, MOST = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
 BUILT = [DENSE, QUARTER, HALF]
@@ -62,7 +63,8 @@ def table(
     """By default one evaluation in each step, the last in the last."""
     steps = range(len(times)) if steps is None else steps
     last_step = len(times) - 1 if last_step is None else last_step
-    return guidance_table(plan, times, steps, last_step, built, built_weak)
+    updates = [Update(step, 0, time, 0.0, 1.0, 0.0) for step, time in zip(steps, times, strict=True)]
+    return guidance_table(plan, updates, built, built_weak, last_step)
 
 
 FIVE = [1.0, 0.8, 0.6, 0.4, 0.2]

@@ -353,6 +353,24 @@ def test_read_manifest_of_a_value_of_another_type_names_its_place(
         read(content)
 
 
+def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable[[Any], Manifest]) -> None:
+    """It had one side for height and width, and all its networks had the same modules at their ends."""
+    expected = read(content)
+    model = content["model"]
+    channels, side, _ = model.pop("latent")
+    assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
+    model |= {"image_size": side, "channels": channels}
+    assert read({**content, "schema_version": 3}) == expected
+
+
+@pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])
+def test_read_manifest_of_schema_3_that_does_not_fit_is_refused(
+    content: Any, read: Callable[[Any], Manifest], change: dict[str, Any]
+) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json: model"):
+        read({**content, "schema_version": 3, **change})
+
+
 @pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_read_manifest_of_another_schema_version_says_what_to_run(
     content: Any, read: Callable[[Any], Manifest], version: object
@@ -520,7 +538,7 @@ def test_guidance_plan_of_a_mode_knows_its_weak_branch(
     mode: GuidanceMode, null_weak: bool, network: NetworkName
 ) -> None:
     plan = GuidancePlan(mode, DENSE, DENSE if mode in ("none", "cfg") else HALF, 2.0)
-    assert (plan.null_weak, plan.weak_network) == (null_weak, network)
+    assert (plan.row.null_weak, plan.row.weak_network) == (null_weak, network)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,9 @@ def test_sample_of_an_edm_model_starts_from_the_highest_sigma(tiny_edm_bundle: P
     assert manifest.sampling.karras == Karras(0.002, 80.0, 7.0)
     x = np.float32(80) * pipe.initial_noise([7])
     # x + (0 - 80) (x - D) / 80 in FP32 leaves a rounding of x, some 1e-5, in a D of size 1.
-    np.testing.assert_allclose(pipe.sample([3], [7], steps=1), pipe.guided(x, 80.0, [3], seeds=[7]), atol=1e-4)
+    np.testing.assert_allclose(
+        pipe.sample([3], [7], steps=1), pipe.guided(x, pipe.prepare_once(80.0, [3], seeds=[7])), atol=1e-4
+    )
 
 
 def test_sample_of_an_edm_model_feeds_its_noise_levels(record: Callable[[Path], Any], tiny_edm_bundle: Path) -> None:

@@ -62,15 +62,15 @@ def test_guided_of_a_torch_tensor_reads_it_where_it_lies(
 
 
 def test_guided_of_a_torch_tensor_once_is_that_of_numpy(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    found: Any = pipe.guided(torch.from_numpy(x), 0.6, CLASSES)  # type: ignore[call-overload]
-    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), pipe.guided(x, 0.6, CLASSES))
+    found: Any = pipe.guided(torch.from_numpy(x), pipe.prepare_once(0.6, CLASSES))  # type: ignore[call-overload]
+    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), pipe.guided(x, pipe.prepare_once(0.6, CLASSES)))
 
 
 def test_guided_of_a_torch_tensor_with_branches_returns_numpys(
     pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]
 ) -> None:
-    found: Any = pipe.guided(torch.from_numpy(x), plan, 0, return_branches=True)  # type: ignore[call-overload]
-    expected: Any = pipe.guided(x, plan, 0, return_branches=True)  # type: ignore[call-overload]
+    found: Any = pipe.branches(torch.from_numpy(x), plan, 0)  # type: ignore[call-overload]
+    expected: Any = pipe.branches(x, plan, 0)  # type: ignore[call-overload]
     for a, b in zip(found, expected, strict=True):
         assert isinstance(a, np.ndarray)
         np.testing.assert_array_equal(a, b)
@@ -89,8 +89,10 @@ def test_guided_of_a_prediction_goes_on_from_it(pipe: Pipeline, plan: PreparedRu
 def test_guided_of_more_tensors_than_a_batch_is_that_of_numpy(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     """Four images by threes: the last run is filled up."""
     four = np.concatenate([x, x[:1]])
-    found: Any = pipe.guided(torch.from_numpy(four), 0.6, [*CLASSES, 2])  # type: ignore[call-overload]
-    np.testing.assert_array_equal(torch.from_dlpack(found).numpy(), pipe.guided(four, 0.6, [*CLASSES, 2]))
+    found: Any = pipe.guided(torch.from_numpy(four), pipe.prepare_once(0.6, [*CLASSES, 2]))  # type: ignore[call-overload]
+    np.testing.assert_array_equal(
+        torch.from_dlpack(found).numpy(), pipe.guided(four, pipe.prepare_once(0.6, [*CLASSES, 2]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_guided_of_a_tensor_that_is_a_view_is_the_same(
 def test_sample_on_the_device_is_an_array_of_the_callers(pipe: Pipeline) -> None:
     """NumPy's on the CPU, which no later run writes into."""
     plain = pipe.sample(CLASSES, SEEDS, steps=3)
-    found: Any = pipe.sample(CLASSES, SEEDS, steps=3, on_device=True)
+    found: Any = pipe.sample_on_device(CLASSES, SEEDS, steps=3)
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, plain)
     pipe.sample([4, 4, 4], [1, 2, 3], steps=3)

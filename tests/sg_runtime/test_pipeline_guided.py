@@ -24,6 +24,14 @@ TOKENS = 16
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 
+def branches_of(
+    pipe: Pipeline, x: NDArray[np.float32], run: PreparedRun, index: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """(guided, strong, weak), from the branches' own graphs."""
+    strong, weak = pipe.branches(x, run, index)
+    return guide(strong, weak, run.scales[index]), strong, weak
+
+
 @pytest.fixture(scope="module")
 def x(pipe: Pipeline) -> NDArray[np.float32]:
     """A state for three images."""
@@ -54,9 +62,9 @@ def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Prepar
     assert plan.weak is not None
     for branch, count in ((plan.strong, 12), (plan.weak, 8)):
         # "B" is class 1: two distinct classes.
-        assert branch.modulations.shape == (3, 2, pipe.bundle.manifest.model.modulations)
-        assert branch.modulations.dtype == np.float32
-        assert branch.rows.tolist() == [0, 1, 0]
+        assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.modulations)
+        assert branch.held["modulations"].values.dtype == np.float32
+        assert branch.held["modulations"].rows.tolist() == [0, 1, 0]
         for keep in branch.keep:
             assert keep is not None
             assert keep.shape == (3, count)
@@ -94,7 +102,7 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
     """Whose precision is that of the array."""
     other = pipe.prepare(np.array([1.0, 0.6, 0.2], np.float32), CLASSES, SEEDS, guidance=sparse)
     assert all(type(time) is float for time in other.times)
-    np.testing.assert_array_equal(other.strong.modulations, plan.strong.modulations)
+    np.testing.assert_array_equal(other.strong.held["modulations"].values, plan.strong.held["modulations"].values)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,7 @@ def test_prepare_of_an_edm_model_where_there_is_no_noise_is_refused(edm: Pipelin
 @pytest.mark.parametrize("time", [math.nan, math.inf, 1e200])
 def test_guided_of_an_edm_model_beyond_all_noise_is_refused(edm: Pipeline, time: float) -> None:
     with pytest.raises(UsageError) as caught:
-        edm.guided(edm.initial_noise([0]), time, [0])
+        edm.guided(edm.initial_noise([0]), edm.prepare_once(time, [0]))
     assert str(caught.value) == f"time {time:g}: expected a finite float32 number"
 
 
@@ -190,7 +198,7 @@ def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: C
 def test_guided_of_an_edm_model_is_the_denoised_image(edm: Pipeline) -> None:
     """At a sigma near 0 the input itself: D = c_skip x + c_out F, where c_skip is 1 and c_out is sigma."""
     x = 0.5 * edm.initial_noise(SEEDS)
-    found = edm.guided(x, 1e-4, [0, 1, None], seeds=SEEDS)
+    found = edm.guided(x, edm.prepare_once(1e-4, [0, 1, None], seeds=SEEDS))
     assert found.dtype == np.float32
     # F is of size 1, guided.
     np.testing.assert_allclose(found, x, atol=1e-3)
@@ -201,7 +209,7 @@ def test_guided_once_is_that_of_a_plan(
     pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, sparse: GuidancePlan
 ) -> None:
     for i, t in enumerate([1.0, 0.6, 0.2]):
-        found = pipe.guided(x, t, CLASSES, seeds=SEEDS, step=i, guidance=sparse)
+        found = pipe.guided(x, pipe.prepare_once(t, CLASSES, seeds=SEEDS, step=i, guidance=sparse))
         np.testing.assert_array_equal(found, pipe.guided(x, plan, i))
 
 
@@ -210,7 +218,8 @@ def test_guided_once_with_the_drawn_subsets_given_is_the_same(
 ) -> None:
     assert plan.weak is not None
     found = pipe.guided(
-        x, 0.6, CLASSES, guidance=sparse, keep_strong=plan.strong.keep[1], keep_weak=plan.weak.keep[1]
+        x,
+        pipe.prepare_once(0.6, CLASSES, guidance=sparse, keep_strong=plan.strong.keep[1], keep_weak=plan.weak.keep[1]),
     )  # seeds and step are others, and have nothing left to decide
     np.testing.assert_array_equal(found, pipe.guided(x, plan, 1))
 
@@ -220,30 +229,40 @@ def test_guided_once_is_at_its_step_of_a_schedule(pipe: Pipeline, x: NDArray[np.
     ramp = pipe.guidance(sparsity=(0.5, 0.25), scale=(3.0, 1.0))
     for step, sparsity, scale in ((0, 0.5, 3.0), (39, 0.25, 1.0), (200, 0.25, 1.0)):
         constant = pipe.guidance(sparsity=sparsity, scale=scale)
-        found, expected = (pipe.guided(x, 0.5, CLASSES, step=step, guidance=plan) for plan in (ramp, constant))
+        found, expected = (
+            pipe.guided(x, pipe.prepare_once(0.5, CLASSES, step=step, guidance=plan)) for plan in (ramp, constant)
+        )
         np.testing.assert_array_equal(found, expected)
 
 
 def test_guided_once_outside_of_the_interval_is_the_strong_branch(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     within = pipe.guidance(interval=(0.3, 0.6))
     for time in (0.7, 0.2):
-        alone = pipe.guided(x, time, CLASSES, guidance=pipe.guidance("none"))
-        np.testing.assert_array_equal(pipe.guided(x, time, CLASSES, guidance=within), alone)
-    np.testing.assert_array_equal(pipe.guided(x, 0.5, CLASSES, guidance=within), pipe.guided(x, 0.5, CLASSES))
+        alone = pipe.guided(x, pipe.prepare_once(time, CLASSES, guidance=pipe.guidance("none")))
+        np.testing.assert_array_equal(pipe.guided(x, pipe.prepare_once(time, CLASSES, guidance=within)), alone)
+    np.testing.assert_array_equal(
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=within)),
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES)),
+    )
 
 
 def test_guided_once_without_seeds_counts_them_from_zero(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    np.testing.assert_array_equal(pipe.guided(x, 0.5, CLASSES), pipe.guided(x, 0.5, CLASSES, seeds=[0, 1, 2], step=0))
-    assert not np.array_equal(pipe.guided(x, 0.5, CLASSES), pipe.guided(x, 0.5, CLASSES, step=1))
+    np.testing.assert_array_equal(
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES)),
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, seeds=[0, 1, 2], step=0)),
+    )
+    assert not np.array_equal(
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES)), pipe.guided(x, pipe.prepare_once(0.5, CLASSES, step=1))
+    )
 
 
 @pytest.mark.parametrize("mode", ["cfg", "sg", "cfg+sg"])
 def test_guided_with_branches_combines_them(pipe: Pipeline, x: NDArray[np.float32], mode: Any) -> None:
     plan = pipe.guidance(mode, scale=1.8)
-    guided, strong, weak = pipe.guided(x, 0.5, CLASSES, guidance=plan, return_branches=True)
+    guided, strong, weak = branches_of(pipe, x, pipe.prepare_once(0.5, CLASSES, guidance=plan))
     np.testing.assert_array_equal(guided, guide(strong, weak, 1.8))
     assert not np.array_equal(strong, weak)
-    fused = pipe.guided(x, 0.5, CLASSES, guidance=plan)
+    fused = pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=plan))
     # The guided graph combines before the head, in another order of FP32 sums.
     np.testing.assert_allclose(fused, guided, atol=1e-5 * np.abs(guided).max())
 
@@ -251,16 +270,18 @@ def test_guided_with_branches_combines_them(pipe: Pipeline, x: NDArray[np.float3
 def test_guided_without_guidance_is_the_strong_branch(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     for sparsity in (0.0, 0.25):
         sg = pipe.guidance(strong_sparsity=sparsity)
-        _, strong, _ = pipe.guided(x, 0.5, CLASSES, seeds=SEEDS, guidance=sg, return_branches=True)
+        _, strong, _ = branches_of(pipe, x, pipe.prepare_once(0.5, CLASSES, seeds=SEEDS, guidance=sg))
         none = pipe.guidance("none", strong_sparsity=sparsity)
-        np.testing.assert_array_equal(pipe.guided(x, 0.5, CLASSES, seeds=SEEDS, guidance=none), strong)
+        np.testing.assert_array_equal(
+            pipe.guided(x, pipe.prepare_once(0.5, CLASSES, seeds=SEEDS, guidance=none)), strong
+        )
 
 
 def test_guided_with_branches_of_a_plan_is_that_of_one_call(
     pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, sparse: GuidancePlan
 ) -> None:
-    found = pipe.guided(x, 0.6, CLASSES, seeds=SEEDS, step=1, guidance=sparse, return_branches=True)
-    of_plan: Any = pipe.guided(x, plan, 1, return_branches=True)  # type: ignore[call-overload]
+    found = branches_of(pipe, x, pipe.prepare_once(0.6, CLASSES, seeds=SEEDS, step=1, guidance=sparse))
+    of_plan: Any = branches_of(pipe, x, plan, 1)  # type: ignore[call-overload]
     for a, b in zip(found, of_plan, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -273,8 +294,8 @@ def test_guided_by_cfg_combines_the_class_with_no_class(
     cfg, none = (pipe.guidance(mode, strong_sparsity=sparsity, scale=3.0) for mode in ("cfg", "none"))
     plan = pipe.prepare([0.5], CLASSES, SEEDS, guidance=cfg)
     assert plan.weak is not None
-    with_class = pipe.guided(x, 0.5, CLASSES, guidance=none, keep_strong=plan.strong.keep[0])
-    without = pipe.guided(x, 0.5, [None] * 3, guidance=none, keep_strong=plan.weak.keep[0])
+    with_class = pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=none, keep_strong=plan.strong.keep[0]))
+    without = pipe.guided(x, pipe.prepare_once(0.5, [None] * 3, guidance=none, keep_strong=plan.weak.keep[0]))
     np.testing.assert_allclose(pipe.guided(x, plan, 0), guide(with_class, without, 3.0), **ROUNDING)
     if sparsity == 0:
         np.testing.assert_array_equal(with_class[1], without[1])  # the image that has no class
@@ -288,8 +309,8 @@ def test_guided_by_cfg_with_sg_combines_the_class_with_no_class_and_fewer_tokens
     plan = pipe.prepare([0.5], CLASSES, SEEDS, guidance=both)
     assert plan.weak is not None
     dense, half = (pipe.guidance("none", strong_sparsity=sparsity) for sparsity in (strong, 0.5))
-    with_class = pipe.guided(x, 0.5, CLASSES, guidance=dense, keep_strong=plan.strong.keep[0])
-    without = pipe.guided(x, 0.5, [None] * 3, guidance=half, keep_strong=plan.weak.keep[0])
+    with_class = pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=dense, keep_strong=plan.strong.keep[0]))
+    without = pipe.guided(x, pipe.prepare_once(0.5, [None] * 3, guidance=half, keep_strong=plan.weak.keep[0]))
     np.testing.assert_allclose(pipe.guided(x, plan, 0), guide(with_class, without, 2.5), **ROUNDING)
 
 
@@ -298,9 +319,11 @@ def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autogu
     x = pipe.initial_noise(SEEDS)
     plan = pipe.prepare([0.5], [1, None, 1], SEEDS)
     assert plan.weak is not None
-    guided, strong, weak = pipe.guided(x, 0.5, [1, None, 1], keep_weak=plan.weak.keep[0], return_branches=True)
+    guided, strong, weak = branches_of(pipe, x, pipe.prepare_once(0.5, [1, None, 1], keep_weak=plan.weak.keep[0]))
     np.testing.assert_allclose(guided, pipe.guided(x, plan, 0), **ROUNDING)
-    np.testing.assert_array_equal(strong, pipe.guided(x, 0.5, [1, None, 1], guidance=pipe.guidance("none")))
+    np.testing.assert_array_equal(
+        strong, pipe.guided(x, pipe.prepare_once(0.5, [1, None, 1], guidance=pipe.guidance("none")))
+    )
     assert not np.allclose(strong, weak)
 
 
@@ -317,10 +340,10 @@ def test_guided_of_a_state_that_is_a_view_is_the_same(
 def test_guided_of_more_images_than_a_batch_is_that_of_each(pipe: Pipeline) -> None:
     classes, seeds = [1, 2, 3, 4, 0, 1, 2], range(7)
     x = pipe.initial_noise(seeds)
-    found = pipe.guided(x, 0.5, classes, seeds=seeds)
+    found = pipe.guided(x, pipe.prepare_once(0.5, classes, seeds=seeds))
     assert found.shape == x.shape
     for k in (0, 4, 5, 6):
-        alone = pipe.guided(x[k : k + 1], 0.5, classes[k : k + 1], seeds=seeds[k : k + 1])
+        alone = pipe.guided(x[k : k + 1], pipe.prepare_once(0.5, classes[k : k + 1], seeds=seeds[k : k + 1]))
         # A batch of one may sum in another order than one of five.
         np.testing.assert_allclose(found[k : k + 1], alone, atol=1e-5 * np.abs(alone).max())
 
@@ -353,14 +376,14 @@ def test_guided_of_a_wrong_subset_is_refused(
     pipe: Pipeline, x: NDArray[np.float32], keep: NDArray[Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=f"^keep_weak: {message}"):
-        pipe.guided(x, 0.5, CLASSES, keep_weak=keep)
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, keep_weak=keep))
 
 
 def test_guided_of_one_wrong_row_among_good_ones_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     keep = rows(0)
     keep[2, 7] = 6
     with pytest.raises(UsageError, match="keep_weak: expected sorted distinct"):
-        pipe.guided(x, 0.5, CLASSES, keep_weak=keep)
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, keep_weak=keep))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("keep_strong", "sg"), ("keep_weak", "none"), ("keep_weak", "cfg")])
@@ -369,7 +392,7 @@ def test_guided_of_a_subset_for_a_branch_without_one_is_refused(
 ) -> None:
     subset: dict[str, Any] = {name: rows(0)}
     with pytest.raises(UsageError, match=f"^{name}: the branch keeps all 16 tokens or is not run: expected None"):
-        pipe.guided(x, 0.5, CLASSES, guidance=pipe.guidance(mode), **subset)
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=pipe.guidance(mode), **subset))
 
 
 @pytest.mark.parametrize(
@@ -402,27 +425,17 @@ def test_guided_of_an_evaluation_that_is_no_number_is_refused(
 
 def test_guided_once_at_a_step_below_zero_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
     with pytest.raises(UsageError, match=r"^step: expected at least 0, found -1$"):
-        pipe.guided(x, 0.5, CLASSES, step=-1)
+        pipe.guided(x, pipe.prepare_once(0.5, CLASSES, step=-1))
 
 
 @pytest.mark.parametrize("index", [3, -1])
 def test_guided_of_an_evaluation_beyond_the_plan_is_refused(
     pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, index: int
 ) -> None:
-    with pytest.raises(UsageError, match=f"^evaluation {index}: the plan has 0 to 2$"):
+    with pytest.raises(UsageError, match=f"^evaluation {index}: the prepared run has 0 to 2$"):
         pipe.guided(x, plan, index)
 
 
-@pytest.mark.parametrize("argument", [{"scale": 3.0}, {"seeds": SEEDS}, {"step": 1}, {"keep_weak": rows(0)}])
-def test_guided_of_a_plan_takes_nothing_that_the_plan_settles(
-    pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, argument: dict[str, Any]
-) -> None:
-    with pytest.raises(UsageError, match="a plan settles seeds, step, scale, guidance and subsets: give these to"):
-        pipe.guided(x, plan, 0, **argument)
-
-
 def test_guided_with_branches_of_one_branch_is_refused(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    with pytest.raises(
-        UsageError, match="return_branches: expected guidance with two branches, found the strong one alone"
-    ):
-        pipe.guided(x, 0.5, CLASSES, guidance=pipe.guidance("none"), return_branches=True)
+    with pytest.raises(UsageError, match="branches: expected guidance with two branches, found the strong one alone"):
+        branches_of(pipe, x, pipe.prepare_once(0.5, CLASSES, guidance=pipe.guidance("none")))

@@ -27,7 +27,7 @@ from sg_runtime.manifest.files import (
     write_manifest,
 )
 from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, Profile, TensorFacts
-from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
+from sg_runtime.manifest.guidance import MODES, GuidancePlan, Karras, Mode, Sampling
 from sg_runtime.manifest.model import Level, ModelFacts, Route
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
@@ -37,6 +37,7 @@ __all__ = [
     "FLOAT32_MAX",
     "FLOAT32_MIN",
     "MANIFEST_FILE",
+    "MODES",
     "SCHEMA_VERSION",
     "Cost",
     "EngineFacts",
@@ -51,6 +52,7 @@ __all__ = [
     "LayerChoice",
     "Level",
     "Manifest",
+    "Mode",
     "ModelFacts",
     "NetworkName",
     "Precision",

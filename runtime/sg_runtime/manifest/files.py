@@ -88,7 +88,7 @@ class Manifest(Strict):
                 raise UsageError(f"graphs: expected one of kind condition for the {network} network, found none")
         if (self.sampling.karras is None) != (self.model.prediction == "flow"):
             raise UsageError("sampling: karras: expected noise levels for edm models alone, not for flow")
-        if self.guidance.mode == "autoguidance" and self.weak_source is None:
+        if self.guidance.row.weak_network == "weak" and self.weak_source is None:
             raise UsageError("weak_source: expected a checkpoint for autoguidance, found none")
         plan = self.guidance
         ends = [end for end in (plan.strong_last, plan.weak_last) if end is not None]

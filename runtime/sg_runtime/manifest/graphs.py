@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     pass
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Strict, check_counts
 from sg_runtime.manifest.model import Level
+from sg_runtime.vocabulary import is_separate
 
 _LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}
 """Levels of a graph, by its kind."""
@@ -67,7 +68,7 @@ class GraphFacts(Strict):
     @property
     def null_weak(self) -> bool:
         """Whether it is a guided graph whose weak branch has modulations, thus a condition, of its own."""
-        return any(tensor.name == "modulations_weak" for tensor in self.inputs)
+        return is_separate({tensor.name for tensor in self.inputs})
 
 
 @dataclass(frozen=True, slots=True)

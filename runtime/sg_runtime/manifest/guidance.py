@@ -1,7 +1,8 @@
 """Which branches guide a run, and how it is sampled."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal
 
 from sg_runtime.errors import UsageError
 
@@ -20,13 +21,47 @@ from sg_runtime.manifest.model import Level
 
 
 @dataclass(frozen=True, slots=True)
+class Mode:
+    """How the branches of a guidance mode differ.
+
+    branches: 1 if the strong branch runs alone, else 2.
+    null_weak: the weak branch has no class.
+    weak_network: the network of the weak branch.
+    weak_level: its sparsity: the same as the strong branch's, a higher one, or any.
+    """
+
+    branches: int
+    null_weak: bool
+    weak_network: NetworkName
+    weak_level: Literal["same", "sparser", "any"]
+
+    @property
+    def separate(self) -> bool:
+        """Whether the weak branch holds modulations of its own."""
+        return self.null_weak or self.weak_network == "weak"
+
+    @property
+    def fusible(self) -> bool:
+        """Whether one graph can hold both branches."""
+        return self.branches == 2 and self.weak_network == "main"
+
+
+MODES: Mapping[GuidanceMode, Mode] = {
+    "none": Mode(1, False, "main", "same"),
+    "cfg": Mode(2, True, "main", "same"),
+    "sg": Mode(2, False, "main", "sparser"),
+    "cfg+sg": Mode(2, True, "main", "sparser"),
+    "autoguidance": Mode(2, False, "weak", "any"),
+}
+"""none: the strong branch alone. cfg: classifier-free guidance. sg: Sparse Guidance (arXiv 2601.01608). cfg+sg: both.
+autoguidance: an earlier checkpoint as the weak branch (Karras et al. 2024)."""
+
+
+@dataclass(frozen=True, slots=True)
 class GuidancePlan(Strict):
     """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7 and 8.
 
-    none: the strong branch alone. cfg: the weak branch has no class, at the same sparsity. sg: the weak branch has
-    the same class, at a higher sparsity. cfg+sg: no class and a higher sparsity. autoguidance: the weak branch is
-    another, earlier checkpoint, with the same class, at any sparsity (Karras et al. 2024).
-
+    mode: see `MODES`.
     A sparsity or scale that has a `_last` changes along a cosine from the one in the first step to that in the last,
     sparsities by way of those that were built. interval: lowest and highest time (t, or sigma of an edm model) between
     which guidance applies; outside, the strong branch runs alone (Kynkäänniemi et al. 2024).
@@ -42,8 +77,8 @@ class GuidancePlan(Strict):
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(GuidanceMode):
-            raise UsageError(f"guidance: expected one of {', '.join(get_args(GuidanceMode))}, found {self.mode!r}")
+        if self.mode not in MODES:
+            raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {self.mode!r}")
         for scale in (self.scale, self.scale_last):
             if scale is not None and not abs(scale) <= FLOAT32_MAX:
                 raise UsageError(f"scale: expected a finite float32 number, found {scale}")
@@ -54,26 +89,21 @@ class GuidancePlan(Strict):
             )
         strong, weak = self.strong.sparsity, self.weak.sparsity
         constant = self.strong_last is None and self.weak_last is None
-        if self.mode in ("sg", "cfg+sg") and constant and self.weak.keep >= self.strong.keep:
+        if self.row.weak_level == "sparser" and constant and self.weak.keep >= self.strong.keep:
             raise UsageError(
                 f"{self.mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak:g} "
                 f"(weak, {self.weak.keep} tokens) and {strong:g} (strong, {self.strong.keep} tokens); "
                 f"raise --sparsity or lower --strong-sparsity"
             )
-        if self.mode in ("none", "cfg") and (self.weak, self.weak_last) != (self.strong, self.strong_last):
+        if self.row.weak_level == "same" and (self.weak, self.weak_last) != (self.strong, self.strong_last):
             raise UsageError(
                 f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
             )
 
     @property
-    def null_weak(self) -> bool:
-        """Whether the weak branch has no class."""
-        return self.mode in ("cfg", "cfg+sg")
-
-    @property
-    def weak_network(self) -> NetworkName:
-        """The network of the weak branch."""
-        return "weak" if self.mode == "autoguidance" else "main"
+    def row(self) -> Mode:
+        """The row of the plan's mode in `MODES`."""
+        return MODES[self.mode]
 
 
 @dataclass(frozen=True, slots=True)

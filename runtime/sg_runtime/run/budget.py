@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from sg_runtime.devices.memory import aligned
 from sg_runtime.manifest import Manifest
-from sg_runtime.run.workspace import LATENTS, LAUNCHES, SCALARS
+from sg_runtime.run.workspace import LATENTS, LAUNCHES
+from sg_runtime.vocabulary import SCALARS
 
 
 def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) -> int:

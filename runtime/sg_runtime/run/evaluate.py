@@ -10,7 +10,7 @@ from sg_runtime.backends.base import Lane
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GraphFacts, Manifest, NetworkName
-from sg_runtime.run.launches import Launch, launches, weak_branch
+from sg_runtime.run.launches import Kept, Launch, launches
 from sg_runtime.run.prepared import PreparedRun
 
 
@@ -38,20 +38,20 @@ class GraphRunner:
         found: DeviceArray = table[: len(t)]
         return found
 
-    def prediction(self, x: DeviceArray, plan: PreparedRun, index: int) -> DeviceArray:
-        """The guided prediction, by the graph that holds both branches where there is one."""
-        runs = launches(self.manifest, plan, index, 0.0, 1.0, 0.0)
-        if len(runs) == 1:
-            return self._run(runs[0], x, index, "prediction")
-        part = self._run(runs[0], x, index, "next", r=x)
-        return self._run(runs[1], x, index, "next", r=part)
+    def prediction(self, x: DeviceArray, run: PreparedRun, index: int) -> DeviceArray:
+        """The guided prediction of an evaluation, by the graph that holds both branches if there is one."""
+        parts = launches(self.manifest, run, index, 0.0, 1.0, 0.0)
+        if len(parts) == 1:
+            return self._run(parts[0], x, "prediction")
+        partial_sum = self._run(parts[0], x, "next", r=x)
+        return self._run(parts[1], x, "next", r=partial_sum)
 
-    def branches(self, x: DeviceArray, plan: PreparedRun, index: int) -> tuple[DeviceArray, DeviceArray]:
+    def branches(self, x: DeviceArray, run: PreparedRun, index: int) -> tuple[DeviceArray, DeviceArray]:
         """The predictions of the strong and the weak branch, each by its own graph."""
-        if weak_branch(plan, index) is None:
-            raise UsageError("return_branches: expected guidance with two branches, found the strong one alone")
-        strong, weak = launches(self.manifest, plan, index, 0.0, 1.0, 0.0, fused=False)
-        return self._run(strong, x, index, "prediction"), self._run(weak, x, index, "prediction")
+        if len(run.active(index)) == 1:
+            raise UsageError("branches: expected guidance with two branches, found the strong one alone")
+        strong, weak = launches(self.manifest, run, index, 0.0, 1.0, 0.0, fused=False)
+        return self._run(strong, x, "prediction"), self._run(weak, x, "prediction")
 
     def groups(self, images: int) -> Iterator[Indices]:
         """Image indices of each engine run, all of one length; the last image fills up the last group."""
@@ -61,34 +61,29 @@ class GraphRunner:
         for start in range(0, images, rows):
             yield np.minimum(np.arange(start, start + rows), images - 1)
 
-    def _run(
-        self, launch: Launch, x: DeviceArray, index: int, output: str, r: DeviceArray | None = None
-    ) -> DeviceArray:
+    def _run(self, launch: Launch, x: DeviceArray, output: str, r: DeviceArray | None = None) -> DeviceArray:
         """The output of a launch for all images of x, in groups."""
         memory = self.lane.memory
         result = memory.empty(x.shape, np.float32)
         for group in self.groups(x.shape[0]):
             first, images = int(group[0]), len(np.unique(group))
-            feeds = self.feeds(launch, x, x if r is None else r, index, group)
+            feeds = self.feeds(launch, x, x if r is None else r, group)
             part: DeviceArray = memory.empty((len(group), *x.shape[1:]), np.float32)
             run_once(self.lane, launch.graph, feeds, {output: part})
             memory.copy(part[:images], result[first : first + images])
         return result
 
-    def feeds(
-        self, launch: Launch, x: DeviceArray, r: DeviceArray, index: int, group: Indices
-    ) -> dict[str, DeviceArray]:
+    def feeds(self, launch: Launch, x: DeviceArray, r: DeviceArray, group: Indices) -> dict[str, DeviceArray]:
         """All inputs of a launch for the images `group` of x and r (B, C, H, W)."""
-        memory, facts = self.lane.memory, self.manifest.model
-        feeds: dict[str, Any] = dict(launch.scalars(facts.prediction))
+        memory = self.lane.memory
+        feeds: dict[str, Any] = dict(launch.scalars(self.manifest.model.prediction))
         feeds |= {"x": self._rows(x, group), "r": self._rows(r, group)}
-        for name, branch in launch.modulations.items():
-            feeds[name] = memory.empty((len(group), facts.modulations), np.float32)
-            memory.take(branch.modulations[index], branch.rows[group], feeds[name])
-        for name, branch in launch.keeps.items():
-            keep = branch.keep[index]
-            assert keep is not None
-            feeds[name] = keep[group]
+        for name, source in launch.inputs.items():
+            if isinstance(source, Kept):
+                feeds[name] = source.keep[group]
+            else:
+                feeds[name] = memory.empty((len(group), *source.values.shape[1:]), np.float32)
+                memory.take(source.values, source.rows[group], feeds[name])
         return feeds
 
     def _rows(self, array: DeviceArray, group: Indices) -> DeviceArray:

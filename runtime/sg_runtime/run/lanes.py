@@ -98,7 +98,7 @@ class LaneState:
                     f"evaluations at a time need {needed / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free; "
                     f"{fitting(self._manifest, self._batches, batch, evaluations, separate, free)}"
                 )
-            self._workspaces[key] = Workspace(self.lane, self._manifest, *key)
+            self._workspaces[key] = Workspace(self.lane, self._manifest, batch, evaluations)
         self._workspaces.move_to_end(key)
         while len(self._workspaces) > WORKSPACES:
             self._workspaces.popitem(last=False)

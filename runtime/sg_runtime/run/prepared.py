@@ -1,6 +1,6 @@
-"""What the evaluations of a run need beside the latent: conditioning and token subsets, computed before the loop."""
+"""What the evaluations of a run need besides the latent: conditioning and kept tokens, computed before the loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,99 +10,131 @@ from sg_runtime.arrays import Array, Indices
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName
-from sg_runtime.sampling import precondition
+from sg_runtime.sampling import Update, precondition
 
 Condition = Callable[[NetworkName, Array, Indices], DeviceArray]
 """(network, t (S,), classes (S,)) → modulations (S, M)."""
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedBranch:
-    """One branch of E evaluations of B images.
+class Batch:
+    """The images of a run. labels: (B,) int64 class indices. seeds: one per image."""
 
-    modulations: (E, U, M) float32 on the device, a row per evaluation and distinct class. rows: (B,) int64, each
-    image's row among the U. levels: the sparsity of each evaluation, None where the branch does not run. keep: (B, K)
-    int64 sorted for each evaluation, None where the branch keeps all tokens or does not run.
+    labels: Indices
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A table of distinct rows, and the row of each image.
+
+    values: (E, U, M) float32 on the device, U rows per evaluation. rows: (B,) int64, each image's row.
+    """
+
+    values: DeviceArray
+    rows: Indices
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBranch:
+    """One branch in E evaluations of B images.
+
+    network: the network that it runs.
+    held: what it holds, by the names in `vocabulary.HELD`.
+    levels: its sparsity in each evaluation, None if it does not run there.
+    keep: (B, K) int64 sorted in each evaluation, None if it keeps all tokens or does not run.
     """
 
     network: NetworkName
-    modulations: DeviceArray
-    rows: Indices
+    held: Mapping[str, Rows]
     levels: tuple[Level | None, ...]
     keep: tuple[Indices | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """All that E evaluations of B images need beside the latent.
+    """All that E evaluations of B images need besides the latent.
 
-    times: t, or sigma of an edm model. null_weak: whether the weak branch has no class. weak: None where none runs.
+    guidance: what guides the run.
+    times: t, or sigma of an edm model.
+    scales: the guidance scale of each evaluation.
+    branches: the strong branch, and the weak one if the guidance has one.
     """
 
+    guidance: GuidancePlan
     times: tuple[float, ...]
     scales: tuple[float, ...]
-    null_weak: bool
-    strong: PreparedBranch
-    weak: PreparedBranch | None
+    branches: tuple[PreparedBranch, ...]
+
+    @property
+    def strong(self) -> PreparedBranch:
+        """The strong branch."""
+        return self.branches[0]
+
+    @property
+    def weak(self) -> PreparedBranch | None:
+        """The weak branch, if there is one."""
+        return self.branches[1] if len(self.branches) > 1 else None
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(next(iter(self.strong.held.values())).rows)
+
+    def active(self, index: int) -> tuple[PreparedBranch, ...]:
+        """The branches that run in an evaluation."""
+        return tuple(branch for branch in self.branches if branch.levels[index] is not None)
 
 
 def prepare(
     manifest: Manifest,
     condition: Condition,
     guidance: GuidancePlan,
-    times: Sequence[float],
-    labels: Indices,
-    seeds: Sequence[int],
-    counters: Sequence[tuple[int, int]],
-    last_step: int,
+    updates: Sequence[Update],
+    batch: Batch,
+    last_step: int | None = None,
 ) -> PreparedRun:
-    """The plan of evaluations at `times` for classes `labels` (B,) and `seeds`, one of each per image.
+    """Compute the conditioning and the kept tokens of the evaluations of `updates` for the images of `batch`.
 
-    counters: (step, evaluation) of each, for its random subsets. last_step: where sparsities that change end.
+    last_step: the step where sparsities and scales that change end, by default the last of these.
     """
     model = manifest.model
-    table = guidance_table(
-        guidance,
-        times,
-        [step for step, _ in counters],
-        last_step,
-        levels(manifest),
-        levels(manifest, guidance.weak_network),
-    )
-    t = np.array([precondition(model.prediction, time).t for time in times], np.float32)
+    row = guidance.row
+    table = guidance_table(guidance, updates, levels(manifest), levels(manifest, row.weak_network), last_step)
+    t = np.array([precondition(model.prediction, update.time).t for update in updates], np.float32)
 
     def modulations(network: NetworkName, classes: Indices) -> DeviceArray:
         rows = condition(network, np.repeat(t, len(classes)), np.tile(classes, len(t)))
         found: DeviceArray = rows.reshape((len(t), len(classes), model.modulations))
         return found
 
-    def branch(
-        number: int, network: NetworkName, rows: DeviceArray, own: Indices, chosen: tuple[Level | None, ...]
-    ) -> PreparedBranch:
+    def branch(number: int, network: NetworkName, rows: Rows, chosen: tuple[Level | None, ...]) -> PreparedBranch:
         keep = tuple(
-            None if level is None else _subsets(model.tokens, level.keep, seeds, counter, number)
-            for level, counter in zip(chosen, counters, strict=True)
+            None if level is None else _kept_tokens(model.tokens, level.keep, batch.seeds, update, number)
+            for level, update in zip(chosen, updates, strict=True)
         )
-        return PreparedBranch(network, rows, own, chosen, keep)
+        return PreparedBranch(network, {"modulations": rows}, chosen, keep)
 
-    null, network = guidance.null_weak, guidance.weak_network
-    distinct, rows = np.unique(np.append(labels, model.num_classes) if null else labels, return_inverse=True)
-    own = rows[: len(labels)]
+    classes = np.append(batch.labels, model.num_classes) if row.null_weak else batch.labels
+    distinct, places = np.unique(classes, return_inverse=True)
+    images = places[: len(batch.labels)]
     main = modulations("main", distinct)
-    strong = branch(philox.STRONG, "main", main, own, tuple(guided.strong for guided in table))
-    weak = None
-    if guidance.mode != "none":
-        theirs = main if network == "main" else modulations(network, distinct)
-        weak_rows = np.full_like(own, rows[-1]) if null else own
-        weak = branch(philox.WEAK, network, theirs, weak_rows, tuple(guided.weak for guided in table))
-    return PreparedRun(tuple(times), tuple(guided.scale for guided in table), null, strong, weak)
+    branches = [branch(philox.STRONG, "main", Rows(main, images), tuple(guided.strong for guided in table))]
+    if row.branches == 2:
+        values = main if row.weak_network == "main" else modulations(row.weak_network, distinct)
+        weak = Rows(values, np.full_like(images, places[-1]) if row.null_weak else images)
+        branches.append(branch(philox.WEAK, row.weak_network, weak, tuple(guided.weak for guided in table)))
+    return PreparedRun(
+        guidance,
+        tuple(update.time for update in updates),
+        tuple(guided.scale for guided in table),
+        tuple(branches),
+    )
 
 
-def _subsets(tokens: int, keep: int, seeds: Sequence[int], counter: tuple[int, int], branch: int) -> Indices | None:
-    """Each image's subset (B, K) in the evaluation `counter`, or None for all tokens."""
+def _kept_tokens(tokens: int, keep: int, seeds: Sequence[int], update: Update, branch: int) -> Indices | None:
+    """Each image's kept tokens (B, K) in an evaluation, or None for all tokens."""
     if keep == tokens:
         return None
-    step, evaluation = counter
-    return np.stack(
-        [philox.subset(seed, tokens, keep, step=step, evaluation=evaluation, branch=branch) for seed in seeds]
-    )
+    at = {"step": update.step, "evaluation": update.evaluation, "branch": branch}
+    return np.stack([philox.subset(seed, tokens, keep, **at) for seed in seeds])

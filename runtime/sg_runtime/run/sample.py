@@ -14,7 +14,7 @@ from sg_runtime.manifest import GuidancePlan, Manifest
 from sg_runtime.run.budget import largest, run_bytes
 from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LaneState
-from sg_runtime.run.prepared import prepare
+from sg_runtime.run.prepared import Batch, prepare
 from sg_runtime.sampling import Update
 
 CHUNK_BYTES = 256 << 20
@@ -23,7 +23,7 @@ CHUNK_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How to sample: guidance, the updates of `steps` steps from the time `start` on, and what `Pipeline` was told.
+    """How to sample: guidance, the updates from the time `start` on, and what `Pipeline` was told.
 
     chunk: evaluations whose conditioning is held at a time, None for what CHUNK_BYTES hold.
     """
@@ -31,7 +31,6 @@ class Run:
     guidance: GuidancePlan
     start: float
     updates: tuple[Update, ...]
-    steps: int
     fused: bool
     chunk: int | None
 
@@ -49,20 +48,17 @@ def sample_group(
 
     done: called when an evaluation has been asked for. Raises DeviceMemoryError with what would fit.
     """
-    separate = run.guidance.null_weak or run.guidance.weak_network == "weak"
+    separate = run.guidance.row.separate
+    batch = Batch(labels, seeds)
     size = _chunk(manifest, run, len(labels), separate)
     workspace = leased.workspace(len(labels), size, separate)
     workspace.start(np.float32(run.start) * noise(manifest, seeds, philox.INITIAL_NOISE))
     try:
         for first in range(0, len(run.updates), size):
             part = run.updates[first : first + size]
-            counters = [(update.step, update.evaluation) for update in part]
-            times = [update.time for update in part]
-            plan = prepare(
-                manifest, runner.condition, run.guidance, times, labels, seeds, counters, last_step=run.steps - 1
-            )
-            workspace.advance(plan, part, done, lambda step: noise(manifest, seeds, philox.CHURN, step), run.fused)
-            del plan  # before the next is made
+            prepared = prepare(manifest, runner.condition, run.guidance, part, batch, last_step=run.updates[-1].step)
+            workspace.advance(prepared, part, done, lambda step: noise(manifest, seeds, philox.CHURN, step), run.fused)
+            del prepared  # before the next one is made
     except DeviceMemoryError as error:
         smaller = [size for size in runner.batches or (len(labels) // 2,) if 0 < size < len(labels)]
         remedy = f"try Pipeline.load(…, batch={max(smaller)})" if smaller else "free some memory"

@@ -3,50 +3,44 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from sg_runtime.arrays import Array
 from sg_runtime.backends.base import Call, CallSequence, Lane
 from sg_runtime.devices.memory import DeviceArray, Table
 from sg_runtime.manifest import Manifest
-from sg_runtime.run.launches import Launch, launches
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun
+from sg_runtime.run.launches import Held, Kept, Launch, launches
+from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import Update
+from sg_runtime.vocabulary import SCALARS
 
 Noise = Callable[[int], Array]
 """step → standard normal numbers like the state."""
 
-Key = tuple[str | int | bool, ...]
-"""What a launch is bound to: graph, place in the tables, and states."""
+Key = tuple[object, ...]
+"""What a launch is bound to: its graph, its place in the tables, and the states that it reads and writes."""
 
 LATENTS = 4
-"""Buffers for states: that of now, that at the step's start, a half-made sum, and the one that is being written."""
+"""Latent buffers: current state, state at the start of the step, partial sum of a two-graph step, output."""
 
-SCALARS = ("scale", "c_in", "c_skip", "c_out", "a", "b", "e")
 LAUNCHES = 2
-"""Most runs of graphs in one evaluation."""
+"""Most launches in one evaluation."""
 
 
 class Workspace:
-    """Buffers at fixed addresses for runs of `batch` images, the conditioning of `evaluations` of them at a time.
+    """Buffers at fixed addresses for runs of `batch` images with the conditioning of `evaluations` of them at a time.
 
-    Every evaluation reads its modulations, kept tokens and scalars at a place of its own in tables; the state goes
-    from buffer to buffer, each run of a graph writing where the next one reads. So launches are bound once, and made
-    again in every run. separate: whether the weak branch has modulations of its own.
+    Each evaluation has its own row in the tables, and each graph run writes the buffer that the next one reads.
+    Addresses never change, so a launch is bound once and replayed in every later run.
     """
 
-    def __init__(self, lane: Lane, manifest: Manifest, batch: int, evaluations: int, separate: bool) -> None:
-        """Raises DeviceMemoryError where the memory does not suffice."""
-        model = manifest.model
-        self._lane, self._manifest, self._batch = lane, manifest, batch
-        self._evaluations, self._separate = evaluations, separate
-        latent = (batch, *model.latent)
-        memory = lane.memory
-        self._latents: list[DeviceArray] = [memory.empty(latent, np.float32) for _ in range(LATENTS)]
-        rows = (batch, model.modulations)
-        self._modulations = [Table(memory, evaluations, rows, np.float32) for _ in range(1 + separate)]
-        self._keeps: dict[tuple[bool, int], Table] = {}
-        self._scalars = Table(memory, evaluations * LAUNCHES * len(SCALARS), (), np.float32)
+    def __init__(self, lane: Lane, manifest: Manifest, batch: int, evaluations: int) -> None:
+        """Raises DeviceMemoryError if the memory does not suffice."""
+        latent = (batch, *manifest.model.latent)
+        self._lane, self._manifest, self._evaluations = lane, manifest, evaluations
+        self._latents: list[DeviceArray] = [lane.memory.empty(latent, np.float32) for _ in range(LATENTS)]
+        self._scalars = Table(lane.memory, evaluations * LAUNCHES * len(SCALARS), (), np.float32)
+        self._tables: dict[str, Table] = {}
         self._calls: dict[Key, Call] = {}
         self._sequences: dict[tuple[Key, ...], CallSequence] = {}
         self._state = self._start = 0
@@ -57,17 +51,18 @@ class Workspace:
         self._lane.memory.upload(x, self._latents[0])
 
     def advance(
-        self, plan: PreparedRun, updates: Sequence[Update], done: Callable[[], None], noise: Noise, fused: bool = True
+        self, run: PreparedRun, updates: Sequence[Update], done: Callable[[], None], noise: Noise, fused: bool = True
     ) -> None:
-        """Take the state along the next updates, one for each evaluation of the plan, without waiting for the device.
+        """Take the state along `updates`, one for each evaluation of `run`, without waiting for the device.
 
-        done: called when an evaluation has been asked for. Only where an update adds noise the state comes to the CPU.
+        done: called when an evaluation has been submitted. The state comes to the CPU only where an update adds noise.
+        Raises DeviceMemoryError if the memory does not suffice.
         """
-        sequence = [
-            launches(self._manifest, plan, index, update.a, update.b, update.e, fused=fused)
+        evaluations = [
+            launches(self._manifest, run, index, update.a, update.b, update.e, fused=fused)
             for index, update in enumerate(updates)
         ]
-        self._fill(plan, sequence)
+        self._fill(evaluations)
         keys: list[Key] = []
         last: list[bool] = []
 
@@ -77,7 +72,7 @@ class Workspace:
             keys.clear()
             last.clear()
 
-        for index, (update, runs) in enumerate(zip(updates, sequence, strict=True)):
+        for index, (update, parts) in enumerate(zip(updates, evaluations, strict=True)):
             if update.noise:
                 play()
                 x = self._lane.memory.download(self._latents[self._state])
@@ -85,13 +80,13 @@ class Workspace:
                 self._lane.memory.upload(x, self._latents[self._state])
             if update.evaluation == 0:
                 self._start = self._state
-            part = self._start
-            for number, launch in enumerate(runs):
-                r = part if launch.adds else self._start
-                part = min({*range(LATENTS)} - {self._state, self._start, part})
-                keys.append(self._bound(plan, launch, index, number, r, part))
-                last.append(launch is runs[-1])
-            self._state = part
+            partial_sum = self._start
+            for number, launch in enumerate(parts):
+                r = partial_sum if launch.adds else self._start
+                partial_sum = min({*range(LATENTS)} - {self._state, self._start, partial_sum})
+                keys.append(self._bound(launch, index, number, r, partial_sum))
+                last.append(launch is parts[-1])
+            self._state = partial_sum
         play()
 
     @property
@@ -99,40 +94,41 @@ class Workspace:
         """The state (B, C, H, W) that the run has come to."""
         return self._latents[self._state]
 
-    def _fill(self, plan: PreparedRun, sequence: Sequence[tuple[Launch, ...]]) -> None:
-        """Set the tables: modulations copied on the device, all else in one upload for each table."""
-        memory = self._lane.memory
-        for index, runs in enumerate(sequence):
-            for branch in {id(b): b for launch in runs for b in launch.branches}.values():
-                if branch is plan.strong or self._separate:
-                    memory.take(branch.modulations[index], branch.rows, self._table(plan, branch)[index])
-        chosen: dict[tuple[bool, int], dict[int, NDArray[np.int64]]] = {}
+    def _fill(self, evaluations: Sequence[Sequence[Launch]]) -> None:
+        """Set the tables: held rows are gathered on the device, all else takes one upload per table."""
+        uploads: dict[str, dict[int, NDArray[np.int64]]] = {}
+        gathered: dict[tuple[str, int], Held] = {}
         scalars: dict[int, NDArray[np.float32]] = {}
-        for index, runs in enumerate(sequence):
-            for number, launch in enumerate(runs):
-                for branch in launch.keeps.values():
-                    keep = branch.keep[index]
-                    assert keep is not None
-                    chosen.setdefault((branch is plan.weak, keep.shape[1]), {})[index] = keep
+        for index, parts in enumerate(evaluations):
+            for number, launch in enumerate(parts):
+                for source in launch.inputs.values():
+                    if isinstance(source, Kept):
+                        uploads.setdefault(source.table, {})[index] = source.keep
+                    else:
+                        gathered[source.table, index] = source
                 for name, value in launch.scalars(self._manifest.model.prediction).items():
                     scalars[self._scalar(index, number, name)] = value
-        for key, rows in chosen.items():
-            if key not in self._keeps:
-                self._keeps[key] = Table(memory, self._evaluations, (self._batch, key[1]), np.int64)
-            self._keeps[key].upload(rows)
+        for (table, index), held in gathered.items():
+            shape = (len(held.rows), *held.values.shape[1:])
+            self._lane.memory.take(held.values, held.rows, self._table(table, shape, np.float32)[index])
+        for table, rows in uploads.items():
+            self._table(table, next(iter(rows.values())).shape, np.int64).upload(rows)
         self._scalars.upload(scalars)
 
-    def _bound(self, plan: PreparedRun, launch: Launch, index: int, number: int, r: int, target: int) -> Key:
-        """The key of the launch over the buffers, which is bound when first met."""
-        key = (launch.graph.name, index, number, launch.branches[0] is plan.weak, self._state, r, target)
+    def _table(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Table:
+        """The table of this name, with a row of `shape` for each evaluation."""
+        if name not in self._tables:
+            self._tables[name] = Table(self._lane.memory, self._evaluations, shape, dtype)
+        return self._tables[name]
+
+    def _bound(self, launch: Launch, index: int, number: int, r: int, target: int) -> Key:
+        """The key of the launch over the buffers; it is bound when first met."""
+        tables = tuple(source.table for source in launch.inputs.values())
+        key = (launch.graph.name, tables, index, number, self._state, r, target)
         if key not in self._calls:
             inputs: dict[str, DeviceArray] = {"x": self._latents[self._state], "r": self._latents[r]}
-            for name, branch in launch.modulations.items():
-                inputs[name] = self._table(plan, branch)[index]
-            for name, branch in launch.keeps.items():
-                keep = branch.keep[index]
-                assert keep is not None
-                inputs[name] = self._keeps[branch is plan.weak, keep.shape[1]][index]
+            for name, source in launch.inputs.items():
+                inputs[name] = self._tables[source.table][index]
             for name in launch.scalars(self._manifest.model.prediction):
                 inputs[name] = self._scalars[self._scalar(index, number, name)]
             outputs = {"next": self._latents[target]}
@@ -144,9 +140,6 @@ class Workspace:
         if keys not in self._sequences:
             self._sequences[keys] = self._lane.sequence([self._calls[key] for key in keys])
         return self._sequences[keys]
-
-    def _table(self, plan: PreparedRun, branch: PreparedBranch) -> Table:
-        return self._modulations[-1 if branch is plan.weak else 0]
 
     def _scalar(self, index: int, number: int, name: str) -> int:
         return (index * LAUNCHES + number) * len(SCALARS) + SCALARS.index(name)

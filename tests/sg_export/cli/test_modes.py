@@ -114,7 +114,7 @@ def test_generate_of_every_mode_is_what_two_passes_give(
         manifest.sampling.sampler,
         weak=load_weak(built.with_name(WEAK), loaded, None) if mode.plan.mode == "autoguidance" else None,
         levels=levels(manifest),
-        weak_levels=levels(manifest, mode.plan.weak_network),
+        weak_levels=levels(manifest, mode.plan.row.weak_network),
         karras=manifest.sampling.karras,
     )
     assert np.linalg.norm(np.load(tmp_path / "x.npy") - wanted) <= BOUND * np.linalg.norm(wanted)

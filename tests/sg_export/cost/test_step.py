@@ -107,7 +107,7 @@ def test_step_costs_of_the_published_network_show_its_figures(
     strong: Level, weak: Level, expected: dict[str, float | None], tiny_bundle: Path
 ) -> None:
     manifest = opened(tiny_bundle)
-    shape = {"depth": 28, "width": 1152, "tokens": 256, "channels": 4, "patch": 2}
+    shape = {"depth": 28, "width": 1152, "tokens": 256, "latent": (4, 32, 32), "patch": 2}
     model = replace(manifest.model, route=Route(2, 24), **shape)
     plan = replace(manifest.guidance, strong=strong, weak=weak)
     found = ways(replace(manifest, model=model, guidance=plan))

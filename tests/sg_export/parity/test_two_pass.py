@@ -264,7 +264,7 @@ def test_sample_equals_the_runtime(
         sampler,
         weak=earlier if name == "tiny_autoguidance" else None,
         levels=levels(manifest),
-        weak_levels=levels(manifest, manifest.guidance.weak_network),
+        weak_levels=levels(manifest, manifest.guidance.row.weak_network),
         karras=manifest.sampling.karras,
         churn=churn,
     )

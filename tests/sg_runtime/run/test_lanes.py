@@ -219,7 +219,7 @@ def test_lease_of_a_device_that_is_lost_says_so_from_then_on(pipe: Pipeline, tur
     calls: list[Callable[[], object]] = [
         lambda: pipe.sample([0], [0], steps=1),
         lambda: pipe.prepare([1.0], [0], [0]),
-        lambda: pipe.guided(x, 0.5, [0]),
+        lambda: pipe.guided(x, pipe.prepare_once(0.5, [0])),
         pipe.warmup,
     ]
     for call in calls * 2:
@@ -230,8 +230,8 @@ def test_lease_of_a_device_that_is_lost_says_so_from_then_on(pipe: Pipeline, tur
 
 def test_lease_of_a_device_that_lives_keeps_the_error(pipe: Pipeline, turns: Turns) -> None:
     turns.memory = LostMemory()
-    with pytest.raises(UsageError, match="return_branches"):
-        pipe.guided(pipe.initial_noise([0]), 0.5, [0], guidance=pipe.guidance("none"), return_branches=True)
+    with pytest.raises(UsageError, match=r"^branches: expected"):
+        pipe.branches(pipe.initial_noise([0]), pipe.prepare_once(0.5, [0], guidance=pipe.guidance("none")))
     assert pipe.sample([0], [0], steps=1).shape == (1, 2, 8, 8)
 
 

@@ -21,7 +21,7 @@ from sg_runtime.errors import UsageError
 from sg_runtime.guidance import choose, guide
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, read_manifest
 from sg_runtime.run.evaluate import GraphRunner
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun, prepare
+from sg_runtime.run.prepared import Batch, PreparedBranch, PreparedRun, Rows, prepare
 from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Update, precondition
 
@@ -116,16 +116,12 @@ class Setup:
         self.guidance = guidance or choose(self.manifest, scale=1.7, **chosen)
         times = [TIMES[self.manifest.model.prediction]] if times is None else times
         self.labels, self.seeds = np.resize(LABELS, images), [*SEEDS, *range(images)][:images]
-        counters = [(step, 0) for step in range(len(times))]
         self.plan: PreparedRun = prepare(
             self.manifest,
             self.runner.condition,
             self.guidance,
-            times,
-            self.labels,
-            self.seeds,
-            counters,
-            len(times) - 1,
+            [Update(step, 0, time, 0.0, 1.0, 0.0) for step, time in enumerate(times)],
+            Batch(self.labels, self.seeds),
         )
         self.recorder.runs.clear()
         rng = np.random.default_rng(4)
@@ -144,11 +140,9 @@ class Setup:
             self.plan,
             times=tuple(self.plan.times[k] for k in one),
             scales=tuple(self.plan.scales[k] for k in one),
-            strong=at(self.plan.strong, one),
-            weak=self.plan.weak and at(self.plan.weak, one),
+            branches=tuple(at(branch, one) for branch in self.plan.branches),
         )
-        separate = self.guidance.null_weak or self.guidance.weak_network == "weak"
-        workspace = Workspace(self.recorder.lane(), manifest or self.manifest, len(self.x), 2, separate)
+        workspace = Workspace(self.recorder.lane(), manifest or self.manifest, len(self.x), 2)
         workspace.start(self.tail.r)
         updates = [
             Update(0, 0, plan.times[0], 0.5, 0.0, 0.0),
@@ -188,7 +182,9 @@ def at(branch: PreparedBranch, evaluations: list[int]) -> PreparedBranch:
     """A branch in these evaluations alone."""
     return replace(
         branch,
-        modulations=np.stack([branch.modulations[k] for k in evaluations]),
+        held={
+            name: Rows(np.stack([held.values[k] for k in evaluations]), held.rows) for name, held in branch.held.items()
+        },
         levels=tuple(branch.levels[k] for k in evaluations),
         keep=tuple(branch.keep[k] for k in evaluations),
     )
@@ -222,7 +218,7 @@ def test_advance_of_any_mode_is_the_formula(
 
     weak = own.plan.weak
     assert weak is not None
-    weak_labels = np.full(3, 5) if own.guidance.null_weak else own.labels
+    weak_labels = np.full(3, 5) if own.guidance.row.null_weak else own.labels
     prediction = guide(own.pytorch(own.plan.strong, own.labels), own.pytorch(weak, weak_labels), 1.7)
     assert distance(found, own.following(prediction)) < CLOSE
 
@@ -288,7 +284,7 @@ def test_branches_without_guidance_are_refused(record: Callable[[Path], Any], ti
     own = Setup(tiny_bundle, record, mode="none")
     with pytest.raises(UsageError) as caught:
         own.runner.branches(own.x, own.plan, 0)
-    assert str(caught.value) == "return_branches: expected guidance with two branches, found the strong one alone"
+    assert str(caught.value) == "branches: expected guidance with two branches, found the strong one alone"
 
 
 def test_advance_in_two_runs_shares_the_update_between_them(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
@@ -368,7 +364,7 @@ def test_advance_outside_of_the_interval_runs_the_strong_branch_alone(
 
 def test_branches_outside_of_the_interval_are_refused(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
     own = Setup(tiny_bundle, record, times=[0.9, 0.5], interval=(0.4, 0.6))
-    with pytest.raises(UsageError, match="return_branches: expected guidance with two branches, found the strong one"):
+    with pytest.raises(UsageError, match="branches: expected guidance with two branches, found the strong one"):
         own.runner.branches(own.x, own.plan, 0)
     assert len(own.runner.branches(own.x, own.plan, 1)) == 2
 
@@ -506,7 +502,7 @@ def test_advance_of_given_subsets_feeds_them(record: Callable[[Path], Any], tiny
     weak = own.plan.weak
     assert weak is not None
     keep = np.stack([philox.subset(seed, 16, 8, step=5, evaluation=0, branch=philox.WEAK) for seed in SEEDS])
-    own.plan = replace(own.plan, weak=replace(weak, keep=(keep,)))
+    own.plan = replace(own.plan, branches=(own.plan.strong, replace(weak, keep=(keep,))))
     own.advance()
     (run,) = own.recorder.runs
     np.testing.assert_array_equal(run.feeds["keep_weak"], keep)

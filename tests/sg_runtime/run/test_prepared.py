@@ -16,7 +16,8 @@ from sg_runtime import philox
 from sg_runtime.guidance import choose
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName, read_manifest
 from sg_runtime.run.evaluate import GraphRunner
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun, prepare
+from sg_runtime.run.prepared import Batch, PreparedBranch, PreparedRun, prepare
+from sg_runtime.sampling import Update
 
 TOKENS, NO_CLASS = 16, 5
 LABELS, SEEDS = np.array([3, NO_CLASS, 0, 3]), [7, 8, 9, 2**64 - 1]
@@ -47,10 +48,8 @@ class Setup:
             self.manifest,
             self.condition,
             guidance or self.manifest.guidance,
-            times,
-            labels,
-            seeds,
-            counters,
+            [Update(*counter, time, 0.0, 1.0, 0.0) for counter, time in zip(counters, times, strict=True)],
+            Batch(labels, seeds),
             last_step,
         )
 
@@ -92,12 +91,12 @@ def test_prepare_of_sg_shares_the_conditioning(setup: Callable[[Path], Setup], t
     own = setup(tiny_bundle)
     plan = own.plan()
     assert plan.weak is not None
-    assert plan.weak.modulations is plan.strong.modulations
-    assert plan.strong.modulations.dtype == np.float32
-    assert plan.strong.rows.tolist() == plan.weak.rows.tolist() == [1, 2, 0, 1]
+    assert plan.weak.held["modulations"].values is plan.strong.held["modulations"].values
+    assert plan.strong.held["modulations"].values.dtype == np.float32
+    assert plan.strong.held["modulations"].rows.tolist() == plan.weak.held["modulations"].rows.tolist() == [1, 2, 0, 1]
     assert own.recorder.names == ["condition"]
-    np.testing.assert_array_equal(plan.strong.modulations, own.rows("main", TIMES, [0, 3, NO_CLASS]))
-    assert (plan.times, plan.scales, plan.null_weak) == (tuple(TIMES), (2.0,) * 4, False)
+    np.testing.assert_array_equal(plan.strong.held["modulations"].values, own.rows("main", TIMES, [0, 3, NO_CLASS]))
+    assert (plan.times, plan.scales, plan.guidance) == (tuple(TIMES), (2.0,) * 4, own.manifest.guidance)
     assert (plan.strong.network, plan.weak.network) == ("main", "main")
     assert (plan.strong.levels, plan.weak.levels) == ((DENSE,) * 4, (HALF,) * 4)
     check_subsets(plan.strong, philox.STRONG)
@@ -108,8 +107,7 @@ def test_prepare_of_no_guidance_has_no_weak_branch(setup: Callable[[Path], Setup
     own = setup(tiny_bundle)
     plan = own.plan(choose(own.manifest, mode="none", strong_sparsity=0.25))
     assert plan.weak is None
-    assert not plan.null_weak
-    assert plan.strong.modulations.shape == (4, 3, own.manifest.model.modulations)
+    assert plan.strong.held["modulations"].values.shape == (4, 3, own.manifest.model.modulations)
     assert plan.strong.levels == (QUARTER,) * 4
     check_subsets(plan.strong, philox.STRONG)
 
@@ -122,12 +120,11 @@ def test_prepare_of_a_weak_branch_without_a_class_adds_its_row(
     own = setup(request.getfixturevalue(name))
     plan = own.plan(labels=np.array([3, 4, 0, 3]))
     assert plan.weak is not None
-    assert plan.null_weak
-    assert plan.weak.modulations is plan.strong.modulations
-    assert plan.strong.rows.tolist() == [1, 2, 0, 1]
-    assert plan.weak.rows.tolist() == [3] * 4
+    assert plan.weak.held["modulations"].values is plan.strong.held["modulations"].values
+    assert plan.strong.held["modulations"].rows.tolist() == [1, 2, 0, 1]
+    assert plan.weak.held["modulations"].rows.tolist() == [3] * 4
     assert own.recorder.names == ["condition"]
-    np.testing.assert_array_equal(plan.strong.modulations, own.rows("main", TIMES, [0, 3, 4, NO_CLASS]))
+    np.testing.assert_array_equal(plan.strong.held["modulations"].values, own.rows("main", TIMES, [0, 3, 4, NO_CLASS]))
     check_subsets(plan.strong, philox.STRONG)
     check_subsets(plan.weak, philox.WEAK)
 
@@ -137,9 +134,9 @@ def test_prepare_of_images_without_a_class_shares_the_row_of_the_weak_branch(
 ) -> None:
     plan = setup(tiny_cfg_bundle).plan()
     assert plan.weak is not None
-    assert plan.strong.modulations.shape[1] == 3
-    assert plan.strong.rows.tolist() == [1, 2, 0, 1]
-    assert plan.weak.rows.tolist() == [2] * 4
+    assert plan.strong.held["modulations"].values.shape[1] == 3
+    assert plan.strong.held["modulations"].rows.tolist() == [1, 2, 0, 1]
+    assert plan.weak.held["modulations"].rows.tolist() == [2] * 4
 
 
 def test_prepare_of_cfg_draws_each_branch_a_subset_of_its_own(
@@ -167,9 +164,11 @@ def test_prepare_of_two_networks_computes_the_rows_of_each(
     assert (plan.strong.network, plan.weak.network) == ("main", "weak")
     assert own.recorder.names == ["condition", "weak-condition"]
     for branch in (plan.strong, plan.weak):
-        assert branch.rows.tolist() == [1, 2, 0, 1]
-        np.testing.assert_array_equal(branch.modulations, own.rows(branch.network, TIMES, [0, 3, NO_CLASS]))
-    assert not np.allclose(plan.strong.modulations, plan.weak.modulations)
+        assert branch.held["modulations"].rows.tolist() == [1, 2, 0, 1]
+        np.testing.assert_array_equal(
+            branch.held["modulations"].values, own.rows(branch.network, TIMES, [0, 3, NO_CLASS])
+        )
+    assert not np.allclose(plan.strong.held["modulations"].values, plan.weak.held["modulations"].values)
     check_subsets(plan.weak, philox.WEAK)
 
 
@@ -270,7 +269,10 @@ def test_prepare_of_an_image_in_any_company_computes_the_same_bits(
     for branch, single in ((plan.strong, alone.strong), (plan.weak, alone.weak)):
         assert branch is not None
         assert single is not None
-        np.testing.assert_array_equal(branch.modulations[-1, branch.rows[place]], single.modulations[0, single.rows[0]])
+        np.testing.assert_array_equal(
+            branch.held["modulations"].values[-1, branch.held["modulations"].rows[place]],
+            single.held["modulations"].values[0, single.held["modulations"].rows[0]],
+        )
         keep, only = branch.keep[-1], single.keep[0]
         assert keep is not None
         assert only is not None

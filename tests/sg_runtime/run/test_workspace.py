@@ -20,7 +20,7 @@ from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, Level, SamplerName, read_manifest
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.budget import run_bytes
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun
+from sg_runtime.run.prepared import PreparedBranch, PreparedRun, Rows
 from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
 
@@ -282,7 +282,7 @@ def test_advance_of_any_updates_is_the_formula(
         keep = tuple(
             np.sort(rng.permuted(np.tile(np.arange(16), (3, 1)), axis=1)[:, :n]) if n else None for n in counts
         )
-        return PreparedBranch("main", modulations, np.array(rows), levels, keep)
+        return PreparedBranch("main", {"modulations": Rows(modulations, np.array(rows))}, levels, keep)
 
     strong, weak = branch([0, 1, 0], [12] * len(run)), branch([0, 1, 0], kept)
     noise = [rng.standard_normal((3, 2, 8, 8)).astype(np.float32) for _ in steps]
@@ -291,19 +291,27 @@ def test_advance_of_any_updates_is_the_formula(
     def advance(index: int, x: Any, r: Any) -> Any:
         scaling = precondition("edm", run[index].time)
         found = [
-            formula(x, modulations[index][b.rows], b.keep[index], scaling.c_in, scaling.c_skip, scaling.c_out)
+            formula(
+                x,
+                modulations[index][b.held["modulations"].rows],
+                b.keep[index],
+                scaling.c_in,
+                scaling.c_skip,
+                scaling.c_out,
+            )
             for b in (strong, weak)
             if b.keep[index] is not None
         ]
         guided = guide(*found, scales[index]) if len(found) == 2 else found[0]
         return run[index].a * x + run[index].b * guided + run[index].e * r
 
-    workspace = Workspace(FormulaLane(), manifest, 3, cuts, False)
+    workspace = Workspace(FormulaLane(), manifest, 3, cuts)
     workspace.start(start)
     done: list[int] = []
     for first in range(0, len(run), cuts):
         part = slice(first, first + cuts)
-        plan = PreparedRun(tuple(u.time for u in run[part]), scales[part], False, cut(strong, part), cut(weak, part))
+        branches = cut(strong, part), cut(weak, part)
+        plan = PreparedRun(manifest.guidance, tuple(u.time for u in run[part]), scales[part], branches)
         workspace.advance(plan, run[part], lambda: done.append(1), lambda step: noise[step], fused)
     assert len(done) == len(run)
     # Float32 against mostly float64, in ten updates of size 1.
@@ -312,7 +320,8 @@ def test_advance_of_any_updates_is_the_formula(
 
 def cut(branch: PreparedBranch, part: slice) -> PreparedBranch:
     """A branch in some of its evaluations."""
-    return replace(branch, modulations=branch.modulations[part], levels=branch.levels[part], keep=branch.keep[part])
+    held = {name: Rows(rows.values[part], rows.rows) for name, rows in branch.held.items()}
+    return replace(branch, held=held, levels=branch.levels[part], keep=branch.keep[part])
 
 
 # Piece by piece
@@ -371,7 +380,7 @@ def test_run_bytes_is_what_a_run_holds_at_most(
     pipe, backend = watched("tiny_bundle", chunk, batch)
     guidance = pipe.guidance(**chosen)
     samples = pipe.sample(range(batch), range(batch), steps=steps, sampler="euler", guidance=guidance)
-    needed = run_bytes(pipe.bundle.manifest, batch, chunk or steps, guidance.null_weak)
+    needed = run_bytes(pipe.bundle.manifest, batch, chunk or steps, guidance.row.null_weak)
     held = backend.memory.peak - samples.nbytes
     assert held <= needed
     assert needed <= 2 * held

@@ -1,15 +1,18 @@
-"""A guided step of DiT-XL/2 on ONNX Runtime's CUDA provider, in the forms that its graph could take.
+"""Compare graph forms of a guided DiT-XL/2 step on ONNX Runtime's CUDA provider.
 
     python -m benchmarks.cuda_forms --output forms.jsonl
 
-Each form is the whole step at one image in FP16, from the latent to the next one, random weights, route 2-24. It is
-built node by node, compared with PyTorch in FP32, and timed as one CUDA graph. Needs a GPU, PyTorch with CUDA and
-onnxruntime-gpu >= 1.31.1.
+Each form is the complete step for one image in FP16, from one latent to the next. The weights are
+random and the route is 2-24. The graph is built node by node, compared with PyTorch in FP32, and
+timed as one CUDA graph. Needs a GPU, PyTorch with CUDA and onnxruntime-gpu >= 1.31.1.
 
-attention  plain: MatMul, Softmax, MatMul for each branch. mha: com.microsoft.MultiHeadAttention for each branch.
-           packed: com.microsoft.PackedMultiHeadAttention over the packed rows of both.
-norm       vector: SkipLayerNormalization whose gamma and beta are the modulation (one image, one class).
-           affine: the same without gamma and beta, then Mul and Add, which also serves more images.
+attention  plain: MatMul, Softmax, MatMul for each branch.
+           mha: com.microsoft.MultiHeadAttention for each branch.
+           packed: com.microsoft.PackedMultiHeadAttention over the packed rows of both branches.
+norm       vector: SkipLayerNormalization with the modulation as gamma and beta (one image, one
+           class).
+           affine: SkipLayerNormalization with gamma 1 and beta 0, then Mul and Add. This form also
+           works for several images.
 """
 
 import argparse
@@ -25,13 +28,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 WIDTH, DEPTH, HEADS, TOKENS, ROUTE = 1152, 28, 16, 256, (2, 25)
 VECTORS = 8
-"""Of a block: shift, 1 + scale, gate, and gate times the bias of the product, for attention and for the MLP."""
+"""Number of modulation vectors per block.
+
+Four for attention and four for the MLP: shift, 1 + scale, gate, and gate × bias of the last matmul.
+"""
 FORMS = (("packed", "vector"), ("packed", "affine"), ("mha", "vector"), ("plain", "affine"))
 KEPT = {"0/0.5": (256, 128), "0.5/0.9": (128, 26)}
 
 
 class Builder:
-    """Nodes and initializers of one step."""
+    """Builder of the nodes and initializers of one step."""
 
     def __init__(self, attention: str, norm: str, weights: dict[str, np.ndarray], depth: int) -> None:
         self.attention_form, self.norm_form, self.weights, self.depth = attention, norm, weights, depth
@@ -58,11 +64,11 @@ class Builder:
         return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def vector(self, block: int, number: int) -> str:
-        """One modulation vector, (D,)."""
+        """Return the name of one modulation vector, (D,)."""
         return self.vectors[block * VECTORS + number]
 
     def attend(self, qkv: str, block: int, counts: tuple[int, ...]) -> str:
-        """qkv (R, 3D) without bias → (R, D)."""
+        """Add attention: qkv (R, 3D) without bias → (R, D)."""
         size, rows = WIDTH // HEADS, sum(counts)
         if self.attention_form == "packed":
             longest = max(counts)
@@ -78,7 +84,7 @@ class Builder:
                 self.constant(f"offsets_{key}", offsets), self.constant(f"starts_{key}", starts.astype(np.int32)),
                 num_heads=HEADS,
             )  # fmt: skip
-        # Packed weights are (heads, 3, size); the others take (3, heads, size).
+        # Packed attention has columns (heads, 3, size), the other forms (3, heads, size).
         qkv = self.op("Add", qkv, self.weight(f"{block}.qkv.bias"))
         parts = [qkv] if len(counts) == 1 else self.op("Split", qkv, self.ints(*counts), outputs=len(counts), axis=0)
         done = []
@@ -98,7 +104,10 @@ class Builder:
         return done[0] if len(done) == 1 else self.op("Concat", *done, axis=0)
 
     def add_norm(self, x: str, update: str, gate: str, bias: str, shift: str, scale: str) -> tuple[str, str]:
-        """x + gate * update + bias, and that normed and modulated."""
+        """Add x + gate * update + bias, its norm and modulation.
+
+        Returns the names of the sum and of the modulated norm.
+        """
         gated = self.op("Mul", update, gate)
         one, zero = self.constant("one", np.ones(WIDTH, np.float16)), self.constant("zero", np.zeros(WIDTH, np.float16))
         vector = self.norm_form == "vector"
@@ -110,12 +119,13 @@ class Builder:
         return total, normed if vector else self.op("Add", self.op("Mul", normed, scale), shift)
 
     def step(self, kept: tuple[int, int]) -> onnx.ModelProto:
-        # Even parts, at most 32 of one Split: others copy their sizes from the host in every run.
+        # A Split has equal parts and at most 32 of them. Any other Split copies its sizes from the
+        # host in every run.
         names = []
         for block in range(self.depth + 1):
             count = VECTORS if block < self.depth else 2
             names += self.op("Split", f"vectors.{block}", outputs=count, axis=0, num_outputs=count)
-        # (1, D) each; SkipLayerNormalization wants (D,), which a Reshape gives without a kernel.
+        # Each vector is (1, D). SkipLayerNormalization expects (D,); a Reshape runs no kernel.
         self.vectors = [self.op("Reshape", name, self.ints(WIDTH)) for name in names]
         patches = self.op("Reshape", "x", self.ints(4, 16, 2, 16, 2))
         patches = self.op("Transpose", patches, perm=[1, 3, 0, 2, 4])
@@ -146,7 +156,7 @@ class Builder:
             last = block == self.depth - 1
             following = [self.vectors[-2], self.vectors[-1]] if last else [self.vector(block + 1, n) for n in (0, 1)]
             x, normed = self.add_norm(x, y, v[6], v[7], *following)
-        strong, weak = self.op("Split", normed, outputs=2, axis=0, num_outputs=2)  # as many rows each
+        strong, weak = self.op("Split", normed, outputs=2, axis=0, num_outputs=2)  # equal numbers of rows
         two = self.constant("scale", np.float16(2))
         combined = self.op("Add", weak, self.op("Mul", self.op("Sub", strong, weak), two))
         out = self.op("Cast", self.op("MatMul", combined, self.weight("head")), to=TensorProto.FLOAT)
@@ -173,7 +183,10 @@ class Builder:
 
 
 def random_weights(depth: int) -> dict[str, np.ndarray]:
-    """FP16, each tensor in its own memory; the columns of qkv in the order 3, heads, size."""
+    """Return random FP16 weights.
+
+    Each tensor has its own memory. The columns of qkv have the order (3, heads, size).
+    """
     rng = np.random.default_rng(0)
     shapes = {"qkv": (WIDTH, 3 * WIDTH), "qkv.bias": (3 * WIDTH,), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH),
               "fc1.bias": (4 * WIDTH,), "fc2": (4 * WIDTH, WIDTH)}  # fmt: skip
@@ -184,7 +197,10 @@ def random_weights(depth: int) -> dict[str, np.ndarray]:
 
 
 def packed_columns(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same network for packed attention: columns of qkv in the order heads, 3, size; its bias stays."""
+    """Return the weights of the same network for packed attention.
+
+    The columns of qkv are reordered to (heads, 3, size). The bias of qkv keeps its order.
+    """
     size = WIDTH // HEADS
 
     def packed(value: np.ndarray) -> np.ndarray:
@@ -196,7 +212,11 @@ def packed_columns(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def feeds(kept: tuple[int, int], depth: int) -> dict[str, np.ndarray]:
-    """Inputs of a step. keep: rows of the dense tokens. restore: rows of the dense tokens followed by the routed."""
+    """Return the inputs of a step.
+
+    keep: indices of the kept tokens of both branches in the dense rows, one branch after the other.
+    restore: indices of every token of both branches in the dense rows followed by the routed rows.
+    """
     rng = np.random.default_rng(1)
     parts = [np.sort(rng.permutation(TOKENS)[:count]) for count in kept]
     restore = [np.arange(TOKENS) for _ in kept]
@@ -214,7 +234,7 @@ def feeds(kept: tuple[int, int], depth: int) -> dict[str, np.ndarray]:
 def reference(
     weights: dict[str, np.ndarray], given: dict[str, np.ndarray], kept: tuple[int, int], depth: int, device: str
 ) -> Any:
-    """The same step in PyTorch, FP32."""
+    """Compute the same step in PyTorch in FP32."""
     import torch
     import torch.nn.functional as F
 
@@ -248,7 +268,7 @@ def reference(
 
 
 def captured_session(path: Path, stream: Any) -> Any:
-    """A session of the CUDA provider in a PyTorch stream, whose runs can be captured."""
+    """Open a session of the CUDA provider on a PyTorch stream. Its runs can be captured."""
     import onnxruntime as ort
 
     options = {
@@ -264,7 +284,10 @@ def captured_session(path: Path, stream: Any) -> Any:
 
 
 def run_graph(session: Any, binding: Any, number: str) -> None:
-    """Run without waiting. number: of the CUDA graph that is captured or replayed; "-1": none."""
+    """Run without waiting.
+
+    number: ID of the CUDA graph to capture or replay; "-1" runs without a CUDA graph.
+    """
     import onnxruntime as ort
 
     choice = ort.RunOptions()
@@ -274,7 +297,7 @@ def run_graph(session: Any, binding: Any, number: str) -> None:
 
 
 def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
-    """Distance to PyTorch, kernels, and milliseconds of a replay."""
+    """Measure the distance to PyTorch, the kernels, and the milliseconds of a replay."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,12 +1,18 @@
-"""Whole guided runs by `sg-export bench`, beside PyTorch, on the best device that is there.
+r"""Time complete guided runs by `sg-export bench` and compare them with PyTorch.
 
-    python -m benchmarks.device_loop --model glyphs S/2 --batch 1 --output benchmarks/results/device_loop_cpu.json
-    python -m benchmarks.device_loop --model XL/2 --precision fp16 --batch 1 4 16 --output …    # on a GPU
+    python -m benchmarks.device_loop --model glyphs S/2 --batch 1 \
+        --output benchmarks/results/device_loop_cpu.json
+    python -m benchmarks.device_loop --model XL/2 --precision fp16 --batch 1 4 16 \
+        --output …    # on a GPU
 
-For every model, guidance and batch size a bundle is built whose graphs are fixed to that batch, and its default
-guidance timed over whole runs: with CUDA graphs and without where there is a GPU, in turn with a loop in PyTorch, eager
-and under torch.compile (on a GPU in BF16, mode "max-autotune"). Random weights but for glyphs. Percentiles, images per
-second, ratios, memory, and the share of what the machine reached in a product and a copy.
+The default device is the best available one. For every model, guidance and batch size, the
+benchmark builds a bundle with graphs of that fixed batch size. It times complete runs with the
+bundle's default guidance. On a GPU it times them with and without CUDA graphs. The runs alternate
+with a PyTorch loop, eager and under torch.compile (on a GPU: BF16, mode "max-autotune"). All models
+except glyphs have random weights.
+
+The results are percentiles, images per second, ratios, memory, and the roofline share: how much of
+the machine's measured matmul and copy rate a step reaches.
 """
 
 import argparse
@@ -25,7 +31,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import find_gpus
 
 GUIDANCE: dict[str, dict[str, Any]] = {"sg": {"sparsity": (0.5,)}, "cfg": {"sparsity": (), "guidance": "cfg"}}
-"""Both with a dense strong branch."""
+"""Compile options of each guidance. Both have a dense strong branch."""
 
 
 def main() -> None:
@@ -59,7 +65,10 @@ def main() -> None:
 def measure(
     model: str, guidance: str, batch: int, options: argparse.Namespace
 ) -> list[tuple[bool | None, BenchResult]]:
-    """Build and time one setting; the first of each pair is whether runs were captured, None on a CPU."""
+    """Build and time one setting.
+
+    The first item of each pair is whether runs were captured in a CUDA graph; None on a CPU.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint, overrides = (model, Overrides()) if model == "glyphs" else random_checkpoint(model, folder)
@@ -68,7 +77,7 @@ def measure(
             **GUIDANCE[guidance],
             steps=options.steps,
             precision=options.precision,
-            batch=(batch,),
+            batch=batch,
             overrides=overrides,
         )
         path = compile(checkpoint, built).path
@@ -84,7 +93,7 @@ def measure(
                     steps=options.steps,
                     runs=options.runs,
                     capture=capture,
-                    # Once is enough, and they take the GPU's time.
+                    # Baselines are timed only once, as they take GPU time.
                     baselines=options.baseline if capture else (),
                     checkpoint=checkpoint,
                 ),
@@ -94,7 +103,7 @@ def measure(
 
 
 def show(row: dict[str, object], result: BenchResult) -> None:
-    """Print a setting."""
+    """Print the result of one setting."""
     for side in result.sides:
         share = "" if result.roofline is None or side is not result.sides[0] else f"  {result.roofline.share:.0%}"
         print(

@@ -1,10 +1,12 @@
-"""What TensorRT-RTX engines of the guided step take: build time, peak memory and size, without a GPU.
+r"""Measure build time, peak memory and size of TensorRT-RTX engines of the guided step.
 
-    python -m benchmarks.engine_builds --model glyphs S/2 XL/2 --output benchmarks/results/engine_builds.json
+    python -m benchmarks.engine_builds --model glyphs S/2 XL/2 \
+        --output benchmarks/results/engine_builds.json
 
-One guided graph with symbolic token counts, γ_strong = 0, built with one profile (γ_weak = 0.5) and with three (0.5,
-0.75 and 0.9), one image each. S/2 and XL/2 have random weights. Each build is a process of its own, whose time and peak
-memory are those that a bundle's manifest records.
+Needs no GPU. The guided graph has symbolic token counts and γ_strong = 0. It is built with one
+profile (γ_weak = 0.5) and with three (γ_weak = 0.5, 0.75 and 0.9), each for one image. All models
+except glyphs have random weights. Each build runs in a separate process; its time and peak memory
+are the figures that a bundle's manifest records.
 """
 
 import argparse
@@ -20,8 +22,9 @@ from sg_engines.child import build_in_child
 from sg_engines.trt import EngineRecipe
 from sg_export import LoadedModel, load_model
 from sg_export.graph.half import fp32_layers, half_attentions, to_half
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.packing.engines import count_fused_attention, profile_shapes
 from sg_runtime.manifest import Precision, Profile
@@ -31,7 +34,19 @@ WEAK = (0.5, 0.75, 0.9)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One build. weights_mb: of the graph; growth: size over that with one profile."""
+    """One build.
+
+    model: name of the model.
+    precision: precision of the engine.
+    profiles: number of profiles in the engine.
+    seconds: build time.
+    memory_gb: peak memory of the build.
+    engine_mb: size of the engine.
+    weights_mb: size of the graph's weights.
+    growth: engine size / engine size with one profile.
+    fused_attentions: number of fused attention kernels in the engine.
+    half_attentions: number of attentions with half-precision matmuls in the graph.
+    """
 
     model: str
     precision: Precision
@@ -67,7 +82,7 @@ def main() -> None:
 
 
 def load(name: str, folder: Path) -> LoadedModel:
-    """The reference model, or random weights of the named size."""
+    """Load the reference model, or a model of the named size with random weights."""
     if name == "glyphs":
         return load_model(name)
     checkpoint, overrides = random_checkpoint(name, folder)
@@ -75,7 +90,7 @@ def load(name: str, folder: Path) -> LoadedModel:
 
 
 def measure(name: str, loaded: LoadedModel, precision: Precision, folder: Path) -> list[Row]:
-    """Build with one profile and with three."""
+    """Build and measure the engine with one profile and with three."""
     specs = [GraphSpec("guided", (loaded.level(0.0), loaded.level(rate))) for rate in WEAK]
     (model,) = trace(loaded.model, specs[:1], loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
     if precision != "fp32":

@@ -1,9 +1,11 @@
-"""Time of each stage, memory and size of a complete `build`: glyphs, or random weights of a real size; FP32.
+"""Measure the time of each stage, the memory and the size of a complete FP32 `build`.
 
     python -m benchmarks.export_size --model XL/2 --output benchmarks/results/export_xl.json
 
-The checkpoint is written as upstream writes it (a .pt with `ema_state_dict`), then built by the command line in a
-process of its own, whose peak memory is the operating system's count. Needs three times the weights' size on disk.
+The model is glyphs or a real size with random weights. The random checkpoint is written as in
+upstream (a .pt with `ema_state_dict`). The command line then builds it in a separate process. The
+peak memory is the operating system's figure for that process. Needs three times the weights' size
+on disk.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from sg_export.models.dit import DiT, DiTConfig
 from sg_runtime.bundle import Bundle
 
 SHAPES = {"S/2": (384, 12, 6), "B/2": (768, 12, 12), "L/2": (1024, 24, 16), "XL/2": (1152, 28, 16)}
-"""Width, depth and heads."""
+"""Width, depth and number of heads of each size."""
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
 
 
 def measure(name: str, sparsity: str, folder: Path) -> dict[str, object]:
-    """Build a model of the named size in `folder`, and return what it took."""
+    """Build a model of the named size in `folder`. Return the measured time, memory and sizes."""
     command = [sys.executable, "-m", "sg_export", "build"]
     if name != "glyphs":
         width, depth, heads = SHAPES[name]
@@ -78,7 +80,7 @@ def measure(name: str, sparsity: str, folder: Path) -> dict[str, object]:
 
 
 def write_checkpoint(config: DiTConfig, path: Path) -> None:
-    """Random weights, none of them zero, in upstream's layout."""
+    """Write a checkpoint with random weights, all nonzero, in upstream's layout."""
     torch.manual_seed(0)
     network = DiT(config)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""The judge of generated glyphs: a small convolutional classifier of real ones, and its penultimate features."""
+"""A small convolutional classifier that judges generated glyphs.
+
+It is trained on real glyphs. Its penultimate features are compared, too.
+"""
 
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from examples.glyphs import CLASS_NAMES
 from sg_runtime.files import replacing
 
 FEATURES = 64
-"""Width of the layer before the last, whose values the Fréchet distance compares."""
+"""Width of the penultimate layer. The Fréchet distance compares the values of this layer."""
 
 BATCH = 256
 LEARNING_RATE = 4e-3
@@ -21,7 +24,11 @@ LABEL_SMOOTHING = 0.05
 
 
 class Classifier(nn.Module):
-    """Three convolutions, two of them strided, a layer of `FEATURES` values, and one logit per character."""
+    """Classifier with three convolutions and two linear layers.
+
+    Two of the convolutions are strided. The linear layers give `FEATURES` values and one logit per
+    character.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +45,7 @@ class Classifier(nn.Module):
         self.last = nn.Linear(FEATURES, len(CLASS_NAMES))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 1, 16, 16) float32 in [-1, 1] → logits (B, 62)."""
+        """Compute the logits: x (B, 1, 16, 16) float32 in [-1, 1] → (B, 62)."""
         logits: Tensor = self.last(self.body(x))
         return logits
 
@@ -52,9 +59,10 @@ def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...
 
 
 def train(images: NDArray[np.uint8], classes: NDArray[np.int64], epochs: int, seed: int) -> Classifier:
-    """Train a classifier on images (N, 16, 16) and their classes (N,), with AdamW and one cycle of the learning rate.
+    """Train a classifier on images (N, 16, 16) and their classes (N,).
 
-    The same seed gives the same classifier on the same machine and library versions.
+    The optimizer is AdamW with one cycle of the learning rate. The same seed gives the same
+    classifier on the same machine and library versions.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,25 +83,25 @@ def train(images: NDArray[np.uint8], classes: NDArray[np.int64], epochs: int, se
 
 @torch.inference_mode()
 def judge(model: Classifier, images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The predicted classes (N,) and the penultimate features (N, FEATURES) of images (N, 16, 16)."""
+    """Return the predicted classes (N,) and features (N, FEATURES) of images (N, 16, 16)."""
     batches = -(-len(images) // BATCH)
     features = torch.cat([model.body(chunk) for chunk in _pixels(images).tensor_split(batches)])
     return model.last(features).argmax(dim=1).numpy(), features.numpy().astype(np.float64)
 
 
 def save(model: Classifier, path: Path) -> None:
-    """Write the weights to `path`, whole or not at all."""
+    """Write the weights to `path` atomically."""
     with replacing(path) as temporary:
         torch.save(model.state_dict(), temporary)
 
 
 def load(path: Path) -> Classifier:
-    """The classifier that `save` wrote."""
+    """Load a classifier that `save` wrote."""
     model = Classifier()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
 
 def _pixels(images: NDArray[np.uint8]) -> Tensor:
-    """(N, 16, 16) uint8 → (N, 1, 16, 16) float32 in [-1, 1]."""
+    """Convert images: (N, 16, 16) uint8 → (N, 1, 16, 16) float32 in [-1, 1]."""
     return torch.from_numpy(images).unsqueeze(1).float() / 127.5 - 1

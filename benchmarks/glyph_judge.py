@@ -1,4 +1,4 @@
-"""Real glyphs to compare with, and the figures of a set of images against them."""
+"""Compare a set of images with real glyphs."""
 
 import hashlib
 from collections import Counter
@@ -22,17 +22,28 @@ from examples import glyphs
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS, render
 
 MODEL_SEED = 0
-"""Renders the images that the reference model was trained on; the default of `examples.train_glyphs`."""
+"""Seed of the images that the reference model was trained on.
+
+This is the default of `examples.train_glyphs`.
+"""
 
 CLASSIFIER_SEED = 101
 CHECK_SEED = 102
 MEASURE_SEED = 103
 SEARCH_SEED = 104
-"""Each renders distortions of its own: for training the classifier, for its accuracy, and for the held-out fonts that
-measurement and search compare with. Rows of real images use 1000 and up."""
+"""Seeds of the distortions, one per purpose.
+
+CLASSIFIER_SEED renders the classifier's training images, CHECK_SEED the images for its accuracy.
+MEASURE_SEED and SEARCH_SEED render the held-out fonts that measurement and search compare with.
+Rows of real images use seeds of 1000 and up.
+"""
 
 NEAR_COPY_SHARE = 0.01
-"""An image is a near copy where it is closer to a training image than all but this share of fresh distortions are."""
+"""Share of fresh distortions that defines a near copy.
+
+An image is a near copy if it is closer to a training image than all but this share of fresh
+distortions are.
+"""
 
 Images = NDArray[np.uint8]
 Classes = NDArray[np.int64]
@@ -40,11 +51,15 @@ Classes = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is measured of one set of images.
+    """Figures of one set of images.
 
-    accuracy, merged_accuracy, near_copies: shares. frechet_training, frechet_held_out: squared Fréchet distances to the
-    training images and to images of the held-out fonts. spread: see `glyph_metrics.spread`. nearest: mean distance to
-    the nearest training image, in grey levels.
+    accuracy: share of images that the classifier reads as the requested character.
+    merged_accuracy: the same share with ambiguous characters merged into one class.
+    frechet_training: squared Fréchet distance to the training images.
+    frechet_held_out: squared Fréchet distance to images of the held-out fonts.
+    spread: see `glyph_metrics.spread`.
+    nearest: mean distance to the nearest training image, in grey levels.
+    near_copies: share of near copies, see `NEAR_COPY_SHARE`.
     """
 
     accuracy: float
@@ -58,7 +73,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A classifier and the real images that sets are measured against."""
+    """A classifier and the real images that sets of images are compared with."""
 
     classifier: Classifier
     training_images: Images
@@ -68,7 +83,10 @@ class Judge:
 
     @classmethod
     def of(cls, classifier: Classifier, variants: int, held_out_seed: int) -> "Judge":
-        """A judge over the model's training images and `variants` distortions of the held-out fonts."""
+        """Build a judge from the model's training images and distortions of the held-out fonts.
+
+        variants: number of distortions of each character in each font.
+        """
         training_images, _ = render(TRAINING_FONTS, variants, MODEL_SEED)
         fresh, _ = render(TRAINING_FONTS, max(1, variants // 8), CHECK_SEED)
         return cls(
@@ -80,7 +98,7 @@ class Judge:
         )
 
     def figures(self, images: Images, classes: Classes) -> Figures:
-        """The figures of images (N, 16, 16) that were meant to show `classes` (N,)."""
+        """Measure images (N, 16, 16) that should show `classes` (N,)."""
         predicted, features = judge(self.classifier, images)
         gaussian = Gaussian.of(features)
         nearest = nearest_distances(images, self.training_images)
@@ -96,16 +114,16 @@ class Judge:
 
 
 def held_out_gaussian(classifier: Classifier, variants: int, seed: int) -> Gaussian:
-    """The features of `variants` distortions of every character in the held-out fonts."""
+    """Fit the features of `variants` distortions of every character in the held-out fonts."""
     images, _ = render(HELD_OUT_FONTS, variants, seed)
     return Gaussian.of(judge(classifier, images)[1])
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """How well the classifier reads distortions it has not seen of one set of fonts.
+    """Accuracy of the classifier on unseen distortions of one set of fonts.
 
-    confusions: (meant, seen, count) of the commonest errors, most first.
+    confusions: (meant, seen, count) of the most common errors, in descending order of count.
     """
 
     images: int
@@ -115,7 +133,7 @@ class ClassifierFacts:
 
     @classmethod
     def of(cls, classifier: Classifier, fonts: tuple[str, ...], variants: int) -> "ClassifierFacts":
-        """Judge `variants` fresh distortions of every character in every font."""
+        """Classify `variants` fresh distortions of every character in every font."""
         images, classes = render(fonts, variants, CHECK_SEED)
         predicted, _ = judge(classifier, images)
         wrong = np.flatnonzero(predicted != classes)
@@ -129,7 +147,10 @@ class ClassifierFacts:
 
 
 def cached_classifier(folder: Path, variants: int, epochs: int) -> Classifier:
-    """The classifier trained on `variants` distortions of the training fonts, kept in `folder` once it is made."""
+    """Return the classifier trained on `variants` distortions of the training fonts.
+
+    If `folder` does not hold it yet, it is trained and saved there.
+    """
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (glyph_classifier, glyphs))
     key = hashlib.sha256(sources + f"{variants} {epochs} {CLASSIFIER_SEED}".encode()).hexdigest()[:12]
     path = folder / f"classifier-{key}.pt"
@@ -141,7 +162,10 @@ def cached_classifier(folder: Path, variants: int, epochs: int) -> Classifier:
 
 
 def real_images(fonts: tuple[str, ...], per_class: int, seed: int) -> tuple[Images, Classes]:
-    """Fresh distortions of `fonts`: `per_class` images of each character, drawn from an equal number of every font."""
+    """Render fresh distortions of `fonts`, `per_class` images of each character.
+
+    They are drawn from an equal number of images of every font.
+    """
     variants = -(-per_class // len(fonts))
     images, classes = render(fonts, variants, seed)
     rng = np.random.default_rng(seed)

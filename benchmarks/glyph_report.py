@@ -1,4 +1,4 @@
-"""What `quality_glyphs` found, as JSON, as Markdown tables and as a sheet of samples."""
+"""Write the results of `quality_glyphs` as JSON, as Markdown tables and as a sheet of samples."""
 
 import json
 import statistics
@@ -15,28 +15,45 @@ from benchmarks.glyph_metrics import AMBIGUOUS_GROUPS
 from examples.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
 
 COLUMNS = 31
-"""Images in a row of the sheet: the 62 characters take two."""
+"""Number of images in a row of the sheet. The 62 characters take two rows."""
 
 GAP = 2
+"""Pixels between two images of the sheet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: a setting, or real images where the cost is None; one entry per seed in the tuples."""
+    """One line of a table: a setting, or real images.
+
+    name: name in the table.
+    parameters: fields of the setting; None for real images.
+    gmac_per_step: cost of a step; None for real images.
+    figures: one entry per seed.
+    """
 
     name: str
     parameters: Mapping[str, object] | None
     gmac_per_step: float | None
     figures: tuple[Figures, ...]
     kept: bool = False
-    """Whether it is from an earlier run of the same protocol."""
+    """Whether the row is kept from an earlier run of the same protocol."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that is written. `measured` and `real` have a value per seed, `searched` and `searched_real` one.
+    """Results of a run.
 
-    checkpoints: name, SHA-256 and weights of "main" and of "weak", the one that AutoGuidance has beside it.
+    machine: processor, cores, system and library versions.
+    checkpoints: name, SHA-256 and weights of "main" and of "weak", AutoGuidance's weak model.
+    compiled_by: name and version of the compiler.
+    protocol: sizes of the run and the reason for its criterion.
+    read_training: accuracy of the classifier on the training fonts.
+    read_held_out: accuracy of the classifier on the held-out fonts.
+    measured: rows of the settings that the search chose; figures for each seed.
+    real: rows of real images next to `measured`; figures for each seed.
+    searched: rows of all settings of the search; figures for one seed.
+    searched_real: rows of real images next to `searched`; figures for one seed.
+    seconds: time of each part of the run.
     """
 
     machine: Mapping[str, Any]
@@ -53,12 +70,12 @@ class Report:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, which is 0 for one value."""
+    """Return the mean and the sample standard deviation. The deviation of one value is 0."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def to_json(report: Report) -> str:
-    """The whole report; rows gain `mean` and `deviation` of their figures."""
+    """Return the report as JSON. Each row also has the `mean` and `deviation` of its figures."""
     content = asdict(report)
     for table in ("measured", "real", "searched", "searched_real"):
         for row in content[table]:
@@ -69,56 +86,66 @@ def to_json(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The tables and how to read them."""
+    """Return the tables and an explanation of them as Markdown."""
     machine, protocol = report.machine, report.protocol
     main, weak = (f"{source['name']}, SHA-256 `{source['sha256']}`" for source in report.checkpoints.values())
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
-    return f"""# What guidance does to `glyphs`
+    return f"""# How guidance changes the samples of `glyphs`
 
-Written by `python -m benchmarks.quality_glyphs`; all figures are in `quality_glyphs.json`, samples at equal seeds in
-`quality_glyphs.png`.
+Written by `python -m benchmarks.quality_glyphs`. All figures are in `quality_glyphs.json`. Samples
+at equal seeds are in `quality_glyphs.png`.
 
 * Checkpoint: {main}, compiled by {report.compiled_by}; weak branch of AutoGuidance: {weak}.
 * Machine: {machine["processor"]}, {machine["cores"]} cores; {versions}.
-* Sampling: {protocol["steps"]} Euler steps, {protocol["images"]} images for each setting and seed, all 62 characters in
-  equal numbers, the same image seeds in every setting. Every mode on a bundle that was built for it.
-* Names: strong/weak sparsity and scale ω. 0→0.6 goes along a cosine from the first step to the last, by way of the
-  nearest sparsity that was built.
+* Sampling: {protocol["steps"]} Euler steps, {protocol["images"]} images for each setting and seed,
+  all 62 characters in equal numbers. Every setting has the same image seeds. Every mode runs on a
+  bundle that was built for it.
+* Names: strong/weak sparsity and scale ω. 0→0.6 is a cosine schedule from the first step to the
+  last; each step uses the nearest sparsity in the bundle.
 
-Mean ± standard deviation over {protocol["seeds"]} sampling seeds of one trained model. The rows of real
-images hold as many, and show what a perfect model of those fonts would reach.
+Figures are mean ± standard deviation over {protocol["seeds"]} sampling seeds of one trained model.
+The rows of real images have the same number of images and show the figures of a perfect model of
+those fonts.
 
 {_table(report.measured + report.real)}
 
-* †: kept from an earlier run of this script: the same checkpoint, seeds and classifier, the graphs of that time.
-* **GMAC per step**: multiply-adds of the linear layers for one image in one step, counted from the graphs that ran, the
-  mean over the run. The conditioning runs once per class and step, before the loop, and is left out.
-* **Accuracy**: share of images that the classifier reads as the character asked for. **Merged**: with these as one
-  class each: {", ".join(f"`{group}`" for group in AMBIGUOUS_GROUPS)}.
-* **Fréchet**: squared distance between the Gaussians of the classifier's {protocol["features"]} penultimate features
-  (Heusel et al. 2017), to the model's own training images and to distortions of the held-out fonts. Less is better.
-* **Spread**: root mean square difference between two images of the same character, in grey levels of 255. Guidance that
-  trades diversity for accuracy lowers it.
-* **Nearest**: mean distance to the nearest training image, root mean square grey levels. **Near copies**: share of
-  images that are nearer to a training image than all but 1 % of fresh distortions of the training fonts are. A model
-  that copies is nearer, and has more near copies, than the fresh distortions.
+* †: kept from an earlier run of this script with the same checkpoint, seeds and classifier, and the
+  graphs of that run.
+* **GMAC per step**: multiply-adds of the linear layers for one image in one step. It is counted from
+  the graphs that ran and is the mean over the run. The conditioning runs once per class and step
+  before the loop and is not included.
+* **Accuracy**: share of images that the classifier reads as the requested character. **Merged**:
+  accuracy if each of these groups is one class:
+  {", ".join(f"`{group}`" for group in AMBIGUOUS_GROUPS)}.
+* **Fréchet**: squared distance between the Gaussians of the classifier's {protocol["features"]}
+  penultimate features (Heusel et al. 2017), to the model's training images and to distortions of the
+  held-out fonts. Lower is better.
+* **Spread**: root mean square difference between two images of the same character, in grey levels of
+  255. Guidance that trades diversity for accuracy lowers it.
+* **Nearest**: mean distance to the nearest training image, in root mean square grey levels. **Near
+  copies**: share of images that are nearer to a training image than all but 1 % of fresh distortions
+  of the training fonts are. The samples of a model that copies are nearer than fresh distortions, and
+  more of them are near copies.
 
-The classifier was trained on distortions of the {len(TRAINING_FONTS)} training fonts alone; held out are
-{", ".join(HELD_OUT_FONTS)}.
+The classifier was trained only on distortions of the {len(TRAINING_FONTS)} training fonts. The
+held-out fonts are {", ".join(HELD_OUT_FONTS)}.
 {_reading("the training fonts", report.read_training)}
 {_reading("the held-out fonts", report.read_held_out)}
 
 ## The search
 
-{protocol["search_images"]} images for each setting, from image seeds that the table above does not use. Chosen of each
-guidance, in bold: the least Fréchet distance to the held-out fonts, in distortions that the table above does not use.
+The search draws {protocol["search_images"]} images for each setting. It uses image seeds, and
+distortions of the held-out fonts, that the table above does not use. For each guidance mode it
+chooses the setting with the smallest Fréchet distance to the held-out fonts, shown in bold.
 {protocol["criterion"]}
-With so few images every distance is larger than above; compare within this table, with its own real images.
+With so few images every distance is larger than above. Compare only within this table and with its
+rows of real images.
 
 {_table(report.searched + report.searched_real, {row.name for row in report.measured})}
 
-This run took {sum(report.seconds.values()) / 60:.0f} minutes ({parts}); samples kept from an earlier run cost nothing.
+This run took {sum(report.seconds.values()) / 60:.0f} minutes ({parts}). Samples kept from an earlier
+run take no time.
 """
 
 
@@ -126,7 +153,7 @@ def _reading(fonts: str, facts: ClassifierFacts) -> str:
     errors = ", ".join(f"`{meant}` as `{seen}` {count}" for meant, seen, count in facts.confusions[:6])
     return (
         f"On {facts.images} fresh distortions of {fonts} its accuracy is {100 * facts.accuracy:.2f} %, merged "
-        f"{100 * facts.merged_accuracy:.2f} %; commonest errors: {errors or 'none'}."
+        f"{100 * facts.merged_accuracy:.2f} %. Most common errors: {errors or 'none'}."
     )
 
 
@@ -167,9 +194,10 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def sheet(samples: Mapping[str, NDArray[np.uint8]], columns: int = COLUMNS, zoom: int = 2) -> NDArray[np.uint8]:
-    """Rows of samples at equal seeds, a row per setting, the rows of one set of characters together: (H, W, 1).
+    """Draw samples at equal seeds, one row per setting: (H, W, 1).
 
-    samples: label → images (N, 16, 16), N a multiple of `columns`, the same characters and seeds in each.
+    The rows of the same characters are next to each other. samples: label → images (N, 16, 16). N
+    is a multiple of `columns`, and all labels have the same characters and seeds.
     """
     size = 16 * zoom + GAP
     font = ImageFont.load_default(size=10 + zoom)

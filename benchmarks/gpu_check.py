@@ -1,16 +1,22 @@
-"""What only a GPU can show: `python -m benchmarks.gpu_check PART [...]`, one JSON line a finding.
+"""Run checks that need a GPU: `python -m benchmarks.gpu_check PART [...]`.
 
-driver     the driver's calls, DLPack, who ends whose capture, the floor of cuBLAS, attention and launches
-ort        ONNX Runtime: nodes elsewhere than on the GPU, results, PyTorch's streams, threads, a disturbed capture
-teardown   pipelines with captured graphs are dropped, in processes of their own
-micro      attention, scatter, gather, bias and GELU, each in several forms
-xl         DiT-XL/2, FP16, one image: milliseconds of a step with CUDA graphs and without, memory, kernels
-eager      `sg-export bench` of the same next to PyTorch in BF16; compiled: next to torch.compile, which takes minutes
-outer      one CUDA graph of ours around all of ONNX Runtime's runs
+driver     Driver calls, DLPack, calls that end another thread's capture, and the lower bound of the
+           time of cuBLAS, attention and launches.
+ort        ONNX Runtime: nodes that do not run on the GPU, results, PyTorch streams, threads, and
+           allocations during a capture.
+teardown   Pipelines with captured graphs are dropped, each in a separate process.
+micro      Attention, scatter, gather, bias and GELU, each in several forms.
+build-xl   Build the bundles of DiT-XL/2.
+xl         DiT-XL/2, FP16, one image: milliseconds per step with and without CUDA graphs, memory,
+           kernels.
+eager      `sg-export bench` of the same bundles compared with PyTorch in BF16.
+compiled   `sg-export bench` of the same bundles compared with torch.compile. This takes minutes.
+outer      One CUDA graph of the runtime around all runs of ONNX Runtime.
 
-Every part is fenced: an error is a finding too. The lines are appended to $OUT/gpu_check.jsonl ($OUT: /tmp). XL/2's
-bundles are kept in $XL (/tmp) and built when missing. Needs PyTorch with CUDA, and for all but `driver`
-onnxruntime-gpu >= 1.31.1.
+Each finding is one JSON line. An error in a check is also a finding, and the other checks go on.
+The lines are appended to $OUT/gpu_check.jsonl ($OUT defaults to /tmp). The bundles of XL/2 are kept
+in $XL (default: the folder for temporary files) and built if they are missing. Needs PyTorch with
+CUDA. All parts except `driver` need onnxruntime-gpu >= 1.31.1.
 """
 
 import json
@@ -58,7 +64,7 @@ def rel(found, wanted):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-# ---------------------------------------------------------------- driver, DLPack, capture: no ONNX Runtime
+# -------------------------------- driver, DLPack, capture: no ONNX Runtime
 
 
 @check
@@ -82,10 +88,10 @@ def dlpack_both_ways():
 
     memory, side = CudaMemory(), torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)  # the values come late, in torch's stream
+        torch.cuda._sleep(50_000_000)  # delays the values in torch's stream
         tensor = torch.arange(1 << 20, device="cuda", dtype=torch.float32)
     with torch.cuda.stream(side):
-        held = memory.hold(tensor)  # must order our stream after `side`
+        held = memory.hold(tensor)  # must make our stream wait for `side`
     found = memory.download(held)
     back = torch.from_dlpack(held)
     return {"ordered": bool((found == np.arange(1 << 20)).all()), "same_memory": back.data_ptr() == tensor.data_ptr()}
@@ -93,7 +99,10 @@ def dlpack_both_ways():
 
 @check
 def pageable_upload_may_be_overwritten():
-    """Whether host memory may change as soon as cuMemcpyHtoDAsync is back, with work before it in the stream."""
+    """Check that the host may overwrite its memory as soon as cuMemcpyHtoDAsync returns.
+
+    The stream still has earlier work to do at that time.
+    """
     import torch
 
     from sg_runtime.devices.cuda import CudaMemory
@@ -116,7 +125,10 @@ def pageable_upload_may_be_overwritten():
 
 @check
 def frees_and_allocations_during_captures():
-    """Ours is THREAD_LOCAL; ONNX Runtime's is GLOBAL (0): does another thread's cuMemFree or cudaMalloc end it?"""
+    """Check whether cuMemFree or cudaMalloc of another thread ends a capture.
+
+    The runtime captures in mode THREAD_LOCAL, ONNX Runtime in mode GLOBAL (0).
+    """
     import cuda.bindings.driver as driver
     import torch
 
@@ -154,7 +166,10 @@ def frees_and_allocations_during_captures():
 
 @check
 def floor_of_products_and_attention():
-    """XL/2's products at the rows of both settings, each weight of its own, in one CUDA graph: cuBLAS at its best."""
+    """Measure the lower bound of XL/2's time: matmuls, attention and launches.
+
+    All matmuls run in one CUDA graph with the rows of both settings, each with a separate weight.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -199,7 +214,7 @@ def graph_ms(work, turns=30):
     return statistics.median(times)
 
 
-# ---------------------------------------------------------------- ONNX Runtime's CUDA provider, on the small model
+# -------------------------------- ONNX Runtime's CUDA provider, on the small model
 
 
 def small(batch, folder, precision="fp32"):
@@ -208,9 +223,7 @@ def small(batch, folder, precision="fp32"):
     output = Path(folder) / f"{batch}-{precision}"
     if output.exists():
         return output
-    return compile(
-        "glyphs", CompileOptions(output, (0.5,), batch=() if batch is None else (batch,), precision=precision)
-    ).path
+    return compile("glyphs", CompileOptions(output, (0.5,), batch=batch, precision=precision)).path
 
 
 @check
@@ -265,7 +278,10 @@ def ort_is_right(folder):
 
 @check
 def ort_in_torchs_streams(folder):
-    """The documented call hands over the default stream, 0, which ONNX Runtime takes for none."""
+    """Check runs in PyTorch streams.
+
+    The documented call passes the default stream, 0. ONNX Runtime interprets 0 as no stream.
+    """
     import torch
 
     from sg_runtime import Pipeline
@@ -286,7 +302,10 @@ def ort_in_torchs_streams(folder):
 
 @check
 def ort_threads(folder):
-    """Captures are per thread: what the first run of a new thread takes, and the memory that each leaves behind."""
+    """Measure the first run of new threads, and the memory that each thread does not free.
+
+    Captures are per thread.
+    """
     import torch
 
     from sg_runtime import Pipeline
@@ -314,7 +333,10 @@ def ort_threads(folder):
 
 @check
 def ort_capture_disturbed(folder):
-    """Another thread allocates while ONNX Runtime captures: the error, and whether the pipeline works after it."""
+    """Check what happens if another thread allocates while ONNX Runtime captures.
+
+    The findings are the error, and whether the pipeline works afterwards.
+    """
     import torch
 
     from sg_runtime import Pipeline
@@ -343,11 +365,11 @@ def ort_capture_disturbed(folder):
     return {"said": found[:3] + found[-3:], "count": len(found)}
 
 
-# ---------------------------------------------------------------- XL/2
+# -------------------------------- XL/2
 
 
 def kernels(work, most=25):
-    """Kernels of one call: count, sum of their times, and the most expensive by name."""
+    """Profile one call: number of kernels, sum of their times, and the most expensive by name."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -363,7 +385,7 @@ def kernels(work, most=25):
 
 
 def xl_bundle(strong, weak, precision="fp16"):
-    """The bundle of a setting, built if it is missing, and its checkpoint."""
+    """Return the bundle of a setting and its checkpoint. The bundle is built if it is missing."""
     from benchmarks.guided_step import random_checkpoint
     from sg_export import CompileOptions, compile
 
@@ -376,7 +398,7 @@ def xl_bundle(strong, weak, precision="fp16"):
             (weak,),
             strong_sparsity=(strong,),
             precision=precision,
-            batch=(1,),
+            batch=1,
             overrides=overrides,
             steps=40,
         )
@@ -413,7 +435,7 @@ def xl(strong, weak):
             times.append((time.perf_counter() - began) * 1e3 / 40)
             asked.append((marks[-1] - marks[0]) * 1e3 / 39)
         found[f"ms_per_step/{capture}"] = statistics.median(times)
-        # Close to the time of a step: something waits in every step.
+        # If this is close to the time of a step, something waits in every step.
         found[f"ms_to_ask_for_a_step/{capture}"] = statistics.median(asked)
         found[f"MB/{capture}"] = (before - torch.cuda.mem_get_info()[0]) / 1e6
         if not capture:
@@ -423,7 +445,7 @@ def xl(strong, weak):
 
 @check
 def xl_beside_torch(strong, weak, *baselines):
-    """`sg-export bench`: whole runs in turn with PyTorch in BF16."""
+    """Time complete runs with `sg-export bench`, alternating with PyTorch in BF16."""
     from dataclasses import asdict
 
     from sg_export.bench.measure import bench
@@ -442,7 +464,7 @@ def xl_beside_torch(strong, weak, *baselines):
     return {"setting": f"{strong:g}/{weak:g}", **(asdict(result) | {"bundle": ""})}
 
 
-# ---------------------------------------------------------------- single patterns, each in other forms
+# -------------------------------- single patterns, each in several forms
 
 
 def micro_models():
@@ -596,7 +618,10 @@ def micro_one(name, made, inputs, out):
 
 @check
 def outer_capture(folder):
-    """Our own capture around ONNX Runtime's runs, `enable_cuda_graph` on and every run uncaptured (-1). May abort."""
+    """Capture ONNX Runtime's runs in a CUDA graph of the runtime.
+
+    `enable_cuda_graph` is on, and ONNX Runtime captures no run (-1). The process may abort.
+    """
 
     from sg_runtime import Pipeline
     from sg_runtime.backends import ort as ours
@@ -612,7 +637,10 @@ def outer_capture(folder):
 
 
 def teardown(mode, bundle):
-    """In a process of its own: capture, then drop the pipeline. `mode`: drop, released, outer or plain."""
+    """Capture, then drop the pipeline. Call it in a separate process.
+
+    mode: "drop", "released", "outer" or "plain".
+    """
     import gc
 
     import torch
@@ -631,7 +659,7 @@ def teardown(mode, bundle):
         pipe = Pipeline.load(bundle, "cuda", backend="onnxruntime-cuda", capture=mode != "plain")
         for turn in range(4):
             distances.append(f"{rel(pipe.sample([0, 1], [5, 6], steps=8), wanted):.1e}")
-            if turn == 2:  # a plain run between replays takes buffers that a graph may still read
+            if turn == 2:  # a run between replays may reuse buffers that a graph still reads
                 pipe.guided(pipe.initial_noise([1, 2]), pipe.prepare_once(0.5, [0, 1]))
         if mode == "released":
             for session in pipe.backend._sessions.values():

@@ -1,4 +1,6 @@
-"""Samples of the reference model in every guidance mode, at the same classes and seeds, as one picture.
+"""Draw samples of the reference model in every guidance mode as one picture.
+
+All modes use the same classes and seeds.
 
 python -m benchmarks.guidance_modes --output docs/guidance-modes.png
 """
@@ -19,10 +21,10 @@ from sg_runtime.images import save_png
 from sg_runtime.manifest import GuidancePlan
 
 TEXT = "SparseGuidance"
-"""A character a column."""
+"""Characters to sample, one per column."""
 
 BANDS = 2
-"""Rows of each mode; an image's seed is its place in reading order."""
+"""Number of rows of each mode. The seed of an image is its position in reading order."""
 
 LEVELS = (0.0, 0.2, 0.4, 0.6)
 
@@ -50,11 +52,14 @@ ROWS: Mapping[str, tuple[str, Choice]] = {
     "CFG + SG\nsparsity 0 / 0.75\nscale 1.5": ("cfg+sg", Pipeline.guidance),
     "AutoGuidance + SG\n0 to 0.6 / 0.6 to 0\nscale 2": ("autoguidance", Pipeline.guidance),
 }
-"""The bundle of a row, and its guidance there."""
+"""Rows of the picture by label: name of the bundle, and the function that returns the guidance."""
 
 
 def picture(builds: Mapping[str, CompileOptions], steps: int, folder: Path) -> NDArray[np.uint8]:
-    """Build a bundle for each mode in `folder`, sample `TEXT` with each row's guidance: (H, W, 1)."""
+    """Build a bundle for each mode in `folder` and sample `TEXT` with each row's guidance.
+
+    Returns the picture, (H, W, 1).
+    """
     pipes = {
         name: Pipeline.load(compile("glyphs", replace(options, output=folder / options.output)).path)
         for name, options in builds.items()

@@ -1,20 +1,25 @@
-"""One guided step: our guided graph beside what one would run without it.
+r"""Compare one guided step of our guided graph with the alternatives to it.
 
     python -m benchmarks.guided_step --model S/2 B/2 --output benchmarks/results/guided_step.json
-    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 --output …
+    python -m benchmarks.guided_step --model XL/2 --batch 1 --sides ours eager onnx --rounds 5 \
+        --output …
 
-An output that is there already, of the same machine and libraries, keeps its rows of other models.
+If the output file exists and is from the same machine and libraries, its rows of other models are
+kept.
 
-All sides of a setting are timed in turn, round by round, in one process with the same threads; a ratio is the median of
-the rounds' ratios to our time, with quartiles. Random weights, FP32, route 2-9 of S/2 and B/2 and 2-24 of XL/2, one
-class per image. What each side does in one step, from the latent to the next one:
+All sides of a setting are timed in turn in every round, in one process with the same threads. A
+ratio is the median of the rounds' ratios to our time, with quartiles. The weights are random, in
+FP32. The route is 2-9 for S/2 and B/2, 2-20 for L/2 and 2-24 for XL/2. Each image has one class.
+Each side computes one step, from one latent to the next:
 
 ours      the guided graph, and its share of `condition`: one row per image
-separate  our own dense or sparse step graphs, one run for each branch, and the same share of `condition`
-onnx      one ONNX graph per branch that takes (x, t, class, keep), as PyTorch's exporter makes it; update in NumPy
+separate  our dense or sparse step graphs, one run per branch, and the same share of `condition`
+onnx      one ONNX graph per branch with inputs (x, t, class, keep), exported and optimized by
+          PyTorch; update in NumPy
 eager     PyTorch, two passes of the model
 compiled  the same under torch.compile
-cfg       classifier-free guidance with our dense step graph at twice the batch, and its share of `condition`
+cfg       classifier-free guidance with our dense step graph at twice the batch, and its share of
+          `condition`
 """
 
 import argparse
@@ -50,12 +55,23 @@ PAIRS = {"0/0.5": (0.0, 0.5), "0.5/0.9": (0.5, 0.9)}
 ROUTES = {"S/2": Route(2, 9), "B/2": Route(2, 9), "L/2": Route(2, 20), "XL/2": Route(2, 24)}
 SCALE, STEP, TIME = 2.0, -1 / 40, 0.6
 PAUSE = 0.05
-"""Seconds before a side is timed: the threads of the one before it still spin for a while."""
+"""Seconds to wait before a side is timed, because threads of the previous side still spin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of one side in one setting, and the ratio of its time to ours: medians and quartiles of rounds."""
+    """Time of one side in one setting.
+
+    model: size of the model.
+    pair: sparsities of the strong and the weak branch.
+    batch: number of images.
+    side: name of the side.
+    rounds: number of timed rounds.
+    median_ms: median time over the rounds, in milliseconds.
+    quartiles_ms: lower and upper quartile of that time.
+    ratio: median ratio of this time to ours.
+    ratio_quartiles: lower and upper quartile of that ratio.
+    """
 
     model: str
     pair: str
@@ -70,7 +86,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A bundle, its PyTorch model, and the inputs of one step."""
+    """A bundle, its PyTorch model, and the inputs of one step.
+
+    bundle: bundle of the pair of sparsities.
+    loaded: PyTorch model with the same weights.
+    strong: sparsity of the strong branch.
+    weak: sparsity of the weak branch.
+    x: latents, (B, C, H, W).
+    classes: classes, (B,).
+    threads: number of threads of every session.
+    folder: folder for files of a side.
+    """
 
     bundle: Bundle
     loaded: LoadedModel
@@ -83,7 +109,7 @@ class Setting:
 
     @property
     def keeps(self) -> list[NDArray[np.int64] | None]:
-        """The strong and the weak branch's subset of every image."""
+        """Kept tokens of every image in the strong and in the weak branch; None if all are kept."""
         tokens = self.loaded.facts.tokens
         counts = [self.loaded.level(rate).keep for rate in (self.strong, self.weak)]
 
@@ -96,7 +122,7 @@ class Setting:
         return [None if keep == tokens else drawn(keep, branch) for branch, keep in enumerate(counts)]
 
     def session(self, path: Path) -> ort.InferenceSession:
-        """A session with this setting's threads."""
+        """Open a session with this setting's number of threads."""
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -143,7 +169,7 @@ def main() -> None:
 def prepare(
     name: str, pairs: Sequence[tuple[float, float]], folder: Path
 ) -> tuple[LoadedModel, dict[tuple[float, float], Bundle]]:
-    """Random weights of the named size, and a bundle for every pair."""
+    """Return a model of the named size with random weights, and a bundle for every pair."""
     checkpoint, overrides = random_checkpoint(name, folder)
     bundles = {}
     for strong, weak in pairs:
@@ -153,7 +179,10 @@ def prepare(
 
 
 def random_checkpoint(name: str, folder: Path) -> tuple[Path, Overrides]:
-    """A checkpoint of the named size with random weights, written to `folder`, and what it does not state."""
+    """Write a checkpoint of the named size with random weights to `folder`.
+
+    Returns its path and the overrides for facts that the checkpoint does not state.
+    """
     width, depth, heads = SHAPES[name]
     checkpoint = folder / "random.pt"
     write_checkpoint(DiTConfig(32, 2, 4, width, depth, heads, 4 * width, 1000), checkpoint)
@@ -161,7 +190,7 @@ def random_checkpoint(name: str, folder: Path) -> tuple[Path, Overrides]:
 
 
 def measure(name: str, setting: Setting, wanted: list[str], rounds: int) -> list[Row]:
-    """Time the sides in turn; the first round warms up."""
+    """Time the sides in turn. The first round is a warm-up and is not counted."""
     makers = {"ours": ours, "separate": separate, "onnx": onnx, "eager": eager, "compiled": compiled, "cfg": cfg}
     sides: dict[str, Side] = {}
     for side in wanted:
@@ -191,7 +220,11 @@ def _median(values: list[float]) -> tuple[float, tuple[float, float]]:
 
 
 def condition_share(setting: Setting, rounds: int) -> float:
-    """Milliseconds of `condition` for one row per image, as a run pays them: whole blocks of rows."""
+    """Measure the milliseconds of `condition` for one row per image.
+
+    A run computes `condition` in full blocks of rows, so a full block is timed and divided by its
+    number of rows.
+    """
     manifest = setting.bundle.manifest
     rows = manifest.condition_rows
     session = setting.session(setting.bundle.onnx(manifest.condition("main")))
@@ -205,7 +238,7 @@ def condition_share(setting: Setting, rounds: int) -> float:
 
 
 def modulations(setting: Setting, classes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What `condition` gives for these classes."""
+    """Return the modulations that `condition` computes for these classes."""
     with torch.no_grad():
         rows = setting.loaded.model.condition(torch.full((len(classes),), TIME), torch.from_numpy(classes))
     found: NDArray[np.float32] = rows.numpy()
@@ -213,7 +246,7 @@ def modulations(setting: Setting, classes: NDArray[np.int64]) -> NDArray[np.floa
 
 
 def graph_of(manifest: Manifest, loaded: LoadedModel, rate: float) -> GraphFacts:
-    """Our step graph of one branch."""
+    """Return our step graph of one branch."""
     keep = loaded.level(rate).keep
     found = manifest.graph("dense" if rate == 0 else "sparse", keep)
     assert found is not None
@@ -221,18 +254,18 @@ def graph_of(manifest: Manifest, loaded: LoadedModel, rate: float) -> GraphFacts
 
 
 def tail(x: Array, b: float, r: Array, e: float = 0.0, a: float = 1.0) -> dict[str, Array]:
-    """Inputs of a step graph that every step has."""
+    """Return the inputs that every step graph has."""
     scalars = {"c_in": 1.0, "c_skip": 0.0, "c_out": 1.0, "a": a, "b": b, "e": e}
     return {name: np.array(value, np.float32) for name, value in scalars.items()} | {"x": x, "r": r}
 
 
 def given(feeds: Mapping[str, Array | None]) -> dict[str, Array]:
-    """Without the inputs that a graph does not have."""
+    """Return `feeds` without the inputs that are None, which a graph does not have."""
     return {name: value for name, value in feeds.items() if value is not None}
 
 
 def ours(setting: Setting) -> Side:
-    """The guided graph."""
+    """Return a run of the guided graph."""
     manifest = setting.bundle.manifest
     keeps = [setting.loaded.level(rate).keep for rate in (setting.strong, setting.weak)]
     graph = manifest.graph("guided", *keeps)
@@ -245,7 +278,7 @@ def ours(setting: Setting) -> Side:
 
 
 def separate(setting: Setting) -> Side:
-    """Our step graphs of the two branches, which share out the update."""
+    """Return a run of our two step graphs, one per branch. Each computes its part of the update."""
     manifest, rows = setting.bundle.manifest, modulations(setting, setting.classes)
     runs = []
     for rate, keep in zip((setting.strong, setting.weak), setting.keeps, strict=True):
@@ -261,7 +294,10 @@ def separate(setting: Setting) -> Side:
 
 
 def onnx(setting: Setting) -> Side:
-    """A graph per branch that takes time and class, by PyTorch's exporter with its own optimizations."""
+    """Return a run of one graph per branch with time and class as inputs.
+
+    PyTorch's exporter makes the graphs, with its own optimizations.
+    """
     t = np.full(len(setting.x), TIME, np.float32)
     runs = []
     for keep in setting.keeps:
@@ -287,7 +323,7 @@ def onnx(setting: Setting) -> Side:
 
 
 def two_passes(setting: Setting, model: Callable[..., Tensor]) -> Side:
-    """PyTorch, two passes and the update."""
+    """Return a run of two PyTorch passes and the update."""
     x, classes = torch.from_numpy(setting.x), torch.from_numpy(setting.classes)
     t = torch.full((len(x),), TIME)
     keeps = [None if keep is None else torch.from_numpy(keep) for keep in setting.keeps]
@@ -301,21 +337,25 @@ def two_passes(setting: Setting, model: Callable[..., Tensor]) -> Side:
 
 
 def eager(setting: Setting) -> Side:
-    """PyTorch as it is."""
+    """Return a run of PyTorch in eager mode."""
     return two_passes(setting, setting.loaded.model)
 
 
 def compiled(setting: Setting) -> Side:
-    """PyTorch under torch.compile, compiled anew for every shape before it is timed.
+    """Return a run of PyTorch under torch.compile.
 
-    And for every setting, as PyTorch runs a function uncompiled from its ninth shape on.
+    The model is compiled again for every shape before it is timed. It is also compiled again for
+    every setting, because PyTorch runs a function uncompiled from its ninth shape on.
     """
     torch.compiler.reset()
     return two_passes(setting, torch.compile(setting.loaded.model, dynamic=False))
 
 
 def cfg(setting: Setting) -> Side:
-    """Classifier-free guidance as it is usually run: one dense graph, conditioned and unconditioned in one batch."""
+    """Return a run of classifier-free guidance in the usual form.
+
+    One dense graph runs the conditional and the unconditional half in one batch.
+    """
     manifest, count = setting.bundle.manifest, len(setting.x)
     session = setting.session(setting.bundle.onnx(graph_of(manifest, setting.loaded, 0.0)))
     classes = np.concatenate([setting.classes, np.full(count, setting.loaded.facts.num_classes)])

@@ -1,8 +1,9 @@
-"""What `import sg_runtime` and `sg-export --help` load, and how long both take as whole processes.
+"""Measure which packages `import sg_runtime` and `sg-export --help` load, and how long both take.
 
     python -m benchmarks.import_time --output benchmarks/results/import_time.json
 
-Each is run in turn with an interpreter that does nothing, several rounds in one run; figures are medians and quartiles.
+The time is the time of the entire process. In every round, each command runs in turn with an
+interpreter that does nothing. The figures are medians and quartiles over the rounds.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - began)
     rows = {}
     for name, code in COMMANDS.items():
-        low, median, high = statistics.quantiles(times[name][1:], n=4)  # the first fills the disk cache
+        low, median, high = statistics.quantiles(times[name][1:], n=4)  # the first round fills the disk cache
         command = [sys.executable, "-c", code + LIST_PACKAGES]
         listing = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         packages = [word for word in listing.stdout.splitlines()[-1].split() if not word.startswith("_")]

@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""Describe the machine and the libraries of a measurement."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def machine(*libraries: str) -> dict[str, object]:
-    """Processor, usable cores, system, and the versions of Python and `libraries`."""
+    """Return processor, usable cores, system, and the versions of Python and `libraries`."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,8 +1,9 @@
-"""Whether the tests notice when a central line is wrong: ten mutants, each with the tests that should fail.
+"""Check that the tests fail if a central line of the code is wrong.
 
     python -m benchmarks.mutants --output benchmarks/results/mutants.json
 
-Each mutant is made in a copy of this checkout. It is caught if its tests fail, and the same tests pass without it.
+There are ten mutants, each with the tests that should fail. A mutant is applied to a copy of this
+checkout. It is caught if its tests fail with it and pass without it.
 """
 
 import argparse
@@ -21,7 +22,13 @@ ROOMS = (".", "engines", "runtime", "calibration")
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A line of `file` and what stands in its place; `tests` is what pytest is to run."""
+    """A wrong line of code.
+
+    file: file to change.
+    line: correct text, which occurs once in the file.
+    instead: wrong text that replaces it.
+    tests: arguments of pytest that select the tests.
+    """
 
     file: str
     line: str
@@ -106,7 +113,9 @@ def main() -> None:
             path = copy / mutant.file
             text = path.read_text()
             if text.count(mutant.line) != 1:
-                raise SystemExit(f"{mutant.file}: expected the line once: {mutant.line}")
+                raise SystemExit(
+                    f"{mutant.file}: expected once, found {text.count(mutant.line)} times: {mutant.line}; edit MUTANTS"
+                )
             before = passes(copy, mutant.tests)
             path.write_text(text.replace(mutant.line, mutant.instead))
             caught = before and not passes(copy, mutant.tests)
@@ -120,7 +129,7 @@ def main() -> None:
 
 
 def passes(folder: Path, tests: str) -> bool:
-    """Whether pytest passes in a checkout."""
+    """Return whether the tests pass in the checkout `folder`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder / room) for room in ROOMS)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=600).returncode == 0

@@ -1,16 +1,18 @@
-"""Which parts of a half-precision graph must stay in FP32: the guided prediction beside FP32, policy by policy.
+"""Measure which parts of a half-precision graph must stay in FP32.
 
     python -m benchmarks.precision_policies --output benchmarks/results/precision_policies.json
 
-Errors are relative L2 distances of the guided prediction, at eight times, to the same graphs in FP32; conditioning is
-computed at the policy, too. Half precision is emulated (`sg_export/graph/emulate.py`): FP32 operators with rounded
-inputs and outputs. TensorRT-RTX builds an engine of the guided graph without a GPU. S/2 has random weights. Policies:
+The guided prediction of each policy is compared with FP32. Errors are relative L2 distances at
+eight times to the same graphs in FP32. The policy also applies to the conditioning. Half precision
+is emulated (`sg_export/graph/emulate.py`): FP32 operators with rounded inputs and outputs.
+TensorRT-RTX builds an engine of the guided graph without a GPU. S/2 has random weights. Policies:
 
-whole            every value in half precision
-ends             all products, but the embedders and the head
-ends + after     and the layer after the route
-ours             what `sg-export build` does: one of these two, by precision
-autocast         ModelOpt's `convert_to_mixed_precision` with its defaults; only where nvidia-modelopt is installed
+whole            every value is in half precision
+ends             all products are in half precision, except the embedders and the head
+ends + after     as `ends`, and the layer after the route is in FP32, too
+ours             policy of `sg-export build`: one of these two, depending on the precision
+autocast         ModelOpt's `convert_to_mixed_precision` with its defaults, if nvidia-modelopt is
+                 installed
 """
 
 import argparse
@@ -34,9 +36,10 @@ from sg_engines.trt import EngineRecipe
 from sg_export import LoadedModel
 from sg_export.graph.emulate import emulated
 from sg_export.graph.half import HALF, cast, fp32_layers, half_attentions, to_half
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.overflow import range_shares
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.models.dit import ENDS
 from sg_export.packing.engines import count_fused_attention, profile_shapes
@@ -49,15 +52,28 @@ from sg_runtime.manifest import HalfPrecision, Profile
 Array = NDArray[np.float32]
 IMAGES, SCALE = 4, 2.5
 MODELS = {"glyphs": (0.25, 0.9), "S/2": (0.5, 0.9)}
-"""Sparsities of the strong and the weak branch."""
+"""Sparsities of the strong and the weak branch of each model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A policy, with errors by time, as `TIMES`.
+    """Figures of one policy.
 
-    errors_of_onnxruntime: those of its CPU provider without emulation, which has no BF16. largest: activation, as a
-    share of the type's range, and whose.
+    model: name of the model.
+    precision: half-precision type.
+    policy: name of the policy.
+    fp32_layers: layers that the policy keeps in FP32.
+    errors: relative L2 error at each of `TIMES`.
+    worst: largest of these errors.
+    errors_of_onnxruntime: errors on its CPU provider without emulation; None for BF16.
+    largest: largest activation, as a share of the type's range.
+    largest_in: node of the largest activation.
+    engine_mb: size of the engine; None if TensorRT-RTX refused the graph.
+    half_attentions: number of attentions with half-precision matmuls in the graph.
+    fused_attentions: number of fused attention kernels in the engine; None if there is no engine.
+    refused: error of the engine build; None if it succeeded.
+
+    The CPU provider of ONNX Runtime has no BF16.
     """
 
     model: str
@@ -77,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """The paths of a policy's condition and guided graph."""
+    """Paths of a policy's condition graph and guided graph."""
 
     condition: Path
     guided: Path
@@ -102,12 +118,12 @@ def main() -> None:
 
 
 def has_modelopt() -> bool:
-    """Whether ModelOpt's ONNX part is installed."""
+    """Return whether ModelOpt's ONNX part is installed."""
     return find_spec("modelopt") is not None and find_spec("onnx_graphsurgeon") is not None
 
 
 def measure(name: str, loaded: LoadedModel, folder: Path) -> list[Row]:
-    """All policies of both types beside FP32."""
+    """Compare all policies of both half-precision types with FP32."""
     spec = GraphSpec("guided", tuple(loaded.level(rate) for rate in MODELS[name]))
     plain = write(loaded, spec, folder / "fp32", lambda model: None)
     wanted = predictions(plain, loaded, spec, exact=True)
@@ -134,7 +150,7 @@ def measure(name: str, loaded: LoadedModel, folder: Path) -> list[Row]:
 
 
 def write(loaded: LoadedModel, spec: GraphSpec, folder: Path, change: Policy) -> Graphs:
-    """Trace both graphs, with symbolic token counts, and change them."""
+    """Trace both graphs with symbolic token counts, apply `change` and write them."""
     folder.mkdir()
     specs = [GraphSpec("condition"), spec]
     models = trace(loaded.model, specs, loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)
@@ -145,12 +161,12 @@ def write(loaded: LoadedModel, spec: GraphSpec, folder: Path, change: Policy) ->
 
 
 def to_layers(model: ir.Model, precision: HalfPrecision, layers: Sequence[str]) -> None:
-    """Our own rule."""
+    """Convert to half precision by our rule, with `layers` in FP32."""
     to_half(model.graph, precision, layers)
 
 
 def to_whole(model: ir.Model, precision: HalfPrecision) -> None:
-    """Every float value in half precision, from the inputs on."""
+    """Convert every float value to half precision, from the inputs on."""
     graph = model.graph
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT:
@@ -162,7 +178,7 @@ def to_whole(model: ir.Model, precision: HalfPrecision) -> None:
 
 
 def autocast(plain: Graphs, folder: Path, precision: HalfPrecision) -> Graphs:
-    """The FP32 graphs through ModelOpt."""
+    """Convert the FP32 graphs with ModelOpt."""
     from modelopt.onnx.autocast import convert_to_mixed_precision
 
     folder.mkdir()
@@ -185,7 +201,7 @@ def judge(
     spec: GraphSpec,
     wanted: Sequence[Array],
 ) -> Row:
-    """Errors, activations, and what TensorRT-RTX makes of the guided graph."""
+    """Measure errors and activations, and build an engine of the guided graph with TensorRT-RTX."""
     errors = distances(predictions(graphs, loaded, spec, exact=False), wanted)
     as_it_is = distances(predictions(graphs, loaded, spec, exact=True), wanted) if precision == "fp16" else None
     shares: dict[str, float] = {}
@@ -220,12 +236,15 @@ def judge(
 
 
 def distances(found: Sequence[Array], wanted: Sequence[Array]) -> tuple[float, ...]:
-    """Relative L2 at each time."""
+    """Return the relative L2 distance at each time."""
     return tuple(round(float(np.linalg.norm(f - w) / np.linalg.norm(w)), 6) for f, w in zip(found, wanted, strict=True))
 
 
 def predictions(graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, *, exact: bool) -> list[Array]:
-    """The guided prediction at each of `TIMES`. exact: by the graphs as they are, not emulated."""
+    """Return the guided prediction at each of `TIMES`.
+
+    exact: run the graphs without emulation.
+    """
     session = open_session(graphs.guided, None if exact else emulated(graphs.guided))
     return [
         session.run(["prediction"], feeds(graphs, loaded, spec, number, exact=exact))[0] for number in range(len(TIMES))
@@ -235,7 +254,11 @@ def predictions(graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, *, exact: 
 def feeds(
     graphs: Graphs, loaded: LoadedModel, spec: GraphSpec, number: int, *, exact: bool
 ) -> dict[str, NDArray[np.generic]]:
-    """Inputs of the guided graph at one time: noise, classes and subsets of that time, the policy's own modulations."""
+    """Return the inputs of the guided graph at one of `TIMES`.
+
+    Noise, classes and kept tokens depend on the time. The modulations are computed by the policy's
+    condition graph.
+    """
     facts, seeds = loaded.facts, range(IMAGES)
     generator = np.random.default_rng(number)
     x = generator.standard_normal((IMAGES, *facts.latent), dtype=np.float32)

@@ -1,10 +1,11 @@
-"""What guidance does to the samples of the reference model `glyphs`: every mode side by side, and none.
+"""Measure how each guidance mode changes the samples of the reference model `glyphs`.
 
     python -m benchmarks.quality_glyphs --output benchmarks/results --work runs/quality_glyphs
 
-A search over scales and sparsities on a small budget comes first; its winners are measured in full on seeds that the
-search has not seen. Each mode runs on a bundle that was built for it. The classifier and all samples are kept in the
-work folder, so a run that was stopped goes on.
+The modes are compared with each other and with unguided sampling. First, a search on a small budget
+tries scales and sparsities. Its winners are then measured on the full budget with seeds that the
+search has not used. Each mode runs on a bundle that was built for it. The classifier and all
+samples are kept in the work folder, so an interrupted run can be resumed.
 """
 
 import argparse
@@ -42,25 +43,31 @@ from sg_runtime.images import save_png
 from sg_runtime.manifest import GuidanceMode, GuidancePlan
 
 BATCH = 124
-"""Images in one engine run: two of each character."""
+"""Number of images in one engine run: two of each character."""
 
 SEARCH_BLOCK = 0
-"""Block of image seeds that the search uses; measurement uses 1 and up. An image's seed is block * 2**32 + index."""
+"""Block of image seeds that the search uses. The measurement uses blocks 1 and up.
+
+The seed of an image is block * 2**32 + index.
+"""
 
 REAL_SEED = 1000
-"""Plus the block: seed of the distortions that stand for samples in the rows of real images."""
+"""Base seed of the real images that replace samples in the rows of real images.
+
+The seed is this number plus the block.
+"""
 
 CRITERION = (
-    "Accuracy alone would choose the most typical image of each character over and over, and the distance to the "
-    "training fonts would reward copies of the training images; the held-out fonts, new to the model, punish both."
+    "Accuracy alone would choose the most typical image of each character over and over. The distance to the "
+    "training fonts would reward copies of the training images. The held-out fonts, new to the model, punish both."
 )
 
 
 Rates = float | tuple[float, ...]
-"""A sparsity, or those that a cosine goes by, from the first step's to the last step's."""
+"""A sparsity, or the levels of a cosine schedule from the first step to the last."""
 
 COSINE = (0.0, 0.2, 0.4, 0.6)
-"""The paper's schedule goes from one end of it to the other, by these levels here."""
+"""Levels of the paper's schedule here. The schedule goes from one end to the other."""
 
 WEAK_CHECKPOINT = "glyphs-early"
 
@@ -75,7 +82,13 @@ LABELS: Mapping[GuidanceMode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the samples of one row are made. Unguided, the scale is 1; `sparsity` is the weak branch's, if it has one."""
+    """Sampling settings of one row.
+
+    guidance: guidance mode.
+    scale: guidance scale; 1 if unguided.
+    strong_sparsity: sparsity of the strong branch.
+    sparsity: sparsity of the weak branch; None if the mode does not set one.
+    """
 
     guidance: GuidanceMode
     scale: float = 1.0
@@ -84,7 +97,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For a table."""
+        """Name of the setting in a table."""
         label = LABELS[self.guidance]
         if self.guidance == "none":
             return label
@@ -92,7 +105,7 @@ class Setting:
         return f"{label}{rates}, ω = {self.scale:g}"
 
     def plan(self, pipe: Pipeline) -> GuidancePlan:
-        """The guidance of a run on a bundle of this mode."""
+        """Return the guidance of a run on a bundle of this mode."""
         return pipe.guidance(
             self.guidance,
             scale=self.scale,
@@ -115,7 +128,7 @@ def _range(rates: Rates) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Every pair of (strong, weak) sparsities at every scale, in one mode."""
+    """Grid of one mode: every pair of (strong, weak) sparsities at every scale."""
 
     guidance: GuidanceMode
     scales: tuple[float, ...]
@@ -124,7 +137,17 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Sizes of a run. Images are counted per character."""
+    """Sizes of a run.
+
+    steps: number of Euler steps.
+    blocks: blocks of image seeds of the measurement, one per set of samples.
+    measured: images per character in each set of the measurement.
+    searched: images per character in the search.
+    searches: grid of each mode.
+    classifier_variants: distortions of each character and font that the classifier is trained on.
+    classifier_epochs: epochs of the classifier's training.
+    reference_variants: distortions of each character and font in the reference images.
+    """
 
     steps: int
     blocks: tuple[int, ...]
@@ -137,7 +160,7 @@ class Budget:
 
     @property
     def grid(self) -> tuple[Setting, ...]:
-        """All settings of the search."""
+        """Settings of the search."""
         return tuple(
             Setting(search.guidance, scale, strong, weak)
             for search in self.searches
@@ -153,17 +176,21 @@ FULL = Budget(
     searched=6,
     searches=(
         Search("cfg", (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)),
-        # the paper advises a clear gap between the two sparsities
+        # The paper advises a clear gap between the two sparsities.
         Search("sg", (1.25, 1.5, 2.0, 3.0, 4.0), ((0.0, 0.5), (0.0, 0.75), (0.0, 0.9), (0.25, 0.75), (0.25, 0.9))),
         Search("cfg+sg", (1.5, 2.0), ((0.0, 0.5), (0.0, 0.75), (0.25, 0.75))),
-        # constant rates that are also the cosine's: others would give it more levels than it is to go by
+        # The constant sparsities are also levels of the cosine. Other sparsities would add levels
+        # to the bundle, and the cosine would use them, too.
         Search("autoguidance", (1.5, 2.0, 3.0), ((0.0, 0.0), (0.0, 0.6), (COSINE, COSINE[::-1]))),
     ),
     classifier_variants=64,
     classifier_epochs=5,
-    reference_variants=64,  # the training fonts' images are then the model's training set
+    reference_variants=64,  # makes the images of the training fonts equal to the model's training set
 )
-"""2,108 images for each setting and seed: forty minutes to an hour on two cores."""
+"""Budget of the published figures.
+
+It has 2,108 images for each setting and seed, and takes forty minutes to an hour on two cores.
+"""
 
 QUICK = Budget(
     steps=2,
@@ -180,7 +207,10 @@ QUICK = Budget(
     classifier_epochs=2,
     reference_variants=4,
 )
-"""A few minutes, most of them compilation, to see that all parts work; the figures mean nothing."""
+"""Budget to check that all parts work. The figures mean nothing.
+
+It takes a few minutes, mostly for compilation.
+"""
 
 
 def generate(
@@ -192,7 +222,10 @@ def generate(
 
 
 def step_gmac(pipe: Pipeline, setting: Setting, steps: int) -> float:
-    """Linear multiply-adds of the graphs that run in a step for one image, in 1e9: the mean of `steps` Euler steps."""
+    """Return the linear multiply-adds, in 1e9, of the graphs that run in a step for one image.
+
+    The result is the mean over `steps` Euler steps.
+    """
     manifest = pipe.bundle.manifest
     run = replace(manifest, guidance=setting.plan(pipe), sampling=replace(manifest.sampling, steps=steps))
     return step_costs(run)[-1].linear_macs / 1e9
@@ -200,14 +233,20 @@ def step_gmac(pipe: Pipeline, setting: Setting, steps: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Samples from the bundle of a setting's mode, kept in `folder`: made once per bundle, setting, seeds and steps."""
+    """Sampler that keeps its samples in `folder`.
+
+    It samples from the bundle of a setting's mode, once per bundle, setting, seeds and steps.
+    """
 
     pipes: Mapping[GuidanceMode, Pipeline]
     folder: Path
     steps: int
 
     def samples(self, setting: Setting, per_class: int, block: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """(N, 16, 16) images of all characters in turn, and their classes (N,)."""
+        """Return images (N, 16, 16) of all characters in turn, and their classes (N,).
+
+        They are loaded from `folder` if they were sampled before.
+        """
         count = per_class * len(CLASS_NAMES)
         classes = np.arange(count, dtype=np.int64) % len(CLASS_NAMES)
         path = self.folder / f"{self._key(setting, count, block)}.npz"
@@ -228,7 +267,7 @@ class Sampler:
         return f"{setting.guidance}-{setting.scale:g}-{rates}-n{count}-block{block}-steps{self.steps}-{made_by}"
 
     def row(self, setting: Setting, per_class: int, blocks: Sequence[int], judge: Judge) -> Row:
-        """Sample a setting with the seeds of each block, and measure every set."""
+        """Sample a setting with the seeds of each block and measure each set of samples."""
         figures = []
         for block in blocks:
             figures.append(judge.figures(*self.samples(setting, per_class, block)))
@@ -242,7 +281,7 @@ class Sampler:
 
 
 def real_rows(per_class: int, blocks: Sequence[int], judge: Judge) -> tuple[Row, ...]:
-    """Rows of real images in the place of samples, as many in each set."""
+    """Measure real images instead of samples, with the same number of images in each set."""
     return tuple(
         Row(
             f"real: {name}",
@@ -255,15 +294,16 @@ def real_rows(per_class: int, blocks: Sequence[int], judge: Judge) -> tuple[Row,
 
 
 def best(rows: Sequence[Row], grid: Sequence[Setting], guidance: GuidanceMode) -> Setting:
-    """The setting of one kind of guidance with the least Fréchet distance to the held-out fonts."""
+    """Return the setting of one mode with the smallest Fréchet distance to the held-out fonts."""
     candidates = [(row.figures[0].frechet_held_out, setting) for row, setting in zip(rows, grid, strict=True)]
     return min((pair for pair in candidates if pair[1].guidance == guidance), key=lambda pair: pair[0])[1]
 
 
 def kept_rows(path: Path, checkpoint: str, reader: ClassifierFacts, budget: Budget) -> dict[tuple[str, str], Row]:
-    """Rows of an earlier result, by (table, setting), that this run would measure again in the same way.
+    """Return the rows of an earlier result that this run can keep, by (table, setting).
 
-    That is with the same checkpoint, seeds, number of images, steps and classifier.
+    The earlier run must have the same checkpoint, seeds, number of images, steps and classifier;
+    otherwise no row is kept.
     """
     if not path.exists():
         return {}
@@ -288,7 +328,7 @@ def kept_rows(path: Path, checkpoint: str, reader: ClassifierFacts, budget: Budg
 
 
 def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
-    """Compile, search, measure, and write the three results into `output`."""
+    """Compile, search, measure, and write the three result files to `output`."""
     here = machine("numpy", "torch", "onnxruntime", "pillow", "matplotlib")
     seconds: dict[str, float] = {}
     output.mkdir(parents=True, exist_ok=True)
@@ -299,12 +339,12 @@ def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
             search.guidance: Pipeline.load(compiled(search, work / "bundles" / search.guidance), batch=BATCH)
             for search in budget.searches
         }
-        pipes["none"] = pipes["cfg"]  # every bundle has the same graph of a dense branch
+        pipes["none"] = pipes["cfg"]  # every bundle has the same dense graph
     with _timed("classifier", seconds):
         classifier = cached_classifier(work, budget.classifier_variants, budget.classifier_epochs)
         variants = max(1, budget.reference_variants // 4)
         read_training = ClassifierFacts.of(classifier, TRAINING_FONTS, variants)
-        read_held_out = ClassifierFacts.of(classifier, HELD_OUT_FONTS, 3 * variants)  # a third as many fonts
+        read_held_out = ClassifierFacts.of(classifier, HELD_OUT_FONTS, 3 * variants)  # one third of the number of fonts
     with _timed("references", seconds):
         judge = Judge.of(classifier, budget.reference_variants, MEASURE_SEED)
         scout = replace(judge, held_out=held_out_gaussian(classifier, budget.reference_variants, SEARCH_SEED))
@@ -372,7 +412,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def compiled(search: Search, output: Path) -> Path:
-    """Compile the reference model for the mode and the sparsities of a search; returns the bundle's folder."""
+    """Compile the reference model for the mode and the sparsities of a search.
+
+    Returns the path of the bundle.
+    """
     import sg_export
 
     strong = dict.fromkeys(level for rates, _ in search.pairs for level in _levels(rates))
@@ -390,11 +433,15 @@ def compiled(search: Search, output: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results; quick: WORK)")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality_glyphs"), help="folder of what is kept")
-    parser.add_argument("--quick", action="store_true", help="a tiny budget that only shows that all parts work")
+    parser.add_argument("--output", type=Path, help="output folder (default: benchmarks/results, or WORK with --quick)")
     parser.add_argument(
-        "--keep", action="store_true", help="keep rows that the output folder has from the same seeds and classifier"
+        "--work", type=Path, default=Path("runs/quality_glyphs"), help="folder of classifier, bundles and samples"
+    )
+    parser.add_argument("--quick", action="store_true", help="use a tiny budget, only to check that all parts work")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep existing rows of the output folder if they have the same seeds and classifier",
     )
     options = parser.parse_args()
     budget, results = (QUICK, options.work) if options.quick else (FULL, Path("benchmarks/results"))

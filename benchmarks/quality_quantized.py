@@ -1,10 +1,12 @@
-"""What INT8 and FP8 do to the samples of `glyphs`: accuracy and Fréchet distances beside FP32, at equal seeds.
+"""Measure how INT8 and FP8 change the samples of `glyphs`: accuracy and Fréchet distances.
 
     python -m benchmarks.quality_quantized --output benchmarks/results/quality_quantized.json
 
-Unguided, CFG and SG at the scales and sparsities that `benchmarks/quality_glyphs.py` found best, with its classifier,
-its references, and 2,108 samples for each of its three seeds. Bundles are built as `sg-export build --precision` builds
-them. Classifier and samples are kept in the work folder, so a run that was stopped goes on.
+INT8 and FP8 are compared with FP32 at equal seeds. The settings are unguided, CFG and SG, at the
+best scales and sparsities of `benchmarks/quality_glyphs.py`. Classifier, reference images and the
+three seeds are the same as there, with 2,108 samples per seed. Bundles are built as by
+`sg-export build --precision`. The classifier and all samples are kept in the work folder, so an
+interrupted run can be resumed.
 """
 
 import argparse
@@ -33,8 +35,10 @@ FIGURES = ("accuracy", "frechet_training", "frechet_held_out")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", choices=["int8", "fp8"], nargs="+", default=["int8"])
-    parser.add_argument("--work", type=Path, default=Path("runs/quality_quantized"), help="folder of what is kept")
-    parser.add_argument("--quick", action="store_true", help="a tiny budget that only shows that all parts work")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/quality_quantized"), help="folder of classifier, bundles and samples"
+    )
+    parser.add_argument("--quick", action="store_true", help="use a tiny budget, only to check that all parts work")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     budget = QUICK if options.quick else FULL
@@ -55,7 +59,10 @@ def main() -> None:
 def measure(
     kind: QuantizedType | None, budget: Budget, judge: Judge, work: Path, samples: Path
 ) -> list[dict[str, Any]]:
-    """All settings in one precision; None is FP32."""
+    """Measure all settings in one precision.
+
+    kind: quantized type; None for FP32.
+    """
     name = kind or "fp32"
     pipes: dict[GuidanceMode, Pipeline] = {}
     for mode, build in BUILDS.items():

@@ -1,16 +1,23 @@
-"""INT8 and FP8: which way to find ranges is best, what the default build reaches at every time, its size and its speed.
+"""Measure range methods, default builds and speed of INT8 and FP8.
 
     python -m benchmarks.quantization --modelopt --output benchmarks/results/quantization.json
     python -m benchmarks.quantization --model S/2 --output benchmarks/results/quantization.json
 
-An output that is there already, of the same machine and libraries, keeps its other models.
+If the output file exists and is from the same machine and libraries, its other models are kept.
 
-Everything on ONNX Runtime's CPU provider, over FP32, for SG at sparsities 0 and 0.5. Methods: all layers quantized, the
-same calibration, judged on images, classes and token subsets of their own: the worst of 25 times; with `--modelopt`
-beside NVIDIA's ModelOpt (nvidia-modelopt[onnx]) on the same feeds, with its own choice of operators. Default: what
-`sg-export build --precision` makes with this calibration, its search included, and how long that takes. Speed: one
-guided step by every bundle, in turn, round by round; a ratio is the median of the rounds' ratios to FP32. S/2 has
-random weights: it shows cost and speed, not how well a trained S/2 takes eight bits.
+Everything runs on ONNX Runtime's CPU provider and is compared with FP32, for SG at sparsities 0 and
+0.5. There are three parts:
+
+Methods  All layers are quantized, with the same calibration for each method. Methods are judged on
+         images, classes and kept tokens that the calibration did not use; the figure is the worst
+         of 25 times. With `--modelopt`, NVIDIA's ModelOpt (nvidia-modelopt[onnx]) is also judged,
+         with the same feeds and its own choice of operators.
+Default  The result of `sg-export build --precision` with this calibration, including its search,
+         and the build time.
+Speed    One guided step of each bundle, timed in turn in every round. A ratio is the median of the
+         rounds' ratios to FP32.
+
+S/2 has random weights. It shows cost and speed, but not the quality of a trained S/2 in eight bits.
 """
 
 import argparse
@@ -55,9 +62,13 @@ def main() -> None:
     parser.add_argument("--model", choices=["glyphs", "S/2", "B/2"], nargs="+", default=["glyphs"])
     parser.add_argument("--type", choices=["int8", "fp8"], nargs="+", default=["int8", "fp8"])
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--images", type=int, default=8, help="Images that methods are judged on.")
+    parser.add_argument(
+        "--images", type=int, default=8, help="number of images to judge the methods on (default %(default)s)"
+    )
     parser.add_argument("--modelopt", action="store_true")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="Images in a step that is timed.")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 4], help="numbers of images in the timed step (default 1 and 4)"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -96,7 +107,10 @@ def main() -> None:
 
 
 def write(path: Path, models: list[dict[str, Any]], setup: dict[str, int]) -> None:
-    """Write the results; those of other models that are in the file stay, if they are of the same machine and setup."""
+    """Write the results to `path`.
+
+    If the file is from the same machine and setup, its results of other models are kept.
+    """
     content: dict[str, Any] = {"machine": machine("numpy", "onnxruntime"), "setup": setup}
     kept: list[dict[str, Any]] = []
     if path.exists():
@@ -109,7 +123,7 @@ def write(path: Path, models: list[dict[str, Any]], setup: dict[str, int]) -> No
 
 
 def methods(reference: Bundle, kinds: list[QuantizedType], table: RangeTable, images: int) -> list[dict[str, Any]]:
-    """The worst of all times, with all layers quantized, by type and method."""
+    """Judge each type and method with all layers quantized, at the worst of all times."""
     walks = walks_of(reference_pipeline(reference), "gate", images)
     graphs = [onnx.load(reference.onnx(graph), load_external_data=False) for graph in reference.manifest.graphs]
     layers = sorted({name for graph in graphs for name in layers_of(graph, reference.manifest.model.ends)})
@@ -122,7 +136,7 @@ def methods(reference: Bundle, kinds: list[QuantizedType], table: RangeTable, im
 
 
 def judged(kind: QuantizedType, method: str, pipe: Pipeline, walks: list[Walk]) -> dict[str, Any]:
-    """A row of the table of methods."""
+    """Judge a pipeline and return its row in the table of methods."""
     quality = judge(pipe, walks)
     guided, cosine = max(q.guided for q in quality), min(min(q.strong, q.weak) for q in quality)
     row = {"type": kind, "method": method, "guided": guided, "cosine": cosine}
@@ -133,7 +147,7 @@ def judged(kind: QuantizedType, method: str, pipe: Pipeline, walks: list[Walk]) 
 def modelopt(
     reference: Bundle, kinds: list[QuantizedType], settings: FeedSettings, images: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """The same for the guided graph as ModelOpt quantizes it by its defaults, over FP32."""
+    """Judge ModelOpt's quantization of the guided graph, with its defaults, against FP32."""
     from modelopt.onnx.quantization import quantize
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
@@ -154,7 +168,7 @@ def modelopt(
 
     guided = reference.onnx(next(graph for graph in reference.manifest.graphs if graph.kind == "guided"))
     source, made = folder / "plain.onnx", folder / "modelopt.onnx"
-    onnx.save(onnx.load(guided), source)  # one file: ModelOpt moves it about
+    onnx.save(onnx.load(guided), source)  # one file, because ModelOpt moves it
     walks = walks_of(reference_pipeline(reference), "gate", images)
 
     def opened(path: Path) -> InferenceSession:
@@ -179,7 +193,7 @@ def modelopt(
 
 
 def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> list[Feeds]:
-    """Inputs of the guided graph along the runs that ranges are measured on."""
+    """Return the inputs of the guided graph in the runs that ranges are measured on."""
     pipe, manifest = reference_pipeline(reference), reference.manifest
     (guidance,) = built_guidances(manifest)
     runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
@@ -197,7 +211,7 @@ def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> lis
 
 
 def described(bundle: Bundle, reference: Bundle) -> dict[str, Any]:
-    """What a default build made."""
+    """Return the facts of a default build."""
     plan = bundle.manifest.quantization
     assert plan is not None
     sizes = [b.manifest.files["graphs/weights.bin"].size for b in (bundle, reference)]
@@ -218,13 +232,16 @@ def described(bundle: Bundle, reference: Bundle) -> dict[str, Any]:
 
 
 def speed(bundles: Mapping[str, Bundle], batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of a guided step by every bundle, and the ratio to FP32: medians and quartiles of rounds."""
+    """Time a guided step of every bundle.
+
+    Returns milliseconds and the ratio to FP32, as medians and quartiles of the rounds.
+    """
     pipes = {name: Pipeline.load(bundle.path, device="cpu", batch=batch) for name, bundle in bundles.items()}
     classes, seeds = [image % 4 for image in range(batch)], list(range(batch))
     plans = {name: pipe.prepare([0.6], classes, seeds) for name, pipe in pipes.items()}
     x = pipes["fp32"].initial_noise(seeds)
     times: dict[str, list[float]] = {name: [] for name in pipes}
-    for number in range(rounds + 1):  # the first one warms up
+    for number in range(rounds + 1):  # the first round is a warm-up
         for name, pipe in pipes.items():
             time.sleep(PAUSE)
             began = time.perf_counter()

@@ -1,8 +1,9 @@
-"""Tables of what INT8 and FP8 cost and keep, as Markdown.
+"""Write Markdown tables of the cost and the quality of INT8 and FP8.
 
     python -m benchmarks.quantization_tables
 
-Reads quantization.json and quality_quantized.json in benchmarks/results, and writes quantization.md beside them.
+Reads quantization.json and quality_quantized.json in benchmarks/results and writes quantization.md
+to the same folder.
 """
 
 import json
@@ -29,26 +30,29 @@ def _origin(content: dict[str, Any]) -> str:
     machine, setup = content["machine"], content["setup"]
     where = f"{machine['cores']} cores of {machine['processor']}, ONNX Runtime {machine['versions']['onnxruntime']}"
     return (
-        f"By `python -m benchmarks.quantization` and `python -m benchmarks.quality_quantized`, on {where}; SG at "
-        f"sparsities 0 and 0.5, ranges from {setup['samples']} images. S/2 has random weights: its rows show cost and "
-        f"speed, and nothing of how a trained S/2 takes eight bits."
+        f"Measured by `python -m benchmarks.quantization` and `python -m benchmarks.quality_quantized` on {where}. "
+        f"The guidance is SG at sparsities 0 and 0.5. The ranges are from {setup['samples']} images. S/2 has random "
+        f"weights: its rows show cost and speed, but not the quality of a trained S/2 in eight bits."
     )
 
 
 def _methods(models: Sequence[dict[str, Any]]) -> str:
-    """All layers quantized, by method."""
+    """Return the table of methods with all layers quantized."""
     rows = [
         (own["model"], TITLES[row["type"]], row["method"], f"{row['guided']:.1%}", f"{row['cosine']:.4f}")
         for own in models
         for row in own["methods"]
     ]
-    text = "All layers quantized, the worst of 25 times. ModelOpt chooses its operators itself, residual additions too."
-    columns = ("model", "type", "method", "guided, relative L2", "least cosine of a branch")
-    return f"## Ways to find ranges\n\n{text}\n\n{table(columns, rows)}"
+    text = (
+        "All layers are quantized. The figures are the worst of 25 times. ModelOpt chooses its own operators, "
+        "including residual additions."
+    )
+    columns = ("model", "type", "method", "guided, relative L2", "lowest cosine of a branch")
+    return f"## Methods to find ranges\n\n{text}\n\n{table(columns, rows)}"
 
 
 def _default(models: Sequence[dict[str, Any]]) -> str:
-    """What default builds are."""
+    """Return the table of default builds."""
     rows = []
     for own in models:
         for built in own["default"]:
@@ -72,29 +76,32 @@ def _default(models: Sequence[dict[str, Any]]) -> str:
         "layers in eight bits",
         "in FP32",
         "guided, worst time",
-        "least cosine",
-        "whole runs / mask noise",
-        "weights, of FP32",
+        "lowest cosine",
+        "complete runs / mask noise",
+        "weights / FP32",
         "ranges + build",
     )
     return f"## Default builds\n\n{table(columns, rows)}"
 
 
 def _speed(models: Sequence[dict[str, Any]]) -> str:
-    """A guided step on ONNX Runtime's CPU provider."""
+    """Return the table of the time of a guided step on ONNX Runtime's CPU provider."""
     rows = []
     for own in models:
         for row in own["speed"]:
             low, high = row["ratio_quartiles"]
             ratio = f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})" if row["precision"] != "fp32" else "1"
             rows.append((own["model"], row["batch"], TITLES[row["precision"]], f"{row['median_ms']:.1f}", ratio))
-    text = "One guided step on ONNX Runtime's CPU provider, bundles in turn; medians, the ratio with quartiles."
-    columns = ("model", "images", "type", "ms", "time, of FP32")
+    text = (
+        "One guided step on ONNX Runtime's CPU provider, with all bundles timed in turn. Figures are medians; "
+        "quartiles of the ratio are in parentheses."
+    )
+    columns = ("model", "images", "type", "ms", "time / FP32")
     return f"## Speed\n\n{text}\n\n{table(columns, rows)}"
 
 
 def _quality(content: dict[str, Any]) -> str:
-    """Samples of glyphs."""
+    """Return the table of figures of glyphs samples."""
     rows = []
     for row in content["rows"]:
         figures = [
@@ -105,15 +112,15 @@ def _quality(content: dict[str, Any]) -> str:
         rows.append((row["name"], TITLES[row["precision"]], f"{accuracy:.2%} ± {spread:.2%}", *shown))
     protocol = content["protocol"]
     text = (
-        f"{protocol['samples']} samples of each of {protocol['seeds']} seeds, {protocol['steps']} Euler steps; mean ± "
-        f"standard deviation over the seeds."
+        f"{protocol['samples']} samples for each of {protocol['seeds']} seeds, {protocol['steps']} Euler steps. "
+        f"Figures are mean ± standard deviation over the seeds."
     )
     columns = ("glyphs", "type", "accuracy", "Fréchet, training fonts", "Fréchet, held-out fonts")
     return f"## Samples\n\n{text}\n\n{table(columns, rows)}"
 
 
 def _gates(own: dict[str, Any]) -> str:
-    """Every time of the default builds."""
+    """Return the table of a model's default builds at every time."""
     built = own["default"]
     rows = []
     for strata in zip(*(one["quality"] for one in built), strict=True):
@@ -128,7 +135,7 @@ def _gates(own: dict[str, Any]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

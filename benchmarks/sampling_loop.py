@@ -1,10 +1,11 @@
-"""Whole runs of 40 guided Euler steps, from classes and seeds to samples: the runtime beside a PyTorch loop.
+"""Compare complete runs of 40 guided Euler steps of the runtime with a PyTorch loop.
 
     python -m benchmarks.sampling_loop --output benchmarks/results/sampling_loop.json
 
-The PyTorch loop is what one would write from the paper: two passes of the model in every step, each with its own random
-subset, and the update; eager, FP32, the same threads. Both are timed in turn; figures are medians of the rounds with
-quartiles. `glyphs` is the reference model, S/2 has random weights.
+A run goes from classes and seeds to samples. The PyTorch loop is a direct implementation of the
+paper. Each step has two passes of the model, each with its own random kept tokens, and the update.
+It is eager, in FP32, with the same number of threads. Both are timed in turn; figures are medians
+of the rounds with quartiles. `glyphs` is the reference model, S/2 has random weights.
 """
 
 import argparse
@@ -33,12 +34,21 @@ SETTINGS = (
     ("S/2", 1, (0.5, 0.9)),
     ("S/2", 4, (0.5, 0.9)),
 )
-"""Model, images in a batch, sparsities of the strong and the weak branch."""
+"""Settings: model, batch size, sparsities of the strong and the weak branch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Images per second of both, and the ratio of ours to PyTorch's: medians, and quartiles of the ratio."""
+    """Speed of the runtime and of PyTorch in one setting.
+
+    model: name of the model.
+    batch: batch size.
+    pair: sparsities of the strong and the weak branch.
+    runtime_images_per_second: median speed of the runtime.
+    pytorch_images_per_second: median speed of PyTorch.
+    ratio: median speed ratio of the runtime to PyTorch.
+    ratio_quartiles: lower and upper quartile of that ratio.
+    """
 
     model: str
     batch: int
@@ -76,7 +86,7 @@ def main() -> None:
 
 
 def measure(name: str, batch: int, pair: tuple[float, float], rounds: int, folder: Path) -> Row:
-    """Time whole runs of both in turn; the first round warms up."""
+    """Time complete runs of both in turn. The first round is a warm-up and is not counted."""
     checkpoint, overrides = (name, Overrides()) if name == "glyphs" else random_checkpoint(name, folder)
     strong, weak = pair
     built = CompileOptions(
@@ -104,7 +114,7 @@ def measure(name: str, batch: int, pair: tuple[float, float], rounds: int, folde
 
 
 def pytorch_loop(loaded: LoadedModel, classes: Sequence[int], pair: tuple[float, float]) -> Tensor:
-    """40 Euler steps of rectified flow with Sparse Guidance, in two passes."""
+    """Sample with 40 Euler steps of rectified flow and Sparse Guidance, in two passes per step."""
     facts, model = loaded.facts, loaded.model
     counts = [loaded.level(rate).keep for rate in pair]
     labels = torch.tensor(classes)

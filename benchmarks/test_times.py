@@ -1,4 +1,6 @@
-"""Times of the tests by file, from the JUnit files of two runs of pytest.
+"""Compare the test times of two pytest runs by file.
+
+The times are from the JUnit files of both runs.
 
 python -m pytest … --junitxml=before.xml
 python -m benchmarks.test_times before.xml after.xml --output benchmarks/results/test_times.json
@@ -30,7 +32,7 @@ def main() -> None:
 
 
 def by_file(path: Path) -> "Counter[str]":
-    """Seconds of each file's tests, fixtures included."""
+    """Return the seconds of each file's tests, including fixtures."""
     times: Counter[str] = Counter()
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         times[f"{case.attrib['classname'].replace('.', '/')}.py"] += float(case.attrib["time"])  # type: ignore[assignment]

@@ -1,9 +1,10 @@
-"""Which ONNX form of gathering and scattering token rows is fastest on ONNX Runtime's CPU provider?
+"""Compare ONNX forms of gathering and scattering token rows on ONNX Runtime's CPU provider.
 
     python -m benchmarks.token_ops --output benchmarks/results/token_ops.json
 
-Every form computes the same: K of N rows of (B, N, D) taken by (B, K) indices, or put back. All forms are timed in turn
-in one run; the figures are medians over the rounds, with the quartiles, and ratios to the elementwise form.
+All forms of a direction compute the same result. Gather takes K of N rows of (B, N, D) by (B, K)
+indices, and scatter puts them back. All forms are timed in turn in one run. The figures are medians
+over the rounds, with quartiles, and ratios to the elementwise form.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def measure(direction: str, shape: str) -> list[dict[str, Any]]:
-    """Time every form of `direction` at a shape; all must agree."""
+    """Time every form of `direction` at a shape. All results must be equal."""
     batch, tokens, width = SHAPES[shape]
     keep = tokens // 2
     rng = np.random.default_rng(0)
@@ -73,7 +74,7 @@ def measure(direction: str, shape: str) -> list[dict[str, Any]]:
 
 
 def session(form: str, batch: int, tokens: int, width: int, keep: int) -> ort.InferenceSession:
-    """A session over the one form, with symbolic batch."""
+    """Open a session of one form with a symbolic batch size."""
     constants: dict[str, NDArray[np.int64]] = {}
 
     def const(name: str, value: object) -> str:

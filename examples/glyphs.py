@@ -1,7 +1,7 @@
-"""The glyphs data set: 62 characters in 16 fonts, each distorted at random, as 16×16 grey images.
+"""Glyphs data set: 62 characters in 16 fonts as 16×16 grey images with random distortions.
 
-The fonts are the DejaVu and STIX files that matplotlib ships, so the data set is the same on every machine. Four fonts,
-one of each group, are held out of training.
+The fonts are the DejaVu and STIX files of matplotlib, so the data set is the same on every machine.
+Four fonts, one of each group, are held out of training.
 """
 
 import math
@@ -30,7 +30,7 @@ TRAINING_FONTS = (
     "STIXGeneralItalic",
 )
 
-_CANVAS = 64  # rendered at four times the size, then averaged down
+_CANVAS = 64  # glyphs are rendered at four times the size, then averaged down
 _BASELINE = 48
 _POINTS = 48
 
@@ -38,8 +38,9 @@ _POINTS = 48
 def render(fonts: tuple[str, ...], variants: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Render `variants` distortions of every character in every font.
 
-    Returns images (len(fonts) * 62 * variants, 16, 16) uint8, ink 255 on 0, and their classes, the same length.
-    Each image is rotated, sheared, scaled and shifted by amounts drawn from `seed`.
+    Returns images (len(fonts) * 62 * variants, 16, 16) uint8 with ink 255 on background 0, and
+    their classes (len(fonts) * 62 * variants,) int64. Each image is rotated, sheared, scaled and
+    shifted by random amounts drawn from `seed`.
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     rng = np.random.default_rng(seed)
@@ -59,11 +60,14 @@ def render(fonts: tuple[str, ...], variants: int, seed: int) -> tuple[NDArray[np
 
 
 def _random_affine(rng: np.random.Generator) -> tuple[float, float, float, float, float, float]:
-    """Pillow's coefficients (output to input) of a random rotation, shear, scale and shift about the centre."""
+    """Return Pillow's coefficients of a random rotation, shear, scale and shift about the centre.
+
+    The coefficients map output pixels to input pixels.
+    """
     angle = math.radians(rng.uniform(-10, 10))
     shear = rng.uniform(-0.15, 0.15)
     scale_x, scale_y = rng.uniform(0.9, 1.1, size=2)
-    shift = rng.uniform(-4, 4, size=2)  # one pixel of the result each way
+    shift = rng.uniform(-4, 4, size=2)  # at most one pixel of the result in each direction
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     matrix = rotation @ np.array([[1, shear], [0, 1]]) @ np.diag([1 / scale_x, 1 / scale_y])
     centre = np.full(2, _CANVAS / 2)

@@ -1,10 +1,11 @@
 """Train the reference model `glyphs`: a TREAD-routed DiT on 16×16 characters, with rectified flow.
 
-    python -m examples.train_glyphs --output runs/glyphs          # start, or go on from the last saved state
+    python -m examples.train_glyphs --output runs/glyphs    # start or resume from the saved state
 
-Blocks 1 to 6 of 8 see a random half of the tokens. The result is two float16 safetensors files with the EMA weights:
-`glyphs.safetensors`, and `glyphs-early.safetensors` from the first steps, the weak model of AutoGuidance.
-The recipe follows CompVis/tread (`rf.py`: logit-normal times, velocity loss; `dit.py`: initialisation).
+Blocks 1 to 6 of 8 see a random half of the tokens. The results are two float16 safetensors files
+with the EMA weights. `glyphs.safetensors` is the final model. `glyphs-early.safetensors` is from
+the first steps and is the weak model of AutoGuidance. The recipe follows CompVis/tread (`rf.py`:
+logit-normal times, velocity loss; `dit.py`: initialisation).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from examples.glyphs import CLASS_NAMES, SIZE, TRAINING_FONTS, render
-from sg_export.adapters.tread import kept
+from sg_export.adapters.tread import kept_count
 from sg_export.checkpoint import METADATA_KEY
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
@@ -37,16 +38,24 @@ CLASS_DROPOUT = 0.1
 LEARNING_RATE = 1e-3
 WARMUP = 200
 SCHEDULE = 9600
-"""Steps over which the learning rate falls. The shipped model left off at step 6,400."""
+"""Step at which the learning rate reaches its minimum.
+
+The shipped model was trained for 6,400 steps.
+"""
 EARLY = 600
-"""The step of the early checkpoint."""
+"""Step of the early checkpoint."""
 EMA_DECAY = 0.999
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/glyphs"), help="folder of the state and the results")
-    parser.add_argument("--steps", type=int, default=6400, help="optimizer steps in all (default %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/glyphs"),
+        help="folder of the training state and the checkpoints (default %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=6400, help="total number of optimizer steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -54,7 +63,11 @@ def main() -> None:
 
 
 def train(output: Path, steps: int, seed: int, device: torch.device) -> None:
-    """Train for `steps` in all, saving the state every 200, and write both checkpoints into `output`."""
+    """Train for a total of `steps` steps and write both checkpoints to `output`.
+
+    The state is saved every 200 steps, and training resumes from a saved state. Raises SystemExit
+    if that state has another seed or more steps.
+    """
     output.mkdir(parents=True, exist_ok=True)
     state_file = output / "state.pt"
     torch.manual_seed(seed)
@@ -72,7 +85,7 @@ def train(output: Path, steps: int, seed: int, device: torch.device) -> None:
         if state["seed"] != seed or start > steps:
             raise SystemExit(
                 f"{state_file}: expected a state of seed {seed} with at most {steps} steps, found seed {state['seed']} "
-                f"and {start} steps: give that seed and more steps, or another --output"
+                f"and {start} steps; give --seed {state['seed']} and at least {start} --steps, or another --output"
             )
 
     images, classes = render(TRAINING_FONTS, VARIANTS, seed)
@@ -108,20 +121,24 @@ def train(output: Path, steps: int, seed: int, device: torch.device) -> None:
 
 
 def generator_at(seed: int, step: int) -> torch.Generator:
-    """A CPU generator of its own for every step, so that a resumed run draws what an unbroken one would."""
+    """Return the CPU generator of one step.
+
+    Each step has a separate generator, so a resumed run draws the same numbers as an uninterrupted
+    run.
+    """
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
 def loss_at(
     model: SparseModel, pixels: Tensor, labels: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """Velocity loss of rectified flow, z_t = (1 - t) x + t z, on one routed batch."""
+    """Return the velocity loss of rectified flow, z_t = (1 - t) x + t z, on one routed batch."""
     index = torch.randint(len(pixels), (BATCH,), generator=generator).to(device)
     x = pixels[index].unsqueeze(1).float() / 127.5 - 1
     noise = torch.randn(x.shape, generator=generator).to(device)
     t = torch.sigmoid(torch.randn(BATCH, generator=generator)).to(device)
     dropped = (torch.rand(BATCH, generator=generator) < CLASS_DROPOUT).to(device)
-    keep_count = kept(CONFIG.tokens, SELECTION_RATE)
+    keep_count = kept_count(CONFIG.tokens, SELECTION_RATE)
     keep = torch.rand(BATCH, CONFIG.tokens, generator=generator).argsort(dim=1)[:, :keep_count].to(device)
     mixed = torch.lerp(x, noise, t[:, None, None, None])
     prediction = model(mixed, t, torch.where(dropped, CONFIG.num_classes, labels[index]), keep)
@@ -129,14 +146,21 @@ def loss_at(
 
 
 def learning_rate_factor(step: int) -> float:
-    """Linear warm-up, then a cosine that reaches a twentieth at step SCHEDULE and stays there."""
+    """Return the factor of the learning rate at `step`.
+
+    It rises linearly in the warm-up. Then it follows a cosine that reaches 1/20 at step SCHEDULE
+    and stays there.
+    """
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.05 + 0.475 * (1 + math.cos(math.pi * min(1, (step - WARMUP) / (SCHEDULE - WARMUP))))
 
 
 def initialise(network: DiT) -> None:
-    """Initialise as upstream does: Xavier linears, zero modulations and head, fixed sine-cosine positions."""
+    """Initialise the weights as in upstream.
+
+    Linears are Xavier, modulations and head are zero, and positions are fixed sines and cosines.
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -154,7 +178,7 @@ def initialise(network: DiT) -> None:
 
 
 def sine_positions(width: int, side: int) -> Tensor:
-    """(1, side * side, width): sines and cosines of the column, then of the row."""
+    """Return positions (1, side * side, width): sine and cosine of the column, then of the row."""
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     angles = np.arange(side)[:, None] * frequencies
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -164,7 +188,10 @@ def sine_positions(width: int, side: int) -> Tensor:
 
 
 def write(path: Path, weights: dict[str, Tensor], steps: int, seed: int) -> None:
-    """Write float16 weights with the facts that their shapes do not tell, as `docs/checkpoints.md` describes."""
+    """Write float16 weights with the facts that their shapes do not show.
+
+    `docs/checkpoints.md` describes the format.
+    """
     facts = {
         "family": "tread",
         "heads": CONFIG.heads,

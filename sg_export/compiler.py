@@ -2,11 +2,14 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from sg_export.graph.half import fp32_layers
-from sg_export.graph.spec import guided_alone
+from sg_export.graph.spec import GraphSpec, guided_alone
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import check_libraries
@@ -17,6 +20,7 @@ from sg_export.progress import Counted, Report, silent
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import (
     MANIFEST_FILE,
+    GuidancePlan,
     write_manifest,
 )
 
@@ -60,10 +64,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
             from sg_export.quantize.search import decide_quantization  # needs ONNX Runtime
 
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
-                exact = replace(options, precision="fp32", quantize=None, keep_onnx=bool(options.libraries))
-                written = pack(networks, files, traced, (), exact, Path(scratch), counted)
-                manifest = manifest_of(loaded, weak, plan, exact, (), None, written, (), Path(scratch))
-                reference = Bundle(Path(scratch), manifest)
+                reference = _reference_bundle(networks, plan, files, traced, options, Path(scratch), counted)
                 quantization, ranges = decide_quantization(
                     reference, options.quantize, options.precision, layers, counted.stage
                 )
@@ -76,3 +77,21 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         manifest = manifest_of(loaded, weak, plan, options, layers, quantization, written, engines, folder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
+
+
+def _reference_bundle(
+    networks: Networks,
+    plan: GuidancePlan,
+    files: Mapping[str, Sequence[GraphSpec]],
+    traced: Mapping[str, ir.Model],
+    options: CompileOptions,
+    folder: Path,
+    counted: Counted,
+) -> Bundle:
+    """Write the FP32 graphs as a bundle in `folder`: quantization is decided by it, and judged against it."""
+    loaded, weak = networks["main"], networks["weak"]
+    assert loaded is not None
+    engines = None if options.engines is None else replace(options.engines, keep_onnx=True)
+    exact = replace(options, precision="fp32", quantize=None, engines=engines)
+    written = pack(networks, files, traced, (), exact, folder, counted)
+    return Bundle(folder, manifest_of(loaded, weak, plan, exact, (), None, written, (), folder))

@@ -25,6 +25,7 @@ from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.quantize.search import measure_ranges
 from sg_runtime.bundle import Bundle
@@ -222,20 +223,20 @@ def tiny_edm_bundle(build_once: Build, once: Once, tiny: Tiny) -> Path:
     """The tiny network as one that denoises, for SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
     facts = {**tiny.facts, "prediction": "edm"}
     checkpoint = once("tiny-edm.safetensors", lambda path: tiny.save(path, facts=facts))
-    return build_once("tiny-edm-bundle", checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=(3,))
+    return build_once("tiny-edm-bundle", checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=3)
 
 
 @pytest.fixture(scope="session")
 def tiny_cfg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG at sparsities 0 and 0.25, its checkpoint beside it."""
-    options = {"sparsity": (), "strong_sparsity": (0.0, 0.25), "scale": 1.5, "guidance": "cfg", "batch": (3,)}
+    options = {"sparsity": (), "strong_sparsity": (0.0, 0.25), "scale": 1.5, "guidance": "cfg", "batch": 3}
     return build_once("tiny-cfg-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def tiny_cfg_sg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """The tiny model for CFG + SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
-    options = {"sparsity": (0.5,), "strong_sparsity": (0.25,), "scale": 1.5, "guidance": "cfg+sg", "batch": (3,)}
+    options = {"sparsity": (0.5,), "strong_sparsity": (0.25,), "scale": 1.5, "guidance": "cfg+sg", "batch": 3}
     return build_once("tiny-cfg-sg-bundle", tiny_checkpoint, **options)
 
 
@@ -243,14 +244,14 @@ def tiny_cfg_sg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
 def tiny_autoguidance_bundle(build_once: Build, once: Once, tiny: Tiny, tiny_checkpoint: Path) -> Path:
     """The tiny model guided by other weights at strong sparsity 0, weak 0.5 and 0, both checkpoints beside it."""
     weak = once("tiny-weak.safetensors", lambda path: tiny.save(path, tiny.state(seed=2)))
-    options = {"sparsity": (0.5, 0.0), "weak_checkpoint": weak, "batch": (3,)}
+    options = {"sparsity": (0.5, 0.0), "weak_checkpoint": weak, "batch": 3}
     return build_once("tiny-autoguidance-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def engine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """Engines alone of the tiny model in FP16, by TensorRT-RTX for the GPUs of its own choice, for SG at 0 and 0.5."""
-    options = {"sparsity": (0.5,), "targets": ("tensorrt-rtx",), "precision": "fp16"}
+    options = {"sparsity": (0.5,), "engines": EngineOptions(), "precision": "fp16"}
     return build_once("engine-bundle", tiny_checkpoint, **options)
 
 
@@ -295,7 +296,7 @@ def tiny_cosine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
         schedule="cosine",
         scale=(3.0, 1.5),
         interval=(0.15, 0.9),
-        batch=(3,),
+        batch=3,
     )
 
 

@@ -1,4 +1,4 @@
-"""The README's programs run as they stand there, and its commands have the options that they use."""
+"""Python blocks of README.md and docs/features.md run, commands parse, and links of all pages lead somewhere."""
 
 import re
 import shlex
@@ -9,29 +9,63 @@ import pytest
 
 from sg_export.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+
+COMMAND = r"^ {4}(?:\.venv/bin/)?sg-export (?:[^\n]*\\\n)*[^\n]*"
+"""A command in a block of code, with its continuation lines."""
 
 
-def test_readme_python_blocks_run_in_order(
+def blocks(page: Path) -> list[str]:
+    """Return the Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Return every command of README.md and CONTRIBUTING.md that runs sg-export."""
+    pages = (README, ROOT / "CONTRIBUTING.md")
+    return [line for page in pages for line in re.findall(COMMAND, page.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    """Return the targets of a page's links and pictures, without those on the web."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8"))
+    return [target for target in targets if not re.match(r"https?://", target)]
+
+
+def test_python_blocks_of_readme_and_features_run_in_order(
     glyphs_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "glyphs-bundle").symlink_to(glyphs_bundle)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) == 3
-    assert names["images"].shape == (2, 16, 16, 1)  # type: ignore[attr-defined]
+    shapes = {"README.md": (1, 16, 16, 1), "docs/features.md": (2, 16, 16, 1)}
+    for name, shape in shapes.items():
+        names: dict[str, object] = {}
+        programs = blocks(ROOT / name)
+        assert len(programs) == 2
+        for program in programs:
+            exec(compile(program, name, "exec"), names)
+        assert names["images"].shape == shape  # type: ignore[attr-defined]
 
 
-def commands() -> list[str]:
-    """Every line of the README that runs sg-export."""
-    return [line.strip() for line in README.splitlines() if re.match(r"^ {4}(\.venv/bin/)?sg-export ", line)]
+@pytest.mark.parametrize("command", commands())
+def test_readme_command_parses(command: str) -> None:
+    name, *arguments = shlex.split(command.replace("\\\n", ""), comments=True)[1:]
+    main.commands[name].make_context(name, arguments, parent=click.Context(main))  # raises for a wrong option or value
 
 
-@pytest.mark.parametrize("line", commands())
-def test_readme_command_parses(line: str) -> None:
-    words = shlex.split(line)[1:]
-    command = main.commands[words[0]]
-    command.make_context(words[0], words[1:], parent=click.Context(main))  # raises for an unknown option or a bad value
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_page_lead_to_files_and_headings(page: Path) -> None:
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

@@ -1,1 +1,1 @@
-"""ONNX graph → ONNX graph with Q/DQ nodes, for INT8 and FP8."""
+"""Calibration of INT8 and FP8: ranges of activations, and Q/DQ nodes in ONNX graphs."""

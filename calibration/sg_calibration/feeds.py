@@ -1,7 +1,8 @@
-"""States of real guided runs, on disk: what ranges are measured on.
+"""Calibration data: states of real guided runs, stored on disk, on which ranges are measured.
 
-A folder of shards, each a NumPy archive with one batch of images along one guided run, and a manifest that says what
-they are of. Token subsets are not stored: seed, step and evaluation draw them again (`sg_runtime.philox`).
+A folder holds shards and a manifest that identifies the model, the settings and the guidances. Each
+shard is a NumPy archive with one batch of images along one guided run. Kept tokens are not stored:
+`sg_runtime.philox` draws them again from seed, step and evaluation.
 """
 
 import json
@@ -32,10 +33,14 @@ _SEEDS: Mapping[Split, int] = {"calibration": 0, "search": SEEDS, "gate": 2 * SE
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A batch of images along a run of E evaluations.
+    """A batch of B images along a run of E evaluations.
 
-    x: (E, B, C, H, W) float32, the state at each. time: (E,) float64, t or sigma. step, evaluation: (E,) int64, for
-    the random subsets. label: (B,) int64, `num_classes` is "no class". seed: (B,) uint64.
+    x: state at each evaluation, (E, B, C, H, W) float32.
+    time: t or sigma of each evaluation, (E,) float64.
+    step: step of each evaluation, (E,) int64; a counter of the draw of kept tokens.
+    evaluation: number of each evaluation within its step, (E,) int64; a counter of the same draw.
+    label: class of each image, (B,) int64; `num_classes` is "no class".
+    seed: seed of each image, (B,) uint64.
     """
 
     x: Array
@@ -46,12 +51,12 @@ class Shard:
     seed: Array
 
     def classes(self, model: ModelFacts) -> list[int | None]:
-        """The labels as a pipeline takes them."""
+        """Return the labels in the form that a pipeline takes: None is "no class"."""
         return [None if label == model.num_classes else int(label) for label in self.label]
 
     @property
     def counters(self) -> list[tuple[int, int]]:
-        """(step, evaluation) of each evaluation."""
+        """Pair (step, evaluation) of each evaluation."""
         return [(int(step), int(number)) for step, number in zip(self.step, self.evaluation, strict=True)]
 
 
@@ -59,19 +64,21 @@ _UNREADABLE = (
     *(OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
-"""What NumPy raises for a file that is no archive of arrays."""
+"""Exceptions that NumPy raises for a file that is not an archive of arrays."""
 
 _TYPES = {"x": "float32", "time": "float64", "step": "int64", "evaluation": "int64", "label": "int64", "seed": "uint64"}
 
 
 def images_of(split: Split, model: ModelFacts, count: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Classes, in turn, and seeds of `count` images.
+    """Return the classes (round-robin) and the seeds of `count` images of a split.
 
-    Of other splits neither is the same, nor are therefore noise and subsets; with fewer than four classes all splits
-    have all of them.
+    Splits share no seeds, so their noise and kept tokens differ too. Splits share no classes. An
+    exception is a model with fewer than four classes, where every split has all of them.
     """
-    own = [label for label in range(model.num_classes) if model.num_classes < 4 or label % 4 in _PLACES[split]]
-    return [own[image % len(own)] for image in range(count)], [_SEEDS[split] + seed + image for image in range(count)]
+    classes = [label for label in range(model.num_classes) if model.num_classes < 4 or label % 4 in _PLACES[split]]
+    return [classes[image % len(classes)] for image in range(count)], [
+        _SEEDS[split] + seed + image for image in range(count)
+    ]
 
 
 def collect(
@@ -82,11 +89,12 @@ def collect(
     identity: str,
     report: Callable[[str, int, int], None],
 ) -> list[Path]:
-    """Sample guided runs with the pipeline and write their states to `folder`; returns the shards.
+    """Sample guided runs with the pipeline and write their states to `folder`; return the shards.
 
-    Shards that are there already stay, so that an interrupted collection goes on. identity: of the model, see
-    `ranges.identity_of`. report: (stage, shards done, shards in all). Raises CalibrationError where the folder holds
-    shards of another model or other settings, or altered ones.
+    Existing shards are kept, so an interrupted collection can be resumed. identity: identity of the
+    model, see `ranges.identity_of`. report: callback with (stage, shards done, shards in total).
+    Raises CalibrationError if the folder holds altered shards, or shards of another model or of
+    other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -112,8 +120,8 @@ def collect(
         shards.append(folder / name)
         if name not in known:
             report(f"collecting {name}", number, len(jobs))
-            own = slice(first, first + size)
-            _write(shards[-1], _run(pipe, plan, settings.steps, classes[own], seeds[own]))
+            batch = slice(first, first + size)
+            _write(shards[-1], _run(pipe, plan, settings.steps, classes[batch], seeds[batch]))
             known[name] = sha256_of(shards[-1])
             with replacing(folder / SHARDS_FILE) as temporary:
                 temporary.write_text(json.dumps({**facts, "shards": known}, indent=1) + "\n")
@@ -121,7 +129,11 @@ def collect(
 
 
 def given_shards(folder: Path) -> list[Path]:
-    """The shards in a user's folder. Raises CalibrationError where there are none, or altered ones of `collect`."""
+    """Return the shards in a folder of the user.
+
+    Raises CalibrationError if there are none. If `collect` made the folder, it also raises
+    CalibrationError for a shard that was altered.
+    """
     if not folder.is_dir():
         raise CalibrationError(f"{folder}: expected a folder of .npz files, found none")
     if (folder / SHARDS_FILE).exists():
@@ -133,9 +145,9 @@ def given_shards(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path, model: ModelFacts) -> Shard:
-    """A shard; one that a user made may leave out seed, step and evaluation.
+    """Read a shard. A shard made by a user may leave out seed, step and evaluation.
 
-    Raises CalibrationError for a file that is none, or arrays that are not as `Shard` says.
+    Raises CalibrationError if the file is not a shard, or if an array does not match `Shard`.
     """
     try:
         with path.open("rb") as stream, np.load(stream) as archive:
@@ -145,7 +157,7 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     if missing := {"x", "time", "label"} - found.keys():
         raise CalibrationError(f"{path}: expected arrays x, time and label, found no {', '.join(sorted(missing))}")
     if unknown := found.keys() - _TYPES.keys():
-        raise CalibrationError(f"{path}: expected {', '.join(_TYPES)}, found {', '.join(sorted(unknown))}, too")
+        raise CalibrationError(f"{path}: expected only {', '.join(_TYPES)}, found also {', '.join(sorted(unknown))}")
     evaluations, images = found["time"].size, found["label"].size
     defaults = {
         "step": np.arange(evaluations, dtype=np.int64),
@@ -155,7 +167,7 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     found = defaults | found
     latent = (evaluations, images, *model.latent)
     shapes = {"x": latent, "label": (images,), "seed": (images,)}
-    for name in ("time", "label", *_TYPES):  # the first two say how long the others are
+    for name in ("time", "label", *_TYPES):  # time and label come first: their lengths fix the shapes of the others
         dtype = _TYPES[name]
         array, shape = found[name], shapes.get(name, (evaluations,))
         if array.dtype != dtype or array.shape != shape:
@@ -168,7 +180,7 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
 
 
 def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, classes: Sequence[int], seeds: Sequence[int]) -> Shard:
-    """A guided Heun run and its states."""
+    """Sample a guided Heun run and return the states along it."""
     manifest = pipe.bundle.manifest
     times = run_times(steps, manifest.sampling.karras)
     run = updates("heun", manifest.model.prediction, times)
@@ -198,7 +210,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise TypeError("shards")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CalibrationError(
-            f"{folder / SHARDS_FILE}: expected the list of the shards, found something else: collect anew"
+            f"{folder / SHARDS_FILE}: expected the list of the shards, found something else: collect again in an empty "
+            f"folder"
         ) from None
     return content
 
@@ -208,9 +221,11 @@ def _check_hashes(folder: Path, shards: Mapping[str, str]) -> None:
         path = folder / name
         if not path.is_file() or sha256_of(path) != wanted:
             found = "an altered one" if path.is_file() else "none"
-            raise CalibrationError(f"{path}: expected the shard that was collected, found {found}: collect anew")
+            raise CalibrationError(
+                f"{path}: expected the shard that was collected, found {found}: collect again in an empty folder"
+            )
 
 
 def _name(plan: GuidancePlan) -> str:
-    """A guidance in a file's name, as sg-256-128."""
+    """Return the part of a shard's file name that identifies its guidance, such as sg-256-128."""
     return f"{plan.mode}-{plan.strong.keep}-{plan.weak.keep}"

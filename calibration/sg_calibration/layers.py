@@ -1,4 +1,4 @@
-"""The layers of a graph that can be quantized, by the names of their modules."""
+"""Layers of a graph that can be quantized, identified by the names of their modules."""
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +13,11 @@ PRODUCTS = ("MatMul", "Gemm")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A product with a constant weight. node: its name in the graph. source, weight: names of its two inputs."""
+    """A MatMul or Gemm with a constant weight.
+
+    name: name of the module. node: name of the node in the graph. source, weight: names of its
+    activation input and its weight input.
+    """
 
     name: str
     node: str
@@ -22,9 +26,11 @@ class Layer:
 
 
 def layers_of(model: onnx.ModelProto, ends: Sequence[str] = ()) -> dict[str, Layer]:
-    """The quantizable layers of a graph by name: products with a weight, without the modules `ends`.
+    """Return the quantizable layers of a graph by name.
 
-    Attention's products have no weight; what moves, adds, or normalises tokens is no product. So none of these is here.
+    These are all products with a weight, except those in the modules `ends`.
+    The products within attention have no weight, so they are left out. Operators that move, add or
+    normalise tokens are not products, so they are left out too.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     found = {}
@@ -37,7 +43,7 @@ def layers_of(model: onnx.ModelProto, ends: Sequence[str] = ()) -> dict[str, Lay
 
 
 def check_names(option: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Raise UsageError for a name that is none of the layers', with the nearest ones."""
+    """Raise UsageError if a name is not the name of a layer. The error lists the closest names."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -48,6 +54,6 @@ def check_names(option: str, names: Iterable[str], known: Collection[str]) -> No
 
 
 def weights_of(model: onnx.ModelProto, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the layers' weights."""
+    """Return the shapes of the layers' weights by layer name."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     return {name: shapes[layer.weight] for name, layer in layers.items()}

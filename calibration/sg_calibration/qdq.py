@@ -1,8 +1,9 @@
-"""ONNX graph → ONNX graph with QuantizeLinear and DequantizeLinear, by ONNX Runtime's quantizer.
+"""Insertion of QuantizeLinear and DequantizeLinear into ONNX graphs, by ONNX Runtime's quantizer.
 
-Explicit, symmetric, as TensorRT 11 and TensorRT-RTX take it: weights are one-byte initializers with a scale per output
-channel (INT8) or one for all (FP8), activations have one scale; the products' outputs, biases and all other operators
-stay as they are.
+Quantization is explicit and symmetric, as TensorRT 11 and TensorRT-RTX require. Weights are
+one-byte initializers. An INT8 weight has one scale per output channel. An FP8 weight has one scale
+per tensor, and so has an activation. Outputs of the quantized products, biases and all other
+operators are left unchanged.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +23,7 @@ from sg_runtime.errors import ExportError
 Kind = Literal["int8", "fp8"]
 
 LARGEST: Mapping[Kind, float] = {"int8": 127.0, "fp8": 448.0}
-"""The largest value of a type: a range maps to it. FP8 is e4m3 (float8_e4m3fn)."""
+"""Largest value of each type, to which the end of a range is mapped. FP8 is float8_e4m3fn."""
 
 _TYPES: Mapping[Kind, QuantType] = {"int8": QuantType.QInt8, "fp8": QuantType.QFLOAT8E4M3FN}
 
@@ -30,17 +31,18 @@ _TYPES: Mapping[Kind, QuantType] = {"int8": QuantType.QInt8, "fp8": QuantType.QF
 def quantize(
     model: onnx.ModelProto, kind: Kind, ranges: Mapping[str, float], *, weight_only: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """Quantize the layers of `ranges` that the graph has, in place; returns the graph.
+    """Quantize layers of the graph in place and return the graph.
 
-    ranges: the largest magnitude of each layer's activations. weight_only: layers whose activations stay as they are.
-    The model must have its weights loaded and types of all values. Raises ExportError for a range that is no positive
-    number.
+    ranges: largest magnitude of each layer's activations; layers that the graph lacks are ignored.
+    weight_only: layers of which only the weights are quantized. The model must have its weights
+    loaded and must have the types of all values. Raises ExportError if a range is not a positive
+    finite number.
     """
     layers = {name: layer for name, layer in layers_of(model).items() if name in ranges or name in weight_only}
     for name, layer in layers.items():
         if name not in weight_only and not 0 < ranges[name] < np.inf:
             raise ExportError(f"layer {name}: expected a positive range of {layer.source}, found {ranges[name]}")
-    add_infer_metadata(model)  # types are there: else the quantizer writes the model to disk to infer them
+    add_infer_metadata(model)  # marks types as inferred; without it, the quantizer infers them through a file on disk
     both = [layer for name, layer in layers.items() if name not in weight_only]
     weights = [layer for name, layer in layers.items() if name in weight_only]
     for chosen, quantizer in ((both, QDQQuantizer), (weights, _WeightQuantizer)):
@@ -57,7 +59,7 @@ def _quantized(
     ranges: Mapping[str, float],
     quantizer: type[QDQQuantizer],
 ) -> onnx.ModelProto:
-    """The model with these layers quantized."""
+    """Return the model with these layers quantized by `quantizer`."""
     zero = np.array(0, ml_dtypes.float8_e4m3fn if kind == "fp8" else np.int8)
     scales = {layer.source: ranges.get(layer.name, 1.0) / LARGEST[kind] for layer in layers}
     if kind == "fp8":
@@ -67,11 +69,11 @@ def _quantized(
         name: [{"scale": np.array(scale, np.float32), "zero_point": zero, "quant_type": _TYPES[kind]}]
         for name, scale in scales.items()
     }
-    # Asked for, though the scales above decide.
+    # The quantizer requires these ranges, but the scales in `overrides` take precedence.
     known = {layer.source: TensorData(lowest=np.float32(-1), highest=np.float32(1)) for layer in layers}
     found = quantizer(
         model,
-        kind == "int8",  # a scale for each output channel
+        kind == "int8",  # one scale per output channel
         False,
         _TYPES[kind],
         _TYPES[kind],
@@ -94,7 +96,7 @@ def _quantized(
 
 
 class _WeightQuantizer(QDQQuantizer):  # type: ignore[misc]  # ONNX Runtime is untyped
-    """Leaves activations as they are."""
+    """A quantizer that quantizes weights only."""
 
     def quantize_activation_tensor(self, tensor_name: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Ranges of activations: measured on feeds, kept in a table that is bound to the model."""
+"""Ranges of activations: measured on calibration data, stored in a table bound to the model."""
 
 import hashlib
 import json
@@ -26,18 +26,23 @@ from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.launches import launches
 
 SCHEMA_VERSION = 1
+"""Version of the table's JSON file."""
 PERCENTILE = 99.99
 BINS = 1 << 16
+"""Bins of a histogram of magnitudes."""
 ENTROPY_BINS = 512
-"""Bins of the entropy method, which takes a time quadratic in them."""
+"""Bins of the entropy method, whose time is quadratic in their number."""
 QUANTIZED_BINS = 128
 LEAST_VALUES = 10_000
-"""Fewer values of a layer than this say little of its range."""
+"""Least number of values of a layer from which its range is determined."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRange(Strict):
-    """What was seen of a layer's input. largest: its magnitude in every stratum. thresholds: by method."""
+    """Measured range of a layer's input.
+
+    largest: largest magnitude at each time of the table. thresholds: range by method.
+    """
 
     largest: tuple[float, ...]
     thresholds: Mapping[str, float]
@@ -45,7 +50,15 @@ class LayerRange(Strict):
 
 @dataclass(frozen=True, slots=True)
 class RangeTable(Strict):
-    """Ranges of all layers of a model. times: of the strata. evaluations: of images that were seen in all."""
+    """Ranges of all layers of a model.
+
+    identity: identity of the model, see `identity_of`.
+    images: number of images of the calibration data.
+    evaluations: number of evaluations measured: images × guidances × evaluations of a run.
+    times: times (t or sigma) of the strata, from noise to image.
+    layers: measured range of each layer by its name.
+    schema_version: version of the JSON file.
+    """
 
     identity: str
     images: int
@@ -55,12 +68,16 @@ class RangeTable(Strict):
     schema_version: int = SCHEMA_VERSION
 
     def ranges(self, method: Method) -> dict[str, float]:
-        """The largest magnitude that each layer's quantized input can have."""
+        """Return each layer's range by `method`: the largest magnitude of its quantized input."""
         return {name: layer.thresholds[method] for name, layer in self.layers.items()}
 
 
 def identity_of(manifest: Manifest) -> str:
-    """What ranges depend on: the checkpoint, which of its weights, the route, and what the network predicts."""
+    """Return a SHA-256 of everything that the ranges depend on.
+
+    It covers the checkpoints, which of their weights are used, the route, the prediction type and
+    the number of heads.
+    """
     sources = [(s.sha256, s.weights) for s in (manifest.source, manifest.weak_source) if s is not None]
     facts = [sources, str(manifest.model.route), manifest.model.prediction, manifest.model.heads]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -72,11 +89,11 @@ def measure(
     shards: Iterable[Shard],
     report: Callable[[str], None] = lambda _: None,
 ) -> RangeTable:
-    """Run every shard through the graphs of every guidance, and see what comes into each layer.
+    """Measure the inputs of all layers while every shard runs through the graphs of every guidance.
 
-    pipe: over FP32 graphs on the CPU. Both branches and all sparsities add to one range, as their tokens share the
-    tensors. Raises CalibrationError for an input that is not finite or always the same, and for too few values or
-    times.
+    pipe: pipeline with FP32 graphs on the CPU. Each layer has one range for both branches and all
+    sparsities, as their tokens share tensors. Raises CalibrationError if an input is not finite or
+    is constant, or if there are too few values or times.
     """
     manifest = pipe.bundle.manifest
     histograms: dict[str, _Histogram] = {}
@@ -118,14 +135,14 @@ def measure(
     if len(times) < LEAST_STRATA:
         raise CalibrationError(
             f"calibration data: expected at least {LEAST_STRATA} different times along a run, found {len(times)}: "
-            f"activations change along a run, so give states of all of it"
+            f"activations change along a run, so give states from the entire run"
         )
     layers = {}
     for name, at in largest.items():
         seen_of = histograms[name]
         if seen_of.low == seen_of.high:
             raise CalibrationError(
-                f"{name}: expected inputs that change, found {seen_of.low:g} alone: check the checkpoint, or give "
+                f"{name}: expected inputs that change, found only {seen_of.low:g}: check the checkpoint, or give "
                 f"other --calib-data"
             )
         largest_of_all = max(at.values())
@@ -136,10 +153,10 @@ def measure(
 
 
 class _Histogram:
-    """How often magnitudes occur, in equal bins from 0; and the lowest and the highest value.
+    """A histogram of magnitudes in equal bins from 0, with the lowest and the highest value.
 
-    The bins double their width where a value lies beyond them. (ONNX Runtime's collector keeps the width that the first
-    batch asks for, so that a later outlier makes bins without end.)
+    If a value lies beyond the bins, their width doubles. (ONNX Runtime's collector keeps the width
+    that it chose for the first batch, so a later outlier adds an unbounded number of bins.)
     """
 
     def __init__(self) -> None:
@@ -148,7 +165,7 @@ class _Histogram:
         self.low, self.high = np.inf, -np.inf
 
     def add(self, values: NDArray[np.float32]) -> float:
-        """Count these values; returns the largest magnitude among them."""
+        """Count these values and return the largest magnitude among them."""
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         magnitudes = np.abs(values).ravel()
         highest = float(magnitudes.max(initial=0.0))
@@ -162,12 +179,15 @@ class _Histogram:
         return highest
 
     def percentile(self) -> float:
-        """The magnitude that a share PERCENTILE of the values does not exceed, to a bin's width."""
+        """Return the PERCENTILE-th percentile of the magnitudes, rounded up to a bin's edge."""
         reached = np.cumsum(self.counts)
         return float((np.searchsorted(reached, PERCENTILE / 100 * reached[-1]) + 1) * self.top / BINS)
 
     def entropy(self) -> float:
-        """The threshold below which eight bits lose the least information, as ONNX Runtime finds it."""
+        """Return the threshold at which eight bits lose the least information.
+
+        ONNX Runtime's entropy calibration finds it.
+        """
         half = self.counts.reshape(ENTROPY_BINS, -1).sum(1)
         edges = np.linspace(-self.top, self.top, 2 * ENTROPY_BINS + 1)
         collector = HistogramCollector("entropy", True, 2 * ENTROPY_BINS, QUANTIZED_BINS, PERCENTILE, "same")
@@ -176,7 +196,7 @@ class _Histogram:
 
 
 class _Observer:
-    """A graph that gives what comes into its layers."""
+    """A session over a graph whose outputs are the inputs of its quantizable layers."""
 
     def __init__(self, pipe: Pipeline, graph: GraphFacts) -> None:
         path = pipe.bundle.onnx(graph)
@@ -195,19 +215,20 @@ class _Observer:
 def _check(seen: Mapping[str, NDArray[np.float32]]) -> None:
     for name, value in seen.items():
         if not np.isfinite(value).all():
-            raise CalibrationError(f"{name}: expected finite inputs, found NaN or infinity: check the model by verify")
+            raise CalibrationError(f"{name}: expected finite inputs, found NaN or infinity: run sg-export verify")
 
 
 def write_table(table: RangeTable, path: Path) -> None:
-    """Write a table as JSON."""
+    """Write a table to `path` as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")
 
 
 def read_table(path: Path, identity: str) -> RangeTable:
-    """Read the table of ranges of the model `identity`.
+    """Read the table of ranges of the model with this identity.
 
-    Raises CalibrationError for a file that is none, or of another model, and UsageError where there is no file.
+    Raises UsageError if there is no file. Raises CalibrationError if the file is not a table, or if
+    it is the table of another model.
     """
     if not path.is_file():
         raise UsageError(f"{path}: expected a table of ranges, found no file: make it with sg-export calibrate")
@@ -215,19 +236,19 @@ def read_table(path: Path, identity: str) -> RangeTable:
         table = TypeAdapter(RangeTable).validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "all of it"
+        where = ".".join(map(str, first["loc"])) or "entire file"
         raise CalibrationError(
             f"{path}: expected a table of ranges, found something else ({where}: {first['msg']})"
         ) from None
     if table.schema_version != SCHEMA_VERSION:
         raise CalibrationError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, found {table.schema_version}: make it anew with "
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {table.schema_version}: make it again with "
             f"sg-export calibrate"
         )
     if table.identity != identity:
         raise CalibrationError(
-            f"{path}: expected the ranges of this model, {identity[:12]}…, found those of another, "
-            f"{table.identity[:12]}…: make it anew with sg-export calibrate"
+            f"{path}: expected ranges of this model, {identity[:12]}…, found ranges of model "
+            f"{table.identity[:12]}…: make a table of this model with sg-export calibrate"
         )
     for name, layer in table.layers.items():
         if layer.thresholds.keys() != set(METHODS):

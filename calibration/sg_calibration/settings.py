@@ -1,4 +1,4 @@
-"""How much to calibrate on, and how ranges are found."""
+"""Settings of calibration: the amount of data, and the methods that determine ranges."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,16 +9,20 @@ Method = Literal["min-max", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 LEAST_STRATA = 25
-"""Times at which ranges must have been seen: activations of a diffusion transformer change along a run."""
+"""Least number of times at which ranges are measured, as activations change along a run."""
 
 
 SEEDS = 1 << 40
-"""Of calibration; those of search and gates lie beyond."""
+"""Number of seeds of the calibration runs. Seeds of search and gates start above it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedSettings:
-    """How much to collect: `samples` images for each guidance, along Heun runs of `steps` steps, a stratum each."""
+    """Amount of calibration data.
+
+    samples: images for each guidance. steps: steps of each run (Heun); every step is a stratum.
+    seed: first seed of the runs.
+    """
 
     samples: int = 16
     steps: int = LEAST_STRATA

@@ -1,1 +1,1 @@
-"""ONNX graphs to engines that a backend runs."""
+"""Building of TensorRT and TensorRT-RTX engines from ONNX graphs."""

@@ -1,7 +1,8 @@
-"""Engines that were built before, found by what they were built from.
+"""Cache of built engines, keyed by everything that an engine was built from.
 
-An entry is two files named by its key: the engine, and a JSON file with the parts of the key, the engine's SHA-256 and
-what its build took. Both appear whole; two processes that build the same engine write the same entry.
+An entry is two files, both named by the digest of its key: the engine, and a JSON file with the
+parts of the key, the engine's SHA-256, and the time and memory of its build. Both files are
+replaced atomically. Two processes that build the same engine write the same entry.
 """
 
 import hashlib
@@ -16,18 +17,26 @@ from sg_engines.child import BuildFigures
 from sg_runtime.files import replacing, sha256_of
 
 SCHEMA = 1
-"""To be raised when the same parts come to mean another engine."""
+"""Version of the key. Increase it when the same parts of a key come to mean another engine."""
 
 _FACTS = {"key": dict, "sha256": str, "seconds": float, "memory_bytes": int}
-"""Types of what an entry's JSON file holds."""
+"""Fields of an entry's JSON file, with their types."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
     """Everything that changes an engine's bytes, and nothing else.
 
-    name: of the graph. graph, weights: SHA-256. profiles: shapes by input. compute_capabilities: empty for the
-    library's choice; gpu: what that depends on with TensorRT, the GPU's name, else empty.
+    name: name of the graph.
+    graph: SHA-256 of the ONNX file.
+    weights: SHA-256 of the weights file.
+    library: "tensorrt" or "tensorrt_rtx".
+    version: version of the library.
+    profiles: for each profile, the shape of every input with symbolic sizes.
+    compute_capabilities: GPUs that the engine is for, 86 for 8.6; empty for the library's choice.
+    workspace: limit of scratch memory in bytes; None for the library's choice.
+    gpu: name and compute capability of the GPU, on which TensorRT's choice depends; else empty.
+    schema: version of this key.
     """
 
     name: str
@@ -43,20 +52,21 @@ class EngineKey:
 
     @property
     def digest(self) -> str:
-        """The entry's name."""
+        """Name of the entry: SHA-256 of all parts of the key."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 class EngineCache:
-    """A folder of engines."""
+    """A folder of cached engines."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def fetch(self, key: EngineKey, output: Path) -> BuildFigures | None:
-        """Copy the engine of `key` to `output` and return what its build took; None where there is none.
+        """Copy the engine of `key` to `output` and return the figures of its build.
 
-        An entry that was altered is removed, and counts as none.
+        Returns None if the cache has no such entry. An entry that was altered is removed, and None
+        is returned.
         """
         engine, facts = self._files(key)
         known = _read(facts)
@@ -73,7 +83,7 @@ class EngineCache:
         return BuildFigures(known["seconds"], known["memory_bytes"])
 
     def store(self, key: EngineKey, engine: Path, figures: BuildFigures) -> None:
-        """Keep a copy of an engine."""
+        """Store a copy of the engine at `engine` under `key`."""
         target, facts = self._files(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
@@ -83,7 +93,11 @@ class EngineCache:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def explain(self, key: EngineKey) -> str:
-        """Say "hit", or in which parts the most similar entry of the same graph's name differs."""
+        """Return "hit", or "miss" with the reason.
+
+        The reason names the parts of the key in which the most similar entry of the same graph name
+        differs.
+        """
         wanted = json.loads(json.dumps(asdict(key)))
         differences: list[list[str]] = []
         for facts in self._entries():
@@ -91,11 +105,11 @@ class EngineCache:
             if known is not None and known["key"].get("name") == key.name:
                 differences.append([part for part in wanted if known["key"].get(part) != wanted[part]])
                 if not differences[-1]:
-                    whole = _sha256(facts.with_suffix(".engine")) == known["sha256"]
-                    return "hit" if whole else "miss: the entry was altered; it is built anew"
+                    intact = _sha256(facts.with_suffix(".engine")) == known["sha256"]
+                    return "hit" if intact else "miss: the entry was altered; the engine is built again"
         if not differences:
             return f"miss: no engine of {key.name} in {self.folder}"
-        return f"miss: another {', '.join(sorted(differences, key=len)[0])}"
+        return f"miss: different {', '.join(sorted(differences, key=len)[0])}"
 
     def _entries(self) -> Iterator[Path]:
         yield from sorted(self.folder.glob("*.json"))
@@ -109,7 +123,7 @@ class EngineCache:
 
 
 def _sha256(engine: Path) -> str | None:
-    """The hash of an engine, None where it is not there, or no more."""
+    """Return the SHA-256 of an engine; None if the file does not exist (any more)."""
     try:
         return sha256_of(engine)
     except FileNotFoundError:
@@ -117,7 +131,7 @@ def _sha256(engine: Path) -> str | None:
 
 
 def _read(facts: Path) -> dict[str, Any] | None:
-    """The facts of an entry, or None where they are not there or damaged."""
+    """Return the content of an entry's JSON file; None if it does not exist or is damaged."""
     try:
         content = json.loads(facts.read_text(encoding="utf-8"))
         fits = all(isinstance(content[name], kind) for name, kind in _FACTS.items())

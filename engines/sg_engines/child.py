@@ -1,6 +1,8 @@
-"""A build in a process of its own, so that a crash, a lack of memory or Ctrl-C takes nothing else with it.
+"""Engine builds in a child process.
 
-The child, `python -m sg_engines.child`, reads one request as JSON and writes events as lines of JSON.
+A crash, a lack of memory or Ctrl-C then ends only the child. The child runs
+`python -m sg_engines.child`. It reads one request as JSON from stdin and writes events to stdout,
+one JSON object a line.
 """
 
 import dataclasses
@@ -30,14 +32,14 @@ LESS_MEMORY = "build fewer sparsities or batch sizes at once (--sparsity, --batc
 
 @dataclass(frozen=True, slots=True)
 class BuildFigures:
-    """What a build took: wall time, and the peak memory of its process."""
+    """Wall time of a build in seconds, and peak memory of its process in bytes."""
 
     seconds: float
     memory_bytes: int
 
 
 SILENCE = 3600.0
-"""Seconds: builds of large engines report steps far more often."""
+"""Seconds without progress after which a build is ended. Large builds report far more often."""
 
 
 def build_in_child(
@@ -45,8 +47,9 @@ def build_in_child(
 ) -> BuildFigures:
     """Run `build_engine` in a child process.
 
-    silence: seconds without progress after which the child is ended. Raises EngineError with the child's reason, or
-    with what is likely if it died without one.
+    silence: seconds without progress after which the child is killed. Raises EngineError with the
+    reason that the child reported. If the child died without a report, the error names the likely
+    cause.
     """
     request = {"library": library, "graph": str(graph), "output": str(output), "plan": _plan_content(plan)}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -69,7 +72,7 @@ def build_in_child(
                 else:
                     final = event
         except BrokenPipeError:
-            pass  # it died; its exit code tells
+            pass  # the child died; its exit code says why
         code = child.wait()
         words.seek(0)
         last_words = words.readlines()[-5:]
@@ -77,23 +80,23 @@ def build_in_child(
         raise EngineError(_with_remedy(final["error"]))
     if watch.ended:
         raise EngineError(
-            f"{graph.name}: the process that built it was ended: expected progress within {silence:g} s, found none; "
-            f"build again, and report it with the versions that sg-export doctor prints if that does not help"
+            f"{graph.name}: the build process was ended: expected progress within {silence:g} s, found none; build "
+            f"again; if that fails too, report it with the versions that sg-export doctor prints"
         )
     if code != 0 or not final:
-        raise EngineError(_with_remedy(f"{graph.name}: the process that built it {_died(code, last_words)}"))
+        raise EngineError(_with_remedy(f"{graph.name}: the build process {_died(code, last_words)}"))
     return BuildFigures(time.monotonic() - began, final["memory_bytes"])
 
 
 class _Watch:
-    """Ends a process that says nothing for `silence` seconds."""
+    """A watchdog that kills a process if it prints nothing for `silence` seconds."""
 
     def __init__(self, child: "subprocess.Popen[str]", silence: float) -> None:
         self.ended = False
         self._child, self._silence = child, silence
 
     def lines(self, output: IO[str]) -> Iterator[str]:
-        """The lines of its output."""
+        """Yield the lines of `output`. Every line restarts the timer."""
         timer = self._start()
         try:
             for line in output:
@@ -115,7 +118,10 @@ class _Watch:
 
 
 def _with_remedy(reason: str) -> str:
-    """The reason, and what to do where it is a lack of memory, which the library tells in several ways."""
+    """Return the reason; if it is a lack of memory, add the remedy.
+
+    The library words a lack of memory in several ways.
+    """
     return (
         f"{reason}: {LESS_MEMORY}"
         if re.search("bad_alloc|memory r[au]n|out of ?memory|allocate memory", reason, re.I)
@@ -127,12 +133,15 @@ def _died(code: int, last_words: list[str]) -> str:
     if code == -signal.SIGKILL:
         return "was killed, as the system does when memory runs out"
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{how}: {' '.join(line.strip() for line in last_words) or 'it said nothing'}"
+    return f"{how}: {' '.join(line.strip() for line in last_words) or 'it printed nothing'}"
 
 
 @contextmanager
 def _running(command: list[str], errors: IO[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends with the block, whatever ends that; what it says on standard error goes to `errors`."""
+    """Start a process that is killed when the block exits for any reason.
+
+    Its stderr goes to `errors`.
+    """
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment) as child:
         try:
@@ -158,9 +167,9 @@ def _plan(content: dict[str, Any]) -> EngineRecipe:
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which kills this process
     events = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the library prints is no event
+    os.dup2(2, 1)  # output that the library prints must not mix with the events
     request = json.load(sys.stdin)
     try:
         build_engine(
@@ -182,7 +191,7 @@ def _tell(events: IO[str], event: dict[str, Any]) -> None:
     try:
         events.write(json.dumps(event) + "\n")
         events.flush()
-    except BrokenPipeError:  # the parent is gone; the library would swallow the exception and build on
+    except BrokenPipeError:  # the parent is gone; the library would swallow the exception and go on building
         os._exit(1)
 
 

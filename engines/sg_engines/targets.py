@@ -1,4 +1,4 @@
-"""Which GPUs an engine can be built for, and in which types their matrix products can be."""
+"""GPUs that an engine can be built for, and the types of matrix products that they support."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,15 +15,19 @@ RTX_PRODUCTS: Mapping[int, frozenset[str]] = {
     120: _FROM_AMPERE | {"fp8"},
     121: _FROM_AMPERE | {"fp8"},
 }
-"""Types of matrix products that TensorRT-RTX builds, by compute capability (86 for 8.6).
+"""Types of matrix products that TensorRT-RTX can build, by compute capability (86 for 8.6).
 
-75: found by building (TensorRT-RTX 1.7). FP8: NVIDIA's support matrix; the library itself builds it for older targets
-that have no such instructions.
+Source of 75: test builds (TensorRT-RTX 1.7). Source of FP8: NVIDIA's support matrix. The library
+itself also builds FP8 for older targets, which have no FP8 instructions.
 """
 
 
 def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], products: Iterable[str]) -> None:
-    """Raise UsageError unless `library` builds for these GPUs a graph with matrix products of these types."""
+    """Check that `library` can build a graph for these GPUs.
+
+    products: types of the graph's matrix products. Raises UsageError if a GPU or a type is not
+    supported.
+    """
     wanted = sorted(set(products))
     for number in compute_capabilities:
         if library == "tensorrt":
@@ -35,11 +39,11 @@ def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], p
         if known is None:
             raise UsageError(
                 f"--sm {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for a datacenter GPU "
-                f"such as H100 (90) use --target tensorrt there, or --target onnxruntime"
+                f"such as H100 (90) use --target tensorrt on that GPU, or --target onnxruntime"
             )
         if missing := [product for product in wanted if product not in known]:
             able = [str(sm) for sm, types in RTX_PRODUCTS.items() if set(wanted) <= types]
             raise UsageError(
                 f"--sm {number}: expected matrix products in {', '.join(sorted(known))}, found {', '.join(missing)}: "
-                f"give another --precision, or GPUs that have it: {', '.join(able)}"
+                f"give another --precision, or GPUs that support it: {', '.join(able)}"
             )

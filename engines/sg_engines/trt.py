@@ -1,7 +1,8 @@
-"""TensorRT and TensorRT-RTX: one path from a typed ONNX graph to an engine, the library's module passed in.
+"""TensorRT and TensorRT-RTX: one code path from a typed ONNX graph to an engine.
 
-Types are those of the graph: nothing here chooses a precision. Where the libraries differ, their modules are asked for
-what they have, not for their version.
+The caller passes in the library's module. An engine computes in the types of its graph: no function
+here chooses a precision. If the libraries differ, the code checks which names the module has, not
+its version.
 """
 
 import functools
@@ -15,20 +16,21 @@ from sg_runtime.files import replacing
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
-"""(phase, steps done, steps in all)."""
+"""Callback with (phase, steps done, steps in total)."""
 
 PHASE_DEPTH = 1
-"""Phases of TensorRT that are reported: those within the whole build, not the hundreds within these."""
+"""Depth of the reported phases: children of the root, not the hundreds of phases below them."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRecipe:
     """How to build an engine.
 
-    profiles: for each, the one shape of every input that has symbolic sizes; min = opt = max. compute_capabilities:
-    the GPUs to build for, 86 for 8.6; empty for what the library takes by itself, with TensorRT the GPU that is here.
-    workspace: most bytes of scratch memory, None for the library's choice. timing_cache: a file that TensorRT reads
-    and extends.
+    profiles: for each profile, the shape of every input that has symbolic sizes; min = opt = max.
+    compute_capabilities: GPUs to build for, 86 for 8.6; empty for the library's choice. TensorRT
+        chooses the GPU of this machine.
+    workspace: limit of scratch memory in bytes; None for the library's choice.
+    timing_cache: file that TensorRT reads and extends.
     """
 
     profiles: tuple[Mapping[str, Shape], ...]
@@ -38,9 +40,11 @@ class EngineRecipe:
 
 
 def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progress: Progress) -> None:
-    """Build the engine of the ONNX graph at `graph` with the module `trt`, and write it to `output`, whole or not.
+    """Build the engine of the ONNX graph at `graph` and write it to `output`.
 
-    Raises EngineError where the library refuses the graph, naming the node, or cannot build it, with its reasons.
+    trt: the library's module. `output` is replaced atomically. Raises EngineError if the library
+    cannot parse the graph, with the node's name. Raises EngineError if the library cannot build the
+    engine, with the library's reasons.
     """
     log = _log(trt)
     log.errors.clear()
@@ -49,8 +53,8 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        told = "; ".join(f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
-        raise EngineError(f"{graph.name}: {_name(trt)} does not take it: {told}")
+        causes = "; ".join(f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
+        raise EngineError(f"{graph.name}: {_name(trt)} cannot parse it: {causes}")
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, progress)
     if plan.workspace is not None:
@@ -77,7 +81,10 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
 
 
 def has_timing_cache(trt: Any) -> bool:
-    """Whether a timing cache does anything: TensorRT-RTX, which times kernels when an engine runs, ignores it."""
+    """Whether the library uses a timing cache.
+
+    TensorRT-RTX ignores it, as it times kernels when an engine runs.
+    """
     return not hasattr(trt, "IRuntimeCache")
 
 
@@ -100,9 +107,12 @@ def _reasons(log: Any) -> str:
 
 @functools.cache
 def _log(trt: Any) -> Any:
-    """The logger of this process, which keeps errors. TensorRT itself holds on to the first that it is given."""
+    """Return this process's logger, which collects error messages.
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # the class is known when the module is
+    TensorRT keeps the first logger that it receives, so there is one per process.
+    """
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -115,9 +125,9 @@ def _log(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """A progress monitor that reports the phases of the whole build."""
+    """Return a progress monitor that reports the phases at PHASE_DEPTH to `progress`."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the class is known when the module is
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, tuple[int, int]] = {}  # steps and depth

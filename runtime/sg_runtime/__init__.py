@@ -1,4 +1,4 @@
-"""The torch-free runtime of sg-export: bundles to images with Sparse Guidance."""
+"""The torch-free runtime of sg-export: samples images from bundles with Sparse Guidance."""
 
 from sg_runtime.backends import BACKENDS, choose_backend
 from sg_runtime.bundle import Bundle

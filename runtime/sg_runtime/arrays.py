@@ -1,10 +1,10 @@
-"""NumPy arrays by what they hold."""
+"""Types of NumPy arrays, named by their content."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-"""Images, latents, predictions, noise."""
+"""float32 values: images, latents, predictions, noise."""
 
 Indices = NDArray[np.int64]
-"""Kept tokens, class indices, rows of tables."""
+"""int64 indices: kept tokens, class indices, table rows."""

@@ -1,20 +1,22 @@
-"""The command that builds a bundle again, from what its manifest says."""
+"""Derive from a manifest the command that rebuilds its bundle."""
 
 import shlex
 
 from sg_runtime.manifest import ENGINE_TARGETS, Manifest
 
 USUAL_OPSET = 20
-"""What `sg-export build` takes where none is given."""
+"""Default ONNX opset of `sg-export build`."""
 
 
 def build_command(
     manifest: Manifest, output: str, *, target: str | None = None, sm: int | None = None, batch: int | None = None
 ) -> str:
-    """`sg-export build …` for a bundle like this one at `output`, in place of what is there.
+    """Return the `sg-export build …` command for a bundle like this one.
 
-    target: in place of the bundle's own. sm: the GPU to build engines for, 86 for 8.6, in place of the bundle's. batch:
-    an image count for which engines have a profile, too.
+    The command overwrites an existing bundle at `output`.
+    target: build target; by default the bundle's targets.
+    sm: compute capability to build engines for, 86 for 8.6; by default the bundle's.
+    batch: batch size that gets an engine profile in addition to the bundle's.
     """
     plan, source, model = manifest.guidance, manifest.source, manifest.model
     guided = [graph.levels for graph in manifest.graphs if graph.kind == "guided"]
@@ -53,7 +55,7 @@ def build_command(
 
 
 def _precision_words(manifest: Manifest, base: str) -> list[str]:
-    """The precision, and what goes with one that is quantized."""
+    """Return the precision and, if the bundle is quantized, the quantization options."""
     plan = manifest.quantization
     if plan is None:
         return [base]
@@ -64,13 +66,13 @@ def _precision_words(manifest: Manifest, base: str) -> list[str]:
 
 
 def _text(number: float) -> str:
-    """A number as a user writes it, or with all digits where that is not the same number."""
+    """Return the short form of a number, or all its digits if the short form changes the value."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)
 
 
 def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch: int | None) -> list[str]:
-    """Targets, GPUs and batch sizes."""
+    """Return the options for targets, GPUs and batch sizes."""
     engines = manifest.engines
     if target == "onnxruntime" or (target is None and not engines):
         return [] if manifest.batch is None else ["--batch", str(manifest.batch)]

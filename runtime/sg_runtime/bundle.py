@@ -1,4 +1,4 @@
-"""Opening a bundle: a directory with a manifest, whose files are checked before any is used."""
+"""Open a bundle: a directory with a manifest. All files are checked before any is used."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +10,7 @@ from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A checked bundle on disk."""
+    """A bundle on disk whose files have been checked."""
 
     path: Path
     manifest: Manifest
@@ -19,8 +19,9 @@ class Bundle:
     def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
         """Read the manifest of the bundle at `path` and check its files.
 
-        Sizes are always checked. `verify_hashes=False` leaves out the SHA-256, for large bundles on trusted disks.
-        Raises BundleError where a file is missing, altered, unlisted by a graph, or leads out of the bundle.
+        Sizes are always checked. `verify_hashes=False` skips the SHA-256 check, for large bundles
+        on trusted disks. Raises BundleError if a file is missing, altered, not listed in the
+        manifest, or outside the bundle.
         """
         root = Path(path)
         if not root.is_dir():
@@ -36,21 +37,21 @@ class Bundle:
         for name, facts in manifest.files.items():
             try:
                 _check_file(root, name, facts, verify_hashes)
-            except (OSError, RuntimeError) as error:  # RuntimeError: what pathlib raises for a loop of links
+            except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a loop of links
                 raise BundleError(
                     f"{root}: file {name!r} cannot be read ({error}); copy the bundle again or rebuild it"
                 ) from None
         return cls(root, manifest)
 
     def file(self, name: str) -> Path:
-        """Path of a file of the manifest."""
+        """Return the path of a file that the manifest lists."""
         return self.path / name
 
     def onnx(self, graph: GraphFacts) -> Path:
-        """Path of a graph's ONNX file. Raises BundleError where engines alone hold the graph."""
+        """Return the path of a graph's ONNX file. Raises BundleError if the graph has none."""
         if graph.file is None:
             raise BundleError(
-                f"{self.path}: expected ONNX graphs, found engines alone; build it anew with --keep-onnx, or "
+                f"{self.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or "
                 f"--target onnxruntime"
             )
         return self.path / graph.file
@@ -61,7 +62,7 @@ def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> N
     target = root / name
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name and "\0" not in name
     if not inside or not target.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{root}: file {name!r} leads out of the bundle; do not use this bundle")
+        raise BundleError(f"{root}: file {name!r} points outside the bundle; do not use this bundle")
     if not target.is_file():
         raise BundleError(f"{root}: file {name} is missing; copy the bundle again or rebuild it")
     size = target.stat().st_size

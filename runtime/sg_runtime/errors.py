@@ -1,14 +1,17 @@
-"""Errors of every package. A class is a kind of fault and owns the exit code of the command line."""
+"""Errors of all packages. Each class is one kind of fault and sets the CLI's exit code."""
 
 
 class SgError(Exception):
-    """Root of all errors that sg-export raises on purpose. The message names object, expected, found and remedy."""
+    """Base class of all errors that sg-export raises on purpose.
+
+    The message names the object, the expected value, the found value and the remedy.
+    """
 
     exit_code = 1
 
 
 class UsageError(SgError):
-    """A request that is wrong, or known to be unsupported, before any work."""
+    """A request is wrong or known to be unsupported. Raised before any work."""
 
     exit_code = 2
 
@@ -30,17 +33,17 @@ class EngineError(SgError):
 
 
 class DeviceError(SgError):
-    """A device is not there, lost, or answers with an error."""
+    """A device is missing, was lost, or reports an error."""
 
     exit_code = 6
 
 
 class DeviceMemoryError(DeviceError):
-    """The memory of a device does not suffice."""
+    """A device has too little memory."""
 
 
 class NonFiniteError(SgError):
-    """A run ended in values that are no numbers."""
+    """A sampling run ended in NaN or infinity."""
 
     exit_code = 5
 
@@ -52,18 +55,18 @@ class GateError(SgError):
 
 
 class BundleError(SgError):
-    """A bundle is damaged or unusable here."""
+    """A bundle is damaged or unusable on this machine."""
 
     exit_code = 6
 
 
 class CalibrationError(SgError):
-    """Calibration data, or a table of ranges, is damaged or of another model."""
+    """Calibration data or a range table is damaged or belongs to another model."""
 
     exit_code = 6
 
 
 class CheckpointError(SgError):
-    """A checkpoint is missing, damaged, or of no family that an adapter covers."""
+    """A checkpoint is missing, damaged, or of a family that no adapter covers."""
 
     exit_code = 6

@@ -1,4 +1,4 @@
-"""The libraries that sg-export uses: what each is for, and which extra installs it."""
+"""The libraries that sg-export uses: the purpose of each, and the extra that installs it."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,12 +9,12 @@ from sg_runtime.errors import MissingExtraError
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A library.
+    """A library that sg-export uses.
 
-    module: its name when it is imported.
-    distribution: its name for pip.
-    use: what needs it.
-    extra: the extra of sg-export that installs it, None if sg-export always does.
+    module: import name.
+    distribution: name for pip.
+    use: the part of sg-export that needs it.
+    extra: extra of sg-export that installs it; None if sg-export always installs it.
     """
 
     module: str
@@ -28,8 +28,8 @@ LIBRARIES = (
     Library("PIL", "pillow", "images", None),
     Library("onnxruntime", "onnxruntime", "backend onnxruntime-cpu", "ort"),
     Library("onnxruntime", "onnxruntime-gpu", "backends onnxruntime-cuda and others", "ort-gpu"),
-    Library("tensorrt_rtx", "tensorrt-rtx", "engines of TensorRT-RTX", "tensorrt-rtx"),
-    Library("tensorrt", "tensorrt", "engines of TensorRT", "tensorrt"),
+    Library("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX engines", "tensorrt-rtx"),
+    Library("tensorrt", "tensorrt", "TensorRT engines", "tensorrt"),
     Library("cuda", "cuda-bindings", "engines", "tensorrt-rtx"),
     Library("torch", "torch", "building", "export"),
     Library("onnx", "onnx", "building", "export"),
@@ -40,20 +40,24 @@ LIBRARIES = (
     Library("sympy", "sympy", "building", "export"),
     Library("polygraphy", "polygraphy", "verify", "verify"),
 )
-"""All libraries, in the order in which `sg-export doctor` lists them."""
+"""All libraries, in the order of `sg-export doctor`."""
 
 
 def install_command(module: str, extra: str | None = None) -> str | None:
-    """The pip command that installs `module`, by the first extra that has it unless `extra` is given; else None."""
+    """Return the pip command that installs `module`, or None if no extra installs it.
+
+    extra: extra to install; by default the first one in LIBRARIES that contains `module`.
+    """
     extras = [library.extra for library in LIBRARIES if library.module == module.partition(".")[0]]
     chosen = extra or next(iter(extras), None)
     return None if chosen is None else f"pip install 'sg-export[{chosen}]'"
 
 
 def require(module: str, extra: str | None = None) -> ModuleType:
-    """Import `module`, which an extra of sg-export installs: the first in LIBRARIES that has it, or `extra`.
+    """Import and return `module`, which an extra of sg-export installs.
 
-    Raises MissingExtraError with the pip command if the module, or a package that it is in, is not installed.
+    extra: extra to name in the error; by default the first one in LIBRARIES that contains `module`.
+    Raises MissingExtraError with the pip command if the module or its package is not installed.
     """
     try:
         return import_module(module)

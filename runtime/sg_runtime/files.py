@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and the folder for what can be made again."""
+"""Atomic file replacement, file hashes, and the cache folder."""
 
 import hashlib
 import os
@@ -8,24 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = "SG_EXPORT_CACHE"
-"""The environment variable that names the cache folder."""
+"""Environment variable with the path of the cache folder."""
 
 
 def cache_folder() -> Path:
-    """$SG_EXPORT_CACHE, or sg-export in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    """Return the cache folder. Its content can be made again.
+
+    $SG_EXPORT_CACHE, or `sg-export` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    """
     if given := os.environ.get(CACHE):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name beside `path`, hidden and unlike any other, for what will be renamed to it."""
+    """Return a new unique hidden name next to `path`, for a file that is later renamed to it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block succeeds and goes when it fails."""
+    """Yield a temporary path next to `path`.
+
+    If the block succeeds, the temporary file replaces `path`. If it fails, the file is deleted.
+    """
     temporary = temporary_beside(path)
     try:
         yield temporary
@@ -35,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in lower-case hex."""
+    """Return the SHA-256 of a file in lower-case hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

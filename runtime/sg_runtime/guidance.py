@@ -1,4 +1,4 @@
-"""The Sparse Guidance update, the choice of branches for a run, and what guides each of its evaluations."""
+"""The Sparse Guidance update, the choice of a guidance plan, and the guidance per evaluation."""
 
 import itertools
 import math
@@ -13,11 +13,11 @@ from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manife
 from sg_runtime.sampling import Update
 
 Ramp = float | tuple[float, float]
-"""A value for the whole run, or the values of the first and the last step, with a cosine between them."""
+"""A constant value, or the values of the first and last step with a cosine between them."""
 
 
 def guide(strong: Array, weak: Array, scale: float) -> Array:
-    """weak + scale * (strong - weak).
+    """Return weak + scale * (strong - weak).
 
     strong, weak: (B, C, H, W) float32 predictions of the low- and the high-sparsity branch.
     Source: arXiv 2601.01608, eq. 7.
@@ -27,7 +27,7 @@ def guide(strong: Array, weak: Array, scale: float) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class StepGuidance:
-    """What guides one evaluation. `weak` is None where the strong branch runs alone."""
+    """The guidance of one evaluation. `weak` is None if the strong branch runs alone."""
 
     strong: Level
     weak: Level | None
@@ -41,10 +41,12 @@ def guidance_table(
     weak_levels: Sequence[Level],
     last_step: int | None = None,
 ) -> tuple[StepGuidance, ...]:
-    """What guides each evaluation of a run.
+    """Return the guidance of each evaluation of a run.
 
-    strong_levels, weak_levels: the levels that were built. Sparsities that change take the nearest of these and their
-    ends, the lower of two that are equally near. last_step: the step where they end, by default the run's last.
+    A sparsity that changes over the run takes the nearest of the built levels and its own first and
+    last level; of two equally near levels, the lower sparsity.
+    strong_levels, weak_levels: levels that were built for the branch.
+    last_step: step at which ramps end; by default the last step of `updates`.
     """
     last = max((update.step for update in updates), default=0) if last_step is None else last_step
 
@@ -61,7 +63,10 @@ def guidance_table(
 
 
 def cosine_ramp(first: float, last: float, progress: float) -> float:
-    """From `first` at progress 0 to `last` at 1 along half a cosine (as in arXiv 2601.01608)."""
+    """Return the value at `progress`: `first` at 0, `last` at 1, half a cosine between them.
+
+    Source: arXiv 2601.01608.
+    """
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -73,16 +78,18 @@ def _level_at(first: Level, last: Level | None, progress: float, built: Sequence
 
 
 def levels(manifest: Manifest, network: NetworkName = "main") -> list[Level]:
-    """The sparsities that the bundle has graphs of the network for, densest first."""
+    """Return the sparsities for which the bundle has graphs of the network, densest first."""
     graphs = [graph for graph in manifest.graphs if graph.network == network]
     return sorted({level for graph in graphs for level in graph.levels}, key=lambda level: -level.keep)
 
 
 def built_guidances(manifest: Manifest) -> list[GuidancePlan]:
-    """Every guidance at constant sparsities that the bundle has graphs for, at the largest of its default scales.
+    """Return every guidance plan with constant sparsities for which the bundle has graphs.
 
-    Its guided graphs' pairs; without those, all levels of the branches that its default mode runs by graphs of their
-    own.
+    The scale is the default scale of largest magnitude. If the bundle has guided graphs, there is
+    one plan for each pair of levels of a guided graph. Otherwise each branch runs by a separate
+    graph: one plan for each pair of a strong and a weak network's level in autoguidance, else one
+    plan for each level.
     """
     plan = manifest.guidance
     scale = max(plan.scale, plan.scale if plan.scale_last is None else plan.scale_last, key=abs)
@@ -102,7 +109,7 @@ def built_guidances(manifest: Manifest) -> list[GuidancePlan]:
 
 
 def _mode_of(null_weak: bool, same_level: bool) -> GuidanceMode:
-    """The mode of a graph that holds both branches."""
+    """Return the guidance mode of a graph that contains both branches."""
     level = "same" if same_level else "sparser"
     return next(
         mode for mode, row in MODES.items() if row.fusible and (row.null_weak, row.weak_level) == (null_weak, level)
@@ -118,10 +125,11 @@ def choose(
     scale: Ramp | None = None,
     interval: tuple[float, float] | None = None,
 ) -> GuidancePlan:
-    """The bundle's guidance plan with the given parts replaced.
+    """Return the bundle's guidance plan with the given parts replaced.
 
-    `sparsity` is the weak branch's; in the modes none and cfg both branches share the strong sparsity. Raises
-    UsageError for a sparsity or a mode that was not built, naming the build that would serve.
+    `sparsity` is the sparsity of the weak branch. In the modes none and cfg both branches share the
+    strong sparsity. Raises UsageError if a sparsity or mode was not built; the message gives the
+    build command that adds it.
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
@@ -129,7 +137,7 @@ def choose(
         raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {chosen!r}")
     row = MODES[chosen]
     network = row.weak_network
-    manifest.condition(network)  # raises where the network is not there
+    manifest.condition(network)  # raises if the bundle lacks the network
     strong = (plan.strong, plan.strong_last)
     if strong_sparsity is not None:
         strong = _ends(manifest, strong_sparsity, "main", chosen, "--strong-sparsity")
@@ -149,13 +157,13 @@ def choose(
 
 
 def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:
-    """The plan at another scale."""
+    """Return the plan with another scale."""
     first, last = scale_ends(scale)
     return replace(plan, scale=first, scale_last=last)
 
 
 def scale_ends(scale: Ramp) -> tuple[float, float | None]:
-    """The scale of the first step, and that of the last where it changes."""
+    """Return the scale of the first step and, if the scale changes, of the last step, else None."""
     return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), None)
 
 
@@ -179,7 +187,7 @@ def _level(manifest: Manifest, sparsity: float, network: NetworkName, mode: Guid
 
 
 def _without_sparsity(manifest: Manifest, mode: GuidanceMode, strong: Level, network: NetworkName) -> str:
-    """What to do where a mode needs a weak sparsity, none was given, and the bundle has no default."""
+    """Return the error message for a mode without a given or default weak sparsity."""
     usable = [level for level in levels(manifest, network) if network == "weak" or level.keep < strong.keep]
     if usable:
         return f"{mode}: give the weak sparsity, one of {', '.join(f'{level.sparsity:g}' for level in usable)}"

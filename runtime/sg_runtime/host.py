@@ -1,11 +1,14 @@
-"""Facts of this process."""
+"""Facts about this process."""
 
 import resource
 from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Bytes of this program's largest resident set; Linux counts in `getrusage` that of the program that started it."""
+    """Return the peak resident set size of this process in bytes.
+
+    Linux is read from /proc: its `getrusage` also counts the program that started this process.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -1,9 +1,10 @@
-"""Counter-based randomness: a number depends on image seed, purpose, step, evaluation and branch, and on nothing else.
+"""Counter-based randomness. A number depends only on seed, purpose, step, evaluation and branch.
 
-Every draw is a block of raw 64-bit words of Philox4x64-10 (Salmon et al. 2011, as NumPy's `Philox` emits them) with
-key (seed, purpose) and counter (0, step, evaluation, branch), lowest word first; NumPy adds one to the counter before
-every block of four words, the first included. So an image does not depend on the batch it is made in, nor on the
-images made before it. Test vectors: `tests/sg_runtime/test_noise.py`.
+Every draw is a block of raw 64-bit words of Philox4x64-10 (Salmon et al. 2011), as NumPy's `Philox`
+emits them. The key is (seed, purpose). The counter is (0, step, evaluation, branch), lowest word
+first. NumPy adds one to the counter before every block of four words, including the first. Hence an
+image depends neither on its batch nor on earlier images. Test vectors:
+`tests/sg_runtime/test_philox.py`.
 """
 
 import numpy as np
@@ -20,16 +21,17 @@ WEAK = 1
 def raw_words(
     seed: int, purpose: int, count: int, *, step: int = 0, evaluation: int = 0, branch: int = 0
 ) -> NDArray[np.uint64]:
-    """`count` raw 64-bit words. seed: 0 to 2**64 - 1."""
+    """Return `count` raw 64-bit words. seed: 0 to 2**64 - 1."""
     key = np.array([seed, purpose], dtype=np.uint64)
     counter = np.array([0, step, evaluation, branch], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def normal(seed: int, purpose: int, shape: tuple[int, ...], *, step: int = 0) -> NDArray[np.float32]:
-    """Standard normal numbers of `shape`, float32.
+    """Return standard normal numbers of `shape`, float32.
 
-    Box and Muller's transform in float64 of word pairs: the first gives the radius, the second the angle.
+    Applies the Box–Muller transform in float64 to pairs of words: the first gives the radius, the
+    second the angle.
     """
     size = int(np.prod(shape))
     words = raw_words(seed, purpose, 2 * ((size + 1) // 2), step=step)
@@ -41,9 +43,10 @@ def normal(seed: int, purpose: int, shape: tuple[int, ...], *, step: int = 0) ->
 
 
 def subset(seed: int, tokens: int, keep: int, *, step: int, evaluation: int, branch: int) -> NDArray[np.int64]:
-    """The `keep` of `tokens` indices with the smallest words, ties by index, sorted; int64.
+    """Return the kept tokens: `keep` of `tokens` indices, sorted, int64.
 
-    At equal counters a smaller subset lies within a larger one.
+    The tokens with the smallest random words are kept; ties are broken by index. If the counters
+    are equal, a smaller set of kept tokens is contained in a larger one.
     """
     words = raw_words(seed, SUBSET, tokens, step=step, evaluation=evaluation, branch=branch)
     return np.sort(np.argsort(words, kind="stable")[:keep])

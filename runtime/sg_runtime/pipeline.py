@@ -1,4 +1,4 @@
-"""From a bundle to images: conditioning for a whole run first, then one guided prediction per evaluation."""
+"""Samples images from a bundle: first the conditioning of a run, then its guided evaluations."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from sg_runtime.sampling import SAMPLERS, Churn, Update, run_times, updates
 
 Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
-"""(evaluations done, evaluations in all) of a run."""
+"""Called with (evaluations done, evaluations in total) of a run."""
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -37,7 +37,7 @@ DEFAULT_BATCH = 16
 
 
 class Pipeline:
-    """A bundle ready to run. Safe to use from several threads, which share the weights."""
+    """A bundle ready to run. Safe to use from several threads; they share the weights."""
 
     def __init__(self, bundle: Bundle, backend: Backend, batch: int, chunk: int | None = None) -> None:
         self.bundle = bundle
@@ -61,17 +61,25 @@ class Pipeline:
         threads: int | None = None,
         verify_hashes: bool = True,
     ) -> "Pipeline":
-        """Open the bundle at `bundle` for `device`: "auto", "cpu", "cuda", or "cuda:1" for a GPU by its number.
+        """Open the bundle at `bundle` on a device.
 
-        backend: one of `sg_runtime.BACKENDS` in place of the best that works here; `choose_backend` says why that is
-        it. batch: the most images in one engine run (default 16, or what the bundle was built for). chunk: the
-        evaluations whose conditioning is held in the device's memory at a time (default: what 256 MB hold). stream: a
-        CUDA stream that all runs go into, in place of own ones: a handle, or an object of torch, CuPy or cuda.core.
-        capture: put runs into the stream as CUDA graphs, where the backend can. threads: of a run on the CPU (default:
-        all cores); a server that runs several at once gives each a share. verify_hashes: see `Bundle.open`.
+        device: "auto", "cpu", "cuda", or a GPU by number, such as "cuda:1".
+        backend: one of `sg_runtime.BACKENDS`; by default the best one that works on this machine.
+        `choose_backend` reports the reasons for the choice.
+        batch: maximum number of images in one engine run; by default 16, or the largest batch size
+        that the bundle was built for.
+        chunk: number of evaluations whose conditioning is held in device memory at a time; by
+        default the number that fits in 256 MB.
+        stream: CUDA stream for all runs, instead of streams of the pipeline: a handle, or a stream
+        object of torch, CuPy or cuda.core.
+        capture: whether to launch runs as CUDA graphs, if the backend supports it.
+        threads: number of CPU threads per run; by default all cores. A server with several
+        concurrent runs gives each run a share of the cores.
+        verify_hashes: see `Bundle.open`.
 
-        Raises BundleError for a damaged bundle or one that nothing here can run, MissingExtraError without a backend
-        library, UsageError for a device, backend or batch that there is not.
+        Raises BundleError if the bundle is damaged or no backend on this machine can run it,
+        MissingExtraError if a backend library is not installed, and UsageError if the device,
+        backend or batch does not exist.
         """
         opened = Bundle.open(bundle, verify_hashes=verify_hashes)
         for name, value in {"batch": batch, "chunk": chunk, "threads": threads}.items():
@@ -90,17 +98,17 @@ class Pipeline:
         return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
 
     def warmup(self, images: int = 1, *, steps: int | None = None, guidance: GuidancePlan | None = None) -> None:
-        """Sample `images` images that nobody sees, as later runs of as many will be: what those need is then there.
+        """Sample `images` images and discard them, to set up later runs of the same size.
 
-        Graphs and engines are opened, buffers allocated; on a GPU kernels are compiled and CUDA graphs captured, for
-        which it samples twice. steps, guidance: see `sample`.
+        Opens graphs and engines and allocates buffers. On a GPU it samples twice, to compile
+        kernels and capture CUDA graphs. steps, guidance: see `sample`.
         """
         for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
             self.sample([None] * images, range(images), steps=steps, guidance=guidance)
         self.backend.keep()
 
     def release(self) -> None:
-        """Give back the buffers of all lanes that are idle; later runs allocate anew."""
+        """Free the buffers of all idle lanes. Later runs allocate them again."""
         self._lanes.release()
 
     def guidance(
@@ -112,11 +120,13 @@ class Pipeline:
         scale: Ramp | None = None,
         interval: tuple[float, float] | None = None,
     ) -> GuidancePlan:
-        """The bundle's guidance plan with the given parts replaced; `sparsity` is the weak branch's.
+        """Return the bundle's guidance plan with the given parts replaced.
 
-        A pair in place of a number goes along a cosine from the first step's to the last step's. interval: the times
-        (t, or sigma of an edm model) between which guidance applies. Raises UsageError for what this bundle was not
-        built for, naming the build that would serve.
+        A pair instead of a number changes along a cosine from the first step to the last step.
+        sparsity: sparsity of the weak branch.
+        interval: lowest and highest time (t, or sigma of an edm model) at which guidance applies.
+        Raises UsageError if this bundle was not built for the plan; the message gives the build
+        command that adds it.
         """
         return choose(
             self.bundle.manifest,
@@ -140,9 +150,11 @@ class Pipeline:
         decode: Callable[[Array], NDArray[Any]] | None = None,
         progress: Progress | None = None,
     ) -> NDArray[Any]:
-        """One image per class and seed; see `sample` for the arguments.
+        """Sample and decode one image per class and seed. See `sample` for the other arguments.
 
-        Returns (B, H, W, C) uint8 for pixel models, `decode(latents)` where it is given, else latents (B, C, H, W).
+        decode: turns samples (B, C, H, W) float32 into images.
+        Returns the result of `decode` if given. Otherwise returns (B, H, W, C) uint8 for pixel
+        models and latents (B, C, H, W) float32 for latent models.
         """
         x = self.sample(
             classes,
@@ -174,17 +186,18 @@ class Pipeline:
         """Sample one image per class and seed, (B, C, H, W) float32.
 
         classes: index, name, or None for no class.
-        seeds: 0 to 2**64 - 1. An image depends on its class and seed, not on the others: bit for bit if the graphs run
-        at one batch size, to rounding otherwise.
-        steps, sampler: by default the bundle's.
-        guidance: from `self.guidance(…)`, by default the bundle's. scale: replaces its scale.
-        churn: noise that an edm run adds; the state comes to the CPU in every such step.
-        fused: use the guided graph if there is one; False always runs each branch by its own graph.
-        progress: called when an evaluation has been submitted, which on a GPU is before it is done.
+        seeds: 0 to 2**64 - 1. An image depends on its class and seed, not on the other images: bit
+        for bit if the graphs run at one batch size, up to rounding otherwise.
+        steps, sampler: by default those of the bundle.
+        guidance: plan from `self.guidance(…)`; by default the bundle's plan.
+        scale: guidance scale that replaces the plan's scale.
+        churn: noise added to an edm run. Each step that adds noise copies the state to the CPU.
+        fused: whether to use the guided graph if there is one. False runs each branch by its graph.
+        progress: called after each evaluation is submitted. A GPU may still be computing it.
 
-        Raises UsageError for arguments that the bundle cannot serve, NonFiniteError if a sample is not finite,
-        DeviceMemoryError with what would fit if memory does not suffice, DeviceError if the device is lost. The
-        pipeline stays usable after all but the last.
+        Raises UsageError if the bundle cannot serve the arguments, NonFiniteError if a sample is
+        not finite, DeviceMemoryError if memory is too small (the message gives a size that fits),
+        and DeviceError if the device is lost. The pipeline stays usable unless the device is lost.
         """
         _, samples = self._sample(classes, seeds, steps, scale, sampler, guidance, churn, fused, progress)
         return samples
@@ -202,7 +215,10 @@ class Pipeline:
         fused: bool = True,
         progress: Progress | None = None,
     ) -> DeviceArray:
-        """Sample as `sample` does, and leave the samples on the pipeline's device, for `torch.from_dlpack`."""
+        """Sample like `sample`, but leave the samples on the device of the pipeline.
+
+        `torch.from_dlpack` accepts the result.
+        """
         samples, _ = self._sample(classes, seeds, steps, scale, sampler, guidance, churn, fused, progress)
         return samples
 
@@ -218,7 +234,7 @@ class Pipeline:
         fused: bool,
         progress: Progress | None,
     ) -> tuple[DeviceArray, Array]:
-        """The samples on the device and on the CPU."""
+        """Return the samples twice: on the device and on the CPU."""
         defaults = self.bundle.manifest.sampling
         steps = defaults.steps if steps is None else steps
         sampler = sampler or defaults.sampler
@@ -231,7 +247,7 @@ class Pipeline:
         check_seeds(seeds, len(labels))
         model = self.bundle.manifest.model
         if churn is not None and model.prediction != "edm":
-            raise UsageError(f"churn: expected an edm model, found one of {model.prediction} prediction")
+            raise UsageError(f"churn: expected an edm model, found a {model.prediction} model")
         times = run_times(steps, defaults.karras)
         run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), fused, self.chunk)
         with self._running() as (leased, runner):
@@ -243,9 +259,9 @@ class Pipeline:
 
             result = None
             for group in groups:
-                own = [seeds[image] for image in group]
-                state = sample_group(self.bundle.manifest, leased, runner, run, labels[group], own, done)
-                if result is None:  # the first workspace has found that there is memory
+                group_seeds = [seeds[image] for image in group]
+                state = sample_group(self.bundle.manifest, leased, runner, run, labels[group], group_seeds, done)
+                if result is None:  # the first workspace has checked the free memory
                     result = memory.empty((len(labels), *state.shape[1:]), np.float32)
                 first, images = int(group[0]), len(np.unique(group))
                 memory.copy(state[:images], result[first : first + images])
@@ -258,9 +274,9 @@ class Pipeline:
             return result, samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
-        """Standard normal noise, (B, C, H, W) float32; row k is that of seeds[k].
+        """Return standard normal noise, (B, C, H, W) float32; row k belongs to seeds[k].
 
-        A flow run starts from it, an edm run from its product with the highest sigma.
+        A flow run starts from this noise, an edm run from the noise times the highest sigma.
         """
         return noise(self.bundle.manifest, seeds, philox.INITIAL_NOISE)
 
@@ -274,10 +290,11 @@ class Pipeline:
         guidance: GuidancePlan | None = None,
         scale: Ramp | None = None,
     ) -> PreparedRun:
-        """Compute the conditioning and the kept tokens of evaluations at `times`, for `guided` and `branches`.
+        """Compute the conditioning and kept tokens of evaluations, for `guided` and `branches`.
 
-        times: t in [0, 1] of a flow model, sigma above 0 of an edm model.
-        counters: (step, evaluation) of each evaluation, for its kept tokens; by default (i, 0).
+        times: time of each evaluation: t in [0, 1] of a flow model, sigma above 0 of an edm model.
+        counters: (step, evaluation) of each evaluation, which determines the kept tokens that are
+        drawn; by default (i, 0).
         classes, seeds, guidance, scale: see `sample`.
         """
         counters = [(i, 0) for i in range(len(times))] if counters is None else counters
@@ -287,7 +304,7 @@ class Pipeline:
             raise UsageError(f"counters: expected one for each of the {len(times)} times, found {len(counters)}")
         for counter in counters:
             if min(whole_number("counter", number) for number in counter) < 0:
-                raise UsageError(f"counters: expected (step, evaluation), none below 0, found {counter}")
+                raise UsageError(f"counters: expected (step, evaluation), both at least 0, found {counter}")
         places = [Update(*counter, float(time), 0.0, 1.0, 0.0) for counter, time in zip(counters, times, strict=True)]
         return self._prepare(places, classes, seeds, self._scaled(guidance, scale))
 
@@ -303,10 +320,13 @@ class Pipeline:
         keep_strong: Indices | None = None,
         keep_weak: Indices | None = None,
     ) -> PreparedRun:
-        """Prepare a single evaluation at `t`, or sigma of an edm model.
+        """Prepare a single evaluation.
 
-        seeds: by default 0 to B - 1. step: draws the kept tokens, and says how far guidance that changes over a run of
-        the bundle's default length has come. keep_strong, keep_weak: (B, K) int64 sorted, in place of the drawn ones.
+        t: time of the evaluation, or sigma of an edm model.
+        seeds: by default 0 to B - 1.
+        step: index that determines the drawn kept tokens. If guidance changes over a run, it also
+        sets the position in a run of the bundle's default length.
+        keep_strong, keep_weak: kept tokens (B, K), int64, sorted; by default drawn.
         """
         if whole_number("step", step) < 0:
             raise UsageError(f"step: expected at least 0, found {step}")
@@ -315,43 +335,44 @@ class Pipeline:
         chosen = self._scaled(guidance, scale)
         run = self._prepare([Update(step, 0, float(t), 0.0, 1.0, 0.0)], classes, seeds, chosen, last_step)
         branches = []
-        for name, own, branch in zip_longest(("keep_strong", "keep_weak"), (keep_strong, keep_weak), run.branches):
+        for name, given, branch in zip_longest(("keep_strong", "keep_weak"), (keep_strong, keep_weak), run.branches):
             drawn = None if branch is None else branch.keep[0]
-            keep = given_subset(name, own, drawn, self.bundle.manifest.model.tokens)
+            keep = given_subset(name, given, drawn, self.bundle.manifest.model.tokens)
             branches += [] if branch is None else [replace(branch, keep=(keep,))]
         return replace(run, branches=tuple(branches))
 
     def guided(self, x: Array, run: PreparedRun, index: int = 0) -> Array:
-        """The guided prediction of an evaluation at x (B, C, H, W) float32: velocity (flow) or denoised image (edm).
+        """Return the guided prediction at x: velocity (flow) or denoised image (edm).
 
-        For samplers of your own. x may be any array on the pipeline's device that speaks DLPack, such as torch's: it is
-        read in place, and the prediction stays on the device.
+        Use it in a custom sampler. x is (B, C, H, W) float32. A DLPack array on the device of the
+        pipeline, such as a torch tensor, is read in place, and the prediction stays on the device.
         """
         with self._evaluating(x, run, index) as (leased, runner, held):
-            found = runner.prediction(held, run, index)
+            prediction = runner.prediction(held, run, index)
             if isinstance(x, np.ndarray):
-                return leased.lane.memory.download(found)
+                return leased.lane.memory.download(prediction)
             leased.lane.memory.wait()
-            return found
+            return prediction
 
     def branches(self, x: Array, run: PreparedRun, index: int = 0) -> tuple[Array, Array]:
-        """The predictions of the strong and the weak branch at x, each by its own graph, as NumPy arrays.
+        """Return the predictions of the strong and the weak branch at x as NumPy arrays.
 
-        `guide(strong, weak, run.scales[index])` combines them. Raises UsageError if the strong branch runs alone.
+        Each branch runs by a separate graph. `guide(strong, weak, run.scales[index])` combines
+        the predictions. Raises UsageError if the strong branch runs alone.
         """
         with self._evaluating(x, run, index) as (leased, runner, held):
-            strong, weak = (leased.lane.memory.download(found) for found in runner.branches(held, run, index))
+            strong, weak = (leased.lane.memory.download(part) for part in runner.branches(held, run, index))
             return strong, weak
 
     def decode(self, x: Array) -> NDArray[np.uint8]:
-        """Pixels of a pixel model: (B, C, H, W) float32 in [-1, 1] → (B, H, W, C) uint8.
+        """Convert samples (B, C, H, W) float32 in [-1, 1] of a pixel model to (B, H, W, C) uint8.
 
         Raises UsageError for a latent model, whose decoder is not part of the bundle.
         """
         if self.bundle.manifest.model.space == "latent":
             raise UsageError(
-                f"{self.bundle.path}: expected a pixel model, found one of latents, and no decoder is in the bundle: "
-                f"pass decode=, or keep the latents"
+                f"{self.bundle.path}: expected a pixel model, found a latent model, and the bundle has no decoder; "
+                f"pass decode= or use the latents"
             )
         return to_pixels(x)
 
@@ -360,14 +381,14 @@ class Pipeline:
         return plan if scale is None else with_scale(plan, scale)
 
     def _labels(self, classes: Classes) -> Indices:
-        """Class indices, (B,) int64."""
+        """Return the class indices, (B,) int64."""
         if len(classes) == 0:
             raise UsageError("classes: expected at least one, found none")
         return np.array([class_index(self.bundle.manifest.model, name) for name in classes], dtype=np.int64)
 
     @contextmanager
     def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
-        """A lane for this thread, and what runs graphs in it."""
+        """Lease a lane for this thread. Yields the lane and a graph runner in it."""
         with self._lanes.lease() as leased:
             yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, self.backend.batches)
 
@@ -375,9 +396,12 @@ class Pipeline:
     def _evaluating(
         self, x: Array, run: PreparedRun, index: int
     ) -> Iterator[tuple[LaneState, GraphRunner, DeviceArray]]:
-        """A lane for this thread, and x on its device. Raises UsageError for an x or an index that does not fit."""
+        """Lease a lane for this thread and put x on its device.
+
+        Raises UsageError if x or `index` does not fit the run.
+        """
         if not 0 <= whole_number("evaluation", index) < len(run.times):
-            raise UsageError(f"evaluation {index}: the prepared run has 0 to {len(run.times) - 1}")
+            raise UsageError(f"evaluation {index}: expected 0 to {len(run.times) - 1} in the prepared run")
         with self._running() as (leased, runner):
             held = leased.lane.memory.hold(x)
             expected = (run.images, *self.bundle.manifest.model.latent)
@@ -399,5 +423,5 @@ class Pipeline:
         check_times(manifest.model, [update.time for update in places])
         with self._running() as (leased, runner):
             run = prepare(manifest, runner.condition, guidance, places, batch, last_step)
-            leased.lane.memory.wait()  # another lane may use it
+            leased.lane.memory.wait()  # another lane may use the prepared run
             return run

@@ -1,4 +1,4 @@
-"""Checks of what a caller asks of a pipeline; each raises UsageError that names the value, and what was expected."""
+"""Checks of pipeline arguments. Each raises UsageError with the value and the expected range."""
 
 from collections.abc import Sequence
 from operator import index as as_index
@@ -12,9 +12,9 @@ from sg_runtime.manifest import FLOAT32_MAX, ModelFacts
 
 
 def class_index(model: ModelFacts, name: int | str | None) -> int:
-    """The index of a class given by index or by name; None is "no class", index `num_classes`.
+    """Return the index of a class given by index or name; None is "no class", index `num_classes`.
 
-    Raises UsageError for a name that the model does not have, and for an index out of range.
+    Raises UsageError if the model has no such name or the index is out of range.
     """
     if name is None:
         return model.num_classes
@@ -22,7 +22,7 @@ def class_index(model: ModelFacts, name: int | str | None) -> int:
         if model.class_names is None or name not in model.class_names:
             known = "no class names" if model.class_names is None else ", ".join(model.class_names[:80])
             raise UsageError(
-                f"class {name!r}: expected one of the model's class names, found none such; it has {known}"
+                f"class {name!r}: expected one of the model's class names, found no match; the model has {known}"
             )
         return model.class_names.index(name)
     index = whole_number("class", name)
@@ -32,11 +32,14 @@ def class_index(model: ModelFacts, name: int | str | None) -> int:
 
 
 def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens: int) -> Indices | None:
-    """The subset (B, K) of one evaluation that the caller gives, else the drawn one."""
+    """Return the kept tokens (B, K) of one evaluation: `given`, or `drawn` if `given` is None.
+
+    Raises UsageError if the branch takes no kept tokens, or if `given` does not fit it.
+    """
     if given is None:
         return drawn
     if drawn is None:
-        raise UsageError(f"{name}: the branch keeps all {tokens} tokens or is not run: expected None")
+        raise UsageError(f"{name}: the branch keeps all {tokens} tokens or does not run: expected None")
     if given.dtype != np.int64 or given.shape != drawn.shape:
         raise UsageError(f"{name}: expected int64 of shape {drawn.shape}, found {given.dtype} of {given.shape}")
     if (np.diff(given, axis=1) <= 0).any() or given.min() < 0 or given.max() >= tokens:
@@ -45,25 +48,25 @@ def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens
 
 
 def check_times(model: ModelFacts, times: Sequence[float]) -> None:
-    """Raise UsageError for a time at which the network cannot be asked."""
+    """Raise UsageError if the network cannot be evaluated at one of the times."""
     for time in times:
         if not abs(time) <= FLOAT32_MAX:
             raise UsageError(f"time {time:g}: expected a finite float32 number")
         if model.prediction == "edm" and time <= 0:
-            raise UsageError(f"time {time:g}: expected a sigma above 0, as of an edm model")
+            raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
 
 
 def check_seeds(seeds: Sequence[int], images: int) -> None:
-    """Raise UsageError unless there is a seed in range for each of `images`."""
+    """Raise UsageError unless there is one valid seed for each of `images` images."""
     if len(seeds) != images:
-        raise UsageError(f"seeds: expected one per class, {images}, found {len(seeds)}")
+        raise UsageError(f"seeds: expected {images}, one per class, found {len(seeds)}")
     for seed in seeds:
         if not 0 <= whole_number("seed", seed) < 2**64:
             raise UsageError(f"seed {seed}: expected 0 to 2**64 - 1")
 
 
 def whole_number(what: str, value: Any) -> int:
-    """`value` as an int, whichever library's integer it is."""
+    """Return `value`, an integer of any library, as an int. Raises UsageError for other types."""
     try:
         return as_index(value)
     except TypeError:

@@ -1,14 +1,15 @@
-"""Schedules and samplers, as pure functions: what to ask the network for, and what to make of the answer.
+"""Schedules and samplers as pure functions: where to evaluate the network, how to update the state.
 
-A sampler is a list of updates. Each evaluates the network once and moves the state linearly,
+A sampler is a list of updates. Each update evaluates the network once and moves the state linearly:
 
     next = a * x + b * D + e * r
 
-with x the state, D the prediction at x (velocity for flow, denoised for edm) and r the state at the step's start: one
-run of a step graph, which computes `next` itself.
+x is the state, D the prediction at x (velocity for flow, denoised image for edm), and r the state
+at the start of the step. A step graph computes `next` itself, so an update is one launch of it.
 
-flow: z_t = (1 - t) x + t z with noise z; sampling goes from t = 1 to 0 along the velocity z - x (Liu et al. 2022; the
-time convention is that of CompVis/tread, `rf.py`). edm: x + sigma z, from the highest sigma to 0 (Karras et al. 2022).
+flow: z_t = (1 - t) x + t z with noise z. Sampling goes from t = 1 to 0 along the velocity z - x
+(Liu et al. 2022; time convention as in CompVis/tread, `rf.py`).
+edm: x + sigma z. Sampling goes from the highest sigma to 0 (Karras et al. 2022).
 """
 
 import math
@@ -27,12 +28,12 @@ Array = NDArray[np.floating[Any]]
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SIGMA_DATA = 0.5
-"""Standard deviation of the data that edm models are trained for, in both supported families."""
+"""Standard deviation of the training data of edm models, the same in both supported families."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preconditioning:
-    """How the network F makes a prediction: D(x) = c_skip * x + c_out * F(c_in * x; t)."""
+    """Scalars of the prediction D(x) = c_skip * x + c_out * F(c_in * x; t) of the network F."""
 
     t: float
     c_in: float
@@ -42,9 +43,15 @@ class Preconditioning:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One evaluation at `time` (t, or sigma), and next = a * x + b * D + e * r.
+    """One evaluation of the network, followed by next = a * x + b * D + e * r.
 
-    noise: standard deviation of the fresh noise that is added to x before. evaluation: 0 for the first of a step.
+    step: index of the step in the run.
+    evaluation: index of the evaluation in its step; 0 for the first.
+    time: t, or sigma of an edm model.
+    a: coefficient of the state x.
+    b: coefficient of the prediction D.
+    e: coefficient of r, the state at the start of the step.
+    noise: standard deviation of the fresh noise added to x before the evaluation.
     """
 
     step: int
@@ -56,7 +63,7 @@ class Update:
     noise: float = 0.0
 
     def next(self, x: Array, prediction: Array, r: Array) -> Array:
-        """The state after the update, in the type of `x`."""
+        """Return the state after the update, in the dtype of `x`."""
         a, b, e = (x.dtype.type(value) for value in (self.a, self.b, self.e))
         following: Array = a * x + b * prediction + e * r
         return following
@@ -64,7 +71,10 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Churn:
-    """Noise that an edm sampler adds in every step whose sigma is in [low, high]; `S_churn` and kin upstream."""
+    """Noise that an edm sampler adds in every step whose sigma is in [low, high].
+
+    amount, low, high and noise are `S_churn`, `S_min`, `S_max` and `S_noise` in upstream code.
+    """
 
     amount: float
     low: float = 0.0
@@ -80,7 +90,10 @@ class Churn:
 
 
 def precondition(prediction: Prediction, time: float) -> Preconditioning:
-    """Scalings and the time input of the network at `time`. Source: Karras et al. 2022, table 1, column EDM."""
+    """Return the scalars and the time input of the network at `time`.
+
+    Source: Karras et al. 2022, table 1, column EDM.
+    """
     if prediction == "flow":
         return Preconditioning(time, 1.0, 0.0, 1.0)
     variance = time**2 + SIGMA_DATA**2
@@ -93,7 +106,11 @@ def precondition(prediction: Prediction, time: float) -> Preconditioning:
 
 
 def run_times(steps: int, karras: Karras | None) -> list[float]:
-    """`steps` + 1 times down to 0: from 1 in even steps, or noise levels of `karras` (Karras et al. 2022, eq. 5)."""
+    """Return `steps` + 1 times that fall to 0.
+
+    Without `karras`, the times start at 1 and are evenly spaced. Otherwise they are the noise
+    levels of Karras et al. 2022, eq. 5.
+    """
     if karras is None:
         return [1 - step / steps for step in range(steps)] + [0.0]
     high, low = karras.sigma_max ** (1 / karras.rho), karras.sigma_min ** (1 / karras.rho)
@@ -104,11 +121,14 @@ def run_times(steps: int, karras: Karras | None) -> list[float]:
 def updates(
     sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn | None = None
 ) -> tuple[Update, ...]:
-    """The updates of a run along `times`, which fall to 0.
+    """Return the updates of a run along `times`, which fall to 0.
 
-    euler: one evaluation a step. heun: two, but one in the last step, which ends at 0 where no model was trained.
-    Source: Karras et al. 2022, algorithm 2, with any straight-line ODE dx/dt = p x + q D. Heun's second half averages
-    slopes: with x the state that the first half reached, r + (x - r) / 2 + h (p x + q D) / 2.
+    euler: one evaluation per step.
+    heun: two evaluations per step, except one in the last step: it ends at time 0, for which no
+    model was trained.
+    Source: Karras et al. 2022, algorithm 2, for any straight-line ODE dx/dt = p x + q D. The second
+    half of a Heun step averages slopes: r + (x - r) / 2 + h (p x + q D) / 2, with x the state after
+    the first half.
     """
     return tuple(_updates(sampler, prediction, times, churn or Churn(0.0)))
 
@@ -127,7 +147,7 @@ def _updates(sampler: SamplerName, prediction: Prediction, times: Sequence[float
 
 
 def _slope(prediction: Prediction, time: float) -> tuple[float, float]:
-    """p and q of dx/dt = p x + q D: the velocity itself, or (x - denoised) / sigma."""
+    """Return p and q of dx/dt = p x + q D: velocity for flow, (x - denoised) / sigma for edm."""
     return (0.0, 1.0) if prediction == "flow" else (1 / time, -1 / time)
 
 
@@ -137,9 +157,10 @@ def integrate(
     x: Array,
     noise: Callable[[int], Array] | None = None,
 ) -> Array:
-    """Take `x` along the updates of `run`.
+    """Apply the updates of `run` to `x` and return the final state.
 
-    advance: (index of the update, x, r) → next. noise: step → standard normal numbers like x, where updates add noise.
+    advance: (index of the update, x, r) → next.
+    noise: step → standard normal numbers of the shape of x; required if an update adds noise.
     """
     start = x
     for index, update in enumerate(run):

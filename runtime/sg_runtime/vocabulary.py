@@ -1,10 +1,10 @@
-"""The tensors of graphs: their names, what each holds, and the branch that it belongs to.
+"""The tensors of graphs: their names, their content, and their branch.
 
 A step graph computes
 
     D = c_skip * x + c_out * F(c_in * x),    next = a * x + b * D + e * r
 
-with F the network's output for one branch, or weak + scale * (strong - weak) of two.
+F is the network's output for one branch, or weak + scale * (strong - weak) for two branches.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ COEFFICIENTS = ("c_in", "c_skip", "c_out", "a", "b", "e")
 SCALARS = ("scale", *COEFFICIENTS)
 
 HELD = ("modulations",)
-"""What a branch holds for one evaluation, by the input that takes it."""
+"""Names of the inputs for a branch's conditioning in one evaluation."""
 
 BRANCHES = ("strong", "weak")
 
@@ -26,10 +26,11 @@ BRANCHES = ("strong", "weak")
 class Input:
     """An input of a step graph.
 
-    name: its name in the graph.
-    role: "state" for the latents x and r, (B, C, H, W); "held" for what a branch holds, (B, M); "keep" for the kept
-    tokens of a branch, (B, K); "scalar" for a number that all images share.
-    branch: 0 for the strong branch, or the only one; 1 for the weak one; None if it belongs to no branch.
+    name: name of the tensor in the graph.
+    role: "state" for the latents x and r, (B, C, H, W); "held" for the conditioning of a branch,
+    (B, M); "keep" for the kept tokens of a branch, (B, K); "scalar" for a number that all images
+    share.
+    branch: 0 for the strong or only branch; 1 for the weak branch; None if it belongs to no branch.
     """
 
     name: str
@@ -38,9 +39,9 @@ class Input:
 
 
 def step_inputs(branches: int, separate: bool) -> tuple[Input, ...]:
-    """The inputs of a step graph of one or two branches, in order, if both leave out tokens.
+    """Return the inputs, in order, of a step graph whose one or two branches drop tokens.
 
-    separate: the weak branch holds tensors of its own.
+    separate: whether the weak branch has separate conditioning.
     """
     held = [Input(name, "held", 0) for name in HELD]
     held += [Input(f"{name}_weak", "held", 1) for name in HELD if separate]
@@ -52,9 +53,9 @@ def step_inputs(branches: int, separate: bool) -> tuple[Input, ...]:
 
 
 INPUTS: Mapping[str, Input] = {tensor.name: tensor for count in (1, 2) for tensor in step_inputs(count, count == 2)}
-"""All inputs of step graphs by name."""
+"""All inputs of step graphs, by name."""
 
 
 def is_separate(names: set[str]) -> bool:
-    """Whether a graph with inputs of these names has a weak branch that holds tensors of its own."""
+    """Whether these input names belong to a graph whose weak branch has separate conditioning."""
     return any(name in INPUTS and INPUTS[name].role == "held" and INPUTS[name].branch == 1 for name in names)

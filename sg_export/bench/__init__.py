@@ -1,1 +1,1 @@
-"""Timing of a bundle and of PyTorch."""
+"""Timing of a bundle, and of a loop in PyTorch."""

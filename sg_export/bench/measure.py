@@ -1,4 +1,7 @@
-"""How fast a bundle runs here, beside the machine's limits and a loop in PyTorch. Behind `sg-export bench`."""
+"""Speed of a bundle, compared with a loop in PyTorch and with the limits of the machine.
+
+Implements `sg-export bench`.
+"""
 
 import statistics
 import time
@@ -22,12 +25,12 @@ Baseline = Literal["pytorch", "pytorch-compiled"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 PAUSE_BEFORE_RUN = 0.05
-"""Seconds before a run is timed: on a CPU the threads of the one before it still spin for a while."""
+"""Seconds of pause before each timed run. On a CPU, threads of the previous run still spin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of measured times, in milliseconds."""
+    """Percentiles of measured times, in milliseconds."""
 
     p50: float
     p90: float
@@ -35,19 +38,28 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Percentiles":
-        """Interpolated between the two nearest; of few times, p99 is close to the longest."""
+        """Compute the percentiles of times in seconds.
+
+        Values are interpolated between the two nearest times. With few times, p99 is close to the
+        longest.
+        """
         p50, p90, p99 = np.percentile(np.asarray(seconds) * 1e3, [50, 90, 99]).tolist()
         return cls(p50, p90, p99)
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One way to run the bundle's default guidance.
+    """Measurements of the bundle or of a baseline, with the bundle's default guidance.
 
-    step: an evaluation of one engine batch; on a GPU, where nobody waits for single ones, a run's time over their
-    count. image: a run's time over its images. ratio: the median of its times over those of the bundle, round by
-    round. peak_bytes: what it took at most, of the process on a CPU, of the GPU else; None where that cannot be told
-    from what others took.
+    name: name of the backend or of the baseline.
+    precision: precision of the computation.
+    step: time of one evaluation of one engine batch. On a GPU and for baselines single steps are
+        not timed: run time / number of evaluations.
+    image: run time / number of images.
+    images_per_second: number of images / median run time.
+    ratio: median over the rounds of run time / run time of the bundle.
+    peak_bytes: peak memory of the process (CPU) or memory taken on the device (GPU); None for
+        baselines, which share the process.
     """
 
     name: str
@@ -61,9 +73,12 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """What this machine reached here: multiply-adds and bytes per second; and the share of that which a step reaches.
+    """Measured limits of this machine, and the share of them that a step reaches.
 
-    share: the time that the step's multiply-adds or its weights would take, the longer one, over its median.
+    macs_per_second: multiply-adds per second of a large matmul.
+    bytes_per_second: bytes read and written per second by a large copy.
+    share: time that the limits imply / median time of a step. The time is the longer of two: of the
+        step's multiply-adds, and of reading its weights.
     """
 
     macs_per_second: float
@@ -73,7 +88,19 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """All that was measured. sides: the bundle first, then the baselines. roofline: None where it was not measured."""
+    """Result of `bench`.
+
+    bundle: path of the bundle.
+    backend: name of the backend that ran it.
+    rejected: reasons why backends of higher priority were not chosen.
+    device: "cpu", or the GPU as "cuda:0".
+    images: number of images in a run.
+    steps: number of sampling steps.
+    sampler: name of the sampler.
+    runs: number of timed runs.
+    sides: measurements of the bundle, then of the baselines.
+    roofline: limits of the machine; None on a GPU without PyTorch.
+    """
 
     bundle: str
     backend: str
@@ -101,10 +128,14 @@ def bench(
     weak_checkpoint: str | Path | None = None,
     report: Report = silent,
 ) -> BenchResult:
-    """Time `runs` whole runs of the bundle, in turn with every baseline; a first one of each is not counted.
+    """Time `runs` complete runs of the bundle, in turn with every baseline.
 
-    images: at once; by default the most in one engine run, 1 on a CPU. capture: see `Pipeline.load`. checkpoint,
-    weak_checkpoint: what the baselines load, see `verify`. Raises UsageError for counts below 1.
+    A first run of each is not counted.
+    images: number of images in a run; by default the largest batch of an engine run, or 1 on a CPU.
+    steps: number of sampling steps; by default the bundle's.
+    capture: whether runs are captured as CUDA graphs, see `Pipeline.load`.
+    checkpoint, weak_checkpoint: checkpoints that the baselines load, see `verify`.
+    Raises UsageError if `images`, `steps` or `runs` is below 1.
     """
     for name, value in {"images": images, "steps": steps, "runs": runs}.items():
         if value is not None and value < 1:
@@ -173,7 +204,11 @@ def bench(
 
 
 class _Ours:
-    """One run of the bundle: its seconds. steps: those between the evaluations of the counted runs."""
+    """A callable that runs the bundle once and returns the seconds it took.
+
+    steps: seconds between consecutive evaluations, of all counted runs. evaluations: number of
+    evaluations in a run.
+    """
 
     def __init__(self, pipe: Pipeline, classes: Sequence[int], steps: int) -> None:
         self._pipe, self._classes, self._count = pipe, classes, steps
@@ -190,17 +225,20 @@ class _Ours:
         began = time.perf_counter()
         self._pipe.sample(self._classes, range(len(self._classes)), steps=self._count, progress=mark)
         ended = time.perf_counter()
-        # The first evaluation follows the conditioning of the whole run, which is none of a step.
+        # The first evaluation is left out: conditioning of the entire run precedes it.
         self.steps += [later - earlier for earlier, later in pairwise(marks)]
         return ended - began
 
     def forget(self) -> None:
-        """Count from here on."""
+        """Drop the step times measured so far."""
         self.steps.clear()
 
 
 def _times(makers: dict[str, Callable[[], float]], runs: int, report: Report) -> dict[str, list[float]]:
-    """Seconds of all sides in turn; the first round is not counted."""
+    """Time all sides in turn and return their run times in seconds.
+
+    The first round is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in makers}
     for number in range(runs + 1):
         for name, run in makers.items():
@@ -215,7 +253,10 @@ def _times(makers: dict[str, Callable[[], float]], runs: int, report: Report) ->
 
 
 def _batch(bundle: Bundle, images: int | None, on_cpu: bool) -> int | None:
-    """Images in one engine run: as many as are asked for, where that is up to us."""
+    """Return the batch size to load the bundle with; None for the default of `Pipeline.load`.
+
+    A bundle with a fixed batch or with engines fixes the batch itself.
+    """
     manifest = bundle.manifest
     if manifest.batch is not None or manifest.engines:
         return None
@@ -233,7 +274,10 @@ def _torch_device(choice: Choice) -> str:
 
 
 def _roofline(bundle: Bundle, choice: Choice, images: int, step_ms: float, report: Report) -> Roofline | None:
-    """A large product in the bundle's precision, and a large copy; None on a GPU without PyTorch."""
+    """Measure a large matmul in the bundle's precision and a large copy.
+
+    Returns None on a GPU without PyTorch.
+    """
     report("measuring the machine", 0, None)
     try:
         macs, moved = _host_limits() if choice.name == "onnxruntime-cpu" else _gpu_limits(bundle, choice)
@@ -245,7 +289,10 @@ def _roofline(bundle: Bundle, choice: Choice, images: int, step_ms: float, repor
 
 
 def _host_limits() -> tuple[float, float]:
-    """Of NumPy: an FP32 product of 2048 rows and columns, a copy of 256 MB; the best of five."""
+    """Return multiply-adds and bytes per second of NumPy on the CPU.
+
+    Measures an FP32 matmul of 2048 × 2048 matrices and a copy of 256 MB; the best of five.
+    """
     left, right = np.random.default_rng(0).standard_normal((2, 2048, 2048), np.float32)
     source = np.zeros(1 << 28, np.uint8)
     target = np.empty_like(source)
@@ -255,7 +302,10 @@ def _host_limits() -> tuple[float, float]:
 
 
 def _gpu_limits(bundle: Bundle, choice: Choice) -> tuple[float, float]:
-    """Of PyTorch: a product of 8192 rows and columns, a copy of 1 GB; the best of five."""
+    """Return multiply-adds and bytes per second of PyTorch on the GPU.
+
+    Measures a matmul of 8192 × 8192 matrices and a copy of 1 GB; the best of five.
+    """
     import torch
 
     device, kinds = _torch_device(choice), {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

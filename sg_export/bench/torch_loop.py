@@ -1,4 +1,4 @@
-"""The loop that `bench` compares with: Sparse Guidance in PyTorch as one would write it, two passes in every step."""
+"""Baseline of `bench`: a plain loop of Sparse Guidance in PyTorch, with two passes per step."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +19,13 @@ from sg_runtime.sampling import precondition, run_times, updates
 
 
 class TorchLoop:
-    """A run of the bundle's default guidance and sampler; calling it gives its seconds.
+    """A callable that runs the bundle's default guidance and sampler and returns the run time.
 
-    FP32 on the CPU; on a GPU in BF16, or FP32 for a bundle in FP32. Noise and token subsets are made before the time is
-    taken, and everything stays on the device. compiled: under torch.compile, on a GPU in its mode "max-autotune".
+    The run time is in seconds.
+
+    It computes in FP32 on the CPU. On a GPU it computes in BF16, or in FP32 if the bundle is in
+    FP32. Noise and kept tokens are drawn before the timing starts. All data stays on the device.
+    compiled: whether torch.compile compiles the networks; on a GPU in its mode "max-autotune".
     """
 
     def __init__(
@@ -51,8 +54,8 @@ class TorchLoop:
         )
         seeds = range(len(classes))
         self._start = self._put(np.float32(times[0]) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
-        own = torch.tensor(classes, device=device)
-        self._classes = [own, torch.full_like(own, self._facts.num_classes) if guidance.row.null_weak else own]
+        labels = torch.tensor(classes, device=device)
+        self._classes = [labels, torch.full_like(labels, self._facts.num_classes) if guidance.row.null_weak else labels]
         self._keeps = [
             [self._subsets(seeds, level, number, update.step, update.evaluation) for number, level in enumerate(pair)]
             for update, pair in zip(self._updates, [(g.strong, g.weak) for g in self._table], strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sg_export.cli.errors import Command
-from sg_export.cli.options import device_options
+from sg_export.cli.options import DeviceChoice, device_options
 from sg_export.cli.output import print_table, progress
 
 
@@ -31,8 +31,7 @@ from sg_export.cli.output import print_table, progress
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def bench(
     bundle: Path,
-    device: str,
-    backend: str | None,
+    on: DeviceChoice,
     images: int | None,
     steps: int | None,
     runs: int,
@@ -56,8 +55,8 @@ def bench(
     with progress(quiet or as_json) as report:
         result = measure(
             bundle,
-            device=device,
-            backend=backend,
+            device=on.device,
+            backend=on.backend,
             images=images,
             steps=steps,
             runs=runs,

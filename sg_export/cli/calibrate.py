@@ -7,26 +7,39 @@ from typing import Any
 import click
 
 from sg_export.cli.errors import Command, writing
-from sg_export.cli.options import RUNS, check_parent, feed_options, model_options, refuse_given
+from sg_export.cli.options import (
+    GUIDANCE,
+    RUNS,
+    SPARSITY,
+    STRONG_SPARSITY,
+    WEAK_CHECKPOINT,
+    ModelSource,
+    RangeSource,
+    check_parent,
+    feed_options,
+    model_options,
+    refuse_given,
+)
 from sg_export.cli.output import progress
 
 
 @click.command(cls=Command)
 @click.argument("model", required=False)
-@click.option("--sparsity", type=float, multiple=True, help="Sparsity of the weak branch; repeatable.  [default: 0.5]")
-@click.option("--strong-sparsity", type=float, multiple=True, default=(0.0,), help="Of the strong one.  [default: 0]")
-@click.option("--scale", type=float, default=2.0, show_default=True, help="Guidance scale of the runs.")
-@click.option("--guidance", type=click.Choice(["sg", "cfg", "cfg+sg", "none"]), help="[default: sg]")
-@click.option("--weak-checkpoint", type=click.Path(), metavar="PATH", help="That of AutoGuidance.")
+@SPARSITY
+@STRONG_SPARSITY
+@click.option("--scale", type=float, default=2.0, show_default=True, help="Guidance scale of the calibration runs.")
+@GUIDANCE
+@WEAK_CHECKPOINT
 @model_options
 @feed_options
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    help="Where the states of the runs go, and are found again after an interruption.  [default: a temporary one]",
+    help="Folder that keeps the states of the runs, so that an interrupted calibration goes on.  [default: a temporary "
+    "folder]",
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The table of ranges, a .json.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Table of ranges, a .json file.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def calibrate(
     model: str | None,
     sparsity: tuple[float, ...],
@@ -34,14 +47,8 @@ def calibrate(
     scale: float,
     guidance: Any,
     weak_checkpoint: str | None,
-    weights: Any,
-    route: Any,
-    prediction: Any,
-    heads: int | None,
-    calib_data: Path | None,
-    calib_samples: int,
-    calib_steps: int,
-    calib_seed: int,
+    source: ModelSource,
+    ranges: RangeSource,
     folder: Path | None,
     output: Path,
     quiet: bool,
@@ -58,18 +65,16 @@ def calibrate(
     """
     from sg_calibration.feeds import given_shards
     from sg_calibration.ranges import write_table
-    from sg_calibration.settings import FeedSettings
-    from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile
     from sg_export.options.compile import CompileOptions
     from sg_export.quantize.search import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
 
     check_parent(output)
-    if calib_data is not None:
-        refuse_given((*RUNS, "folder"), "only where ranges are measured on runs, without --calib-data")
-        given_shards(calib_data)  # raises where there are none, before anything is traced
-    feeds = FeedSettings(calib_samples, calib_steps, calib_seed)
+    if ranges.calib_data is not None:
+        refuse_given((*RUNS, "folder"), "only if ranges are measured on runs, without --calib-data")
+        given_shards(ranges.calib_data)  # raises before anything is traced
+    feeds = ranges.feeds
     with progress(quiet) as report, tempfile.TemporaryDirectory() as scratch:
 
         def tell(stage: str, share: float | None) -> None:
@@ -82,11 +87,11 @@ def calibrate(
             scale,
             guidance,
             weak_checkpoint,
-            weights=weights,
-            overrides=Overrides(route, heads, prediction),
+            weights=source.weights,
+            overrides=source.overrides,
         )
         reference = compile(model or DEFAULT_REFERENCE, options, report)
-        table = measure_ranges(reference, feeds, calib_data, folder, tell)
+        table = measure_ranges(reference, feeds, ranges.calib_data, folder, tell)
     with writing(output):
         write_table(table, output)
     if not quiet:

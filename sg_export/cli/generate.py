@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from sg_export.cli.errors import Command, Failure, writing
-from sg_export.cli.options import INTERVAL, device_options
+from sg_export.cli.options import INTERVAL, DeviceChoice, device_options
 from sg_export.cli.output import progress
 from sg_export.cli.types import RampType
 from sg_runtime.manifest import GuidanceMode
@@ -70,8 +70,7 @@ def generate(
     churn: float | None,
     churn_range: tuple[float, float] | None,
     churn_noise: float,
-    device: str,
-    backend: str | None,
+    on: DeviceChoice,
     batch: int | None,
     columns: int | None,
     zoom: int,
@@ -99,7 +98,7 @@ def generate(
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
     if not output.parent.is_dir():
         raise Failure(f"{output}: expected an existing folder, found no {output.parent}: make it first", 2)
-    pipe = Pipeline.load(bundle, device, backend=backend, batch=batch)
+    pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch)
     model = pipe.bundle.manifest.model
     if output.suffix == ".png" and model.space == "latent":
         raise Failure(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sg_export.cli.errors import Command
-from sg_export.cli.options import model_options
+from sg_export.cli.options import ModelSource, model_options
 from sg_export.cli.output import print_table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("path")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | None, as_json: bool) -> None:
+def inspect(path: str, source: ModelSource, as_json: bool) -> None:
     """Show what a checkpoint or a bundle is, and what its graphs cost.
 
     PATH is a bundle, a checkpoint, or the name of a reference model. Costs are counted from the graphs, for one image.
@@ -49,10 +49,9 @@ def inspect(path: str, weights: Any, route: Any, prediction: Any, heads: int | N
         else:
             _print_bundle(bundle)
     else:
-        from sg_export.checkpoint import Overrides
         from sg_export.loading import load_model
 
-        loaded = load_model(path, weights=weights, overrides=Overrides(route, heads, prediction))
+        loaded = load_model(path, weights=source.weights, overrides=source.overrides)
         if as_json:
             click.echo(json.dumps({"model": asdict(loaded.facts), "source": asdict(loaded.source)}, indent=1))
         else:

@@ -1,118 +1,418 @@
-"""What every command shares: errors as messages with exit codes, options, progress, tables."""
+"""Option groups that several commands share. A group adds its options and hands the command one dataclass."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from sg_export.cli.types import RouteType
+from sg_export.cli.types import ComputeCapabilityType, RampType, RouteType, SizeType
 from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import UsageError
 
-F = TypeVar("F", bound=Callable[..., Any])
-RUNS = ("calib_samples", "calib_steps", "calib_seed")
-"""Options of the runs that ranges are measured on."""
-QUANTIZATION = (
-    *("calibration", "calib_data", *RUNS, "method", "exclude", "like"),
-    *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
-)
-"""Options of INT8 and FP8 alone."""
+if TYPE_CHECKING:
+    from sg_calibration.settings import FeedSettings
+    from sg_export.checkpoint import Overrides, Weights
+    from sg_export.options.engines import EngineOptions
+    from sg_export.options.quantize import QuantizeOptions
+    from sg_runtime.guidance import Ramp
+    from sg_runtime.manifest import GuidanceMode, QuantizedType
 
+F = TypeVar("F", bound=Callable[..., Any])
 
 INTERVAL = click.option(
     "--interval",
     type=float,
     nargs=2,
     metavar="LOW HIGH",
-    help="Times between which guidance applies, t or sigma; outside, the strong branch runs alone.",
+    help="Times (t or sigma) between which guidance applies. Outside, the strong branch runs alone.",
 )
 
 
-def _decorated(command: F, options: Sequence[Callable[[F], F]]) -> F:
-    """The command with these options, in this order."""
+def group(name: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    """Add `options` to a command, which gets their values as one argument `name`, a `record`."""
+    names = [parameter.name for parameter in _parameters(options)]
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def grouped(**values: Any) -> Any:
+            own = {option: values.pop(option) for option in names}
+            return command(**values, **{name: record(**own)})
+
+        for option in reversed(options):
+            grouped = option(grouped)
+        return grouped  # type: ignore[return-value]
+
+    return decorate
+
+
+def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
+    """Return the parameters that these options add, in their order."""
+
+    def nothing() -> None:
+        pass
+
     for option in reversed(options):
-        command = option(command)
-    return command
+        option(nothing)
+    added: list[click.Parameter] = getattr(nothing, "__click_params__", [])
+    return added[::-1]
 
 
-def model_options(command: F) -> F:
-    """Options that state what a checkpoint does not."""
-    options = (
-        click.option("--weights", type=click.Choice(["ema", "model"]), help="Weights to take; the EMA by default."),
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What a checkpoint does not say about itself, as options give it."""
+
+    weights: "Weights | None"
+    route: Any
+    prediction: Any
+    heads: int | None
+
+    @property
+    def overrides(self) -> "Overrides":
+        """The facts that replace those of the checkpoint."""
+        from sg_export.checkpoint import Overrides
+
+        return Overrides(self.route, self.heads, self.prediction)
+
+
+model_options = group(
+    "source",
+    ModelSource,
+    (
+        click.option(
+            "--weights",
+            type=click.Choice(["ema", "model"]),
+            help="Weights to take from the checkpoint.  [default: ema]",
+        ),
         click.option("--route", type=RouteType(), help="Blocks that run on the kept tokens, both included: 2-24."),
         click.option(
-            "--prediction", type=click.Choice(["flow", "edm"]), help="What the network predicts, where unknown."
+            "--prediction",
+            type=click.Choice(["flow", "edm"]),
+            help="What the network predicts, if the checkpoint does not say.",
         ),
         click.option(
-            "--heads", type=click.IntRange(min=1), help="Attention heads, where the width is none of upstream's."
+            "--heads", type=click.IntRange(min=1), help="Attention heads, if the width is not one of upstream's."
         ),
-    )
-    return _decorated(command, options)
+    ),
+)
 
 
-def feed_options(command: F) -> F:
-    """Options that say what ranges of activations are measured on."""
-    options = (
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """The device and the backend that options ask for."""
+
+    device: str
+    backend: str | None
+
+
+device_options = group(
+    "on",
+    DeviceChoice,
+    (
         click.option(
-            "--calib-data",
-            type=click.Path(path_type=Path),
-            metavar="DIR",
-            help="Shards of your own (.npz with x, time, label) in place of guided runs of the model.",
-        ),
-        click.option(
-            "--calib-samples",
-            type=click.IntRange(min=1),
-            default=16,
+            "--device",
+            default="auto",
             show_default=True,
-            help="Images for each pair of sparsities.",
+            help="Device that runs the bundle: auto, cpu, cuda, or cuda:1 for another GPU.",
         ),
         click.option(
-            "--calib-steps",
-            type=click.IntRange(min=25),
-            default=25,
+            "--backend",
+            type=click.Choice(BACKENDS),
+            help="Library that runs the bundle.  [default: the fastest that works here]",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceChoice:
+    """The guidance that options ask a build for; fields as in `CompileOptions`."""
+
+    sparsity: tuple[float, ...]
+    strong_sparsity: tuple[float, ...]
+    scale: "Ramp"
+    guidance: "GuidanceMode | None"
+    weak_checkpoint: str | None
+    schedule: Any
+    interval: tuple[float, float] | None
+
+
+SPARSITY = click.option(
+    "--sparsity",
+    type=float,
+    multiple=True,
+    help="Sparsity of the weak branch: the share of tokens that skip the route. Repeatable; the first is the default "
+    "of runs.  [default: 0.5 for sg]",
+)
+STRONG_SPARSITY = click.option(
+    "--strong-sparsity",
+    type=float,
+    multiple=True,
+    default=(0.0,),
+    help="Sparsity of the strong branch. Repeatable; the first is the default of runs.  [default: 0]",
+)
+GUIDANCE = click.option(
+    "--guidance",
+    type=click.Choice(["sg", "cfg", "cfg+sg", "none"]),
+    help="Guidance mode. Its pairs of sparsities get guided graphs.  [default: sg]",
+)
+WEAK_CHECKPOINT = click.option(
+    "--weak-checkpoint",
+    type=click.Path(),
+    metavar="PATH",
+    help="Earlier checkpoint of the same training run, as the weak branch (AutoGuidance) at any sparsity.",
+)
+
+guidance_options = group(
+    "guidance",
+    GuidanceChoice,
+    (
+        SPARSITY,
+        STRONG_SPARSITY,
+        click.option(
+            "--scale",
+            type=RampType(),
+            default=2.0,
+            help="Guidance scale, or FIRST:LAST for one that changes along a cosine over a run.  [default: 2]",
+        ),
+        GUIDANCE,
+        WEAK_CHECKPOINT,
+        click.option(
+            "--schedule",
+            type=click.Choice(["constant", "cosine"]),
+            default="constant",
             show_default=True,
-            help="Steps of their Heun runs: times at which ranges are seen.",
+            help="cosine: sparsities go from the first given to the last over a run, by way of all given.",
         ),
-        click.option(
-            "--calib-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Their first seed."
-        ),
-    )
-    return _decorated(command, options)
+        INTERVAL,
+    ),
+)
 
 
-def quantization_options(command: F) -> F:
-    """Options of int8 and fp8."""
-    options = (
+@dataclass(frozen=True, slots=True)
+class RangeSource:
+    """The runs or the data that ranges of activations are measured on."""
+
+    calib_data: Path | None
+    calib_samples: int
+    calib_steps: int
+    calib_seed: int
+
+    @property
+    def feeds(self) -> "FeedSettings":
+        """Settings of the calibration runs."""
+        from sg_calibration.settings import FeedSettings
+
+        return FeedSettings(self.calib_samples, self.calib_steps, self.calib_seed)
+
+
+RUNS = ("calib_samples", "calib_steps", "calib_seed")
+"""Options of the calibration runs."""
+
+_FEEDS = (
+    click.option(
+        "--calib-data",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder of your own calibration inputs (.npz with x, time, label), in place of calibration runs.",
+    ),
+    click.option(
+        "--calib-samples",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Images of the calibration runs, for each pair of sparsities.",
+    ),
+    click.option(
+        "--calib-steps",
+        type=click.IntRange(min=25),
+        default=25,
+        show_default=True,
+        help="Steps of each calibration run (Heun); every step is a stratum.",
+    ),
+    click.option(
+        "--calib-seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="First seed of the calibration runs.",
+    ),
+)
+
+feed_options = group("ranges", RangeSource, _FEEDS)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationChoice(RangeSource):
+    """How options ask to quantize."""
+
+    calibration: Path | None
+    method: Any
+    exclude: tuple[str, ...]
+    like: Path | None
+    gate_cosine: float | None
+    gate_guided: float | None
+    allow_quality_loss: bool
+
+    def options(self, type: "QuantizedType") -> "QuantizeOptions":
+        """Return the options of a build that quantizes to this type."""
+        from sg_export.options.quantize import QUALITY_GATES, QuantizeOptions
+        from sg_runtime.manifest import QualityGates
+
+        usual = QUALITY_GATES[type]
+        cosine = usual.cosine if self.gate_cosine is None else self.gate_cosine
+        guided = usual.guided if self.gate_guided is None else self.gate_guided
+        return QuantizeOptions(
+            type,
+            self.method,
+            self.calibration,
+            self.calib_data,
+            self.feeds,
+            self.exclude,
+            self.like,
+            QualityGates(cosine, guided),
+            allow_quality_loss=self.allow_quality_loss,
+        )
+
+
+QUANTIZATION = (
+    *("calibration", "calib_data", *RUNS, "method", "exclude", "like"),
+    *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
+)
+"""Options of INT8 and FP8 alone."""
+
+quantization_options = group(
+    "quantization",
+    QuantizationChoice,
+    (
         click.option(
             "--calibration",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Ranges from sg-export calibrate.  [default: they are measured]",
+            help="Table of ranges from sg-export calibrate.  [default: ranges are measured]",
         ),
-        feed_options,
+        *_FEEDS,
         click.option(
             "--method",
             type=click.Choice(["min-max", "percentile", "entropy"]),
-            help="How a range follows from what was seen.  [default: percentile for int8, min-max for fp8]",
+            help="Rule that makes a range from observed values.  [default: percentile for int8, min-max for fp8]",
         ),
-        click.option("--exclude", multiple=True, metavar="LAYER", help="A layer to leave as it is; repeatable."),
+        click.option(
+            "--exclude", multiple=True, metavar="LAYER", help="Layer to leave in the base precision; repeatable."
+        ),
         click.option(
             "--like",
             type=click.Path(path_type=Path),
             metavar="BUNDLE",
-            help="A quantized bundle whose choice of layers to take over, in place of a search.",
+            help="Quantized bundle whose choice of layers to take over, in place of a search.",
         ),
-        click.option("--gate-cosine", type=click.FloatRange(0, 1), help="[default: 0.99 for int8, 0.995 for fp8]"),
-        click.option("--gate-guided", type=click.FloatRange(0), help="[default: 0.1 for int8, 0.06 for fp8]"),
-        click.option("--allow-quality-loss", is_flag=True, help="Write the bundle though its gates do not hold."),
-    )
-    return _decorated(command, options)
+        click.option(
+            "--gate-cosine",
+            type=click.FloatRange(0, 1),
+            help="Least cosine similarity of a branch to FP32 at every time.  [default: 0.99 for int8, 0.995 for fp8]",
+        ),
+        click.option(
+            "--gate-guided",
+            type=click.FloatRange(0),
+            help="Greatest relative L2 distance of the guided prediction to FP32 at every time.  [default: 0.1 for "
+            "int8, 0.06 for fp8]",
+        ),
+        click.option(
+            "--allow-quality-loss", is_flag=True, help="Write the quantized bundle even if its gates do not hold."
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetChoice:
+    """The targets that options ask a build for."""
+
+    target: tuple[str, ...]
+    batch: tuple[int, ...]
+    sm: tuple[int, ...]
+    workspace: int | None
+    timing_cache: Path | None
+    keep_onnx: bool
+    allow_unfused: bool
+
+    def engines(self) -> "EngineOptions | None":
+        """Return the engines to build, None for ONNX graphs alone. Raises UsageError for options of engines then."""
+        from sg_export.options.engines import EngineOptions
+        from sg_runtime.manifest import ENGINE_TARGETS
+
+        names = {target: library for library, target in ENGINE_TARGETS.items()}
+        libraries = tuple(names[target] for target in dict.fromkeys(self.target) if target in names)
+        if not libraries:
+            refuse_given(ENGINES, "only for engines: give --target tensorrt-rtx or tensorrt")
+            if len(self.batch) > 1:
+                raise UsageError(
+                    f"--batch: expected at most one for ONNX graphs, which are fixed to it, found {len(self.batch)}: "
+                    f"leave it out, and the graphs take any"
+                )
+            return None
+        return EngineOptions(
+            libraries,
+            self.batch or (1,),
+            self.sm,
+            self.workspace,
+            self.timing_cache,
+            self.keep_onnx or "onnxruntime" in self.target,
+            self.allow_unfused,
+        )
+
+
+ENGINES = ("sm", "workspace", "timing_cache", "keep_onnx", "allow_unfused")
+"""Options of engines alone."""
+
+target_options = group(
+    "targets",
+    TargetChoice,
+    (
+        click.option(
+            "--target",
+            type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+            multiple=True,
+            default=("onnxruntime",),
+            show_default=True,
+            help="What to build: ONNX graphs, or engines; repeatable. tensorrt-rtx builds without a GPU; tensorrt "
+            "(experimental) builds on the GPU that the engine is for.",
+        ),
+        click.option(
+            "--batch",
+            type=click.IntRange(min=1),
+            multiple=True,
+            help="Images in one graph run. Repeatable for engines, which have a profile for each.  [default: any for "
+            "ONNX graphs, 1 for engines]",
+        ),
+        click.option(
+            "--sm",
+            type=ComputeCapabilityType(),
+            multiple=True,
+            help="Compute capability of the GPUs that TensorRT-RTX builds for; repeatable.  [default: its own choice: "
+            "8.0, 8.6, 8.9, 12.0, 12.1 in version 1.7]",
+        ),
+        click.option(
+            "--workspace", type=SizeType(), help="Most scratch memory of an engine.  [default: the library's choice]"
+        ),
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Timing cache of TensorRT, read and extended. TensorRT-RTX has none.",
+        ),
+        click.option(
+            "--keep-onnx", is_flag=True, help="Keep the ONNX graphs of engines in the bundle; verify needs them."
+        ),
+        click.option("--allow-unfused", is_flag=True, help="Accept engines in which attention has no fused kernel."),
+    ),
+)
 
 
 def refuse_given(names: Collection[str], why: str) -> None:
-    """Raise UsageError for the first of these options of the running command that was given."""
+    """Raise UsageError for the first of these options that the user gave to the running command."""
     context = click.get_current_context()
     for option in context.command.params:
         if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
@@ -120,15 +420,6 @@ def refuse_given(names: Collection[str], why: str) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise UsageError where a file cannot be written for want of its folder, before any work."""
+    """Raise UsageError if the folder of a file to write does not exist."""
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: cannot be written: found no folder {path.absolute().parent}")
-
-
-def device_options(command: F) -> F:
-    """Options that say what runs a bundle."""
-    options = (
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 for another GPU."),
-        click.option("--backend", type=click.Choice(BACKENDS), help="[default: the best that works here]"),
-    )
-    return _decorated(command, options)

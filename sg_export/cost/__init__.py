@@ -1,1 +1,1 @@
-"""What graphs and steps cost, counted from the graphs."""
+"""Costs of graphs and steps, counted from the graphs."""

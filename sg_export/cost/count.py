@@ -1,4 +1,4 @@
-"""What a graph costs, counted from the graph itself."""
+"""Cost of a graph, counted from its nodes."""
 
 import functools
 import math
@@ -15,11 +15,12 @@ Dimension = int | ir.SymbolicDim
 
 
 def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
-    """Multiply-adds, weight bytes read and peak of activations for one image, or for one row of `condition`.
+    """Count multiply-adds, weight bytes read and peak bytes of activations.
 
-    Linear: MatMul, Gemm and Conv with a weight. Attention: MatMul of two computed tensors. A fixed batch divides out;
-    a symbolic size counts as `sizes` says, one that is not there as 1. A weight's bytes count once for every node that
-    takes it.
+    The result is for one image, or for one row of `condition`. Linear multiply-adds are those of
+    MatMul, Gemm and Conv with a weight. Attention multiply-adds are those of MatMul of two computed
+    tensors. A fixed batch is divided out. A symbolic size has its value in `sizes`; the value is 1
+    if `sizes` lacks it. A weight's bytes count once for every node that reads it.
     """
     size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
     linear = attention = 0
@@ -42,7 +43,11 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
 
 
 def layer_macs(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Multiply-adds of each product with a weight, by the weight's name in the checkpoint, for one image or row."""
+    """Return the multiply-adds of each product with a weight.
+
+    Keys are the names of the weights in the checkpoint. The counts are for one image, or for one
+    row of `condition`.
+    """
     size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
     batch, found = _shape(graph.inputs[0])[0], {}
     images = batch if isinstance(batch, int) else 1
@@ -52,7 +57,7 @@ def layer_macs(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> dict[
 
 
 def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> int:
-    """The most bytes of inputs and computed tensors that live at once when the nodes run in order."""
+    """Return the peak bytes of live inputs and computed tensors if the nodes run in order."""
     last_use = {value: index for index, node in enumerate(graph) for value in node.inputs if value is not None}
     end = len(graph)
     last_use |= dict.fromkeys(graph.outputs, end)
@@ -68,7 +73,7 @@ def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> in
 
 
 def _macs(node: ir.Node, size_of: Callable[[Dimension], int]) -> int:
-    """Multiply-adds of a product: output values, times how many products make up one."""
+    """Return the multiply-adds of a product: number of outputs × multiply-adds per output."""
     right = node.inputs[1]
     assert right is not None
     shape = _shape(right)
@@ -83,7 +88,7 @@ def _bytes(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:
 
 
 def _elements(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:
-    """Elements of a tensor of one image."""
+    """Return the number of elements of a tensor."""
     return math.prod(map(size_of, _shape(value)))
 
 
@@ -94,7 +99,10 @@ def _shape(value: ir.Value) -> tuple[Dimension, ...]:
 
 @functools.cache
 def _size(dimension: Dimension, sizes: tuple[tuple[str, int], ...]) -> int:
-    """A dimension in numbers; a symbolic one may be a sum, such as K_strong + K_weak."""
+    """Return a dimension as a number.
+
+    A symbolic dimension may be an expression, such as K_strong + K_weak.
+    """
     if isinstance(dimension, int):
         return dimension
     text, known = dimension.value or "1", dict(sizes)

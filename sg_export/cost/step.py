@@ -1,4 +1,7 @@
-"""What a guided step of a bundle costs, beside what the same guidance costs without it. Counted from the graphs."""
+"""Cost of a guided step of a bundle, compared with the same guidance without this compiler.
+
+All costs are counted from the graphs.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +16,26 @@ PUBLISHED = {
     ("CFG", 0.0, 0.0): 228.84,
     ("two passes", 0.5, 0.9): 97.67,
 }
-"""Linear GMAC per step of SiT-XL/2 (arXiv 2601.01608, where they are called GFLOPs), by way and sparsities."""
+"""Published linear GMAC per step of SiT-XL/2, by (way, strong sparsity, weak sparsity).
+
+Source: arXiv 2601.01608, which calls them GFLOPs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Mean cost of one evaluation of one image, by one way of doing it.
+    """Mean cost of one evaluation of one image, for one way of computing it.
 
-    macs are multiply-adds; bytes those of weights read and, for activations, the estimated peak. condition_*: the part
-    of `condition`, which the bundle runs once before the loop and the other ways in every pass. published: linear GMAC
-    printed for this network and setting, where there is a figure.
+    The bundle runs `condition` once, before the loop. The other ways run it in every pass.
+
+    way: "this bundle", "unguided", "CFG" or "two passes".
+    linear_macs: multiply-adds of products with a weight, without `condition`.
+    attention_macs: multiply-adds of products of two computed tensors.
+    condition_macs: linear multiply-adds of `condition`.
+    weight_bytes: bytes of weights read, without `condition`.
+    condition_bytes: bytes of weights read by `condition`.
+    activation_bytes: estimated peak bytes of activations.
+    published: published linear GMAC for this network and setting; None if there is no figure.
     """
 
     way: str
@@ -36,10 +49,11 @@ class StepCost:
 
 
 def step_costs(manifest: Manifest) -> list[StepCost]:
-    """The bundle's default guidance beside the strong branch alone, CFG, and two separate passes, over a default run.
+    """Return the costs of a default run: the other ways of computing it, then the bundle itself.
 
-    The other ways are those without this compiler: every pass computes its conditioning anew. They are left out where
-    the bundle has no graphs of single branches, from which they are counted.
+    The other ways are the strong branch alone, CFG, and two separate passes. They are without this
+    compiler, so every pass computes its conditioning again. They are counted from the graphs of
+    single branches. If the bundle has no such graphs, they are left out.
     """
     table = step_table(manifest)
     plan = manifest.guidance
@@ -61,7 +75,7 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
 
 
 def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
-    """What guides each evaluation of a default run."""
+    """Return the guidance of each evaluation of a default run."""
     sampling = manifest.sampling
     run = updates(sampling.sampler, manifest.model.prediction, run_times(sampling.steps, sampling.karras))
     return guidance_table(
@@ -70,7 +84,7 @@ def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
 
 
 def _passes(manifest: Manifest, way: str, steps: Sequence[Sequence[tuple[NetworkName, Level]]]) -> StepCost:
-    """Separate passes, each with its conditioning."""
+    """Return the cost of separate passes, each with its own conditioning."""
     passes = [(network, _single(manifest, network, level)) for step in steps for network, level in step]
     conditions = [manifest.condition(network).cost for network, _ in passes]
     count = len(steps)
@@ -88,7 +102,10 @@ def _passes(manifest: Manifest, way: str, steps: Sequence[Sequence[tuple[Network
 
 
 def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
-    """The bundle's own graphs; `condition` in blocks of rows before the loop."""
+    """Return the cost of the bundle's graphs.
+
+    `condition` runs in blocks of rows, before the loop.
+    """
     plan = manifest.guidance
     costs: list[Cost] = []
     for step in table:
@@ -118,7 +135,7 @@ def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
 
 
 def _single(manifest: Manifest, network: NetworkName, level: Level) -> Cost:
-    """Cost of the graph of one branch, which every built level has."""
+    """Return the cost of the single-branch graph of a network at this level."""
     return next(
         graph.cost
         for graph in manifest.graphs

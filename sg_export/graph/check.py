@@ -86,7 +86,7 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     """Relative L2 distance of the graph to PyTorch on one random input; None where ONNX Runtime is not installed."""
     precision = options.precision
     most = MAX_BUILD_ERROR[precision] if options.quantize is None else MAX_QUANTIZED_ERROR
-    inputs = graph_inputs(spec, loaded.facts, options.graph_batch)
+    inputs = graph_inputs(spec, loaded.facts, options.batch)
     generator = torch.Generator().manual_seed(1)
     values = [example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
     try:

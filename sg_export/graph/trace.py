@@ -20,10 +20,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
-from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from sg_export.graph.attention import lower_attention, translate_attention
 from sg_export.graph.module import compute, example
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Program, assemble
@@ -32,9 +32,6 @@ from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import ModelFacts, TensorFacts
 
-DEFAULT_OPSET = 20
-OPSETS = (20, 21, 22)
-"""From 20 on Gelu is one operator; from 23 on PyTorch emits an Attention that not every backend builds in FP32."""
 _MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
 _WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
 _TRANSPOSED = ".T"
@@ -96,7 +93,7 @@ def _export(
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: translate_attention},
             )
     except Exception as error:  # PyTorch's exporter raises many kinds
         if _was_interrupt(error):
@@ -186,29 +183,6 @@ def _examples(
     return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
 
 
-def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """softmax(query keyᵀ / √size) value as MatMul, Softmax, MatMul: the form whose fused kernels backends look for.
-
-    PyTorch's own translation reads the shape of the keys at run time, which hides the pattern. The query is scaled,
-    not the product, which keeps half-precision products in range.
-    """
-    if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
-        raise ExportError("attention: expected the plain form of scaled_dot_product_attention")
-    size = query.shape[-1]
-    factor = op.Constant(value_float=size**-0.5)
-    scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
-
-
 def _optimize_around_weights(model: ir.Model) -> None:
     """Optimize with the weights as values that nothing is known of; transposed ones become values by that name."""
     graph = model.graph
@@ -258,6 +232,7 @@ def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
 
     A node is called by its module and what it does, as blocks.3.attn/Softmax: backends and Polygraphy report names.
     """
+    lower_attention(model.graph)
     used: Counter[str] = Counter()
     for node in model.graph:
         name = f"{node.metadata_props[MODULE]}/{node.op_type}"

@@ -1,19 +1,58 @@
-"""What engines to build."""
+"""What engines to build, and which requests are refused before any work."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from sg_runtime.manifest import EngineLibrary
+from sg_engines.targets import check_targets
+from sg_runtime.errors import UsageError
+from sg_runtime.manifest import EngineLibrary, Precision, QuantizedType
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What engines to build. See `CompileOptions`."""
+    """What engines to build.
 
-    libraries: tuple[EngineLibrary, ...]
-    batches: tuple[int, ...]
-    compute_capabilities: tuple[int, ...]
-    workspace: int | None
-    timing_cache: Path | None
-    allow_unfused: bool
-    cache: Path | None
+    libraries: the libraries that build them.
+    batch: image counts; an engine has a profile for each.
+    compute_capabilities: the GPUs that TensorRT-RTX builds for, 86 for 8.6; by default the library's own choice.
+    workspace: most bytes of scratch memory; None for the library's choice.
+    timing_cache: a file that TensorRT reads and extends; TensorRT-RTX has none.
+    keep_onnx: keep the ONNX graphs in the bundle, too.
+    allow_unfused: accept engines in which attention has no fused kernel.
+    cache: folder of engines that were built before; by default the user's cache folder.
+    """
+
+    libraries: tuple[EngineLibrary, ...] = ("tensorrt_rtx",)
+    batch: tuple[int, ...] = (1,)
+    compute_capabilities: tuple[int, ...] = ()
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    keep_onnx: bool = False
+    allow_unfused: bool = False
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.libraries or not self.batch:
+            raise UsageError("engines: expected at least one library and one image count, found none")
+        for value in self.batch:
+            if value < 1:
+                raise UsageError(f"batch: expected at least 1, found {value}")
+
+    def half_only(self, precision: Precision) -> bool:
+        """Whether no matmul may be in FP32: one of the GPUs has none."""
+        return precision == "fp16" and 75 in self.compute_capabilities
+
+    def check_types(self, precision: Precision, quantized: QuantizedType | None) -> None:
+        """Raise UsageError unless the libraries build graphs of these types for these GPUs."""
+        if "tensorrt" in self.libraries and "tensorrt_rtx" not in self.libraries:
+            check_targets("tensorrt", self.compute_capabilities, ())
+        if "tensorrt_rtx" in self.libraries:
+            products: set[str] = {precision} if self.half_only(precision) else {precision, "fp32"}
+            if quantized is not None:
+                products.add(quantized)
+            if quantized == "fp8" and not self.compute_capabilities:
+                raise UsageError(
+                    "precision fp8: expected --sm 8.9 or above: without --sm TensorRT-RTX also builds for GPUs that "
+                    "have no FP8; found none"
+                )
+            check_targets("tensorrt_rtx", self.compute_capabilities, products)

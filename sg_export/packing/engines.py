@@ -81,10 +81,10 @@ def build_engines(
             LOG.warning("warning: --timing-cache: %s has none, it is left as it is", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
-            profiles = _profiles(source, options.batches, condition_rows)
+            profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
             plan = EngineRecipe(
                 tuple(profile_shapes(profile, source.specs[0], model) for profile in profiles),
-                options.compute_capabilities,
+                tuple(sorted(set(options.compute_capabilities))),
                 options.workspace,
                 options.timing_cache if has_timing_cache(trt) else None,
             )

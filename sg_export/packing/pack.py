@@ -13,8 +13,7 @@ from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_si
 from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
-from sg_export.options.compile import DEFAULT_ENGINE_BATCH, CompileOptions
-from sg_export.options.engines import EngineOptions
+from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import EngineSource, build_engines
 from sg_export.progress import Counted
 from sg_runtime import __version__
@@ -74,7 +73,7 @@ def manifest_of(
         fp32_layers=layers,
         quantization=quantization,
         opset=options.opset,
-        batch=options.graph_batch,
+        batch=options.batch,
         condition_rows=CONDITION_ROWS,
         graphs=written.facts,
         engines=engines,
@@ -118,7 +117,7 @@ def trace_all(
             source.model,
             list(own.values()),
             source.facts,
-            options.graph_batch,
+            options.batch,
             options.opset,
             symbolic_keep=bool(options.libraries),
         )
@@ -169,8 +168,8 @@ def pack(
                     network=spec.network,
                     levels=spec.levels,
                     file=f"graphs/{path.name}" if options.has_onnx else None,
-                    inputs=graph_inputs(spec, source.facts, options.graph_batch),
-                    outputs=graph_outputs(spec, source.facts, options.graph_batch),
+                    inputs=graph_inputs(spec, source.facts, options.batch),
+                    outputs=graph_outputs(spec, source.facts, options.batch),
                     cost=costs[spec],
                     parity=check_parity(source, spec, path, options),
                 )
@@ -192,17 +191,8 @@ def add_engines(
     loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
 ) -> tuple[EngineFacts, ...]:
     """Engines in `folder`/engines."""
-    if not options.libraries:
+    if options.engines is None:
         return ()
-    engine_options = EngineOptions(
-        libraries=options.libraries,
-        batches=tuple(sorted(set(options.batch))) or (DEFAULT_ENGINE_BATCH,),
-        compute_capabilities=tuple(sorted(set(options.compute_capabilities))),
-        workspace=options.workspace,
-        timing_cache=options.timing_cache,
-        allow_unfused=options.allow_unfused,
-        cache=options.cache,
-    )
 
     def told(stage: str, done: int, total: int | None, share: float | None = None) -> None:
         if share is None:
@@ -210,4 +200,4 @@ def add_engines(
         else:
             counted.stage(stage, share)
 
-    return build_engines(sources, loaded.facts, CONDITION_ROWS, engine_options, folder / "engines", told)
+    return build_engines(sources, loaded.facts, CONDITION_ROWS, options.engines, folder / "engines", told)

@@ -12,6 +12,7 @@ from sg_runtime.manifest import (
     MODES,
     GuidancePlan,
     Level,
+    Manifest,
 )
 
 
@@ -53,3 +54,12 @@ def _check_distinct(levels: Iterable[Level]) -> None:
             raise UsageError(
                 f"sparsities {a.sparsity:g} and {b.sparsity:g} both keep {a.keep} tokens: give one of them"
             )
+
+
+def skipped_pairs(options: CompileOptions, manifest: Manifest) -> list[tuple[float, float]]:
+    """Return the pairs of strong and weak sparsity that got no guided graph, because the weak one is not sparser."""
+    if MODES[options.mode].weak_level != "sparser":
+        return []
+    built = [tuple(level.sparsity for level in graph.levels) for graph in manifest.graphs if graph.kind == "guided"]
+    wanted = itertools.product(options.strong_sparsity, options.sparsity or (DEFAULT_SPARSITY,))
+    return [pair for pair in wanted if pair not in built]

@@ -1,1 +1,1 @@
-"""Comparison of a bundle with PyTorch and with FP32."""
+"""Comparisons of a bundle with its checkpoint in PyTorch and with an FP32 bundle."""

@@ -1,4 +1,4 @@
-"""Comparisons of a bundle with PyTorch, and how they are written."""
+"""Comparisons of a bundle with PyTorch, and the JSON file that reports them."""
 
 import json
 import math
@@ -20,15 +20,24 @@ from sg_runtime.manifest import GuidancePlan
 Feed = dict[str, NDArray[Any]]
 
 RUN_IMAGES = 2
-"""Images in a comparison of graphs or runs."""
+"""Number of images in a comparison of graphs or runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison with PyTorch. time: t of a graph run, None for a whole run.
+    """One comparison with PyTorch.
 
-    gate: the most relative L2 allowed. least_cosine: the least cosine. None where there is no such gate. overflow: the
-    first operator of the graph that gave an infinity or a NaN, None where all is finite.
+    subject: name of the graph or of the run.
+    output: name of the compared output.
+    time: t (sigma for an edm model along a guided run); None for a complete run.
+    max_abs: largest absolute difference.
+    relative_l2: relative L2 distance.
+    cosine: cosine similarity.
+    gate: largest relative L2 distance allowed; None if there is no such gate.
+    least_cosine: least cosine similarity allowed; None if there is no such gate.
+    passed: whether all values are finite and both gates hold.
+    overflow: first operator of the graph that returned an infinity or a NaN; None if all is finite,
+        or if it was not searched for.
     """
 
     subject: str
@@ -45,14 +54,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """All comparisons of a bundle, and the Polygraphy commands that repeat them where their data was saved."""
+    """All comparisons of a bundle.
+
+    commands: Polygraphy commands that repeat comparisons of graphs; empty if no data was saved.
+    """
 
     comparisons: tuple[Comparison, ...]
     commands: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison did."""
+        """Whether every comparison passed."""
         return all(comparison.passed for comparison in self.comparisons)
 
 
@@ -65,7 +77,7 @@ def compare_arrays(
     gate: float | None,
     least_cosine: float | None,
 ) -> Comparison:
-    """Distances of `found` to `wanted`, in float64; a NaN or an infinity anywhere fails."""
+    """Compare `found` with `wanted` in float64. Any NaN or infinity fails the comparison."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     norm = float(np.linalg.norm(a))
     relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
@@ -77,7 +89,7 @@ def compare_arrays(
 
 
 def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
-    """Write the comparisons with the versions they were made with as JSON."""
+    """Write the comparisons, with the versions of the libraries that made them, as JSON."""
     weak_source = bundle.manifest.weak_source
     content = {
         "bundle": bundle.path.name,
@@ -93,12 +105,16 @@ def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """None for what JSON has no number for."""
+    """Replace NaN and infinity, which JSON cannot express, by None."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in facts.items()}
 
 
 def rates_of(guidance: GuidancePlan) -> str:
-    """Strong and weak sparsity as a user writes them, FIRST:LAST where they change; one where both are the same."""
+    """Return strong and weak sparsity in the form that a user writes: `STRONG/WEAK`.
+
+    A sparsity that changes along the run is `FIRST:LAST`. If the guidance mode gives both branches
+    the same sparsity, it appears once.
+    """
     ends = [(guidance.strong, guidance.strong_last), (guidance.weak, guidance.weak_last)]
     shown = [f"{first.sparsity:g}" + ("" if last is None else f":{last.sparsity:g}") for first, last in ends]
     return "/".join(shown[:1] if guidance.row.weak_level == "same" else shown)

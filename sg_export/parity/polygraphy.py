@@ -1,4 +1,4 @@
-"""Polygraphy's view of a bundle's graphs: by PyTorch, and by a backend of the runtime."""
+"""Polygraphy runners for the graphs of a bundle: in PyTorch, and on a backend of the runtime."""
 
 import shlex
 from collections import OrderedDict
@@ -24,7 +24,10 @@ from sg_runtime.run.evaluate import run_once
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
-    """Polygraphy's view of our PyTorch model as one graph of the bundle; guided runs as two whole passes."""
+    """A Polygraphy runner that computes one graph of the bundle with the PyTorch model.
+
+    A guided graph is computed in two separate, complete passes.
+    """
 
     def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
         super().__init__(name="pytorch", prefix="pytorch")
@@ -55,7 +58,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
 
 
 class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
-    """One graph of a bundle on a lane of a backend."""
+    """A Polygraphy runner that runs one graph of a bundle on a lane of a backend."""
 
     def __init__(self, lane: Lane, name: str, graph: GraphFacts) -> None:
         super().__init__(name=name, prefix=name)
@@ -85,9 +88,10 @@ def _inputs(graph: GraphFacts) -> TensorMetadata:
 
 
 def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
-    """Leave inputs and PyTorch's results of a graph in Polygraphy's format; its commands that compare them.
+    """Write inputs and PyTorch's outputs of a graph to `folder` in Polygraphy's format.
 
-    Polygraphy runs ONNX files alone, and none in BF16 here.
+    Returns the Polygraphy commands that repeat the comparison. There are none for a graph without
+    an ONNX file and none for BF16, as Polygraphy cannot run these here.
     """
     inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
     save_json(feeds, str(inputs))

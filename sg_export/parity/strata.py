@@ -1,4 +1,7 @@
-"""A quantized bundle beside its checkpoint in PyTorch, at every time of real guided runs, by the bundle's own gates."""
+"""Comparison of a quantized bundle with its checkpoint in PyTorch, at every time of guided runs.
+
+The gates are those of the bundle's build.
+"""
 
 from typing import Any
 
@@ -21,15 +24,16 @@ from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.launches import launches
 
 EVERY = 3
-"""Of the evaluations of a run, one in so many is saved for Polygraphy."""
+"""Interval of the evaluations of a run whose inputs are saved for Polygraphy."""
 
 
 def compare_guidance(
     pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
 ) -> tuple[Walk, list[Comparison]]:
-    """A guided run of PyTorch's, and the bundle's predictions at every time of it, by the gates of its build.
+    """Compare the bundle's predictions with PyTorch's at every time of a guided run of PyTorch.
 
-    Then the bundle's own run, without a gate: beside it stands how far another draw of token subsets would lead.
+    The gates of the bundle's build apply. Then compares complete runs, without a gate. The subject
+    also gives the distance between two PyTorch runs with different kept tokens.
     """
     manifest = pipeline.bundle.manifest
     assert manifest.quantization is not None
@@ -47,13 +51,16 @@ def compare_guidance(
         both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
         comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, None))
     samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
-    subject = f"{len(own.times)} euler steps, {name}; other subsets: {own.mask_noise:.2%}"
+    subject = f"{len(own.times)} euler steps, {name}; other kept tokens: {own.mask_noise:.2%}"
     comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, None, None))
     return own, comparisons
 
 
 def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:
-    """Inputs along a run of the graphs that it runs, by their names: the images of the first run of each."""
+    """Return the inputs of the graphs along a run, by the graph's name.
+
+    Each feed holds the images of the first engine run of its evaluation.
+    """
     manifest = pipeline.bundle.manifest
     runner = GraphRunner(manifest, lane, pipeline.batch, pipeline.backend.batches)
     plan = pipeline.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)

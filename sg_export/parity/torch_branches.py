@@ -1,4 +1,4 @@
-"""Both branches as PyTorch computes them."""
+"""Predictions of both branches in PyTorch."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from sg_runtime.sampling import precondition
 
 
 def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[int]) -> BranchPredictor:
-    """The branches as PyTorch computes them, for images of these classes."""
+    """Return a predictor of both branches in PyTorch, for images of these classes."""
     facts = loaded.facts
 
     def predict(
@@ -31,11 +31,11 @@ def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[
         return found
 
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
-        own = torch.tensor(classes)
-        strong = predict(loaded, plan.strong, own, x, plan, index)
+        labels = torch.tensor(classes)
+        strong = predict(loaded, plan.strong, labels, x, plan, index)
         if plan.weak is None or len(plan.active(index)) == 1:
             return strong, strong
-        null = torch.full_like(own, facts.num_classes) if plan.guidance.row.null_weak else own
+        null = torch.full_like(labels, facts.num_classes) if plan.guidance.row.null_weak else labels
         return strong, predict(weak or loaded, plan.weak, null, x, plan, index)
 
     return branches

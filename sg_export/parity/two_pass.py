@@ -1,4 +1,7 @@
-"""Sparse Guidance in PyTorch as the paper writes it, in two whole passes: the reference that others are held to."""
+"""Reference sampler: Sparse Guidance in PyTorch as in the paper, in two separate passes.
+
+All other implementations are compared with it.
+"""
 
 from collections.abc import Sequence
 
@@ -28,10 +31,13 @@ def sample(
     karras: Karras | None = None,
     churn: Churn | None = None,
 ) -> NDArray[np.float32]:
-    """Sample (B, C, H, W) float32 with the noise and the token subsets that the runtime draws for these seeds.
+    """Sample images (B, C, H, W) float32.
 
-    classes: indices; `num_classes` is "no class". weak: the network of the weak branch, where it is another. levels,
-    weak_levels: those that sparsities which change go by way of. karras: the noise levels of an edm model.
+    Noise and kept tokens are those that the runtime draws for these seeds. classes: class indices;
+    `num_classes` is "no class". weak: network of the weak branch, if it is not the strong branch's.
+    levels, weak_levels: levels of the strong and the weak branch that a changing sparsity goes
+    through; without weak_levels, the weak branch uses `levels`. karras: noise levels of an edm
+    model.
     """
     facts, times = loaded.facts, run_times(steps, karras)
     run = updates(sampler, facts.prediction, times, churn)

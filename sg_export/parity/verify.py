@@ -1,4 +1,7 @@
-"""Parity of a bundle with its checkpoint in PyTorch, by Polygraphy: every graph over time, and whole sampling runs."""
+"""Parity of a bundle with its checkpoint in PyTorch.
+
+Polygraphy runs and compares every graph at several times. Complete sampling runs are compared too.
+"""
 
 import functools
 from collections import OrderedDict
@@ -34,12 +37,18 @@ from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
 
 TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
+"""Default times of the graph comparisons."""
 RUN_STEPS = 10
+"""Number of steps of a compared sampling run."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParityGates:
-    """The most relative L2 of one graph run and of a whole run, and the least cosine similarity of both."""
+    """Gates of the comparisons with PyTorch.
+
+    graph, run: largest relative L2 distance of one graph run, and of a complete sampling run.
+    cosine: least cosine similarity of both.
+    """
 
     graph: float
     run: float
@@ -51,10 +60,14 @@ PARITY_GATES: Mapping[Precision, ParityGates] = {
     "fp16": ParityGates(2e-2, 2e-2, 0.9995),
     "bf16": ParityGates(2e-2, 2e-2, 0.9995),
 }
-"""FP32: summation order alone gives about 1e-6 at the depth of XL/2, and guidance and sampling multiply the rounding of
-single runs by up to some tens. Half precision: of two images 2 % apart none can be told from the other; steps round
-independently, so that a run is no further off than one of its evaluations. The cosines follow from these with room;
-they catch a wrong sign or order at a glance."""
+"""Gates by precision.
+
+FP32: the order of summation alone causes about 1e-6 at the depth of XL/2. Guidance and sampling
+multiply the rounding errors of single graph runs by up to some tens. Half precision: two images
+that differ by 2 % look the same. Steps round independently, so the error of a run is not larger
+than the error of one of its evaluations. The cosine gates follow from the distances, with a margin;
+they expose a wrong sign or order at a glance.
+"""
 
 
 def verify(
@@ -70,18 +83,20 @@ def verify(
 ) -> Parity:
     """Compare a bundle with its checkpoint, reloaded through the adapter.
 
-    checkpoint, weak_checkpoint: by default the reference model, or the file of that name beside the bundle or here.
-    device, backend: what runs the bundle, see `Pipeline.load`; without either the graphs run on the CPU, those in half
-    precision in FP32 with their rounding. times: in (0, 1]; an edm model is compared at the noise levels that lie as
-    far along its run. A quantized bundle is compared at all times of a guided run instead. save_polygraphy: a folder
-    for inputs and PyTorch's outputs in Polygraphy's format.
+    checkpoint, weak_checkpoint: checkpoints of the networks. By default the reference model, or the
+    file of the recorded name, next to the bundle or in the current folder.
+    device, backend: device and backend that run the bundle, see `Pipeline.load`. Without both, the
+    graphs run on the CPU; half-precision graphs then run in FP32 with the rounding of their type.
+    times: times in (0, 1]. An edm model is compared at the noise levels at the same fractions of
+    its run. A quantized bundle is compared at all times of a guided run instead.
+    save_polygraphy: folder for inputs and PyTorch's outputs in Polygraphy's format.
 
-    Raises CheckpointError where the checkpoint is missing or not the one that the bundle was built from, BundleError
-    for a damaged bundle.
+    Raises CheckpointError if the checkpoint is missing or is not the one that the bundle was built
+    from. Raises BundleError if the bundle is damaged.
     """
     opened = Bundle.open(bundle)
     if device is None and backend is None:
-        opened.onnx(opened.manifest.condition("main"))  # raises where there are engines alone
+        opened.onnx(opened.manifest.condition("main"))  # raises BundleError if the bundle holds engines only
         pipeline = _emulated(opened)
         lane = None
     else:
@@ -100,21 +115,24 @@ def verify(
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """A bundle as it runs, and its networks in PyTorch."""
+    """Both sides of a comparison: the bundle's pipeline, and its networks in PyTorch.
+
+    loaded: main network. weak: weak network; None if the bundle has none.
+    """
 
     pipeline: Pipeline
     loaded: LoadedModel
     weak: LoadedModel | None
 
     def network(self, graph: GraphFacts) -> LoadedModel:
-        """The one that the graph was made from."""
+        """Return the network that `graph` was traced from."""
         found = self.loaded if graph.network == "main" else self.weak
         assert found is not None
         return found
 
 
 def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: Path | None, report: Report) -> Parity:
-    """Every graph at these times, and whole runs."""
+    """Compare every graph at these times, then complete runs."""
     pipeline, bundle = sides.pipeline, sides.pipeline.bundle
     manifest = bundle.manifest
     singles = any(graph.kind in ("dense", "sparse") for graph in manifest.graphs)
@@ -150,7 +168,10 @@ def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: P
 def _compare_quantized(
     sides: _Sides, lane: Lane, times: Sequence[float], folder: Path | None, report: Report
 ) -> Parity:
-    """Branches and guided prediction at every time of runs of PyTorch's, by the bundle's own gates, and whole runs."""
+    """Compare branches and guided predictions at every time of PyTorch runs, then complete runs.
+
+    The gates are those of the bundle's build.
+    """
     bundle = sides.pipeline.bundle
     guidances = built_guidances(bundle.manifest)
     comparisons: list[Comparison] = []
@@ -177,7 +198,7 @@ def _compare_quantized(
 def _judged(
     bundle: Bundle, graph: GraphFacts, times: Sequence[float], feeds: Sequence[Feed], results: RunResults
 ) -> list[Comparison]:
-    """Results of the graph beside PyTorch's, the first."""
+    """Compare the second of `results`, the graph's, with the first, PyTorch's."""
     precision = bundle.manifest.precision
     comparisons: list[Comparison] = []
 
@@ -201,23 +222,26 @@ def _judged(
 
 
 def _emulated(bundle: Bundle) -> Pipeline:
-    """The bundle on the CPU, in FP32 with the rounding of its precision."""
+    """Return a pipeline of the bundle on the CPU, in FP32 with the rounding of its precision."""
     backend = OrtBackend(bundle, open_graph=functools.partial(_open, precision=bundle.manifest.precision))
     return Pipeline(bundle, backend, bundle.manifest.batch or RUN_IMAGES)
 
 
 def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
-    """A session over a graph; one in half precision is computed in FP32 with the rounding of half precision."""
+    """Open a session over a graph.
+
+    A half-precision graph is computed in FP32 with the rounding of half precision.
+    """
     return open_session(path, None if precision == "fp32" else emulated(path))
 
 
 def _feed(
     manifest: Manifest, loaded: LoadedModel, graph: GraphFacts, t: float, number: int, rows: int
 ) -> dict[str, NDArray[Any]]:
-    """Inputs of one graph run of `rows` images, `t` along a run.
+    """Return the inputs of one graph run of `rows` images at time `t` of a sampling run.
 
-    Noise, two classes (the second is "no class"), subsets, scale 2.5. The update is that of a Heun step's second half,
-    of a tenth of the run.
+    The inputs are noise, classes (among them "no class"), kept tokens, and scale 2.5. The update is
+    the second half of a Heun step over a tenth of the run. number: seed of the random inputs.
     """
     generator = torch.Generator().manual_seed(number)
     sizes = {"B": rows, "S": manifest.condition_rows}
@@ -237,12 +261,12 @@ def _feed(
         for name, labels in conditions.items():
             if name in feed:
                 feed[name] = loaded.model.condition(torch.full((rows,), scaling.t), labels).numpy()
-    # A state as far from the data as the time says.
+    # Scale the noise to the noise level of the time.
     return feed | {name: feed[name] * np.float32(max(time, 1.0)) for name in ("x", "r")}
 
 
 def _time(manifest: Manifest, t: float) -> float:
-    """t itself, or the sigma of an edm model that lies a share `t` from the end of its run."""
+    """Return `t`; for an edm model, the sigma at fraction `t` of its run, counted from the end."""
     if manifest.sampling.karras is None:
         return t
     low, high = manifest.sampling.karras.sigma_min, manifest.sampling.karras.sigma_max
@@ -251,7 +275,11 @@ def _time(manifest: Manifest, t: float) -> float:
 
 
 def _guidances(manifest: Manifest) -> list[GuidancePlan]:
-    """The bundle's own plan, every other pair it has a graph for, and the strong branch alone."""
+    """Return the guidances to compare.
+
+    These are the bundle's default guidance, all others that it has graphs for, and the strong
+    branch without guidance.
+    """
     plan = manifest.guidance
     alone = GuidancePlan("none", plan.strong, plan.strong, plan.scale)
     others = (*built_guidances(manifest), alone)

@@ -1,4 +1,4 @@
-"""How close a bundle's predictions are to the reference, at every time of real guided runs."""
+"""Distance of a bundle's predictions to a reference, at every time of real guided runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,18 +15,29 @@ from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import integrate, run_times, updates
 
 BranchPredictor = Callable[[Array, PreparedRun, int], tuple[Array, Array]]
-"""(x, plan, evaluation) → predictions of the strong and the weak branch, the strong one twice where it runs alone."""
+"""Function (x, plan, evaluation) → (strong prediction, weak prediction).
+
+If only the strong branch runs at that evaluation, both are the strong prediction.
+"""
 
 OTHER_SUBSETS = 1 << 20
-"""Added to the steps of a run, it draws other subsets."""
+"""Offset of a run's step counters with which other kept tokens are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """A guided Euler run of the reference, and what it predicted at every time on the way.
+    """A guided Euler run of the reference, with its predictions at every evaluation.
 
-    states: (E, B, C, H, W). strong, weak: the branches' predictions there. samples: where the run ended. mask_noise:
-    relative L2 distance to a run with other token subsets, at equal seeds; 0 without any.
+    guidance: guidance of the run.
+    classes: class of each of the B images.
+    seeds: seed of each image.
+    times: time (t or sigma) of each of the E evaluations.
+    states: state at each evaluation, (E, B, C, H, W) float32.
+    strong: predictions of the strong branch at these states, of the same shape.
+    weak: predictions of the weak branch at these states, of the same shape.
+    samples: final state of the run, (B, C, H, W) float32.
+    mask_noise: relative L2 distance between this run and one with the same seeds and other kept
+        tokens; 0 without sparsity, or if it was not measured.
     """
 
     guidance: GuidancePlan
@@ -41,7 +52,10 @@ class Walk:
 
 
 def by_pipeline(pipe: Pipeline) -> BranchPredictor:
-    """The branches as a bundle computes them: the guided prediction at scales 1 and 0 is that of one."""
+    """Return a predictor of both branches by a bundle.
+
+    The guided prediction is the strong branch at scale 1 and the weak branch at scale 0.
+    """
 
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:
         ones, zeros = (replace(plan, scales=(scale,) * len(plan.scales)) for scale in (1.0, 0.0))
@@ -62,7 +76,11 @@ def walk(
     *,
     noise: bool = True,
 ) -> Walk:
-    """Take a guided Euler run with these branches. pipe: makes noise and subsets. noise: find the mask noise, too."""
+    """Sample a guided Euler run with the predictions of `branches`.
+
+    pipe: pipeline that draws the noise and the kept tokens. noise: also measure the mask noise,
+    which takes a second run.
+    """
     manifest = pipe.bundle.manifest
     times = run_times(steps, manifest.sampling.karras)
     run = updates("euler", manifest.model.prediction, times)
@@ -99,7 +117,10 @@ def walk(
 
 
 def judge(pipe: Pipeline, walks: Sequence[Walk], strata: Sequence[int] | None = None) -> tuple[StratumQuality, ...]:
-    """How close the pipeline's predictions are to those of the walks, at all times or those numbered `strata`."""
+    """Compare the pipeline's predictions with those of the walks; return the worst of each time.
+
+    strata: indices of the times to compare; None for all.
+    """
     worst: dict[float, StratumQuality] = {}
     for own in walks:
         plan = pipe.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
@@ -125,7 +146,10 @@ def judge(pipe: Pipeline, walks: Sequence[Walk], strata: Sequence[int] | None = 
 
 
 def run_distance(pipe: Pipeline, walks: Sequence[Walk]) -> float:
-    """Relative L2 distance of whole runs to the walks' samples, at their seeds and subsets; the worst."""
+    """Return the largest relative L2 distance of complete runs to the walks' samples.
+
+    Seeds and kept tokens are the same.
+    """
     return max(
         distance(
             sampled(pipe, own.classes, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
@@ -145,7 +169,7 @@ def sampled(
     guidance: GuidancePlan,
     fused: bool = True,
 ) -> Array:
-    """What the pipeline samples, NaN where that is no number."""
+    """Sample with the pipeline. If a sample is not finite, all samples are NaN."""
     try:
         return pipe.sample(classes, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
     except NonFiniteError:

@@ -1,1 +1,1 @@
-"""INT8 and FP8: which layers, and whether the result is good enough."""
+"""Quantization to INT8 and FP8: choice of layers, and the gates on quality."""

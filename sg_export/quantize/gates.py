@@ -1,4 +1,4 @@
-"""Whether a quantized bundle is good enough, and what to do if it is not."""
+"""Quality gates of a quantized bundle, and the messages if they fail."""
 
 import statistics
 import time
@@ -16,7 +16,11 @@ TIMING_ROUNDS = 7
 
 
 def time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
-    """Time of a guided evaluation by the candidate over that by the pipeline: the median of rounds in turn."""
+    """Return the time of a guided evaluation by `candidate`, divided by the time by `pipe`.
+
+    Both are timed in turn; the result is the median over TIMING_ROUNDS rounds. own: a walk whose
+    first state is evaluated.
+    """
     plans = {
         side: side.prepare(own.times[:1], own.classes, own.seeds, guidance=own.guidance) for side in (candidate, pipe)
     }
@@ -30,12 +34,16 @@ def time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
 
 
 def gates_hold(quality: Sequence[StratumQuality], gates: QualityGates, margin: float = 1.0) -> bool:
-    """Whether the gates hold at every time, with a share of their room left over."""
+    """Whether the gates hold at every time.
+
+    margin: share of each gate's tolerance that may be used; 1 for the gates themselves.
+    """
     least = 1 - margin * (1 - gates.cosine)
     return all(min(q.strong, q.weak) >= least and q.guided <= margin * gates.guided for q in quality)
 
 
 def gates_failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -> str:
+    """Return a message with the gates and the worst values found."""
     gates = options.effective_gates
     branch = min(quality, key=lambda q: min(q.strong, q.weak))
     guided = max(quality, key=lambda q: q.guided)
@@ -47,10 +55,10 @@ def gates_failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -
 
 
 def gates_remedy(options: QuantizeOptions) -> str:
-    """What may help a result that its gates refuse."""
+    """Return the part of a message that lists remedies for a result that fails its gates."""
     ways = ["another --method", "wider gates", "--allow-quality-loss"]
     if options.like is not None:
-        ways.insert(0, "a search of its own, without --like")
+        ways.insert(0, "a layer search instead of --like")
     if options.table is None and options.data is None:
         ways.insert(0, "more --calib-samples")
     return f"try {', '.join(ways[:-1])}, or {ways[-1]}"

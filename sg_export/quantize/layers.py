@@ -1,4 +1,4 @@
-"""The layers of a bundle that can be quantized."""
+"""Layers of a bundle that can be quantized."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,22 @@ from sg_runtime.manifest import (
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
+    """Size and cost of a quantizable layer.
+
+    weight_bytes: bytes of its FP32 weight. linear_macs: multiply-adds for one image. in_steps:
+    whether it is in a step graph; otherwise it is only in `condition`.
+    """
+
     weight_bytes: int
     linear_macs: int
     in_steps: bool
 
 
 def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
-    """All quantizable layers, in the order of the network.
+    """Return all quantizable layers by name, in the order of the network.
 
-    Multiply-adds are of the first guided or other step graph, bytes and multiply-adds of both networks together.
+    Multiply-adds are counted in the first graph that has the layer, guided graphs first. If the
+    bundle has two networks, bytes and multiply-adds are sums over both.
     """
     found: dict[str, dict[NetworkName, LayerFacts]] = {}
     for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
@@ -34,8 +41,8 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
         for name, layer in layers_of(onnx.load(path, load_external_data=False), reference.manifest.model.ends).items():
             weight = model.initializers[layer.weight].const_value
             assert weight is not None
-            own = LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
-            found.setdefault(name, {}).setdefault(graph.network, own)
+            layer_facts = LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
+            found.setdefault(name, {}).setdefault(graph.network, layer_facts)
     facts = {}
     for name in sorted(found, key=reading_order):
         networks = found[name].values()
@@ -48,5 +55,5 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
 
 
 def reading_order(name: str) -> list[str]:
-    """Sorts names with numbers as a reader does."""
+    """Return a sort key for layer names that orders the numbers in them by value."""
     return [part.zfill(4) if part.isdigit() else part for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""FP32 graphs to quantized ones, as files or as a pipeline on the CPU."""
+"""Rewriting of FP32 graphs to quantized graphs, as models or as a pipeline on the CPU."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +21,18 @@ from sg_runtime.manifest import (
 from sg_runtime.pipeline import Pipeline
 
 BATCH = 8
-"""Most images in one run of a graph while ranges and errors are measured."""
+"""Largest number of images in one run of a graph while ranges and errors are measured."""
 
 
 def reference_pipeline(reference: Bundle) -> Pipeline:
-    """The FP32 bundle on the CPU, with batches of a size for measuring."""
+    """Return a pipeline of the FP32 bundle on the CPU, in batches of its fixed size or of BATCH."""
     return Pipeline(reference, OrtBackend(reference), reference.manifest.batch or BATCH)
 
 
 def quantized_models(
     reference: Bundle, files: Mapping[str, Sequence[GraphSpec]], quantization: Quantization, ranges: Mapping[str, float]
 ) -> dict[str, ir.Model]:
-    """The graphs of the FP32 bundle, quantized by the plan, by file."""
+    """Return the graphs of the FP32 bundle, quantized by the plan, by file name."""
     chosen = [layer.name for layer in quantization.layers if layer.quantized]
     return {
         name: quantized_model(reference.path / "graphs" / f"{name}.onnx", quantization.type, ranges, chosen)
@@ -41,10 +41,13 @@ def quantized_models(
 
 
 def quantized_model(path: Path, kind: QuantizedType, ranges: Mapping[str, float], chosen: Collection[str]) -> ir.Model:
-    """The FP32 graph at `path` with these layers quantized; those without a range by their weights alone."""
+    """Return the FP32 graph at `path` with the layers `chosen` quantized.
+
+    If a layer has no range, only its weight is quantized.
+    """
     proto = onnx.load(path)
-    own = {name: ranges[name] for name in chosen if name in ranges}
-    model = ir.from_proto(quantize(proto, kind, own, weight_only=[name for name in chosen if name not in ranges]))
+    known = {name: ranges[name] for name in chosen if name in ranges}
+    model = ir.from_proto(quantize(proto, kind, known, weight_only=[name for name in chosen if name not in ranges]))
     model.graph.sort()  # the quantizer adds its nodes at the end
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -65,7 +68,10 @@ def quantized_pipeline(
     base: Precision = "fp32",
     fp32_layers: Collection[str] = (),
 ) -> Pipeline:
-    """The bundle with these layers quantized, on the CPU."""
+    """Return a pipeline of the bundle on the CPU with the layers `chosen` quantized.
+
+    base, fp32_layers: precision of the other layers, see `half.to_half`.
+    """
 
     def opened(path: Path) -> InferenceSession:
         model = quantized_model(path, kind, ranges, chosen)

@@ -1,4 +1,4 @@
-"""INT8 and FP8: ranges from guided runs, what stays in high precision, and whether the result is good enough."""
+"""Quantization search: ranges, layers that stay in high precision, and quality gates."""
 
 import functools
 import tempfile
@@ -32,7 +32,7 @@ from sg_runtime.pipeline import Pipeline
 Tell = Callable[[str, float | None], None]
 
 MARGIN = 0.9
-"""Share of the gates' room that the search may use, as it sees other images than the gates."""
+"""Share of the gates' tolerance that the search may use, as the gates see other images."""
 
 STRATA = LEAST_STRATA
 
@@ -40,9 +40,11 @@ STRATA = LEAST_STRATA
 def measure_ranges(
     reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
 ) -> RangeTable:
-    """Ranges of a bundle's layers, on the shards of `data` or of guided runs.
+    """Measure the ranges of a bundle's layers.
 
-    folder: where those of guided runs go and are found again; a temporary one by default.
+    data: folder of shards; None to collect shards from guided runs.
+    folder: folder that keeps the shards of the guided runs, so that an interrupted collection can
+    be resumed; by default a temporary one.
     """
     pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
     guidances = built_guidances(reference.manifest)
@@ -60,11 +62,13 @@ def measure_ranges(
 def decide_quantization(
     reference: Bundle, options: QuantizeOptions, base: Precision, fp32_layers: Collection[str], tell: Tell
 ) -> tuple[Quantization, dict[str, float]]:
-    """Decide what is quantized, and find out how good that is; also the ranges of what is.
+    """Choose the layers to quantize and measure the quality of the result.
 
-    base, fp32_layers: the precision of the rest, see `precision.to_half`.
+    Returns the plan, and the ranges of the quantized layers. base, fp32_layers: precision of the
+    other layers, see `half.to_half`.
 
-    Raises GateError where the gates do not hold, UsageError for an unknown layer or the plan of another network.
+    Raises GateError if the gates do not hold. Raises UsageError for an unknown layer, or for a plan
+    of another network.
     """
     manifest, pipe = reference.manifest, reference_pipeline(reference)
     known = quantizable_layers(reference)
@@ -82,12 +86,12 @@ def decide_quantization(
     if missing := [name for name in steps if name not in ranges]:
         raise CalibrationError(
             f"{options.table}: expected ranges of all {len(steps)} layers of the step graphs, found none of "
-            f"{', '.join(missing[:5])}: make it anew with sg-export calibrate"
+            f"{', '.join(missing[:5])}: make the table again with sg-export calibrate"
         )
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
     choice = given or _search(pipe, known, options, makes, tell)
     quantized = [name for name in known if choice[name].quantized]
-    tell("judging the result", None)
+    tell("measuring the quality of the result", None)
     candidate = makes(quantized)
     judged = walks_of(pipe, "gate", options.gate_images)
     quality = judge(candidate, judged)
@@ -105,7 +109,7 @@ def decide_quantization(
     remarks = [] if holds else [f"its gates do not hold: {gates_failure(quality, options)}"]
     ratio = time_ratio(candidate, pipe, judged[0]) if base == "fp32" else None
     if ratio is not None and ratio >= 1:
-        remarks.append(f"not faster on this machine's CPU: a guided step takes {ratio:.2f} times that of FP32")
+        remarks.append(f"not faster on this machine's CPU: a guided step takes {ratio:.2f} times as long as in FP32")
     if not quantized:
         remarks.append("not smaller: no layer is quantized")
     result = Quantization(
@@ -128,7 +132,7 @@ def decide_quantization(
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Whether a layer is quantized, as in LayerChoice."""
+    """Whether a layer is quantized, and why. The fields are those of LayerChoice."""
 
     quantized: bool
     reason: str
@@ -142,12 +146,16 @@ def _search(
     makes: Callable[[Sequence[str]], Pipeline],
     tell: Tell,
 ) -> dict[str, _Choice]:
-    """Layers return to high precision, the most sensitive first, as few as the gates need on the search's images."""
+    """Choose the layers that stay in high precision.
+
+    The most sensitive layers return to high precision first, as few as the gates require on the
+    images of the search.
+    """
     open_layers = [name for name in known if name not in options.exclude]
     walks = walks_of(pipe, "search", options.search_images, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
-        tell(f"measuring what {name} is worth", number / len(open_layers))
+        tell(f"measuring the sensitivity of {name}", number / len(open_layers))
         quality = judge(makes([name]), walks, strata=range(0, STRATA, STRATA // 4))
         sensitivities[name] = max(stratum.guided for stratum in quality)
     worst_first = sorted(open_layers, key=lambda name: -sensitivities[name])
@@ -163,7 +171,10 @@ def _search(
 
 
 def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[str, _Choice]:
-    """The choice that the bundle at `path` was built with. Raises UsageError where it is none for these layers."""
+    """Return the choice of layers in the bundle at `path`.
+
+    Raises UsageError if the bundle is not quantized to `kind`, or if it has other layers.
+    """
     manifest = read_manifest(path / MANIFEST_FILE)
     plan = manifest.quantization
     if plan is None or plan.type != kind:
@@ -178,14 +189,17 @@ def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[
 
 
 def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
-    """A walk of the pipeline by each guidance that was built, on images of this split."""
+    """Return one walk of the pipeline for each guidance that the bundle has graphs for.
+
+    The images are those of `split`. noise: also measure the mask noise.
+    """
     manifest = pipe.bundle.manifest
     own = images_of(split, manifest.model, images)
     return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
 
 
 def _least(passes: Callable[[int], bool], most: int) -> int:
-    """The least number up to `most` that passes, by bisection; `most` where none does."""
+    """Return the least number up to `most` that passes, by bisection; `most` if none passes."""
     low, high = 0, most
     while low < high:
         middle = (low + high) // 2

@@ -1,1 +1,1 @@
-"""The page that compares bundles."""
+"""HTML page that compares bundles."""

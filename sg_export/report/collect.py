@@ -1,4 +1,7 @@
-"""What `sg-export report` shows of one or more bundles of a model: costs, quality, layers, samples, sizes, times."""
+"""Data of `sg-export report` for one or more bundles of a model.
+
+It covers costs, quality, layers, samples, sizes and times.
+"""
 
 import statistics
 import time
@@ -23,19 +26,29 @@ from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, StratumQua
 from sg_runtime.pipeline import Pipeline
 
 SHOWN_IMAGES = 16
+"""Number of images in a grid of samples."""
 JUDGED = 4
+"""Number of images on which quality is measured."""
 TIMING_ROUNDS = 7
 TIMING_PAUSE = 0.05
-"""Seconds before a run is timed: threads of the one before it still spin for a while."""
+"""Seconds of pause before each timed run, as threads of the previous run still spin."""
 MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg")
 
 
 @dataclass(frozen=True, slots=True)
 class BundleReport:
-    """One bundle.
+    """Data of one bundle.
 
-    seconds: of a default run of one image, the median. samples: grids by mode, those that it can do, for models of
-    pixels. quality, runs: beside the first bundle, None of that itself.
+    name: name of the bundle's folder.
+    manifest: manifest of the bundle.
+    backend: name of the backend that ran it.
+    bytes: total size of its files.
+    seconds: median time of a default run of one image.
+    samples: grid of samples for each guidance mode that the bundle was built for; empty for models
+        of latents.
+    quality: quality at each time compared with the first bundle; None for the first bundle.
+    runs: largest relative L2 distance of complete runs to the first bundle's; None for the first
+        bundle.
     """
 
     name: str
@@ -50,9 +63,11 @@ class BundleReport:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All bundles, the first being what the others are compared with.
+    """Data of all bundles. The other bundles are compared with the first.
 
-    costs: of a step of the first one. mask_noise: see `quality.Walk`.
+    costs: costs of a step of the first bundle. mask_noise: largest mask noise of the first bundle's
+    runs, see `walk.Walk`. scale: guidance scale of the first bundle. images: number of images in a
+    grid.
     """
 
     bundles: tuple[BundleReport, ...]
@@ -63,28 +78,33 @@ class Page:
 
 
 def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Report = silent) -> Page:
-    """Run all bundles at the same classes, seeds and subsets. Raises UsageError for bundles of different models."""
+    """Run all bundles with the same classes, seeds and kept tokens, and return the page's data.
+
+    Raises UsageError if the bundles are of different models, or if no guidance is built in all.
+    """
     opened = [Bundle.open(path) for path in bundles]
     first = opened[0]
     for other in opened[1:]:
         if identity_of(other.manifest) != identity_of(first.manifest):
-            raise UsageError(f"{other.path}: expected a bundle of the same checkpoint as {first.path}, found another's")
+            raise UsageError(
+                f"{other.path}: expected a bundle of the same checkpoint as {first.path}, found one of another model"
+            )
     pipes = [Pipeline.load(path, device, verify_hashes=False) for path in bundles]
     classes, seeds = images_of("gate", first.manifest.model, JUDGED)
     shared = _shared(opened)
-    report("walking along the first bundle", 0, 2 + len(pipes))
+    report("sampling guided runs of the first bundle", 0, 2 + len(pipes))
     walks = [walk(pipes[0], by_pipeline(pipes[0]), plan, classes, seeds, LEAST_STRATA) for plan in shared]
     report("timing", 1, 2 + len(pipes))
     seconds = _seconds(pipes)
     found = []
-    for number, (own, pipe) in enumerate(zip(opened, pipes, strict=True)):
-        report(f"sampling {own.path}", 2 + number, 2 + len(pipes))
+    for number, (bundle, pipe) in enumerate(zip(opened, pipes, strict=True)):
+        report(f"sampling {bundle.path}", 2 + number, 2 + len(pipes))
         found.append(
             BundleReport(
-                own.path.name,
-                own.manifest,
+                bundle.path.name,
+                bundle.manifest,
                 pipe.backend.name,
-                sum(file.size for file in own.manifest.files.values()),
+                sum(file.size for file in bundle.manifest.files.values()),
                 seconds[number],
                 _samples(pipe),
                 judge(pipe, walks) if number else None,
@@ -101,17 +121,23 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
 
 
 def _shared(bundles: Sequence[Bundle]) -> list[GuidancePlan]:
-    """The guidances that all bundles have graphs for."""
+    """Return the guidances that all bundles have graphs for. Raises UsageError if none."""
     first, *others = [built_guidances(bundle.manifest) for bundle in bundles]
     keys = [{(plan.mode, plan.strong, plan.weak) for plan in plans} for plans in others]
     shared = [plan for plan in first if all((plan.mode, plan.strong, plan.weak) in known for known in keys)]
     if not shared:
-        raise UsageError(f"{bundles[0].path}: expected bundles built for one guidance at least in common, found none")
+        raise UsageError(
+            f"{bundles[0].path}: expected a guidance that all bundles are built for, found none: build them with the "
+            f"same guidance and sparsities"
+        )
     return shared
 
 
 def _seconds(pipes: Sequence[Pipeline]) -> list[float]:
-    """A default run of one image by each, in turn, round by round: the medians."""
+    """Return the median time of a default run of one image for each pipeline.
+
+    The pipelines run in turn, round by round.
+    """
     for pipe in pipes:
         pipe.warmup()
     rounds = []
@@ -127,7 +153,10 @@ def _seconds(pipes: Sequence[Pipeline]) -> list[float]:
 
 
 def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:
-    """Grids of the same classes and seeds, by mode, where the model is one of pixels."""
+    """Return a grid of samples for each guidance mode, at the same classes and seeds.
+
+    Modes that the bundle was not built for are left out. A model of latents has no grids.
+    """
     model = pipe.bundle.manifest.model
     if model.space == "latent":
         return {}
@@ -137,7 +166,7 @@ def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:
         try:
             plan = pipe.guidance(mode)
             x = pipe.sample(classes, range(SHOWN_IMAGES), guidance=plan)
-        except UsageError:  # not built for it
+        except UsageError:  # the bundle was not built for this mode
             continue
         found[mode] = grid(pipe.decode(x), columns=4, zoom=max(1, 64 // model.latent[1]))
     return found

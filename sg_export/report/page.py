@@ -1,4 +1,4 @@
-"""The page of `sg-export report`: one HTML file that needs nothing else, for any screen, light and dark."""
+"""Page of `sg-export report`: one self-contained HTML file, for any screen size, light and dark."""
 
 import base64
 import io
@@ -19,18 +19,18 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     model = page.bundles[0].manifest.model
     title = f"{page.bundles[0].manifest.source.name}: {', '.join(b.manifest.precision_name for b in page.bundles)}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(model.family)}, {model.depth} blocks of width {model.width}, {model.tokens} tokens, route "
-        f"{escape(str(model.route))}, {model.parameters / 1e6:.1f} M parameters. Made by sg-export {__version__}; "
-        f"times and distances were measured on the machine that made this page, layers and remarks where a bundle was "
-        f"built.</p>",
+        f"{escape(str(model.route))}, {model.parameters / 1e6:.1f} M parameters. Made by sg-export {__version__}. "
+        f"Times and distances were measured on the machine that made this page. Layers and remarks come from the "
+        f"builds of the bundles.</p>",
         "<h2>Bundles</h2>",
         _table(
-            ["bundle", "precision", "MB", "run of one image, ms", "times the first", "backend"],
+            ["bundle", "precision", "MB", "run of one image, ms", "time / first", "backend"],
             [
                 [
                     b.name,
@@ -44,8 +44,8 @@ def render(page: Page) -> str:
             ],
         ),
         *(f"<p><b>{escape(b.name)}: {escape(r)}</b></p>" for b in page.bundles for r in _remarks(b)),
-        "<h2>What a step costs</h2>",
-        "<p>Mean over a default run, one image, counted from the graphs of the first bundle.</p>",
+        "<h2>Cost of a step</h2>",
+        "<p>Means over a default run of one image, counted from the graphs of the first bundle.</p>",
         _table(
             ["", "linear GMAC", "attention GMAC", "weights read, MB"],
             [
@@ -81,7 +81,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _quality(page: Page) -> list[str]:
-    """The guided prediction's distance to the first bundle, over time."""
+    """Return the section on the distance of guided predictions to the first bundle's, over time."""
     compared = [bundle for bundle in page.bundles if bundle.quality]
     if not compared:
         return []
@@ -100,11 +100,13 @@ def _quality(page: Page) -> list[str]:
     return [
         "<h2>Distance to the first bundle, over time</h2>",
         f"<p>Relative L2 distance of the guided prediction at ω = {page.scale:g} along the same runs, from noise "
-        f"(left) to the image (right). Dashed: the gates. Two runs of the first bundle whose token subsets differ end "
-        f"{page.mask_noise:.2%} apart.</p>",
+        f"(left) to the image (right). Dashed: the gates. Two runs of the first bundle with different kept tokens "
+        f"end {page.mask_noise:.2%} apart.</p>",
         _key([bundle.name for bundle in compared]),
         _lines(lines, sorted(set(gates))),
-        _table(["", "strong branch, least cosine", "weak branch", "guided, most", "whole runs"], rows),
+        _table(
+            ["", "strong branch, least cosine", "weak branch, least cosine", "guided, largest", "complete runs"], rows
+        ),
     ]
 
 
@@ -116,7 +118,7 @@ def _key(names: Sequence[str]) -> str:
 
 
 def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float]) -> str:
-    """Lines over time, which falls to the right."""
+    """Return an SVG chart of `lines` over time. Time falls from left to right."""
     width, height, left, bottom = 640, 240, 52, 26
     top = max([value for line in lines for _, value in line] + list(gates)) * 1.08 or 1.0
     times = [time for line in lines for time, _ in line]
@@ -145,7 +147,7 @@ def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float
 
 
 def _layers(bundle: BundleReport) -> list[str]:
-    """Sensitivity of a quantized bundle's layers, and what each became."""
+    """Return the section on a quantized bundle's layers: their sensitivity and their types."""
     plan = bundle.manifest.quantization
     if plan is None:
         return []
@@ -165,22 +167,25 @@ def _layers(bundle: BundleReport) -> list[str]:
     )
     return [
         f"<h2>{escape(bundle.name)}: layers</h2>",
-        f"<p>How far the guided prediction moves where one layer alone is quantized. Ranges by {escape(plan.method)} "
-        f"of {plan.evaluations} evaluations of {plan.images} images.</p>",
+        f"<p>Distance of the guided prediction to FP32 if only that layer is quantized. Ranges: method "
+        f"{escape(plan.method)}, {plan.evaluations} evaluations of {plan.images} images.</p>",
         _key([escape(plan.type), f"stays in {bundle.manifest.precision}"]),
         f'<div class="bars">{"".join(bars)}</div>',
-        f"<p>The network: {escape(plan.type)}, dashed by weights alone, framed in {bundle.manifest.precision}.</p>",
+        f"<p>Layers of the network in {escape(plan.type)}. Dashed: only the weights are quantized. Framed: the layer "
+        f"stays in {bundle.manifest.precision}.</p>",
         f'<div class="map">{cells}</div>',
     ]
 
 
 def _samples(page: Page) -> list[str]:
-    """Grids side by side, a row for each mode."""
+    """Return the section of sample grids: one row for each guidance mode, bundles side by side."""
     modes = [mode for mode in ("none", "cfg", "sg") if any(mode in bundle.samples for bundle in page.bundles)]
     if not modes:
-        return ["<h2>Samples</h2><p>A model of latents: no decoder is in the bundles, so there is nothing to show.</p>"]
+        return [
+            "<h2>Samples</h2><p>The model samples latents and no decoder is in the bundles, so there are no images.</p>"
+        ]
     titles = {"none": "Unguided", "cfg": "CFG", "sg": "Sparse Guidance"}
-    parts = [f"<h2>Samples</h2><p>{page.images} classes, the same seeds and token subsets in every bundle.</p>"]
+    parts = [f"<h2>Samples</h2><p>{page.images} images, with the same seeds and kept tokens in every bundle.</p>"]
     for mode in modes:
         figures = "".join(
             f'<figure><img alt="{titles[mode]}, {escape(bundle.name)}" src="{_png(bundle.samples[mode])}">'
@@ -193,7 +198,7 @@ def _samples(page: Page) -> list[str]:
 
 
 def _png(pixels: NDArray[np.uint8]) -> str:
-    """A picture inside the page."""
+    """Return a picture as a data URL."""
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

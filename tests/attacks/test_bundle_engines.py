@@ -84,13 +84,13 @@ def test_load_of_an_engine_outside_the_bundle_is_refused(
     edit(lambda content: content["engines"][-1].update(file=path))
     refused(f"{path} is not among the manifest's files")
     edit(lambda content: content["files"].update({path: content["files"][name]}))
-    refused(f"file {path!r} leads out of the bundle; do not use this bundle")
+    refused(f"file {path!r} points outside the bundle; do not use this bundle")
 
 
 def test_load_of_a_link_out_of_the_bundle_is_refused(bundle: Path, name: str, refused: Refused) -> None:
     (bundle / name).rename(bundle.parent / "one.engine")
     (bundle / name).symlink_to(bundle.parent / "one.engine")
-    refused(f"file {name!r} leads out of the bundle")
+    refused(f"file {name!r} points outside the bundle")
 
 
 NOTHING = "expected at least one profile and compute capability, found none"

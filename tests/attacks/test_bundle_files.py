@@ -98,14 +98,14 @@ def test_load_of_a_name_that_leads_out_is_refused(bundle: Path, edit: Edit, refu
     """Even where a file with the right bytes is at its end."""
     shutil.copy(bundle / WEIGHTS, bundle.parent / "weights.bin")
     edit(add_file(name))
-    refused(f"file {name!r} leads out of the bundle; do not use this bundle")
+    refused(f"file {name!r} points outside the bundle; do not use this bundle")
 
 
 def test_load_of_an_absolute_name_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
     """Even where it points into the bundle."""
     name = str(bundle / WEIGHTS)
     edit(add_file(name))
-    refused(f"file {name!r} leads out of the bundle")
+    refused(f"file {name!r} points outside the bundle")
 
 
 @pytest.mark.parametrize("name", ["", ".", "graphs", "graphs/"])
@@ -125,13 +125,13 @@ def test_load_of_a_link_out_of_the_bundle_is_refused(bundle: Path, refused: Refu
     outside = bundle.parent / "weights.bin"
     (bundle / WEIGHTS).rename(outside)
     (bundle / WEIGHTS).symlink_to(outside)
-    refused(f"file {WEIGHTS!r} leads out of the bundle")
+    refused(f"file {WEIGHTS!r} points outside the bundle")
 
 
 def test_load_of_a_folder_that_links_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
     (bundle / "graphs").rename(bundle.parent / "elsewhere")
     (bundle / "graphs").symlink_to("../elsewhere")
-    refused("leads out of the bundle")
+    refused("points outside the bundle")
 
 
 def test_load_of_a_link_to_nothing_is_refused(bundle: Path, refused: Refused) -> None:

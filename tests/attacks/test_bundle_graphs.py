@@ -155,7 +155,7 @@ def test_run_of_a_level_without_a_graph_names_the_build(bundle: Path, edit: Edit
 @pytest.mark.parametrize("bundle", ["tiny_cosine_bundle"], indirect=True)
 def test_run_of_a_schedule_that_ends_where_nothing_was_built_names_the_build(bundle: Path, edit: Edit) -> None:
     edit(lambda manifest: manifest["guidance"].update(strong_last={"sparsity": 0.75, "keep": 4}))
-    with pytest.raises(UsageError, match=r"^sparsity 0\.75 has no graph of its own in this bundle; .* 0\.75$"):
+    with pytest.raises(UsageError, match=r"^sparsity 0\.75 has no single-branch graph in this bundle; .* 0\.75$"):
         Pipeline.load(bundle).sample([0], [0], steps=4)
 
 

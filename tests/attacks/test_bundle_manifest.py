@@ -45,7 +45,7 @@ def test_load_of_a_folder_as_manifest_is_refused(bundle: Path, refused: Refused)
 )
 def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
-    refused("manifest.json: expected the manifest of a bundle, found no JSON (", "; rebuild it")
+    refused("manifest.json: expected the manifest of a bundle, found invalid JSON (", "; rebuild it")
 
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
@@ -68,7 +68,7 @@ def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> No
 
 def test_load_of_an_unknown_key_is_refused(edit: Edit, refused: Refused) -> None:
     edit(lambda content: content["model"].update(decoder="vae"))
-    refused("manifest.json: model.decoder: ", "(1 faults); rebuild it")
+    refused("manifest.json: model.decoder: ", "(errors: 1); rebuild it")
 
 
 def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> None:
@@ -96,8 +96,8 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
         (lambda c: c.update(batch=0), "batch: expected at least 1, found 0"),
         (lambda c: c.update(batch=-3), "batch: expected at least 1, found -3"),
         (lambda c: c.update(condition_rows=0), "condition_rows: expected at least 1, found 0"),
-        (lambda c: c["graphs"].pop(0), "graphs: expected one of kind condition for the main network, found none"),
-        (lambda c: c.update(graphs=[]), "graphs: expected one of kind condition for the main network, found none"),
+        (lambda c: c["graphs"].pop(0), "graphs: expected a condition graph for the main network, found none"),
+        (lambda c: c.update(graphs=[]), "graphs: expected a condition graph for the main network, found none"),
         (lambda c: c["graphs"][1].update(outputs=[]), "graph dense: outputs: expected at least one, found none"),
         (lambda c: c["graphs"][1].update(levels=[]), "graph dense: levels: expected 1 for dense, found 0"),
         (lambda c: c["graphs"][-1]["levels"].pop(), "levels: expected 2 for guided, found 1"),
@@ -121,7 +121,7 @@ def levels(**values: Any) -> Callable[[Any], object]:
     return lambda content: content["sampling"]["karras"].update(values)
 
 
-NO_LEVELS = "sampling: karras: expected noise levels for edm models alone, not for flow"
+NO_LEVELS = "sampling: karras: expected noise levels for an edm model and none for a flow model"
 INTERVAL = "interval: expected 0 <= lowest time <= highest time, found "
 LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of at least 1, found "
 
@@ -139,17 +139,17 @@ LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of
         (
             "tiny_autoguidance_bundle",
             lambda c: c.update(graphs=[g for g in c["graphs"] if g["file"] != "graphs/weak-condition.onnx"]),
-            "graphs: expected one of kind condition for the weak network, found none",
+            "graphs: expected a condition graph for the weak network, found none",
         ),
         (
             "tiny_autoguidance_bundle",
             lambda c: c["graphs"][0].update(network="weak"),
-            "graphs: expected one of kind condition for the main network, found none",
+            "graphs: expected a condition graph for the main network, found none",
         ),
         (
             "tiny_bundle",
             lambda c: c.update(weak_source=c["source"]),
-            "graphs: expected one of kind condition for the weak network, found none",
+            "graphs: expected a condition graph for the weak network, found none",
         ),
         ("tiny_bundle", lambda c: c["graphs"][1].update(network="third"), "graphs.1.network: "),
         ("tiny_bundle", ends(mode="pag"), "guidance.mode: "),

@@ -482,7 +482,7 @@ def test_checkpoint_with_a_wrong_fact_is_refused(
     [
         ({"route": "2-1"}, "expected 0 <= start <= end, both blocks included"),
         ({"route": "1-3"}, "route 1-3: expected blocks 0 to 2"),
-        ({"route": "most"}, "expected START-END, both blocks included, as 2-24"),
+        ({"route": "most"}, "expected START-END, both blocks included, such as 2-24"),
         ({"route": "0-1,2-2"}, "expected one route, found several, which are not supported"),
         ({"heads": 5}, "heads: expected a divisor of the width 32, found 5"),
         ({"heads": 0}, "heads: expected a divisor of the width 32, found 0"),

@@ -186,14 +186,14 @@ def test_collect_and_given_shards_refuse_altered_ones(again: Collect, tmp_path: 
         with pytest.raises(CalibrationError, match=f"{paths[0].name}: expected the shard .* an altered one: collect"):
             read(tmp_path)
     paths[0].unlink()
-    with pytest.raises(CalibrationError, match="found none: collect anew"):
+    with pytest.raises(CalibrationError, match="found none: collect again"):
         again(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": 1}', '{"shards": []}', "[" * 100_000, "\x00"])
 def test_collect_with_a_damaged_list_is_refused(text: str, again: Collect, tmp_path: Path) -> None:
     (tmp_path / SHARDS_FILE).write_text(text)
-    with pytest.raises(CalibrationError, match="expected the list of the shards, found something else: collect anew"):
+    with pytest.raises(CalibrationError, match="expected the list of the shards, found something else: collect again"):
         again(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_read_shard_without_seeds_and_counters_has_them(tmp_path: Path, facts: M
     ("changes", "message"),
     [
         ({"x": None}, "expected arrays x, time and label, found no x"),
-        ({"noise": np.zeros(1)}, "found noise, too"),
+        ({"noise": np.zeros(1)}, "found also noise"),
         ({"x": np.zeros((2, 3, 2, 8, 8))}, r"x: expected float32 of \(2, 3, 2, 8, 8\), found float64"),
         ({"x": np.zeros((2, 2, 2, 8, 8), np.float32)}, r"x: expected .* found float32 of \(2, 2, 2, 8, 8\)"),
         ({"x": np.full((2, 3, 2, 8, 8), np.nan, np.float32)}, "expected finite numbers, found NaN"),

@@ -154,14 +154,14 @@ def test_explain_of_a_known_key_is_a_hit(cache: EngineCache) -> None:
 
 @pytest.mark.parametrize("part", sorted(OTHERS.keys() - {"name"}))
 def test_explain_names_the_part_that_differs(cache: EngineCache, part: str) -> None:
-    assert cache.explain(replace(KEY, **{part: OTHERS[part]})) == f"miss: another {part}"
+    assert cache.explain(replace(KEY, **{part: OTHERS[part]})) == f"miss: different {part}"
 
 
 def test_explain_names_the_parts_of_the_most_similar_entry(cache: EngineCache, tmp_path: Path) -> None:
     for parts in (("weights", "graph", "workspace"), ("version", "gpu"), ("graph", "version", "gpu")):
         cache.store(replace(KEY, **{part: OTHERS[part] for part in parts}), tmp_path / "built", FIGURES)
     entry(cache, "json").unlink()
-    assert cache.explain(KEY) == "miss: another version, gpu"
+    assert cache.explain(KEY) == "miss: different version, gpu"
 
 
 def test_explain_of_another_graph_says_that_there_is_none(cache: EngineCache) -> None:
@@ -177,7 +177,7 @@ def test_explain_of_a_folder_that_is_not_there_says_that_there_is_none(tmp_path:
 def test_explain_of_an_altered_entry_says_so(cache: EngineCache, content: bytes | None) -> None:
     engine = entry(cache, "engine")
     engine.unlink() if content is None else engine.write_bytes(content)
-    assert cache.explain(KEY) == "miss: the entry was altered; it is built anew"
+    assert cache.explain(KEY) == "miss: the entry was altered; the engine is built again"
 
 
 PROCESS = """

@@ -64,7 +64,7 @@ def test_check_targets_of_a_type_that_a_gpu_has_not_names_those_that_have(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         check_targets("tensorrt_rtx", numbers, products)
-    assert str(caught.value) == message.format("give another --precision, or GPUs that have it")
+    assert str(caught.value) == message.format("give another --precision, or GPUs that support it")
     assert caught.value.exit_code == 2
 
 
@@ -74,7 +74,7 @@ def test_check_targets_of_a_gpu_without_rtx_names_other_targets(number: int) -> 
         check_targets("tensorrt_rtx", (86, number), ["fp16"])
     assert str(caught.value) == (
         f"--sm {number}: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a datacenter GPU such as H100 (90) use "
-        f"--target tensorrt there, or --target onnxruntime"
+        f"--target tensorrt on that GPU, or --target onnxruntime"
     )
 
 

@@ -167,7 +167,7 @@ def test_build_engine_of_an_unknown_operator_names_every_such_node(
         model.graph.node[2].name = ""
 
     message = refused(altered(products["fp16"], tmp_path, change), plan, output)
-    assert message.startswith(f"altered.onnx: TensorRT-RTX {VERSION} does not take it: node multiply (Surprise): ")
+    assert message.startswith(f"altered.onnx: TensorRT-RTX {VERSION} cannot parse it: node multiply (Surprise): ")
     assert "; node ? (Surprise): " in message
 
 
@@ -180,7 +180,7 @@ def test_build_engine_of_a_scatter_that_adds_names_it(plan: EngineRecipe, output
     """)
     save(graph, tmp_path / "g.onnx")
     message = refused(tmp_path / "g.onnx", replace(plan, profiles=()), output)
-    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} does not take it: node add (ScatterND): ")
+    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} cannot parse it: node add (ScatterND): ")
 
 
 def test_build_engine_of_a_graph_without_its_weights_names_them(
@@ -189,7 +189,7 @@ def test_build_engine_of_a_graph_without_its_weights_names_them(
     save(load(products["fp16"]), tmp_path / "g.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     (tmp_path / "w.bin").unlink()
     message = refused(tmp_path / "g.onnx", plan, output)
-    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} does not take it: node ? (?): ")
+    assert message.startswith(f"g.onnx: TensorRT-RTX {VERSION} cannot parse it: node ? (?): ")
     assert message.endswith("Failed to import initializer: w")
 
 

@@ -23,7 +23,7 @@ MakeModel = Callable[..., LoadedModel]
 @pytest.fixture(scope="session")
 def fixed_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model for SG at sparsities 0.25 and 0.5, its checkpoint beside it; graphs of three images."""
-    return build_once("fixed-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=(3,))
+    return build_once("fixed-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=3)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 
 def smallest(output: Path, **changes: Any) -> CompileOptions:
     """The bundle with the fewest and the most quickly traced graphs."""
-    return CompileOptions(output, guidance="none", batch=(1,), **changes)
+    return CompileOptions(output, guidance="none", batch=1, **changes)
 
 
 def content(folder: Path) -> dict[str, bytes]:

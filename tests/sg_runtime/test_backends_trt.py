@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from trt_stand_in import Library, RuntimeCache
 
 import sg_runtime.backends.trt
+from sg_export.options.engines import EngineOptions
 from sg_runtime.backends import open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices import dlpack
@@ -40,7 +41,7 @@ CLASSES, SEEDS, STEPS = [0, 1, 2, 3, None], [5, 6, 7, 8, 9], 3
 @pytest.fixture(scope="session")
 def trt_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """FP32 engines by TensorRT-RTX of the tiny model for SG at 0 and 0.5, for 1 and 2 images, and their graphs."""
-    options = {"sparsity": (0.5,), "targets": ("tensorrt-rtx",), "batch": (1, 2), "keep_onnx": True}
+    options = {"sparsity": (0.5,), "engines": EngineOptions(batch=(1, 2), keep_onnx=True)}
     return build_once("trt-bundle", tiny_checkpoint, **options)
 
 
@@ -380,7 +381,7 @@ def test_kernels_of_another_gpu_are_compiled_anew(
     with caplog.at_level(logging.INFO, "sg_runtime"):
         pipe = Pipeline.load(library.bundle.path)
     for file in files:
-        assert f"{file}: of another driver or GPU: kernels are compiled anew" in caplog.messages
+        assert f"{file}: made for another driver or GPU; kernels are compiled again" in caplog.messages
     pipe.warmup(steps=2)
     assert all(file.read_bytes().startswith(RuntimeCache.KIND) for file in files)
 
@@ -405,13 +406,13 @@ def test_engine_that_does_not_deserialise_names_it_and_the_build(library: Librar
     with pytest.raises(EngineError) as caught:
         Pipeline.load(path)
     assert str(caught.value).startswith(
-        f"{path}: {engine.file}: TensorRT-RTX cannot open it, as its messages say; build it anew: sg-export build "
+        f"{path}: {engine.file}: TensorRT-RTX cannot open it; see its log messages, then build it again: sg-export "
     )
 
 
 def test_context_that_is_not_made_names_engine_and_profile(library: Library, pipe: Pipeline) -> None:
     library.refuses.add("context")
-    with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX gives no context for prof"):
+    with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX cannot create a context"):
         sample(pipe)
 
 
@@ -423,7 +424,7 @@ def test_bind_for_another_batch_names_the_build(library: Library, pipe: Pipeline
     with pytest.raises(BundleError) as caught:
         lane.bind(graph, {"x": x}, {})
     message = str(caught.value)
-    assert "guided-16-8 has no engine of TensorRT-RTX for batches of 3; build it anew: sg-export build" in message
+    assert "guided-16-8 has no engine of TensorRT-RTX for batches of 3; build it again: sg-export build" in message
     assert "--batch 1 --batch 2 --batch 3" in message
 
 
@@ -459,7 +460,7 @@ def test_execution_that_fails_is_an_error_and_the_pipeline_goes_on(library: Libr
     expected = sample(pipe)
     library.refuses.add("execute")
     for _ in range(2):
-        with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX failed, as its own mes"):
+        with pytest.raises(EngineError, match=r"^engines/condition\.\w+\.engine: TensorRT-RTX failed; see its log"):
             sample(pipe)
     library.refuses.clear()
     for _ in range(3):
@@ -509,7 +510,7 @@ def test_sample_that_runs_out_of_memory_at_any_time_leaves_the_pipeline_usable(
 
         with monkeypatch.context() as patch:
             patch.setattr(driver, "cuMemAlloc", refuse)
-            with pytest.raises(DeviceMemoryError, match=r"^cuda:0: [\d,]+ MB do not fit into 1,07\d: .*OUT_OF_MEMORY"):
+            with pytest.raises(DeviceMemoryError, match=r"^cuda:0: .* needs [\d,]+ MB, found 1,07\d MB free: .*MEMORY"):
                 sample(pipe, 2)
         for _ in range(3):
             np.testing.assert_array_equal(sample(pipe, 2), expected)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from sg_export.cli import main
-from sg_export.graph.trace import DEFAULT_OPSET
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.pairs import choose_graphs
@@ -38,7 +38,7 @@ Asked = Callable[[str], tuple[str, CompileOptions]]
 @pytest.fixture(scope="module")
 def plain_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model without guidance at sparsities 0.25 and 0, its checkpoint beside it."""
-    options = {"strong_sparsity": (0.25, 0.0), "guidance": "none", "batch": (1,), "steps": 7}
+    options = {"strong_sparsity": (0.25, 0.0), "guidance": "none", "batch": 1, "steps": 7}
     return build_once("plain-bundle", tiny_checkpoint, **options)
 
 
@@ -97,8 +97,8 @@ def test_build_command_asks_for_the_same_sampling_types_and_batch(manifest: Mani
     assert options.precision == manifest.precision
     assert options.opset == manifest.opset
     if not manifest.engines:
-        assert options.targets == ("onnxruntime",)
-        assert options.batch == (() if manifest.batch is None else (manifest.batch,))
+        assert options.engines is None
+        assert options.batch == manifest.batch
     assert options.output == Path("out")
     assert options.force
 
@@ -106,10 +106,10 @@ def test_build_command_asks_for_the_same_sampling_types_and_batch(manifest: Mani
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_of_engines_asks_for_the_same_targets(manifest: Manifest, asked: Asked) -> None:
     _, options = asked(build_command(manifest, "out"))
-    assert options.targets == ("tensorrt-rtx",)
-    assert options.compute_capabilities == (80, 86, 89, 120, 121)
-    assert options.batch == (1,), "the 40 rows of the condition are no batch"
-    assert not options.keep_onnx
+    assert options.libraries == ("tensorrt_rtx",)
+    assert options.engines.compute_capabilities == (80, 86, 89, 120, 121)
+    assert options.engines.batch == (1,), "the 40 rows of the condition are no batch"
+    assert not options.engines.keep_onnx
 
 
 @pytest.mark.parametrize("manifest", ["plain_bundle"], indirect=True)
@@ -187,54 +187,54 @@ def test_build_command_of_several_batches_names_each_once(manifest: Manifest, as
     profiles = tuple(Profile(batch, keep) for batch in (4, 1) for keep in ((16, 8), (12, 8)))
     condition, guided = manifest.engines
     _, options = asked(build_command(replace(manifest, engines=(condition, replace(guided, profiles=profiles))), "out"))
-    assert options.batch == (1, 4)
+    assert options.engines.batch == (1, 4)
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_for_a_gpu_names_it_in_place_of_the_bundles(manifest: Manifest, asked: Asked) -> None:
     _, options = asked(build_command(manifest, "out", sm=75))
-    assert options.compute_capabilities == (75,)
-    assert options.targets == ("tensorrt-rtx",)
+    assert options.engines.compute_capabilities == (75,)
+    assert options.libraries == ("tensorrt_rtx",)
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_for_tensorrt_names_no_gpu(manifest: Manifest, asked: Asked) -> None:
     """TensorRT builds for the GPU that it runs on."""
     _, options = asked(build_command(manifest, "out", target="tensorrt", sm=90))
-    assert options.targets == ("tensorrt",)
-    assert options.compute_capabilities == ()
-    assert options.batch == (1,)
+    assert options.libraries == ("tensorrt",)
+    assert options.engines.compute_capabilities == ()
+    assert options.engines.batch == (1,)
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_of_tensorrt_engines_asks_for_these(manifest: Manifest, asked: Asked) -> None:
     _, options = asked(build_command(engines(manifest, library="tensorrt", compute_capabilities=(90,)), "out"))
-    assert options.targets == ("tensorrt",)
-    assert options.compute_capabilities == ()
+    assert options.libraries == ("tensorrt",)
+    assert options.engines.compute_capabilities == ()
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_of_both_libraries_asks_for_both(manifest: Manifest, asked: Asked) -> None:
     other = engines(manifest, library="tensorrt", compute_capabilities=(90,))
     _, options = asked(build_command(replace(manifest, engines=manifest.engines + other.engines), "out"))
-    assert options.targets == ("tensorrt", "tensorrt-rtx")
-    assert options.compute_capabilities == (80, 86, 89, 120, 121), "9.0 is TensorRT's"
+    assert options.libraries == ("tensorrt", "tensorrt_rtx")
+    assert options.engines.compute_capabilities == (80, 86, 89, 120, 121), "9.0 is TensorRT's"
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_of_engines_beside_graphs_keeps_these(manifest: Manifest, asked: Asked) -> None:
     graphs = tuple(replace(graph, file="graphs/one.onnx") for graph in manifest.graphs)
     kept = replace(manifest, graphs=graphs)
-    assert asked(build_command(kept, "out"))[1].keep_onnx
-    assert not asked(build_command(kept, "out", target="onnxruntime"))[1].keep_onnx
+    assert asked(build_command(kept, "out"))[1].has_onnx
+    assert asked(build_command(kept, "out", target="onnxruntime"))[1].engines is None
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_build_command_for_the_cpu_is_in_fp32(manifest: Manifest, asked: Asked, precision: Any) -> None:
     _, options = asked(build_command(replace(manifest, precision=precision), "out", target="onnxruntime"))
-    assert (options.targets, options.precision) == (("onnxruntime",), "fp32")
-    assert (options.batch, options.compute_capabilities) == ((), ())
+    assert (options.engines, options.precision) == (None, "fp32")
+    assert options.batch is None
 
 
 @pytest.mark.parametrize("manifest", BUNDLES, indirect=True)
@@ -257,7 +257,7 @@ def test_build_command_of_a_quantized_bundle_asks_for_the_same_type_layers_and_b
     failed = replace(manifest, quantization=replace(plan, passed=False, type="fp8", method="entropy"))
     _, options = asked(build_command(replace(failed, precision="fp16"), "out"))
     assert options.quantize is not None
-    assert (options.precision, options.quantize.type, options.quantize.rule) == ("fp16", "fp8", "entropy")
+    assert (options.precision, options.quantize.type, options.quantize.effective_method) == ("fp16", "fp8", "entropy")
     assert options.quantize.allow_quality_loss
 
 

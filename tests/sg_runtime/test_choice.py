@@ -187,7 +187,7 @@ def test_choose_backend_of_both_for_another_batch_leaves_the_engines(
     machine(ADA, providers=(CUDA, CPU_ONLY))
     choice = choose_backend(both, batch=3)
     assert choice.name == "onnxruntime-cuda"
-    assert "batch: expected 1, for which the engines have profiles, found 3" in choice.rejected[0]
+    assert "batch: expected 1 (the engines' profiles), found 3" in choice.rejected[0]
     assert "batch: expected 1" in refused(UsageError, both, batch=3, backend="tensorrt-rtx")
 
 

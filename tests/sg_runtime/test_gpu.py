@@ -10,11 +10,13 @@ import pytest
 
 from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 from sg_runtime.backends.rtx_header import RTX_TARGETS
 from sg_runtime.backends.trt_check import installed_version
 from sg_runtime.devices.cuda import CudaMemory
 from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import SgError
+from sg_runtime.manifest import ENGINE_TARGETS, EngineLibrary
 from sg_runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +47,7 @@ def memory(gpu: int) -> CudaMemory:
 @pytest.fixture(scope="module")
 def fixed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Graphs of three images, in which no node computes shapes."""
-    return compile(tiny_checkpoint, CompileOptions(tmp_path_factory.mktemp("gpu") / "fixed", (0.5,), batch=(3,))).path
+    return compile(tiny_checkpoint, CompileOptions(tmp_path_factory.mktemp("gpu") / "fixed", (0.5,), batch=3)).path
 
 
 def cuda(bundle: Path, **options: Any) -> Pipeline:
@@ -102,10 +104,13 @@ def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path
 
 def test_sample_by_an_engine_is_that_of_the_cpu(gpu: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """By TensorRT-RTX where it builds for this GPU, by TensorRT else."""
-    target: Any = "tensorrt-rtx" if gpu in RTX_TARGETS else "tensorrt"
-    if installed_version(target.replace("-", "_")) is None:
+    library: EngineLibrary = "tensorrt_rtx" if gpu in RTX_TARGETS else "tensorrt"
+    target = ENGINE_TARGETS[library]
+    if installed_version(library) is None:
         pytest.skip(f"needs {target} for a GPU of compute capability {gpu}")
-    options = CompileOptions(tmp_path / "engines", (0.5,), targets=(target,), batch=(3,), keep_onnx=True)
+    options = CompileOptions(
+        tmp_path / "engines", (0.5,), engines=EngineOptions((library,), batch=(3,), keep_onnx=True)
+    )
     bundle = compile(shutil.copy(tiny_checkpoint, tmp_path), options).path
     expected = Pipeline.load(bundle, "cpu").sample(CLASSES, SEEDS, steps=4)
     pipe = Pipeline.load(bundle, "cuda")

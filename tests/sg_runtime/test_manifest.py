@@ -305,7 +305,7 @@ def test_read_manifest_of_other_keys_names_their_place(
         read(content)
     where = f"{place}.{key}".removeprefix(".").replace("|", ".")
     assert f"manifest.json: {where}: " in str(caught.value)
-    assert str(caught.value).endswith("(1 faults); rebuild it")
+    assert str(caught.value).endswith("(errors: 1); rebuild it")
     assert not validator.is_valid(content)
 
 
@@ -434,7 +434,7 @@ def test_route_of_its_own_text_is_the_same(route: Route) -> None:
     ("text", "message"),
     [
         ("2-8,10-12", "expected one route, found several"),
-        ("8", "expected START-END, both blocks included, as 2-24"),
+        ("8", "expected START-END, both blocks included, such as 2-24"),
         ("-1-8", "expected START-END"),
         ("a-b", "expected START-END"),
         ("8-2", "expected 0 <= start <= end"),
@@ -613,7 +613,7 @@ def test_manifest_of_noise_levels_for_a_flow_or_none_for_edm_is_refused(
     model, sampling = replace(two_networks.model, prediction=prediction), Sampling("euler", 4, karras)
     with pytest.raises(UsageError) as caught:
         replace(two_networks, model=model, sampling=sampling)
-    assert str(caught.value) == "sampling: karras: expected noise levels for edm models alone, not for flow"
+    assert str(caught.value) == "sampling: karras: expected noise levels for an edm model and none for a flow model"
 
 
 def test_manifest_of_autoguidance_without_a_weak_source_is_refused(two_networks: Manifest) -> None:
@@ -627,7 +627,7 @@ def test_manifest_without_the_condition_of_a_network_is_refused(two_networks: Ma
     kept = tuple(graph for graph in two_networks.graphs if (graph.kind, graph.network) != ("condition", network))
     with pytest.raises(UsageError) as caught:
         replace(two_networks, graphs=kept)
-    assert str(caught.value) == f"graphs: expected one of kind condition for the {network} network, found none"
+    assert str(caught.value) == f"graphs: expected a condition graph for the {network} network, found none"
 
 
 @pytest.mark.parametrize("field", ["strong", "weak", "strong_last", "weak_last"])

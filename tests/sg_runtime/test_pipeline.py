@@ -312,7 +312,7 @@ def test_call_of_a_latent_model_returns_latents(tiny_cfg_sg_bundle: Path) -> Non
 
 def test_decode_of_latents_is_refused_with_the_remedy(tiny_cfg_sg_bundle: Path) -> None:
     pipe = Pipeline.load(tiny_cfg_sg_bundle)
-    with pytest.raises(UsageError, match="no decoder is in the bundle: pass decode=, or keep the latents") as caught:
+    with pytest.raises(UsageError, match="the bundle has no decoder; pass decode= or use the latents") as caught:
         pipe.decode(pipe.initial_noise([0]))
     assert str(caught.value).startswith(str(tiny_cfg_sg_bundle))
 
@@ -401,14 +401,14 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"classes": [-1]}, "class -1: expected 0 to 4"),
         (
             {"classes": ["ß"]},
-            "class 'ß': expected one of the model's class names, found none such; it has A, B, C, 0, 9",
+            "class 'ß': expected one of the model's class names, found no match; the model has A, B, C, 0, 9",
         ),
         ({"classes": ["5"]}, "class '5': expected one of the model's class names"),
         ({"classes": [1.0]}, r"class: expected a whole number, found 1\.0"),
         ({"classes": [b"A"]}, "class: expected a whole number, found b'A'"),
         ({"classes": [], "seeds": []}, "classes: expected at least one, found none"),
-        ({"seeds": [0, 1]}, "seeds: expected one per class, 1, found 2"),
-        ({"seeds": []}, "seeds: expected one per class, 1, found 0"),
+        ({"seeds": [0, 1]}, "seeds: expected 1, one per class, found 2"),
+        ({"seeds": []}, "seeds: expected 1, one per class, found 0"),
         ({"seeds": [-1]}, r"seed -1: expected 0 to 2\*\*64 - 1"),
         ({"seeds": [2**64]}, r"seed 18446744073709551616: expected 0 to 2\*\*64 - 1"),
         ({"seeds": [0.5]}, r"seed: expected a whole number, found 0\.5"),
@@ -419,7 +419,7 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"scale": float("nan")}, "scale: expected a finite float32 number, found nan"),
         ({"scale": float("-inf")}, "scale: expected a finite float32 number, found -inf"),
         ({"scale": (1.0, float("inf"))}, "scale: expected a finite float32 number, found inf"),
-        ({"churn": Churn(1.0)}, "churn: expected an edm model, found one of flow prediction"),
+        ({"churn": Churn(1.0)}, "churn: expected an edm model, found a flow model"),
     ],
 )
 def test_sample_of_a_wrong_request_is_refused_before_any_work(
@@ -439,7 +439,7 @@ def test_guidance_of_a_sparsity_not_built_names_the_build(pipe: Pipeline) -> Non
 
 
 def test_sample_of_names_where_there_are_none_says_so(tiny_cfg_sg_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r"class 'A': .* it has no class names"):
+    with pytest.raises(UsageError, match=r"class 'A': .* the model has no class names"):
         Pipeline.load(tiny_cfg_sg_bundle).sample(["A"], [0])
 
 
@@ -454,7 +454,7 @@ def test_sample_of_a_branch_without_a_graph_names_the_build(
     with pytest.raises(UsageError) as caught:
         pipe.sample([0], [0], steps=1, fused=False)
     assert str(caught.value) == (
-        "sparsity 0.5 has no graph of its own in this bundle; "
+        "sparsity 0.5 has no single-branch graph in this bundle; "
         "build it with: sg-export build tiny.safetensors --sparsity 0.5"
     )
 

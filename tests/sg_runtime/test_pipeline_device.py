@@ -124,7 +124,7 @@ def test_guided_of_another_tensor_is_refused(
 def test_guided_of_what_dlpack_does_not_hand_over_is_refused(
     pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32], change: Callable[[torch.Tensor], Any]
 ) -> None:
-    with pytest.raises(UsageError, match="expected a NumPy array, or one that DLPack can hand to the CPU, found "):
+    with pytest.raises(UsageError, match="expected a NumPy array, or one that DLPack can export to the CPU, found "):
         pipe.guided(change(torch.from_numpy(x)), plan, 0)
 
 

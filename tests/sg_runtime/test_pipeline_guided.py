@@ -113,9 +113,9 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
         ({"times": [1.0, math.inf]}, "time inf: expected a finite float32 number"),
         ({"times": [1.0, 1e39]}, r"time 1e\+39: expected a finite float32 number"),
         ({"counters": [(0, 0)]}, "counters: expected one for each of the 2 times, found 1"),
-        ({"counters": [(0, 0), (-1, 0)]}, r"counters: expected \(step, evaluation\), none below 0, found \(-1, 0\)"),
+        ({"counters": [(0, 0), (-1, 0)]}, r"counters: expected \(step, evaluation\), both at least 0, found \(-1, 0\)"),
         ({"counters": [(0, 0), (0.5, 0)]}, r"counter: expected a whole number, found 0\.5"),
-        ({"seeds": [0]}, "seeds: expected one per class, 3, found 1"),
+        ({"seeds": [0]}, "seeds: expected 3, one per class, found 1"),
         ({"classes": [0, 0, 99]}, "class 99: expected 0 to 4"),
         ({"classes": []}, "classes: expected at least one, found none"),
         ({"scale": float("nan")}, "scale: expected a finite float32 number"),
@@ -130,7 +130,7 @@ def test_prepare_of_a_wrong_request_is_refused(pipe: Pipeline, arguments: dict[s
 def test_prepare_of_an_edm_model_where_there_is_no_noise_is_refused(edm: Pipeline, time: float) -> None:
     with pytest.raises(UsageError) as caught:
         edm.prepare([1.0, time], [0], [0])
-    assert str(caught.value) == f"time {time:g}: expected a sigma above 0, as of an edm model"
+    assert str(caught.value) == f"time {time:g}: expected a sigma above 0 for an edm model"
 
 
 @pytest.mark.parametrize("time", [math.nan, math.inf, 1e200])
@@ -391,7 +391,7 @@ def test_guided_of_a_subset_for_a_branch_without_one_is_refused(
     pipe: Pipeline, x: NDArray[np.float32], name: str, mode: Any
 ) -> None:
     subset: dict[str, Any] = {name: rows(0)}
-    with pytest.raises(UsageError, match=f"^{name}: the branch keeps all 16 tokens or is not run: expected None"):
+    with pytest.raises(UsageError, match=f"^{name}: the branch keeps all 16 tokens or does not run: expected None"):
         pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=pipe.guidance(mode), **subset))
 
 
@@ -432,7 +432,7 @@ def test_guided_once_at_a_step_below_zero_is_refused(pipe: Pipeline, x: NDArray[
 def test_guided_of_an_evaluation_beyond_the_plan_is_refused(
     pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun, index: int
 ) -> None:
-    with pytest.raises(UsageError, match=f"^evaluation {index}: the prepared run has 0 to 2$"):
+    with pytest.raises(UsageError, match=f"^evaluation {index}: expected 0 to 2 in the prepared run$"):
         pipe.guided(x, plan, index)
 
 

@@ -96,7 +96,7 @@ def test_check_library_of_another_version_names_both_and_the_build(bundle: Bundl
     message = refused(lambda: check_library(bundle, "tensorrt_rtx", "1.6.0.1", [ADA]))
     file = bundle.manifest.engines[0].file
     assert message.startswith(
-        f"{bundle.path}: {file}: expected TensorRT-RTX {version}, which built it, found 1.6.0.1; build it anew: "
+        f"{bundle.path}: {file}: expected TensorRT-RTX {version}, which built it, found 1.6.0.1; build it again: "
     )
     asked = command(message)
     assert (asked["target"], asked["output"]) == (("tensorrt-rtx",), bundle.path)
@@ -161,7 +161,7 @@ def test_check_library_of_a_manifest_that_says_another_thing_than_the_file_is_re
     altered = engines(bundle, **change)
     message = refused(lambda: check_library(altered, "tensorrt_rtx", change.get("version", version), [Gpu("one", 86)]))
     assert expected in message
-    assert f"found one of {version} for (80, 86, 89, 120, 121); build it anew: " in message
+    assert f"found one of {version} for (80, 86, 89, 120, 121); build it again: " in message
     assert command(message)["target"] == ("tensorrt-rtx",)
 
 
@@ -184,14 +184,14 @@ def test_check_engines_of_a_foreign_file_in_the_engines_place_is_refused(
     foreign = replaced(bundle, tmp_path, lambda engine: content)
     message = refused(lambda: check_engines(foreign, "tensorrt_rtx"))
     assert message.startswith(f"{foreign.path}/{bundle.manifest.engines[0].file}: expected a plan of TensorRT-RTX, ")
-    assert message.endswith("build it anew")
+    assert message.endswith("build it again")
 
 
 @pytest.mark.parametrize(
     ("place", "value", "expected"),
     [
-        (slice(24, 28), bytes([1, 6, 0, 9]), "found one of 1.6.0.9 for (80, 86, 89, 120, 121); build it anew: "),
-        (slice(32, 36), struct.pack("<I", 0b100), " for (86,); build it anew: "),
+        (slice(24, 28), bytes([1, 6, 0, 9]), "found one of 1.6.0.9 for (80, 86, 89, 120, 121); build it again: "),
+        (slice(32, 36), struct.pack("<I", 0b100), " for (86,); build it again: "),
     ],
     ids=["version", "targets"],
 )
@@ -238,7 +238,7 @@ def test_load_without_a_gpu_names_those_it_is_for(engine_bundle: Path) -> None:
 
 def test_load_of_engines_for_another_batch_names_those_that_have_profiles(engine_bundle: Path) -> None:
     message = refused(lambda: Pipeline.load(engine_bundle, batch=3), UsageError)
-    assert f"{engine_bundle}: batch: expected 1, for which the engines have profiles, found 3; build it" in message
+    assert f"{engine_bundle}: batch: expected 1 (the engines' profiles), found 3; build it" in message
     assert command(message)["batch"] == (1, 3)
 
 
@@ -251,7 +251,7 @@ def test_choose_backend_of_engines_on_their_gpu_takes_their_library(bundle: Bund
 @pytest.mark.usefixtures("no_gpu")
 def test_open_backend_of_engines_for_the_cpu_looks_for_no_gpu(bundle: Bundle) -> None:
     message = refused(lambda: open_backend(bundle, "cpu"))
-    assert f"{bundle.path}: expected ONNX graphs, found engines alone, which need the GPU that they are for" in message
+    assert f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs" in message
     assert command(message)["target"] == ("onnxruntime",)
 
 
@@ -268,8 +268,7 @@ def test_open_backend_of_graphs_in_bf16_names_the_precision(tiny_bundle: Path, d
 def test_onnx_of_engines_alone_names_what_leaves_the_graphs(bundle: Bundle) -> None:
     graph = bundle.manifest.condition("main")
     expected = (
-        f"{bundle.path}: expected ONNX graphs, found engines alone; build it anew with --keep-onnx, or --target "
-        f"onnxruntime"
+        f"{bundle.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or --target onnxruntime"
     )
     assert refused(lambda: bundle.onnx(graph)) == expected
     assert refused(lambda: OrtBackend(bundle).lane().bind(graph, {}, {})) == expected

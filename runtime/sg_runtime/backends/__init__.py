@@ -1,4 +1,4 @@
-"""Backends: each runs the graphs of a bundle with one library, on one device."""
+"""Backends. Each runs the graphs of a bundle with one library on one device."""
 
 from sg_runtime.backends.base import Backend, Call, CallSequence, Lane
 from sg_runtime.backends.choice import BACKENDS, Choice, choose_backend, open_backend

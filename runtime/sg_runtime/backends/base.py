@@ -1,4 +1,4 @@
-"""What every backend is: lanes of execution, in which graphs are bound to arrays and run."""
+"""The interface of a backend: lanes of execution in which graphs are bound to arrays and run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -7,16 +7,19 @@ from sg_runtime.devices.memory import DeviceArray, Memory
 from sg_runtime.manifest import GraphFacts
 
 Call = Callable[[], None]
-"""One run of a graph over the arrays that it was bound to. On a GPU it only asks for the run."""
+"""One run of a graph over the arrays it was bound to. On a GPU the call only submits the run."""
 
 
 class Lane(Protocol):
-    """A sequence of runs, one after the other, in the order of its memory's stream. Of one thread at a time."""
+    """A serial sequence of runs, ordered by the stream of its memory.
+
+    Only one thread at a time may use a lane.
+    """
 
     memory: Memory
 
     def enter(self) -> None:
-        """Make it the lane of the calling thread. Raises DeviceError for one that was lost."""
+        """Make the lane current in the calling thread. Raises DeviceError if it was lost."""
         ...
 
     def bind(
@@ -27,23 +30,25 @@ class Lane(Protocol):
         *,
         fixed: bool = False,
     ) -> Call:
-        """A run of the graph over these arrays, which the call keeps.
+        """Bind the graph to these arrays. Return a call that runs it and keeps the arrays alive.
 
-        outputs: those that are wanted. fixed: the call is made many times, so its launch may be captured.
-        Raises EngineError where the backend cannot open the graph, now or when the call is made.
+        outputs: the requested outputs. fixed: whether the call is made many times, so that its
+        launch may be captured. Raises EngineError if the backend cannot open the graph, either now
+        or when the call is made.
         """
         ...
 
     def sequence(self, calls: Sequence[Call]) -> "CallSequence":
-        """These calls, to be made together, more than once."""
+        """Return these calls as a sequence that is played as a unit, more than once."""
         ...
 
 
 class Backend(Protocol):
-    """Runs graphs of one bundle; safe to use from several threads, in a lane each.
+    """Runner of one bundle's graphs. Several threads can use it, each in a separate lane.
 
-    name: as in `BACKENDS`. lanes: how many it can have, None for as many as one likes. batches: the image counts that
-    a run can have, None for any.
+    name: name of the backend, as in `BACKENDS`.
+    lanes: maximum number of lanes, None if unlimited.
+    batches: supported image counts of a run, None if any count is supported.
     """
 
     name: str
@@ -51,22 +56,25 @@ class Backend(Protocol):
     batches: tuple[int, ...] | None
 
     def lane(self) -> Lane:
-        """A new lane, which shares the weights of all."""
+        """Return a new lane. All lanes share the weights."""
         ...
 
     def keep(self) -> None:
-        """Leave on disk what makes the next start faster."""
+        """Write caches to disk that make the next start faster."""
         ...
 
 
 class CallSequence:
-    """Calls that are made one after the other."""
+    """Calls that are made one after another."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = tuple(calls)
 
     def play(self, done: Callable[[int], None]) -> None:
-        """Make all calls, without waiting for the device. done: called with the number of each."""
+        """Make all calls without waiting for the device.
+
+        done: called with the index of each call after that call.
+        """
         for number, call in enumerate(self.calls):
             call()
             done(number)

@@ -1,4 +1,4 @@
-"""Which backend runs a bundle here, and why none that would be faster."""
+"""Choice of the backend for a bundle on this machine, with the reasons against faster backends."""
 
 import logging
 import re
@@ -22,17 +22,24 @@ BACKENDS = (
     "onnxruntime-tensorrt-rtx",
     "onnxruntime-tensorrt",
 )
-"""All backends, those that "auto" takes first, the best first; the others build engines when they open a bundle."""
+"""All backends. The first `_AUTOMATIC`, best first, are the candidates of an automatic choice.
+
+The others build engines when they open a bundle.
+"""
 
 _AUTOMATIC = 4
 
 _LIBRARIES: dict[str, EngineLibrary] = {target: library for library, target in ENGINE_TARGETS.items()}
-"""The library of the backends that run engines."""
+"""Engine library of each backend that runs prebuilt engines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend by its name in BACKENDS, the number of its GPU, and why each one before it was not taken."""
+    """A chosen backend.
+
+    name: name of the backend, as in BACKENDS. number: number of its GPU. rejected: why each earlier
+    candidate was rejected.
+    """
 
     name: str
     number: int
@@ -45,10 +52,14 @@ class Choice:
 def choose_backend(
     bundle: Bundle, device: str = "auto", *, backend: str | None = None, batch: int | None = None
 ) -> Choice:
-    """The first of BACKENDS that can run the bundle on `device`: "auto", "cpu", "cuda" or "cuda:1".
+    """Choose the first of BACKENDS that can run the bundle on `device`.
 
-    backend: the only one to think of. batch: images that engines must have a profile for, if given. Raises UsageError
-    for another device, backend or batch; else, where none can run it, the error of the one that was meant.
+    device: "auto", "cpu", "cuda", or a numbered GPU such as "cuda:1".
+    backend: the only candidate, if given.
+    batch: number of images that the engines must have a profile for, if given.
+
+    Raises UsageError for an unknown device, backend or batch. If no backend can run the bundle,
+    raises the error of the backend it was built for.
     """
     kind, number = _parse(device)
     if backend is not None and backend not in BACKENDS:
@@ -70,7 +81,7 @@ def choose_backend(
     if backend is not None and isinstance(errors[backend], _NothingForItError):
         target = "onnxruntime" if backend.startswith("onnxruntime") else backend
         command = build_command(bundle.manifest, str(bundle.path), target=target)
-        raise BundleError(f"{bundle.path}: {backend}: {errors[backend]}; build it for that: {command}")
+        raise BundleError(f"{bundle.path}: {backend}: {errors[backend]}; build it for this backend: {command}")
     meant = [error for error in errors.values() if not isinstance(error, _NothingForItError)] or [*errors.values()]
     raise meant[0] if bundle.manifest.engines else meant[-1]
 
@@ -85,10 +96,13 @@ def open_backend(
     capture: bool = True,
     threads: int | None = None,
 ) -> Backend:
-    """The backend that `choose_backend` chooses, open.
+    """Open the backend that `choose_backend` chooses.
 
-    stream: a CUDA stream to run in, see `cuda.stream_handle`. capture: capture runs as CUDA graphs, where it can.
-    threads: of a run on the CPU; None for all cores.
+    stream: CUDA stream to run in; see `cuda.stream_handle`.
+    capture: whether runs are captured as CUDA graphs if the backend supports it.
+    threads: number of threads of a run on the CPU; None for all cores.
+
+    Raises UsageError if `stream` is given on the CPU or `threads` on a GPU.
     """
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
     if stream is not None and choice.name == "onnxruntime-cpu":
@@ -105,11 +119,14 @@ def open_backend(
 
 
 class _NothingForItError(BundleError):
-    """The bundle has nothing that this backend could run, so it is no fault of anything that it does not."""
+    """The bundle holds no files for this backend.
+
+    Not a fault of the installation, so it is reported last.
+    """
 
 
 def _parse(device: str) -> tuple[str, int]:
-    """Kind and number of a device."""
+    """Split a device name into its kind and number."""
     match = re.fullmatch(r"(auto|cpu|cuda)(?::([0-9]{1,3}))?", device)
     if match is None or (match[2] and match[1] != "cuda"):
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda, or cuda:NUMBER")
@@ -138,7 +155,7 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
     manifest = bundle.manifest
     if any(graph.file is None for graph in manifest.graphs):
         raise _NothingForItError(
-            f"{bundle.path}: expected ONNX graphs, found engines alone, which need the GPU that they are for; build "
+            f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
             f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
     provider = PROVIDERS[name].name

@@ -1,4 +1,4 @@
-"""ONNX Runtime, with the provider that is chosen; every run over arrays that are bound to it."""
+"""ONNX Runtime backend: one execution provider, with inputs and outputs bound to device arrays."""
 
 import itertools
 import logging
@@ -24,11 +24,14 @@ LOG = logging.getLogger("sg_runtime")
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """An execution provider, by ONNX Runtime's name.
+    """An execution provider.
 
-    graph_option: the option that captures runs as CUDA graphs, one for each `gpu_graph_id`; None where the provider
-    has none, or one for a single graph alone. cache_option: the folder for what it compiles. disabled_optimizers: by
-    ONNX Runtime's names.
+    name: ONNX Runtime's name of the provider.
+    options: provider options.
+    graph_option: option that captures runs as CUDA graphs, one per `gpu_graph_id`; None if the
+        provider has no such option or supports only a single graph.
+    cache_option: option for the folder of compiled files; None if there is none.
+    disabled_optimizers: ONNX Runtime's names of graph optimizers to disable.
     """
 
     name: str
@@ -42,11 +45,12 @@ PROVIDERS = {
     "onnxruntime-cpu": Provider("CPUExecutionProvider"),
     "onnxruntime-cuda": Provider(
         "CUDAExecutionProvider",
-        # TF32 would make FP32 graphs a thousand times less exact.
+        # TF32 would make FP32 graphs a thousand times less accurate.
         {"use_tf32": "0"},
         graph_option="enable_cuda_graph",
-        # It makes one Split of all slices of the modulations, in parts of several sizes: that asks for pinned memory,
-        # 8 bytes for each modulation, which the arena of DiT-XL/2 allocates during the capture, where CUDA forbids it.
+        # This optimizer fuses all slices of the modulations into one Split with parts of several
+        # sizes. That Split needs pinned memory, 8 bytes for each modulation. For DiT-XL/2 the arena
+        # allocates it during the capture, and CUDA forbids that.
         disabled_optimizers=("GatherSliceToSplitFusion",),
     ),
     "onnxruntime-tensorrt": Provider(
@@ -54,7 +58,7 @@ PROVIDERS = {
     ),
     "onnxruntime-tensorrt-rtx": Provider("NvTensorRTRTXExecutionProvider", cache_option="nv_runtime_cache_path"),
 }
-"""By the names of `BACKENDS`."""
+"""Execution provider of each ONNX Runtime backend, by the names in `BACKENDS`."""
 
 CPU = PROVIDERS["onnxruntime-cpu"]
 
@@ -63,9 +67,10 @@ _NOT_CAPTURED = "-1"
 
 
 class OrtBackend:
-    """Sessions of ONNX Runtime, one per ONNX file, opened when first run.
+    """Sessions of ONNX Runtime, one per ONNX file, opened on first use.
 
-    On a GPU all share one stream and one lane: a session runs in the stream that it was opened with.
+    On a GPU all sessions share one stream and one lane, because a session runs in the stream that
+    it was opened with.
     """
 
     def __init__(
@@ -79,9 +84,14 @@ class OrtBackend:
         threads: int | None = None,
         open_graph: "Callable[[Path], InferenceSession] | None" = None,
     ) -> None:
-        """number: of the GPU. stream: see `cuda.stream_handle`. threads: of a run on the CPU; None for all cores.
+        """Select the provider and the memory.
 
-        open_graph: in place of `open_session`, on the CPU.
+        name: name of the backend, as in `BACKENDS`.
+        number: number of the GPU.
+        stream: CUDA stream to run in; see `cuda.stream_handle`.
+        capture: whether runs are captured as CUDA graphs if the provider supports it.
+        threads: number of threads of a run on the CPU; None for all cores.
+        open_graph: replacement of `open_session` on the CPU.
         """
         require("onnxruntime")
         self.name = name
@@ -98,10 +108,10 @@ class OrtBackend:
         return OrtLane(self, self._memory, self._number)
 
     def keep(self) -> None:
-        pass  # the providers that compile anything do that themselves
+        pass  # providers that compile write their caches themselves
 
     def session(self, graph: GraphFacts) -> "InferenceSession":
-        """The session of a graph's file. Raises EngineError where ONNX Runtime does not take it."""
+        """Return the session of a graph's file. Raises EngineError if the file cannot be opened."""
         with self._lock:
             path = self._bundle.onnx(graph)
             session = self._sessions.get(path)
@@ -130,7 +140,7 @@ class OrtBackend:
 
 
 class OrtLane:
-    """Runs of the sessions of a backend, in its memory."""
+    """A lane that runs the sessions of a backend in its memory."""
 
     def __init__(self, backend: OrtBackend, memory: Any, number: int) -> None:
         self.memory: Any = memory
@@ -177,7 +187,10 @@ class OrtLane:
         return CallSequence(calls)
 
     def _run_options(self, fixed: bool) -> Any:
-        """On a GPU a run only puts its work into the stream, and is captured where its arrays stay."""
+        """Return the run options; None on the CPU.
+
+        On a GPU a run only submits its work to the stream. It is captured if its arrays are fixed.
+        """
         if self._backend.lanes is None:
             return None
         options = require("onnxruntime", "ort-gpu").RunOptions()
@@ -195,23 +208,23 @@ def open_session(
     options: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> "InferenceSession":
-    """A session over the graph at `path`, or over the model `content` with the weights beside `path`.
+    """Open a session of the graph at `path`, or of the model `content` with weights next to `path`.
 
-    threads: of a run on the CPU; None for all cores.
+    threads: number of threads of a run on the CPU; None for all cores.
 
-    Warns of nodes that the provider does not run itself. Raises EngineError where ONNX Runtime does not take the
-    graph, or cannot load the provider.
+    Warns about nodes that the provider does not run. Raises EngineError if ONNX Runtime cannot open
+    the graph or cannot load the provider.
     """
     ort = require("onnxruntime")
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors alone
+    settings.log_severity_level = 3  # log errors only
     if threads is not None:
         settings.intra_op_num_threads = threads
     if content is not None:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if provider is not CPU:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's packages
+        ort.preload_dlls()  # load CUDA and cuDNN from NVIDIA's Python packages
     try:
         session = ort.InferenceSession(
             str(path) if content is None else content,
@@ -224,7 +237,7 @@ def open_session(
     if provider.name not in session.get_providers():
         raise EngineError(
             f"{path.name}: expected ONNX Runtime to run it with {provider.name}, found {session.get_providers()}: it "
-            f"could not load that provider's libraries, as its own messages say"
+            f"could not load that provider's libraries; see its log messages"
         )
     if provider is not CPU and (strays := strays_of(session, provider.name)):
         LOG.warning(
@@ -238,9 +251,9 @@ def open_session(
 
 
 def strays_of(session: "InferenceSession", provider: str) -> list[str]:
-    """Nodes that a session runs elsewhere than in `provider`, each as "name (operator) in provider".
+    """Return the nodes that a session runs outside `provider`, as "name (operator) in provider".
 
-    The session must have been opened to record it (`session.record_ep_graph_assignment_info`).
+    The session must record the assignment (option `session.record_ep_graph_assignment_info`).
     """
     parts: Sequence[Any] = session.get_provider_graph_assignment_info()
     return [
@@ -258,7 +271,10 @@ def _cuda_memory(number: int, stream: object | None) -> Any:
 
 
 def _failed(graph: GraphFacts, error: Exception) -> SgError:
-    """ONNX Runtime's exception as one of ours; it tells a lack of memory by its text alone."""
+    """Convert ONNX Runtime's exception to an SgError.
+
+    Only its text shows whether memory did not suffice.
+    """
     text = f"{graph.file}: ONNX Runtime failed: {error}"
     lacking = ("Failed to allocate memory", "out of memory", "bad allocation", "CUBLAS_STATUS_ALLOC_FAILED")
     return DeviceMemoryError(text) if any(sign in str(error) for sign in lacking) else EngineError(text)

@@ -1,4 +1,4 @@
-"""What the first bytes of an engine say of it, readable without the library that built it, or a GPU."""
+"""Header of a TensorRT-RTX engine, read without the library that built it and without a GPU."""
 
 import struct
 from dataclasses import dataclass
@@ -9,15 +9,19 @@ from sg_runtime.errors import BundleError
 _MAGIC = b"vtrt"
 _VERSION, _TARGETS = slice(24, 28), slice(32, 36)
 RTX_TARGETS = (75, 80, 86, 89, 120, 121)
-"""GPUs that TensorRT-RTX builds for, in the order of their bits in a plan."""
+"""Compute capabilities that TensorRT-RTX can target, in the order of their bits in a plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanHeader:
-    """Version of the library and the GPUs, 86 for 8.6, that a TensorRT-RTX plan was built for.
+    """Library version and target GPUs of a TensorRT-RTX plan.
 
-    Not documented by NVIDIA: read off plans that TensorRT-RTX 1.7 built for one target each, which differ here alone
-    (and in the target's name). A bit for a GPU that is not known is left out.
+    version: version of the library that built the plan.
+    compute_capabilities: target GPUs, 86 for 8.6.
+
+    NVIDIA does not document this header. It was inferred from plans that TensorRT-RTX 1.7 built for
+    one target each. They differ only here and in the target's name. Bits of unknown GPUs are
+    ignored.
     """
 
     version: str
@@ -25,13 +29,16 @@ class PlanHeader:
 
 
 def read_rtx_header(path: Path) -> PlanHeader:
-    """The header of the TensorRT-RTX plan at `path`. Raises BundleError where it is none, or cut off."""
+    """Return the header of the TensorRT-RTX plan at `path`.
+
+    Raises BundleError if the file is not a plan or is truncated.
+    """
     with path.open("rb") as stream:
         start = stream.read(_TARGETS.stop)
     if len(start) < _TARGETS.stop or not start.startswith(_MAGIC):
         raise BundleError(
             f"{path}: expected a plan of TensorRT-RTX, found {len(start)} bytes that begin with {start[:4]!r}; "
-            f"build it anew"
+            f"build it again"
         )
     (bits,) = struct.unpack("<I", start[_TARGETS])
     targets = tuple(target for bit, target in enumerate(RTX_TARGETS) if bits >> bit & 1)

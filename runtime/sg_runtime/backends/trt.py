@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX, one path: engines of a bundle, their contexts, and CUDA graphs of their runs.
+"""TensorRT and TensorRT-RTX backend: engines, execution contexts and CUDA graphs of their runs.
 
-Never run where this was written: there was no GPU. The names used are those of the libraries' bindings, which a test
-checks.
+Both libraries share this code. It was written without a GPU and has not run on one. A test checks
+the names used here against the libraries' bindings.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ LOG = logging.getLogger("sg_runtime")
 
 
 class TrtBackend:
-    """The engines of a bundle by one library, deserialised once, whichever lane runs them."""
+    """Engines of a bundle for one library. They are deserialised once and shared by all lanes."""
 
     def __init__(
         self,
@@ -35,14 +35,21 @@ class TrtBackend:
         stream: object | None = None,
         capture: bool = True,
     ) -> None:
-        """number: of the GPU. stream: see `cuda.stream_handle`. Raises EngineError where an engine is not taken."""
+        """Deserialise the engines.
+
+        number: number of the GPU.
+        stream: CUDA stream to run in; see `cuda.stream_handle`.
+        capture: whether runs are captured as CUDA graphs.
+
+        Raises EngineError if the library cannot open an engine.
+        """
         self.name = ENGINE_TARGETS[library]
         self.lanes: int | None = None if stream is None else 1
         self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches(library)
         self.bundle, self.library, self.captures = bundle, library, capture
         self._number, self._stream = number, stream
         self._trt = import_module(library)
-        use_gpu(number)  # TensorRT loads into the GPU of the calling thread
+        use_gpu(number)  # TensorRT loads engines into the current GPU
         self._log = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._log)
         facts = [engine for engine in bundle.manifest.engines if engine.library == library]
@@ -52,34 +59,42 @@ class TrtBackend:
 
     @property
     def scratch_bytes(self) -> int:
-        """The scratch memory that any of the engines needs; a lane runs one at a time."""
+        """Scratch memory of a lane in bytes: the maximum of all engines.
+
+        A lane runs one engine at a time.
+        """
         return max(int(engine.device_memory_size_v2) for engine in self._engines.values())
 
     def lane(self) -> "TrtLane":
         return TrtLane(self, CudaMemory(self._number, self._stream))
 
     def context(self, engine: EngineFacts, profile: int, memory: CudaMemory, scratch: CudaArray) -> Any:
-        """A context for one profile over shared scratch memory, with the profile's shapes set."""
+        """Return a context for one profile with shared scratch memory and the profile's shapes set.
+
+        Raises EngineError if the library cannot create it.
+        """
         opened, config = self._engines[engine.file], self._configs[engine.file]
         with self._lock:
             context = opened.create_execution_context(config or self._user_managed)
         if context is None or not context.set_optimization_profile_async(profile, memory.stream):
-            raise EngineError(f"{engine.file}: {ENGINE_NAMES[self.library]} gives no context for profile {profile}")
+            raise EngineError(
+                f"{engine.file}: {ENGINE_NAMES[self.library]} cannot create a context for profile {profile}"
+            )
         context.set_device_memory(scratch.address, scratch.nbytes)
         for number in range(opened.num_io_tensors):
             name = opened.get_tensor_name(number)
             if opened.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
-                shape = opened.get_tensor_profile_shape(name, profile)[0]  # least, usual and greatest are the same
+                shape = opened.get_tensor_profile_shape(name, profile)[0]  # min, opt and max are equal
                 context.set_input_shape(name, tuple(shape))
         return context
 
     def keep(self) -> None:
-        """Write the kernels that TensorRT-RTX compiled for this GPU into the user's cache folder."""
+        """Write the kernels that TensorRT-RTX compiled for this GPU to the user's cache folder."""
         for file, config in self._configs.items():
             if config is None:
                 continue
             path = self._cache_file(file)
-            with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to end a run
+            with contextlib.suppress(OSError):  # a cache that cannot be written must not end a run
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = bytes(config.get_runtime_cache().serialize())
                 if not path.exists() or path.stat().st_size != len(content):
@@ -97,13 +112,16 @@ class TrtBackend:
         found = self._runtime.deserialize_cuda_engine(self.bundle.file(engine.file).read_bytes())
         if found is None:
             raise EngineError(
-                f"{self.bundle.path}: {engine.file}: {ENGINE_NAMES[self.library]} cannot open it, as its messages say; "
-                f"build it anew: {build_command(self.bundle.manifest, str(self.bundle.path))}"
+                f"{self.bundle.path}: {engine.file}: {ENGINE_NAMES[self.library]} cannot open it; see its log "
+                f"messages, then build it again: {build_command(self.bundle.manifest, str(self.bundle.path))}"
             )
         return found
 
     def _config(self, engine: EngineFacts) -> Any:
-        """How TensorRT-RTX is to run an engine, with the kernels of earlier processes; None of TensorRT."""
+        """Return TensorRT-RTX's runtime config of an engine, None for TensorRT.
+
+        It includes the kernels that earlier processes cached.
+        """
         if not hasattr(self._trt, "IRuntimeCache"):
             return None
         config = self._engines[engine.file].create_runtime_config()
@@ -111,13 +129,13 @@ class TrtBackend:
         cache, path = config.create_runtime_cache(), self._cache_file(engine.file)
         with contextlib.suppress(OSError):
             if not cache.deserialize(path.read_bytes()):
-                LOG.info("%s: of another driver or GPU: kernels are compiled anew", path)
+                LOG.info("%s: made for another driver or GPU; kernels are compiled again", path)
         config.set_runtime_cache(cache)
         return config
 
 
 class TrtLane:
-    """Contexts of a backend's engines, one per profile, over one scratch allocation and one stream."""
+    """Contexts of the engines, one per profile, with one scratch allocation and one stream."""
 
     def __init__(self, backend: TrtBackend, memory: CudaMemory) -> None:
         self.memory: Any = memory
@@ -142,13 +160,13 @@ class TrtLane:
         if found is None:
             raise BundleError(
                 f"{self._backend.bundle.path}: {graph.name} has no engine of {ENGINE_NAMES[self._backend.library]} for "
-                f"batches of {batch}; build it anew: "
+                f"batches of {batch}; build it again: "
                 f"{build_command(self._backend.bundle.manifest, str(self._backend.bundle.path), batch=batch)}"
             )
         engine, profile = found
         context = self._context(engine, profile)
         arrays: dict[str, Any] = {**inputs, **outputs}
-        for tensor in graph.outputs:  # every output must have a place, wanted or not
+        for tensor in graph.outputs:  # every output needs an address, requested or not
             if tensor.name not in arrays:
                 shape = tuple(context.get_tensor_shape(tensor.name))
                 arrays[tensor.name] = self._discard(shape, tensor.dtype)
@@ -157,9 +175,7 @@ class TrtLane:
             for name, array in arrays.items():
                 context.set_tensor_address(name, array.address)
             if not context.execute_async_v3(self.memory.stream):
-                raise EngineError(
-                    f"{engine.file}: {ENGINE_NAMES[self._backend.library]} failed, as its own messages say"
-                )
+                raise EngineError(f"{engine.file}: {ENGINE_NAMES[self._backend.library]} failed; see its log messages")
 
         return call
 
@@ -173,16 +189,16 @@ class TrtLane:
         return self._contexts[key]
 
     def _discard(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
-        """Memory for outputs that nobody reads: one for each shape."""
+        """Return memory for outputs that are not read, one allocation per shape."""
         if shape not in self._unused:
             self._unused[shape] = self.memory.empty(shape, dtype)
         return self._unused[shape]
 
 
 class CapturedSequence(CallSequence):
-    """Calls that become one CUDA graph when they are made the second time, where they can be captured.
+    """Calls that are captured as one CUDA graph on the second play, if capture is possible.
 
-    The first time TensorRT may allocate, and compile, which no graph can hold.
+    On the first play TensorRT may allocate memory and compile kernels. A graph can contain neither.
     """
 
     def __init__(self, calls: Sequence[Call], memory: CudaMemory) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: whether a bundle's engines can run here, found out before one is opened."""
+"""Check that a bundle's TensorRT or TensorRT-RTX engines can run here, before one is opened."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,7 +13,7 @@ from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary
 
 
 def installed_version(library: EngineLibrary) -> str | None:
-    """The library's version here; None where it is not installed, or cannot be loaded."""
+    """Return the installed version of the library, None if it is missing or cannot be loaded."""
     try:
         version: str = import_module(library).__version__
     except (ImportError, OSError):
@@ -22,16 +22,18 @@ def installed_version(library: EngineLibrary) -> str | None:
 
 
 def check_engines(bundle: Bundle, library: EngineLibrary, batch: int | None = None, number: int = 0) -> None:
-    """Raise unless GPU `number` can run the bundle's engines of `library`, `batch` images at a time if that is given.
+    """Raise unless GPU `number` can run the bundle's engines of `library`.
 
-    UsageError where no profile has as many images; MissingExtraError where their library is not installed; BundleError
-    for another version of it, for no GPU or another one than they were built for, and for a file that is none.
+    batch: number of images at a time, None for any. Raises UsageError if no profile has that
+    number. Raises MissingExtraError if the library is not installed. Raises BundleError if the
+    library has another version, if there is no GPU, if the engines were built for another GPU, or
+    if a file is not an engine.
     """
     sizes = bundle.manifest.engine_batches(library)
     if batch is not None and batch not in sizes:
         raise UsageError(
-            f"{bundle.path}: batch: expected {', '.join(map(str, sizes))}, for which the engines have profiles, found "
-            f"{batch}; build it anew: {build_command(bundle.manifest, str(bundle.path), batch=batch)}"
+            f"{bundle.path}: batch: expected {', '.join(map(str, sizes))} (the engines' profiles), found {batch}; "
+            f"build it again: {build_command(bundle.manifest, str(bundle.path), batch=batch)}"
         )
     version = installed_version(library)
     if version is None:
@@ -43,7 +45,7 @@ def check_engines(bundle: Bundle, library: EngineLibrary, batch: int | None = No
 
 
 def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Sequence[Gpu]) -> None:
-    """Raise BundleError unless engines of `library` can run with its `version` on the first of `gpus`."""
+    """Raise BundleError unless version `version` of `library` can run its engines on `gpus[0]`."""
     for engine in bundle.manifest.engines:
         if engine.library != library:
             continue
@@ -53,7 +55,7 @@ def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Se
         if engine.version != version:
             raise BundleError(
                 f"{where}: expected {name} {engine.version}, which built it, found {version}; "
-                f"build it anew: {build_command(bundle.manifest, str(bundle.path))}"
+                f"build it again: {build_command(bundle.manifest, str(bundle.path))}"
             )
         if not gpus:
             raise BundleError(
@@ -73,7 +75,7 @@ def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Se
 
 
 def _check_file(bundle: Bundle, engine: EngineFacts) -> None:
-    """Raise BundleError where the file says another thing than the manifest."""
+    """Raise BundleError if the header of the file contradicts the manifest."""
     if engine.library != "tensorrt_rtx":
         return
     header = read_rtx_header(bundle.file(engine.file))
@@ -81,5 +83,5 @@ def _check_file(bundle: Bundle, engine: EngineFacts) -> None:
         raise BundleError(
             f"{bundle.path}: {engine.file}: expected a plan of TensorRT-RTX {engine.version} for "
             f"{engine.compute_capabilities}, found one of {header.version} for {header.compute_capabilities}; "
-            f"build it anew: {build_command(bundle.manifest, str(bundle.path))}"
+            f"build it again: {build_command(bundle.manifest, str(bundle.path))}"
         )

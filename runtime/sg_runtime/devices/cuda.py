@@ -1,6 +1,6 @@
-"""The memory of an NVIDIA GPU and the stream of one run, by the CUDA driver.
+"""Memory of an NVIDIA GPU and the CUDA stream of a run, through the CUDA driver API.
 
-The driver's names and signatures are those of cuda-bindings, which a test checks.
+Driver functions have the names and signatures of cuda-bindings. A test checks them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,17 @@ from sg_runtime.devices.gpus import call, load_driver
 from sg_runtime.errors import DeviceMemoryError, UsageError
 
 _DEFAULT_STREAMS = (0, 1, 2)
-"""Handles of CUDA's default streams: 0 and 1 are the process's, 2 is the calling thread's."""
+"""Handles of CUDA's default streams: 0 and 1 are per process, 2 is per thread."""
 
 
 class CudaArray:
-    """A C-contiguous array on a GPU; see `memory.DeviceArray`. Speaks DLPack and the CUDA array interface."""
+    """A C-contiguous array on a GPU; see `memory.DeviceArray`.
+
+    It supports DLPack and the CUDA array interface.
+    """
 
     def __init__(self, address: int, shape: Sequence[int], dtype: DTypeLike, device: int, owner: object) -> None:
-        """owner: an object that keeps the memory while it lives."""
+        """Wrap the memory at `address`. owner: an object that keeps the memory alive."""
         self.address = address
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
@@ -31,7 +34,7 @@ class CudaArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __getitem__(self, index: int | slice) -> "CudaArray":
@@ -46,13 +49,16 @@ class CudaArray:
         return CudaArray(self.address + start * inner, shape, self.dtype, self.device, self.owner)
 
     def reshape(self, shape: Sequence[int]) -> "CudaArray":
-        """The same values in another shape of as many."""
+        """Return a view with another shape. Raises ValueError if the number of values differs."""
         if np.prod(shape, dtype=np.int64) != np.prod(self.shape, dtype=np.int64):
-            raise ValueError(f"expected a shape of as many values as {self.shape}, found {tuple(shape)}")
+            raise ValueError(f"expected a shape with the same number of values as {self.shape}, found {tuple(shape)}")
         return CudaArray(self.address, shape, self.dtype, self.device, self.owner)
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> object:
-        """A capsule; the values are there, as what makes such an array waits for them."""
+        """Export a DLPack capsule.
+
+        `stream` is ignored, because the producer of the array has waited for its values.
+        """
         return dlpack.export(self.address, self.shape, self.dtype, self.__dlpack_device__(), self.owner)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -65,27 +71,31 @@ class CudaArray:
 
 
 class CudaMemory:
-    """The memory of GPU `number`, in the order of one stream: a new one, or the caller's.
+    """Memory of GPU `number`. Work is ordered by one stream: a new one, or the caller's.
 
-    A default stream of CUDA is replaced by a new one: ONNX Runtime takes the handle 0 for "no stream given" and runs in
-    a stream of its own, and no default stream can be captured. Nothing is lost by that: DLPack orders what comes in
-    after the caller's work, and a run waits for its results.
+    A CUDA default stream is replaced by a new stream. ONNX Runtime takes the handle 0 as "no stream
+    given" and creates another stream, and default streams cannot be captured. The replacement is
+    safe: DLPack orders input arrays after the caller's work, and a run waits for its results.
     """
 
     def __init__(self, number: int = 0, stream: object | None = None) -> None:
-        """stream: its handle as an int, or an object with `__cuda_stream__` or `cuda_stream`; see `stream_handle`."""
+        """Select the GPU and the stream.
+
+        stream: a handle (int), or an object with `__cuda_stream__` or `cuda_stream`; see
+        `stream_handle`. None creates a new stream.
+        """
         self.driver = load_driver()
         self.device = f"cuda:{number}"
         self._number = number
         self._context = use_gpu(number)
-        self._given = stream  # kept: libraries destroy a stream with its object
+        self._given = stream  # keep a reference: libraries destroy a stream with its object
         self.stream = 0 if stream is None else stream_handle(stream)
         if self.stream in _DEFAULT_STREAMS:
             flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self.stream = int(call(self.driver, "cuStreamCreate", flags))
 
     def enter(self) -> None:
-        """Make this GPU the one of the calling thread."""
+        """Make this GPU current in the calling thread."""
         call(self.driver, "cuCtxSetCurrent", self._context)
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> CudaArray:
@@ -96,7 +106,7 @@ class CudaMemory:
         except DeviceMemoryError as error:
             free = self.free_bytes() / 1e6
             raise DeviceMemoryError(
-                f"{self.device}: {size / 1e6:,.0f} MB do not fit into {free:,.0f}: {error}"
+                f"{self.device}: an allocation needs {size / 1e6:,.0f} MB, found {free:,.0f} MB free: {error}"
             ) from None
         return CudaArray(allocation.address, shape, wanted, self._number, allocation)
 
@@ -131,14 +141,14 @@ class CudaMemory:
             return copy
         kind = type(array).__name__
         if not hasattr(array, "__dlpack__"):
-            raise UsageError(f"expected an array that speaks DLPack, found {kind}")
+            raise UsageError(f"expected an array that supports DLPack, found {kind}")
         device = tuple(map(int, array.__dlpack_device__()))
         if device != (dlpack.CUDA, self._number):
-            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} on DLPack's device {device}")
+            raise UsageError(f"expected a contiguous array on {self.device}, found {kind} on DLPack device {device}")
         try:
             found = dlpack.view(array, self.stream)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(f"expected an array that DLPack can hand on, found {kind} ({error})") from None
+            raise UsageError(f"expected an array that DLPack can export, found {kind} ({error})") from None
         if not found.contiguous:
             raise UsageError(f"expected a contiguous array on {self.device}, found {kind} with gaps")
         return CudaArray(found.address, found.shape, found.dtype, self._number, found.owner)
@@ -147,7 +157,7 @@ class CudaMemory:
         return int(array.address)
 
     def free_bytes(self) -> int:
-        """What the driver says is free."""
+        """Return the free memory in bytes, as reported by the driver."""
         free, _ = call(self.driver, "cuMemGetInfo")
         return int(free)
 
@@ -155,7 +165,10 @@ class CudaMemory:
         call(self.driver, "cuStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What `work` puts into the stream, as a CUDA graph: calling it puts all of that there at once."""
+        """Capture what `work` submits to the stream as a CUDA graph.
+
+        Return a function that launches the graph in the stream.
+        """
         driver = self.driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(driver, "cuStreamBeginCapture", self.stream, mode)
@@ -172,7 +185,7 @@ class CudaMemory:
 
 
 class _Allocation:
-    """Memory that is given back with its last view."""
+    """Device memory that is freed with its last reference."""
 
     def __init__(self, driver: Any, context: Any, size: int) -> None:
         self._driver, self._context = driver, context
@@ -182,12 +195,12 @@ class _Allocation:
     def __del__(self) -> None:
         if hasattr(self, "_pointer"):
             self._driver.cuCtxPushCurrent(self._context)
-            self._driver.cuMemFree(self._pointer)  # waits for the work that uses it
+            self._driver.cuMemFree(self._pointer)  # the driver waits for work that uses it
             self._driver.cuCtxPopCurrent()
 
 
 class _Captured:
-    """An executable CUDA graph, which goes with its last user."""
+    """An executable CUDA graph that is destroyed with its last reference."""
 
     def __init__(self, driver: Any, graph: Any) -> None:
         self._driver = driver
@@ -202,7 +215,7 @@ class _Captured:
 
 
 def use_gpu(number: int) -> Any:
-    """Make GPU `number` the one of the calling thread, and return its primary context."""
+    """Make GPU `number` current in the calling thread. Return its primary context."""
     driver = load_driver()
     context = call(driver, "cuDevicePrimaryCtxRetain", call(driver, "cuDeviceGet", number))
     call(driver, "cuCtxSetCurrent", context)
@@ -210,9 +223,10 @@ def use_gpu(number: int) -> Any:
 
 
 def stream_handle(stream: Any) -> int:
-    """The handle of a CUDA stream: an int, or what `__cuda_stream__` (cuda.core, CuPy) or `cuda_stream` (torch) says.
+    """Return the handle of a CUDA stream.
 
-    Raises UsageError for anything else.
+    stream: the handle (int), or an object with `__cuda_stream__` (cuda.core, CuPy) or `cuda_stream`
+    (torch). Raises UsageError for anything else.
     """
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream

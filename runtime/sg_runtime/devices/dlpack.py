@@ -1,6 +1,7 @@
-"""DLPack capsules, made from an address and read for one: arrays go from library to library without a copy.
+"""DLPack capsules: create one from an address, or read the address from one.
 
-The structures are those of DLPack before 1.0, which NumPy, PyTorch, CuPy and JAX exchange when no version is agreed on
+They pass arrays between libraries without a copy. The structures follow DLPack before 1.0. NumPy,
+PyTorch, CuPy and JAX exchange these if no version is negotiated
 (https://dmlc.github.io/dlpack/latest/c_api.html).
 """
 
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 
 CPU, CUDA = 1, 2
-"""Device types."""
+"""DLPack device types."""
 
 _KINDS = {0: "i", 1: "u", 2: "f"}
-"""NumPy's names of the type codes that it knows."""
+"""NumPy kind of each DLPack type code that NumPy supports."""
 
 
 class _Device(ctypes.Structure):
@@ -40,7 +41,15 @@ class _Tensor(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a capsule says of an array. strides: in values, None for C order. owner: keeps the memory while it lives."""
+    """Description of an array, read from a DLPack capsule.
+
+    address: address of the first value.
+    shape: shape of the array.
+    strides: strides in values, None for C order.
+    dtype: NumPy dtype of the values.
+    device: DLPack device type and device number.
+    owner: object that keeps the memory alive.
+    """
 
     address: int
     shape: tuple[int, ...]
@@ -51,7 +60,7 @@ class View:
 
     @property
     def contiguous(self) -> bool:
-        """Whether it is in C order without gaps."""
+        """Whether the array is in C order without gaps."""
         expected = [int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape))]
         return (
             self.strides is None
@@ -69,12 +78,12 @@ _address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def _tensor(capsule: object) -> _Tensor:
-    """The tensor that begins what a capsule points to."""
+    """Return the tensor at the start of the structure that a capsule points to."""
     return _Tensor.from_address(_address(capsule, b"dltensor"))
 
 
 class _Lent:
-    """Memory as NumPy wraps it, which does not look into it."""
+    """Memory that NumPy can wrap without reading it."""
 
     def __init__(self, address: int, shape: Sequence[int], dtype: np.dtype[Any], owner: object) -> None:
         self.owner = owner
@@ -82,10 +91,12 @@ class _Lent:
 
 
 def export(address: int, shape: Sequence[int], dtype: np.dtype[Any], device: tuple[int, int], owner: object) -> object:
-    """A capsule of the C-contiguous array at `address`. owner: an object that keeps its memory while it lives.
+    """Return a capsule of the C-contiguous array at `address`.
 
-    NumPy makes it, of memory that it takes for its own: a destructor in Python could not run where one is called with
-    an error on its way.
+    owner: an object that keeps the memory alive.
+
+    NumPy creates the capsule, from memory that it treats as CPU memory. A destructor written in
+    Python could not run if it is called while an exception is pending.
     """
     capsule = np.asarray(_Lent(address, shape, dtype, owner)).__dlpack__()
     _tensor(capsule).device = _Device(*device)
@@ -93,12 +104,14 @@ def export(address: int, shape: Sequence[int], dtype: np.dtype[Any], device: tup
 
 
 def view(array: Any, stream: int | None = None) -> View:
-    """What an array that speaks DLPack says of itself. stream: in whose order its values are wanted.
+    """Return the description of an array that supports DLPack.
 
-    Raises TypeError for an array that speaks none, ValueError for a type that NumPy does not know.
+    stream: stream in which its values are read, None for the default.
+
+    Raises TypeError if the array does not support DLPack, ValueError if NumPy lacks its data type.
     """
     if not hasattr(array, "__dlpack__"):
-        raise TypeError(f"expected an array that speaks DLPack, found {type(array).__name__}")
+        raise TypeError(f"expected an array that supports DLPack, found {type(array).__name__}")
     capsule = array.__dlpack__() if stream is None else array.__dlpack__(stream=stream)
     tensor = _tensor(capsule)
     code, bits = tensor.dtype.code, tensor.dtype.bits
@@ -111,5 +124,5 @@ def view(array: Any, stream: int | None = None) -> View:
         tuple(tensor.strides[:count]) if tensor.strides else None,
         np.dtype(f"{_KINDS[code]}{bits // 8}"),
         (tensor.device.type, tensor.device.number),
-        capsule,  # as long as it keeps its name, it ends the tensor when it goes
+        capsule,  # not renamed, so the capsule deletes the tensor when it is freed
     )

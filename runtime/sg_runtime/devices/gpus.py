@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, and calls of the driver, whose faults become errors of ours."""
+"""The NVIDIA GPUs of this machine, and driver calls that raise this package's errors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +9,17 @@ from sg_runtime.extras import require
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU. compute_capability: 86 for 8.6."""
+    """A GPU. compute_capability: as an integer, 86 for 8.6."""
 
     name: str
     compute_capability: int
 
 
 def load_driver() -> Any:
-    """The CUDA driver's functions, initialised.
+    """Return the CUDA driver's functions after initialising the driver.
 
-    Raises MissingExtraError where cuda-bindings is not installed, DeviceError where there is no driver or no GPU.
+    Raises MissingExtraError if cuda-bindings is not installed, DeviceError if there is no driver or
+    no GPU.
     """
     driver = require("cuda.bindings.driver")
     try:
@@ -29,9 +30,9 @@ def load_driver() -> Any:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """All GPUs, none where there is no driver.
+    """Return all GPUs, an empty tuple if there is no driver.
 
-    Raises MissingExtraError where cuda-bindings is not installed, DeviceError where the driver does not answer.
+    Raises MissingExtraError if cuda-bindings is not installed, DeviceError if the driver fails.
     """
     driver = require("cuda.bindings.driver")
     try:
@@ -54,9 +55,9 @@ def _gpu(driver: Any, index: int) -> Gpu:
 
 
 def call(driver: Any, name: str, *arguments: Any) -> Any:
-    """What the driver's function gives: nothing, one value, or a tuple.
+    """Call a function of the driver. Return None, one value, or a tuple, by its number of results.
 
-    Raises DeviceMemoryError where memory does not suffice, DeviceError for any other fault.
+    Raises DeviceMemoryError if the memory does not suffice, DeviceError for any other failure.
     """
     status, *results = getattr(driver, name)(*arguments)
     _check(name, status, driver)

@@ -1,4 +1,4 @@
-"""Where arrays live: the memory of a device, with the few operations that a run needs of it."""
+"""Memory of a device: arrays and the few operations on them that a run needs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from sg_runtime.arrays import Indices
 from sg_runtime.errors import UsageError
 
 ALIGNMENT = 256
-"""Bytes at which every tensor that an engine reads or writes begins."""
+"""Alignment in bytes of every tensor that an engine reads or writes."""
 
 
 class DeviceArray(Protocol):
-    """A C-contiguous array on some device. NumPy's arrays are those of the CPU.
+    """A C-contiguous array on a device. On the CPU it is a NumPy array.
 
-    An index or a slice with step 1 along the first axis is a view, and so is another shape. It exports itself by
-    DLPack, without a copy.
+    An index or a slice with step 1 along the first axis returns a view, and so does `reshape`.
+    DLPack exports the array without a copy.
     """
 
     @property
@@ -40,19 +40,19 @@ class DeviceArray(Protocol):
 
 
 class Memory(Protocol):
-    """The memory of one device, in the order of one stream. Nothing but `download` and `wait` waits for the device.
+    """Memory of one device. Operations run in the order of one stream.
 
-    device: "cpu", or "cuda:0".
+    Only `download` and `wait` wait for the device. device: "cpu", or a GPU such as "cuda:0".
     """
 
     device: str
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
-        """An array of unset values. Raises DeviceError where the memory does not suffice."""
+        """Return an uninitialised array. Raises DeviceError if the memory does not suffice."""
         ...
 
     def upload(self, source: NDArray[Any], target: DeviceArray) -> None:
-        """Copy from the CPU, array of the same shape and dtype."""
+        """Copy a CPU array to an array of the same shape and dtype on the device."""
         ...
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
@@ -60,40 +60,41 @@ class Memory(Protocol):
         ...
 
     def take(self, source: DeviceArray, rows: Indices, target: DeviceArray) -> None:
-        """target[b] = source[rows[b]], for source (U, M), rows (B,) on the CPU, target (B, M)."""
+        """Set target[b] = source[rows[b]]: source (U, M), rows (B,) on the CPU, target (B, M)."""
         ...
 
     def download(self, source: DeviceArray) -> NDArray[Any]:
-        """A copy on the CPU."""
+        """Return a copy on the CPU."""
         ...
 
     def hold(self, array: Any) -> DeviceArray:
-        """`array` on this device: itself, or a view by DLPack of what lies here, or a copy of what NumPy holds.
+        """Return `array` on this device.
 
-        Raises UsageError for what lies elsewhere; and on a GPU for what is not contiguous.
+        It is returned unchanged, as a zero-copy DLPack view if it is already here, or copied if it
+        is a NumPy array. Raises UsageError if it is on another device, or not contiguous on a GPU.
         """
         ...
 
     def address(self, array: DeviceArray) -> int:
-        """Where its first value lies."""
+        """Return the address of the first value."""
         ...
 
     def free_bytes(self) -> int | None:
-        """What can be allocated, None where that cannot be told."""
+        """Return the bytes that can be allocated, None if that is unknown."""
         ...
 
     def wait(self) -> None:
-        """Return when all that was asked for is done. Raises DeviceError where the device is lost."""
+        """Wait until all submitted work is done. Raises DeviceError if the device was lost."""
         ...
 
 
 class HostMemory:
-    """The memory of the CPU, in NumPy's arrays."""
+    """Memory of the CPU, as NumPy arrays."""
 
     device = "cpu"
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """An array that begins at a multiple of ALIGNMENT bytes."""
+        """Return an uninitialised array that starts at a multiple of ALIGNMENT bytes."""
         wanted = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64)) * wanted.itemsize
         raw = np.empty(count + ALIGNMENT, np.uint8)
@@ -121,7 +122,7 @@ class HostMemory:
         return int(array.ctypes.data)
 
     def free_bytes(self) -> int | None:
-        """What the system says it can still give without swapping, on Linux."""
+        """Return the bytes that Linux reports as available without swapping, None elsewhere."""
         try:
             lines = Path("/proc/meminfo").read_text().splitlines()
         except OSError:
@@ -134,18 +135,21 @@ class HostMemory:
 
 
 def from_dlpack(array: Any) -> NDArray[Any]:
-    """A NumPy view of an array of another library on the CPU. Raises UsageError for one that is none, or elsewhere."""
+    """Return a NumPy view of another library's CPU array.
+
+    Raises UsageError if it does not support DLPack, or is on another device.
+    """
     try:
         found: NDArray[Any] = np.from_dlpack(array)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"expected a NumPy array, or one that DLPack can hand to the CPU, found {type(array).__name__} ({error})"
+            f"expected a NumPy array, or one that DLPack can export to the CPU, found {type(array).__name__} ({error})"
         ) from None
     return found
 
 
 class Table:
-    """Arrays of one shape in one allocation, each at a multiple of ALIGNMENT bytes."""
+    """Arrays of one shape in one allocation. Each starts at a multiple of ALIGNMENT bytes."""
 
     def __init__(self, memory: Memory, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         kind = np.dtype(dtype)
@@ -157,7 +161,7 @@ class Table:
         return self._rows[row]
 
     def upload(self, values: Mapping[int, NDArray[Any]]) -> None:
-        """Set the arrays at these rows in one copy, and the others to zeros."""
+        """Set the arrays at these rows and zero all others, in one copy."""
         staged = np.zeros(self._whole.shape, self._whole.dtype)
         for row, value in values.items():
             staged[row, : self._size] = value.ravel()
@@ -165,5 +169,5 @@ class Table:
 
 
 def aligned(size: int) -> int:
-    """`size` bytes, rounded up to a multiple of ALIGNMENT."""
+    """Return `size` bytes, rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

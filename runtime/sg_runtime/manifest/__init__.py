@@ -1,4 +1,7 @@
-"""The manifest of a bundle: what was built, from what, and how to run it. Frozen data, read strictly."""
+"""The manifest of a bundle: its source, its content, and how to run it.
+
+All records are frozen. Reading is strict.
+"""
 
 from sg_runtime.manifest.base import (
     ENGINE_NAMES,

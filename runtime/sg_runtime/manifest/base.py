@@ -1,4 +1,4 @@
-"""What all facts share: their vocabulary, strictness, and checks of numbers."""
+"""Shared by all manifest records: literal types, strict parsing, and checks of numbers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -32,9 +32,9 @@ QuantizedType = Literal["int8", "fp8"]
 
 EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
 ENGINE_NAMES: Mapping[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-"""The libraries' names in messages."""
+"""Name of each library in messages."""
 ENGINE_TARGETS: Mapping[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-"""Their names as a target of a build and as a backend."""
+"""Name of each library as a build target and as a backend."""
 
 
 SamplerName = Literal["euler", "heun"]
@@ -44,17 +44,18 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 
 FLOAT32_MIN = 2.0**-126
-"""The smallest float32 number above 0 of full precision."""
+"""Smallest positive float32 number with full precision."""
 
 
 class Strict:
-    """Unknown keys and values of another type are errors."""
+    """Base of records that reject unknown keys and values of another type."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
 
 def check_counts(owner: object, least: int, *names: str) -> None:
+    """Raise UsageError if a named attribute of `owner` is below `least`."""
     for name in names:
         if (value := getattr(owner, name)) < least:
             raise UsageError(f"{name}: expected at least {least}, found {value}")

@@ -1,8 +1,9 @@
-"""The manifest itself: read strictly, and written. Reading needs pydantic, imported on first use.
+"""The manifest record, and functions that read and write it. Pydantic is imported on first use.
 
-`schema.json` next to this file is the same as JSON Schema. After a change here write it again:
+`schema.json` next to this file is the JSON Schema of the manifest. After a change, regenerate
+it in this folder:
 
-    python -c "import sg_runtime.manifest as m; print(m.json_schema())" > runtime/sg_runtime/manifest/schema.json
+    python -c "import sg_runtime.manifest as m; print(m.json_schema())" > schema.json
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ MANIFEST_FILE = "manifest.json"
 class Source(Strict):
     """The checkpoint a bundle was built from.
 
-    weights: which set of the file, "bare" where it has only one. reference: the name of a model that ships with
-    sg-export, else None.
+    file: name of the checkpoint file.
+    sha256: SHA-256 of the file in lower-case hex.
+    weights: set of weights in the file; "bare" if the file has only one set.
+    reference: name of the model if it ships with sg-export, else None.
     """
 
     file: str
@@ -41,13 +44,13 @@ class Source(Strict):
 
     @property
     def name(self) -> str:
-        """What a user calls it on the command line."""
+        """Name of the checkpoint on the command line."""
         return self.reference or self.file
 
 
 @dataclass(frozen=True, slots=True)
 class FileFacts(Strict):
-    """Size in bytes and SHA-256 in lower-case hex."""
+    """Size of a file in bytes, and its SHA-256 in lower-case hex."""
 
     size: int
     sha256: str
@@ -55,11 +58,24 @@ class FileFacts(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Manifest(Strict):
-    """A bundle. `batch` is the image count that the ONNX graphs are fixed to, None where it is symbolic.
+    """The manifest of a bundle.
 
-    precision: of the products of all graphs, but for those of `fp32_layers`, modules by their names in the checkpoint,
-    and for what `quantization` says.
-    weak_source: the checkpoint of the weak network, where there is one.
+    schema_version: version of the manifest schema.
+    created_by: name and version of the program that built the bundle.
+    model: facts of the network.
+    guidance: default guidance plan.
+    sampling: default sampler and steps.
+    precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
+    fp32_layers: modules that stay in FP32, by their names in the checkpoint.
+    quantization: how the graphs were quantized; None if they were not.
+    opset: ONNX opset of the graphs.
+    batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
+    condition_rows: number of rows (a time and a class each) in one launch of a condition graph.
+    graphs: all graphs.
+    engines: all engines.
+    source: checkpoint of the main network.
+    weak_source: checkpoint of the weak network; None if there is no weak network.
+    files: size and hash of each file, by its path in the bundle.
     """
 
     schema_version: Literal[4]
@@ -85,9 +101,9 @@ class Manifest(Strict):
             check_counts(self, 1, "batch")
         for network in ("main", "weak") if self.weak_source else ("main",):
             if self.graph("condition", network=network) is None:
-                raise UsageError(f"graphs: expected one of kind condition for the {network} network, found none")
+                raise UsageError(f"graphs: expected a condition graph for the {network} network, found none")
         if (self.sampling.karras is None) != (self.model.prediction == "flow"):
-            raise UsageError("sampling: karras: expected noise levels for edm models alone, not for flow")
+            raise UsageError("sampling: karras: expected noise levels for an edm model and none for a flow model")
         if self.guidance.row.weak_network == "weak" and self.weak_source is None:
             raise UsageError("weak_source: expected a checkpoint for autoguidance, found none")
         plan = self.guidance
@@ -98,13 +114,13 @@ class Manifest(Strict):
 
     @property
     def precision_name(self) -> str:
-        """What a user calls the precision, as "int8 over fp16"."""
+        """Name of the precision in messages, such as "int8 over fp16"."""
         return self.precision if self.quantization is None else f"{self.quantization.type} over {self.precision}"
 
     def graph(
         self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False
     ) -> GraphFacts | None:
-        """The graph of `kind` whose levels keep these token counts, or None."""
+        """Return the graph of `kind` with these numbers of kept tokens per level, or None."""
         wanted = (kind, keep, network, null_weak)
         for graph in self.graphs:
             kept = tuple(level.keep for level in graph.levels)
@@ -115,9 +131,9 @@ class Manifest(Strict):
     def engine(
         self, graph: GraphFacts, batch: int, library: EngineLibrary | None = None
     ) -> tuple[EngineFacts, int] | None:
-        """The engine that runs `graph` on `batch` images, and the number of its profile for that; or None.
+        """Return the engine for `graph` on `batch` images and the index of its profile, or None.
 
-        library: that it is to be of, None for any.
+        library: library of the engine; None for any.
         """
         wanted = Profile(batch, tuple(level.keep for level in graph.levels))
         for engine in self.engines:
@@ -129,13 +145,13 @@ class Manifest(Strict):
         return None
 
     def engine_batches(self, library: EngineLibrary | None = None) -> tuple[int, ...]:
-        """Image counts that the engines, all or those of a library, have profiles for."""
-        own = [engine for engine in self.engines if library in (None, engine.library)]
-        steps = [engine for engine in own if engine.kind != "condition"]
+        """Return the batch sizes in the profiles of all engines, or of one library's engines."""
+        engines = [engine for engine in self.engines if library in (None, engine.library)]
+        steps = [engine for engine in engines if engine.kind != "condition"]
         return tuple(sorted({profile.batch for engine in steps for profile in engine.profiles}))
 
     def condition(self, network: NetworkName) -> GraphFacts:
-        """The condition graph of a network. Raises UsageError where the bundle does not have it."""
+        """Return the condition graph of a network. Raises UsageError if the bundle has none."""
         graph = self.graph("condition", network=network)
         if graph is None:
             raise UsageError(
@@ -146,23 +162,24 @@ class Manifest(Strict):
 
 
 def adapter() -> "TypeAdapter[Manifest]":
-    """Pydantic's reader and writer of manifests, which also gives the JSON Schema."""
+    """Return the pydantic adapter that reads and writes manifests and gives their JSON Schema."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
 
 
 def json_schema() -> str:
-    """The JSON Schema of manifests, as indented JSON."""
+    """Return the JSON Schema of manifests as indented JSON."""
     import json
 
     return json.dumps(adapter().json_schema(), indent=1, sort_keys=True)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest strictly; one of an earlier schema is upgraded as it is read.
+    """Read a manifest strictly. A manifest of an earlier schema is upgraded.
 
-    Raises BundleError where the file is missing, is no JSON, is of another schema version, or does not fit the schema.
+    Raises BundleError if the file is missing, is not JSON, has another schema version, or does not
+    fit the schema.
     """
     import json
 
@@ -188,7 +205,7 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise BundleError(f"{path}: {where}: {first['msg']} ({error.error_count()} faults); rebuild it") from None
+        raise BundleError(f"{path}: {where}: {first['msg']} (errors: {error.error_count()}); rebuild it") from None
     except UsageError as error:
         raise BundleError(f"{path}: {error}; rebuild it") from None
 
@@ -199,4 +216,4 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else f"no JSON ({error})"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else f"invalid JSON ({error})"

@@ -1,4 +1,4 @@
-"""Facts of graphs and engines."""
+"""Facts about graphs and engines."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -12,12 +12,12 @@ from sg_runtime.manifest.model import Level
 from sg_runtime.vocabulary import is_separate
 
 _LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}
-"""Levels of a graph, by its kind."""
+"""Number of levels of a graph, by its kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts(Strict):
-    """An input or output of a graph; a symbolic dimension is its name."""
+    """An input or output of a graph. A symbolic dimension is given by its name."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -26,11 +26,12 @@ class TensorFacts(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Cost(Strict):
-    """Counted from the graph, for one image (or one row of `condition`).
+    """Cost of a graph for one image (or one row of a condition graph), counted from the graph.
 
-    linear_macs, attention_macs: multiply-adds. weight_bytes: weights as they are read, once for each operator that
-    takes them. activation_bytes: an estimate of the peak, the most that must live at once when the graph runs in
-    order without working in place.
+    linear_macs: multiply-adds of linear layers.
+    attention_macs: multiply-adds of attention.
+    weight_bytes: bytes of weights that are read. Weights count once per operator that takes them.
+    activation_bytes: estimated peak of live activations if operators run in order and not in place.
     """
 
     linear_macs: int
@@ -41,9 +42,18 @@ class Cost(Strict):
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts(Strict):
-    """One graph. `levels`: none for condition, one for dense and sparse, strong and weak for guided.
+    """A graph of the bundle.
 
-    file: its ONNX file, which graphs of other levels may share, or None where engines alone hold it.
+    name: name of the graph.
+    kind: "condition", "dense", "sparse" or "guided".
+    network: network that the graph belongs to.
+    levels: none for condition; one for dense and sparse; strong and weak for guided.
+    file: ONNX file, possibly shared by graphs of other levels; None if only engines hold the graph.
+    inputs: inputs of the graph, in order.
+    outputs: outputs of the graph, in order.
+    cost: cost of the graph.
+    parity: relative L2 distance to PyTorch on one random input, measured at build; None if no
+    backend could run the graph.
     """
 
     name: str
@@ -55,7 +65,6 @@ class GraphFacts(Strict):
     outputs: tuple[TensorFacts, ...]
     cost: Cost
     parity: float | None
-    """Relative L2 distance to PyTorch on one random input, measured at build; None where no backend could run it."""
 
     def __post_init__(self) -> None:
         if len(self.levels) != _LEVELS[self.kind]:
@@ -67,13 +76,17 @@ class GraphFacts(Strict):
 
     @property
     def null_weak(self) -> bool:
-        """Whether it is a guided graph whose weak branch has modulations, thus a condition, of its own."""
+        """Whether this is a guided graph whose weak branch has a separate condition."""
         return is_separate({tensor.name for tensor in self.inputs})
 
 
 @dataclass(frozen=True, slots=True)
 class Profile(Strict):
-    """The shapes of one optimization profile, min = opt = max: images (or rows of condition), and kept tokens."""
+    """The shapes of one optimization profile; min = opt = max.
+
+    batch: number of images (rows in an engine for condition graphs).
+    keep: number of kept tokens of each branch.
+    """
 
     batch: int
     keep: tuple[int, ...]
@@ -87,11 +100,19 @@ class Profile(Strict):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts(Strict):
-    """One engine: the graphs of a kind, network and weak condition, at the shapes of its profiles.
+    """An engine: the graphs of one kind, network and weak condition, at the shapes of its profiles.
 
-    version: of the library that built it and that alone reads it. compute_capabilities: of the GPUs that it was built
-    for, 86 for 8.6. fused_attention: kernels found in it. build_seconds, build_memory_bytes (the peak of the process
-    that built it): measured when it was built, by this build or the one that put it into the cache.
+    kind: kind of its graphs.
+    network: network of its graphs.
+    null_weak: whether the weak branch of its graphs has a separate condition.
+    file: path of the engine in the bundle.
+    library: library that built the engine.
+    version: version of the library that built the engine. No other version reads it.
+    compute_capabilities: compute capabilities of the GPUs it was built for, 86 for 8.6.
+    profiles: optimization profiles, in order.
+    fused_attention: number of fused attention kernels found in the engine; None if not countable.
+    build_seconds: build time, measured by this build or by the build that filled the cache.
+    build_memory_bytes: peak memory of the process that built the engine, measured likewise.
     """
 
     kind: GraphKind

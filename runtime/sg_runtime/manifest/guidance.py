@@ -1,4 +1,4 @@
-"""Which branches guide a run, and how it is sampled."""
+"""Guidance plans and sampling defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from sg_runtime.manifest.model import Level
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How the branches of a guidance mode differ.
+    """The difference between the branches of a guidance mode.
 
     branches: 1 if the strong branch runs alone, else 2.
-    null_weak: the weak branch has no class.
-    weak_network: the network of the weak branch.
-    weak_level: its sparsity: the same as the strong branch's, a higher one, or any.
+    null_weak: whether the weak branch has no class.
+    weak_network: network of the weak branch.
+    weak_level: sparsity of the weak branch: same as the strong branch, sparser, or any.
     """
 
     branches: int
@@ -37,12 +37,12 @@ class Mode:
 
     @property
     def separate(self) -> bool:
-        """Whether the weak branch holds modulations of its own."""
+        """Whether the weak branch has separate modulations."""
         return self.null_weak or self.weak_network == "weak"
 
     @property
     def fusible(self) -> bool:
-        """Whether one graph can hold both branches."""
+        """Whether one graph can contain both branches."""
         return self.branches == 2 and self.weak_network == "main"
 
 
@@ -53,18 +53,32 @@ MODES: Mapping[GuidanceMode, Mode] = {
     "cfg+sg": Mode(2, True, "main", "sparser"),
     "autoguidance": Mode(2, False, "weak", "any"),
 }
-"""none: the strong branch alone. cfg: classifier-free guidance. sg: Sparse Guidance (arXiv 2601.01608). cfg+sg: both.
-autoguidance: an earlier checkpoint as the weak branch (Karras et al. 2024)."""
+"""All guidance modes.
+
+none: the strong branch alone.
+cfg: classifier-free guidance.
+sg: Sparse Guidance (arXiv 2601.01608).
+cfg+sg: both.
+autoguidance: an earlier checkpoint as the weak branch (Karras et al. 2024).
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class GuidancePlan(Strict):
-    """Which two branches are combined, as weak + scale * (strong - weak); arXiv 2601.01608, eq. 7 and 8.
+    """The two branches of a run and their combination, weak + scale * (strong - weak).
 
-    mode: see `MODES`.
-    A sparsity or scale that has a `_last` changes along a cosine from the one in the first step to that in the last,
-    sparsities by way of those that were built. interval: lowest and highest time (t, or sigma of an edm model) between
-    which guidance applies; outside, the strong branch runs alone (Kynkäänniemi et al. 2024).
+    Source: arXiv 2601.01608, eq. 7 and 8. A sparsity or scale with a `_last` value changes along a
+    cosine from the first step to the last step. Sparsities take only levels that were built.
+
+    mode: guidance mode, a key of `MODES`.
+    strong: level of the strong branch in the first step.
+    weak: level of the weak branch in the first step.
+    scale: guidance scale in the first step.
+    strong_last: level of the strong branch in the last step; None if it does not change.
+    weak_last: level of the weak branch in the last step; None if it does not change.
+    scale_last: guidance scale in the last step; None if it does not change.
+    interval: lowest and highest time (t, or sigma of an edm model) at which guidance applies; None
+    for all times. Outside it the strong branch runs alone (Kynkäänniemi et al. 2024).
     """
 
     mode: GuidanceMode
@@ -108,7 +122,7 @@ class GuidancePlan(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Karras(Strict):
-    """Noise levels of an edm run: evenly spaced in sigma**(1 / rho), from the highest to the lowest, then 0."""
+    """Noise levels of an edm run: evenly spaced in sigma**(1 / rho), highest to lowest, then 0."""
 
     sigma_min: float
     sigma_max: float
@@ -124,7 +138,12 @@ class Karras(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Sampling(Strict):
-    """Defaults of a run. `karras` is None for flow models, whose times go from 1 to 0 in even steps."""
+    """Defaults of a sampling run.
+
+    sampler: name of the sampler.
+    steps: number of steps.
+    karras: noise levels of an edm model; None for flow models, whose times fall evenly from 1 to 0.
+    """
 
     sampler: SamplerName
     steps: int

@@ -1,4 +1,4 @@
-"""Facts of a network."""
+"""Facts about a network."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sg_runtime.manifest.base import Prediction, Strict, check_counts
 
 @dataclass(frozen=True, slots=True)
 class Route(Strict):
-    """Blocks `start` to `end`, both included, run on the kept tokens alone."""
+    """Blocks `start` to `end` (inclusive) that run only on the kept tokens."""
 
     start: int
     end: int
@@ -27,18 +27,22 @@ class Route(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Route":
-        """A route from "START-END". Raises UsageError for anything else, several routes included."""
+        """Parse a route "START-END". Raises UsageError for other text, including several routes."""
         if "," in text:
             raise UsageError(f"route {text!r}: expected one route, found several, which are not supported")
         match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
         if match is None:
-            raise UsageError(f"route {text!r}: expected START-END, both blocks included, as 2-24")
+            raise UsageError(f"route {text!r}: expected START-END, both blocks included, such as 2-24")
         return cls(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, slots=True)
 class Level(Strict):
-    """A sparsity as asked for, in [0, 1), and the number of tokens that the family's rounding keeps at it."""
+    """A sparsity and its number of kept tokens.
+
+    sparsity: requested sparsity, in [0, 1).
+    keep: number of kept tokens after the rounding rule of the model family.
+    """
 
     sparsity: float
     keep: int
@@ -51,21 +55,24 @@ class Level(Strict):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts(Strict):
-    """What the runtime and its user need to know of the network.
+    """The network, as far as the runtime and its user need to know it.
 
-    family: the adapter that read the checkpoint.
-    prediction: what the network predicts.
-    space: whether it samples pixels or the latents of a decoder that is not part of the bundle.
-    latent: (C, H, W) of one sample.
+    family: adapter that read the checkpoint.
+    prediction: quantity that the network predicts.
+    space: "pixel", or "latent" if samples need a decoder, which is not part of the bundle.
+    latent: shape (C, H, W) of one sample.
     patch: side of the square that one token covers.
-    tokens: N, tokens of one sample.
-    width, depth, heads: of the transformer.
-    num_classes: classes; the class index `num_classes` means "no class".
-    modulations: M, values that a step needs of time and class.
+    tokens: N, number of tokens of one sample.
+    width: width of the transformer.
+    depth: number of transformer blocks.
+    heads: number of attention heads.
+    num_classes: number of classes. The class index `num_classes` means "no class".
+    modulations: M, number of values that a step needs from time and class.
     parameters: number of all weights.
     route: blocks that run on the kept tokens; None if unknown.
-    class_names: names of the classes in order, if the checkpoint has them.
-    ends: modules at both ends of the network, which stay in FP32 in a half-precision or quantized bundle.
+    class_names: names of the classes, in order; None if the checkpoint has no names.
+    ends: modules at both ends of the network. They stay in FP32 in a half-precision or quantized
+    bundle.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""How graphs were quantized, and how good that is."""
+"""The quantization of a bundle and its measured quality."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,11 +10,16 @@ from sg_runtime.manifest.base import QuantizedType, Strict
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice(Strict):
-    """What became of a quantizable layer.
+    """The quantization of one layer.
 
-    quantized: whether it is; its activations too, unless weight_only. reason: why, as inspect shows it. sensitivity:
-    relative L2 distance of the guided prediction to FP32 where it alone is quantized, None where that was not measured.
-    bytes_saved: of its weight, where it is quantized. linear_macs: of one image and guided step.
+    name: name of the layer.
+    quantized: whether the layer is quantized.
+    weight_only: whether its activations are left as they are, so that only weights are quantized.
+    reason: reason of the choice, as shown by `sg-export inspect`.
+    sensitivity: relative L2 distance of the guided prediction to FP32 if only this layer is
+    quantized; None if not measured.
+    bytes_saved: weight bytes saved by the quantization; 0 if the layer is not quantized.
+    linear_macs: multiply-adds of the layer for one image in one guided step.
     """
 
     name: str
@@ -28,9 +33,12 @@ class LayerChoice(Strict):
 
 @dataclass(frozen=True, slots=True)
 class StratumQuality(Strict):
-    """How close the predictions at one time (t, or sigma) are to FP32: the worst over the guidances that are built.
+    """Agreement of the predictions at one time with FP32: the worst over all built guidance plans.
 
-    strong, weak: cosine of each branch. guided: relative L2 distance of the guided prediction.
+    time: t, or sigma of an edm model.
+    strong: cosine similarity of the strong branch.
+    weak: cosine similarity of the weak branch.
+    guided: relative L2 distance of the guided prediction.
     """
 
     time: float
@@ -41,7 +49,11 @@ class StratumQuality(Strict):
 
 @dataclass(frozen=True, slots=True)
 class QualityGates(Strict):
-    """What a quantized bundle must reach at every time: the least cosine of a branch, the most guided distance."""
+    """Limits that a quantized bundle must meet at every time.
+
+    cosine: minimum cosine similarity of each branch.
+    guided: maximum relative L2 distance of the guided prediction.
+    """
 
     cosine: float
     guided: float
@@ -49,13 +61,22 @@ class QualityGates(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Quantization(Strict):
-    """How the graphs were quantized, and what it did to them, as measured when they were built.
+    """The quantization of the graphs and its quality, measured when the bundle was built.
 
-    type: of the products' weights and activations. method: of the ranges; table_sha256: of the table that they are
-    from. images, evaluations: that they were seen on. runs: relative L2 distance of whole runs to FP32, at equal seeds
-    and subsets; mask_noise: that of two FP32 runs with different subsets. passed: whether the gates hold. time_ratio:
-    of a guided step to FP32's on ONNX Runtime's CPU provider, where it was built; None where that does not run it as it
-    is. remarks: what a user should know before taking it.
+    type: type of the weights and activations of quantized matmuls.
+    method: method that chose the activation ranges.
+    table_sha256: SHA-256 of the range table.
+    images: number of images from which the ranges were collected.
+    evaluations: number of evaluations from which the ranges were collected.
+    layers: choice for each quantizable layer.
+    quality: quality at each time.
+    runs: relative L2 distance of complete runs to FP32, with equal seeds and kept tokens.
+    mask_noise: relative L2 distance of two FP32 runs with different kept tokens.
+    gates: limits for `quality`.
+    passed: whether the gates hold.
+    time_ratio: time of a guided step / time of the FP32 step, on ONNX Runtime's CPU provider of the
+    build machine; None if the provider does not run the quantized graphs as they are.
+    remarks: warnings for the user of the bundle.
     """
 
     type: QuantizedType

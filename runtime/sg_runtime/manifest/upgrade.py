@@ -1,16 +1,16 @@
-"""Manifests of earlier schema versions as one of today."""
+"""Upgrade manifests of earlier schema versions to the current version."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _ENDS = ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
-"""Of all families that schema 3 knows."""
+"""Modules at both ends of the network, the same in all families of schema 3."""
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a manifest in the newest schema that its version leads to.
+    """Return the content of a manifest, upgraded to the newest schema that its version leads to.
 
-    What does not fit its own schema is left for the reader to refuse.
+    Content that does not fit its own schema is not checked here. The reader refuses it.
     """
     while type(version := content.get("schema_version")) is int and version in _UPGRADES:  # True == 1
         content = _UPGRADES[version](content)
@@ -18,7 +18,10 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_3(content: dict[str, Any]) -> dict[str, Any]:
-    """Schema 4 has the latent's shape in place of one side and the channels, and names the modules at both ends."""
+    """Upgrade from schema 3 to 4.
+
+    Schema 4 replaces image side and channels by the latent shape, and adds the end modules.
+    """
     model = content.get("model")
     if not isinstance(model, dict):
         return {**content, "schema_version": 4}

@@ -1,1 +1,1 @@
-"""One run: what is prepared, the launches of graphs, buffers, lanes, sampling."""
+"""Execution of one run: prepared inputs, graph launches, buffers, lanes, sampling."""

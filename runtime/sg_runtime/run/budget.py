@@ -1,4 +1,4 @@
-"""Memory of a run, and what fits into a budget."""
+"""Memory estimates of a run, and the largest run that fits into a budget."""
 
 import math
 from collections.abc import Callable
@@ -10,20 +10,28 @@ from sg_runtime.vocabulary import SCALARS
 
 
 def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) -> int:
-    """Bytes of a workspace and of the plan that fills it, the most that they can be."""
+    """Return an upper bound in bytes of a workspace and of the prepared run that fills it.
+
+    evaluations: number of evaluations whose conditioning is held at a time. separate: whether the
+    weak branch has modulations that differ from the strong branch's.
+    """
     model, networks = manifest.model, 1 + separate
     latents = LATENTS * aligned(batch * math.prod(model.latent) * 4)
     tables = networks * aligned(batch * model.modulations * 4)
     counts = {level.keep for graph in manifest.graphs for level in graph.levels}
     keeps = 2 * sum(aligned(batch * keep * 8) for keep in counts)
     scalars = LAUNCHES * len(SCALARS) * aligned(4)
-    runs = -(-evaluations * (batch + separate) // manifest.condition_rows)  # of `condition`, for images and "no class"
+    # Runs of the `condition` graph: a row per image, and one for "no class".
+    runs = -(-evaluations * (batch + separate) // manifest.condition_rows)
     plan = networks * runs * manifest.condition_rows * model.modulations * 4
     return latents + evaluations * (tables + keeps + scalars) + plan
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits for one number fits for all below."""
+    """Return the largest number up to `most` that fits, or 0 if none does.
+
+    If one number fits, all smaller numbers must fit.
+    """
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -34,9 +42,10 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def fitting(
     manifest: Manifest, batches: tuple[int, ...] | None, batch: int, evaluations: int, separate: bool, free: int
 ) -> str:
-    """What to ask for so that a run needs at most `free` bytes: fewer evaluations at a time, else fewer images.
+    """Return the remedy with which a run needs at most `free` bytes.
 
-    batches: the image counts that there are, None for any.
+    The remedy is fewer evaluations at a time if that suffices, otherwise fewer images. batches: the
+    supported image counts, None if any count is supported.
     """
     chunk = largest(lambda size: run_bytes(manifest, batch, size, separate) <= free, evaluations)
     if chunk:

@@ -1,4 +1,4 @@
-"""Runs the graphs of a bundle in one lane, for one evaluation."""
+"""Run the graphs of a bundle in one lane, one evaluation at a time."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,9 +15,9 @@ from sg_runtime.run.prepared import PreparedRun
 
 
 class GraphRunner:
-    """Runs the graphs of a bundle in one lane, on `batch` images at a time.
+    """Runner of a bundle's graphs in one lane, with at most `batch` images per engine run.
 
-    batches: the image counts that a run can have, None for any.
+    batches: the supported image counts of a run, None if any count is supported.
     """
 
     def __init__(self, manifest: Manifest, lane: Lane, batch: int, batches: tuple[int, ...] | None = None) -> None:
@@ -27,7 +27,10 @@ class GraphRunner:
         self.batches = batches
 
     def condition(self, network: NetworkName, t: Array, classes: Indices) -> DeviceArray:
-        """Rows of modulations (S, M) for t (S,) and classes (S,), by runs of one fixed row count."""
+        """Return modulations (S, M) for t (S,) and classes (S,).
+
+        Every run of the `condition` graph has the same fixed number of rows.
+        """
         rows, graph = self.manifest.condition_rows, self.manifest.condition(network)
         starts = range(0, len(t), rows)
         table = self.lane.memory.empty((len(starts) * rows, self.manifest.model.modulations), np.float32)
@@ -39,7 +42,10 @@ class GraphRunner:
         return found
 
     def prediction(self, x: DeviceArray, run: PreparedRun, index: int) -> DeviceArray:
-        """The guided prediction of an evaluation, by the graph that holds both branches if there is one."""
+        """Return the guided prediction of an evaluation.
+
+        Uses the fused graph of both branches if the bundle has it, otherwise one graph per branch.
+        """
         parts = launches(self.manifest, run, index, 0.0, 1.0, 0.0)
         if len(parts) == 1:
             return self._run(parts[0], x, "prediction")
@@ -47,14 +53,20 @@ class GraphRunner:
         return self._run(parts[1], x, "next", r=partial_sum)
 
     def branches(self, x: DeviceArray, run: PreparedRun, index: int) -> tuple[DeviceArray, DeviceArray]:
-        """The predictions of the strong and the weak branch, each by its own graph."""
+        """Return the predictions of the strong and weak branches, from their single-branch graphs.
+
+        Raises UsageError if the weak branch does not run in this evaluation.
+        """
         if len(run.active(index)) == 1:
             raise UsageError("branches: expected guidance with two branches, found the strong one alone")
         strong, weak = launches(self.manifest, run, index, 0.0, 1.0, 0.0, fused=False)
         return self._run(strong, x, "prediction"), self._run(weak, x, "prediction")
 
     def groups(self, images: int) -> Iterator[Indices]:
-        """Image indices of each engine run, all of one length; the last image fills up the last group."""
+        """Split the images into groups of equal size, one per engine run.
+
+        The last group is padded with the last image. Yields the image indices of each group.
+        """
         rows = wanted = min(self.batch, images)
         if self.batches is not None:
             rows = min((size for size in self.batches if size >= wanted), default=max(self.batches))
@@ -62,7 +74,7 @@ class GraphRunner:
             yield np.minimum(np.arange(start, start + rows), images - 1)
 
     def _run(self, launch: Launch, x: DeviceArray, output: str, r: DeviceArray | None = None) -> DeviceArray:
-        """The output of a launch for all images of x, in groups."""
+        """Return the output of a launch for all images of x, computed group by group."""
         memory = self.lane.memory
         result = memory.empty(x.shape, np.float32)
         for group in self.groups(x.shape[0]):
@@ -74,7 +86,7 @@ class GraphRunner:
         return result
 
     def feeds(self, launch: Launch, x: DeviceArray, r: DeviceArray, group: Indices) -> dict[str, DeviceArray]:
-        """All inputs of a launch for the images `group` of x and r (B, C, H, W)."""
+        """Return all inputs of a launch for the images `group` of x and r (B, C, H, W)."""
         memory = self.lane.memory
         feeds: dict[str, Any] = dict(launch.scalars(self.manifest.model.prediction))
         feeds |= {"x": self._rows(x, group), "r": self._rows(r, group)}
@@ -87,7 +99,7 @@ class GraphRunner:
         return feeds
 
     def _rows(self, array: DeviceArray, group: Indices) -> DeviceArray:
-        """The images of a group: a view, but for a group that was filled up."""
+        """Return the images of a group: a copy if the group was padded, otherwise a view."""
         if int(group[-1]) - int(group[0]) + 1 == len(group):
             view: DeviceArray = array[int(group[0]) : int(group[-1]) + 1]
             return view
@@ -100,5 +112,5 @@ class GraphRunner:
 def run_once(
     lane: Lane, graph: GraphFacts, feeds: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
 ) -> None:
-    """Run a graph into `outputs`. feeds: arrays on the lane's device, or NumPy's."""
+    """Run a graph once into `outputs`. feeds: arrays on the lane's device, or NumPy arrays."""
     lane.bind(graph, {name: lane.memory.hold(value) for name, value in feeds.items()}, outputs)()

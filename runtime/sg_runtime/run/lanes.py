@@ -1,4 +1,7 @@
-"""The lanes of a backend, shared by threads: each has one to itself for a run, with the buffers of the runs before."""
+"""A pool of lanes, shared by threads.
+
+A thread leases one for a run and reuses the buffers that earlier runs left in it.
+"""
 
 import threading
 from collections import OrderedDict
@@ -12,11 +15,11 @@ from sg_runtime.run.budget import fitting, run_bytes
 from sg_runtime.run.workspace import Workspace
 
 WORKSPACES = 2
-"""Most workspaces that an idle lane keeps."""
+"""Maximum number of workspaces that a lane keeps."""
 
 
 class LanePool:
-    """Lanes, made as they are needed, as many as the backend can have."""
+    """Pool of lanes, created on demand up to the maximum number of the backend."""
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self._manifest, self._backend = manifest, backend
@@ -27,9 +30,10 @@ class LanePool:
 
     @contextmanager
     def lease(self) -> Iterator["LaneState"]:
-        """A lane that no other thread has; waits where the backend can have no more.
+        """Lease a lane to the calling thread alone; wait if all lanes of the backend are leased.
 
-        After an error it starts afresh. Raises DeviceError from then on where the device did not live through it.
+        After an error the lane's buffers are dropped. If the device itself was lost, this lease and
+        all later ones raise DeviceError.
         """
         if self._places is not None:
             self._places.acquire()
@@ -43,7 +47,7 @@ class LanePool:
             try:
                 yield leased
             except UsageError:
-                raise  # before any work
+                raise  # raised before any work: the buffers are intact
             except BaseException as error:
                 leased.release()
                 self._check_device(leased.lane, error)
@@ -56,25 +60,25 @@ class LanePool:
                 self._places.release()
 
     def release(self) -> None:
-        """Give back the buffers of all idle lanes."""
+        """Free the buffers of all idle lanes."""
         with self._lock:
             for leased in self._idle:
                 leased.release()
 
     def _check_device(self, lane: Lane, cause: BaseException) -> None:
-        """Raise DeviceError, now and for every later lease, where the device no longer answers."""
+        """Raise DeviceError, now and in every later lease, if the device no longer responds."""
         try:
             lane.memory.wait()
         except DeviceError as error:
             self._lost = (
                 f"{lane.memory.device}: the device was lost and this pipeline with it: start the process again "
-                f"({error}; it came after: {cause})"
+                f"({error}; the error before it: {cause})"
             )
             raise DeviceError(self._lost) from cause
 
 
 class LaneState:
-    """A lane and its workspaces, the last that were used."""
+    """A lane and its most recently used workspaces."""
 
     def __init__(self, manifest: Manifest, lane: Lane, batches: tuple[int, ...] | None) -> None:
         self.lane = lane
@@ -82,9 +86,9 @@ class LaneState:
         self._workspaces: OrderedDict[tuple[int, int, bool], Workspace] = OrderedDict()
 
     def workspace(self, batch: int, evaluations: int, separate: bool) -> Workspace:
-        """The workspace of these sizes.
+        """Return the workspace of these sizes; create it if the lane does not have it.
 
-        Raises DeviceMemoryError where what it needs is not free, with what would fit.
+        Raises DeviceMemoryError if the free memory does not suffice. The message says what fits.
         """
         key = (batch, evaluations, separate)
         if key not in self._workspaces:
@@ -105,5 +109,5 @@ class LaneState:
         return self._workspaces[key]
 
     def release(self) -> None:
-        """Give back all buffers."""
+        """Free all buffers."""
         self._workspaces.clear()

@@ -1,4 +1,7 @@
-"""The runs of graphs that make up one evaluation: both branches in one graph, or each in a graph of its own."""
+"""The graph launches of one evaluation.
+
+Both branches run in one fused graph, or each runs in a single-branch graph.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from sg_runtime.vocabulary import BRANCHES, INPUTS
 class Held:
     """Rows of a table on the device: input[b] = values[rows[b]].
 
-    table: name of the table that a workspace keeps them in. values: (U, M) float32. rows: (B,) int64.
+    table: name of the workspace table for the rows. values: (U, M) float32. rows: (B,) int64.
     """
 
     table: str
@@ -37,14 +40,14 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One run of a graph, for next = a * x + b * D + e * r with its prediction D.
+    """One run of a graph: next = a * x + b * D + e * r with the graph's prediction D.
 
     graph: the graph.
-    inputs: its inputs that branches give, by name.
-    time: t, or sigma of an edm model.
+    inputs: the inputs that belong to a branch, by name.
+    time: t of a flow model, sigma of an edm model.
     a, b, e: coefficients of the update.
-    scale: the guidance scale of a graph that combines two branches.
-    adds: r is the output of the launch before, not the state at the step's start.
+    scale: the guidance scale of a fused graph, None for a single-branch graph.
+    adds: whether r is the output of the previous launch instead of the state at the step's start.
     """
 
     graph: GraphFacts
@@ -57,22 +60,23 @@ class Launch:
     adds: bool = False
 
     def scalars(self, prediction: Prediction) -> dict[str, NDArray[np.float32]]:
-        """All inputs of rank 0; infinite if float32 is too small for one."""
+        """Return all inputs of rank 0. A value that overflows float32 becomes infinite."""
         scaling = precondition(prediction, self.time)
         values = {"c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
         values |= {"a": self.a, "b": self.b, "e": self.e}
         values |= {} if self.scale is None else {"scale": self.scale}
-        with np.errstate(over="ignore"):  # the check of the samples reports it
+        with np.errstate(over="ignore"):  # check_finite reports it in the samples
             return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
 def launches(
     manifest: Manifest, run: PreparedRun, index: int, a: float, b: float, e: float, *, fused: bool = True
 ) -> tuple[Launch, ...]:
-    """The launches that give next = a x + b D + e r with the guided prediction D of evaluation `index`.
+    """Return the launches for next = a x + b D + e r of evaluation `index`.
 
-    If no graph holds both branches, two launches share out the sum: a x + b ω D_strong + e r, then that plus
-    b (1 - ω) D_weak. fused=False always does so. Raises UsageError if the bundle lacks a graph.
+    D is the guided prediction. If the bundle has no fused graph of both branches, two launches
+    compute the sum: the first gives a x + b ω D_strong + e r, the second adds b (1 - ω) D_weak.
+    fused=False always uses two launches. Raises UsageError if the bundle lacks a graph.
     """
     scale, time = run.scales[index], run.times[index]
     branches = run.active(index)
@@ -96,7 +100,7 @@ def _single(
     e: float,
     adds: bool = False,
 ) -> Launch:
-    """The launch of one branch by its own graph."""
+    """Return the launch of one branch. Raises UsageError if it has no single-branch graph."""
     level, keep = branch.levels[index], branch.keep[index]
     assert level is not None
     graph = manifest.graph("dense" if keep is None else "sparse", level.keep, network=branch.network)
@@ -104,14 +108,14 @@ def _single(
         how = " --weak-checkpoint PATH" * (branch.network == "weak")
         option = "--strong-sparsity" if branch is run.strong else "--sparsity"
         raise UsageError(
-            f"sparsity {level.sparsity:g} has no graph of its own in this bundle; "
+            f"sparsity {level.sparsity:g} has no single-branch graph in this bundle; "
             f"build it with: sg-export build {manifest.source.name}{how} {option} {level.sparsity:g}"
         )
     return Launch(graph, _inputs(graph, run, (branch,), index), run.times[index], a, b, e, adds=adds)
 
 
 def _guided_graph(manifest: Manifest, run: PreparedRun, index: int) -> GraphFacts | None:
-    """The graph that holds both branches of an evaluation, if there is one."""
+    """Return the fused graph of both branches of an evaluation, None if the bundle has none."""
     row = run.guidance.row
     if not row.fusible:
         return None
@@ -122,7 +126,7 @@ def _guided_graph(manifest: Manifest, run: PreparedRun, index: int) -> GraphFact
 def _inputs(
     graph: GraphFacts, run: PreparedRun, branches: tuple[PreparedBranch, ...], index: int
 ) -> dict[str, Held | Kept]:
-    """The inputs of a graph that its branches give in an evaluation, by name."""
+    """Return the inputs of a graph that belong to its branches in an evaluation, by name."""
     found: dict[str, Held | Kept] = {}
     for tensor in graph.inputs:
         facts = INPUTS.get(tensor.name)

@@ -1,4 +1,7 @@
-"""What the evaluations of a run need besides the latent: conditioning and kept tokens, computed before the loop."""
+"""Inputs of a run's evaluations other than the latent: conditioning and kept tokens.
+
+Both are computed before the sampling loop.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +29,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A table of distinct rows, and the row of each image.
+    """A table of distinct rows and the row index of each image.
 
-    values: (E, U, M) float32 on the device, U rows per evaluation. rows: (B,) int64, each image's row.
+    values: (E, U, M) float32 on the device, U rows per evaluation.
+    rows: (B,) int64, row of each image.
     """
 
     values: DeviceArray
@@ -39,10 +43,11 @@ class Rows:
 class PreparedBranch:
     """One branch in E evaluations of B images.
 
-    network: the network that it runs.
-    held: what it holds, by the names in `vocabulary.HELD`.
-    levels: its sparsity in each evaluation, None if it does not run there.
-    keep: (B, K) int64 sorted in each evaluation, None if it keeps all tokens or does not run.
+    network: network that the branch runs.
+    held: conditioning of the branch, by the names in `vocabulary.HELD`.
+    levels: sparsity in each evaluation, None in evaluations without this branch.
+    keep: kept tokens in each evaluation, (B, K) int64, sorted; None if the branch keeps all tokens
+        or does not run.
     """
 
     network: NetworkName
@@ -53,10 +58,10 @@ class PreparedBranch:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """All that E evaluations of B images need besides the latent.
+    """All inputs of E evaluations of B images other than the latent.
 
-    guidance: what guides the run.
-    times: t, or sigma of an edm model.
+    guidance: guidance of the run.
+    times: t of each evaluation, or sigma for an edm model.
     scales: the guidance scale of each evaluation.
     branches: the strong branch, and the weak one if the guidance has one.
     """
@@ -78,11 +83,11 @@ class PreparedRun:
 
     @property
     def images(self) -> int:
-        """B."""
+        """Number of images B."""
         return len(next(iter(self.strong.held.values())).rows)
 
     def active(self, index: int) -> tuple[PreparedBranch, ...]:
-        """The branches that run in an evaluation."""
+        """Return the branches that run in an evaluation."""
         return tuple(branch for branch in self.branches if branch.levels[index] is not None)
 
 
@@ -94,9 +99,10 @@ def prepare(
     batch: Batch,
     last_step: int | None = None,
 ) -> PreparedRun:
-    """Compute the conditioning and the kept tokens of the evaluations of `updates` for the images of `batch`.
+    """Compute the conditioning and kept tokens of a run.
 
-    last_step: the step where sparsities and scales that change end, by default the last of these.
+    updates: updates of the evaluations to prepare. batch: images of the run.
+    last_step: step at which sparsity and scale schedules end; default: the last step of `updates`.
     """
     model = manifest.model
     row = guidance.row
@@ -133,7 +139,7 @@ def prepare(
 
 
 def _kept_tokens(tokens: int, keep: int, seeds: Sequence[int], update: Update, branch: int) -> Indices | None:
-    """Each image's kept tokens (B, K) in an evaluation, or None for all tokens."""
+    """Return the kept tokens (B, K) of each image in an evaluation, None if all tokens are kept."""
     if keep == tokens:
         return None
     at = {"step": update.step, "evaluation": update.evaluation, "branch": branch}

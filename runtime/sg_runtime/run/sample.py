@@ -1,4 +1,7 @@
-"""Whole runs: from noise to samples, the conditioning computed piece by piece as memory allows."""
+"""Complete runs from noise to samples.
+
+The conditioning is computed in chunks of evaluations, as memory allows.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +21,19 @@ from sg_runtime.run.prepared import Batch, prepare
 from sg_runtime.sampling import Update
 
 CHUNK_BYTES = 256 << 20
-"""What the conditioning that is held at a time may take where no number of evaluations is given."""
+"""Memory budget in bytes of a chunk of evaluations if `Run.chunk` is None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How to sample: guidance, the updates from the time `start` on, and what `Pipeline` was told.
+    """Parameters of a sampling run.
 
-    chunk: evaluations whose conditioning is held at a time, None for what CHUNK_BYTES hold.
+    guidance: guidance of the run.
+    start: time at which the run starts; the initial noise is multiplied by it.
+    updates: updates from `start` on.
+    fused: whether a fused graph of both branches is used if the bundle has it.
+    chunk: number of evaluations whose conditioning is held at a time; None for the largest number
+        that fits into CHUNK_BYTES.
     """
 
     guidance: GuidancePlan
@@ -44,9 +52,10 @@ def sample_group(
     seeds: Sequence[int],
     done: Callable[[], None],
 ) -> DeviceArray:
-    """Sample one engine batch into a buffer that the next run writes into.
+    """Sample one engine batch. Return a buffer that the next run overwrites.
 
-    done: called when an evaluation has been asked for. Raises DeviceMemoryError with what would fit.
+    done: called after each evaluation is submitted. Raises DeviceMemoryError if the memory does not
+    suffice; the message names the remedy.
     """
     separate = run.guidance.row.separate
     batch = Batch(labels, seeds)
@@ -58,7 +67,7 @@ def sample_group(
             part = run.updates[first : first + size]
             prepared = prepare(manifest, runner.condition, run.guidance, part, batch, last_step=run.updates[-1].step)
             workspace.advance(prepared, part, done, lambda step: noise(manifest, seeds, philox.CHURN, step), run.fused)
-            del prepared  # before the next one is made
+            del prepared  # free it before the next one is computed
     except DeviceMemoryError as error:
         smaller = [size for size in runner.batches or (len(labels) // 2,) if 0 < size < len(labels)]
         remedy = f"try Pipeline.load(…, batch={max(smaller)})" if smaller else "free some memory"
@@ -67,13 +76,13 @@ def sample_group(
 
 
 def noise(manifest: Manifest, seeds: Sequence[int], purpose: int, step: int = 0) -> Array:
-    """Standard normal numbers like the state of one image for each seed, (B, C, H, W) float32."""
+    """Return standard normal noise in the shape of the state, (B, C, H, W) float32, by seed."""
     shape = manifest.model.latent
     return np.stack([philox.normal(seed, purpose, shape, step=step) for seed in seeds])
 
 
 def check_finite(samples: Array, bundle: Bundle, backend: str) -> None:
-    """Raise NonFiniteError where a sample is no number."""
+    """Raise NonFiniteError if a sample has NaN or infinite values."""
     bad = [image for image, sample in enumerate(samples) if not np.isfinite(sample).all()]
     if bad:
         precision = bundle.manifest.precision_name
@@ -81,12 +90,12 @@ def check_finite(samples: Array, bundle: Bundle, backend: str) -> None:
         raise NonFiniteError(
             f"{bundle.path}: {backend} in {precision}: expected finite samples, found NaN or infinity in {len(bad)} of "
             f"{len(samples)} (images {', '.join(map(str, bad[:8]))}{', …' * (len(bad) > 8)}); {remedy}, or find the "
-            f"cause by sg-export verify"
+            f"cause with sg-export verify"
         )
 
 
 def _chunk(manifest: Manifest, run: Run, batch: int, separate: bool) -> int:
-    """Evaluations whose conditioning is held at a time."""
+    """Return the number of evaluations whose conditioning is held at a time."""
     if run.chunk is not None:
         return min(run.chunk, len(run.updates))
     return largest(lambda size: run_bytes(manifest, batch, size, separate) <= CHUNK_BYTES, len(run.updates)) or 1

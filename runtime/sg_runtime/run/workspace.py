@@ -1,4 +1,4 @@
-"""A run that stays on its device: tables of all that its evaluations need, and launches bound to them."""
+"""Device buffers of a run: tables with the inputs of all evaluations, and bound launches."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,27 +15,28 @@ from sg_runtime.sampling import Update
 from sg_runtime.vocabulary import SCALARS
 
 Noise = Callable[[int], Array]
-"""step → standard normal numbers like the state."""
+"""step → standard normal noise in the shape of the state."""
 
 Key = tuple[object, ...]
-"""What a launch is bound to: its graph, its place in the tables, and the states that it reads and writes."""
+"""Identity of a bound launch: graph, tables, table rows, latent buffers it reads and writes."""
 
 LATENTS = 4
-"""Latent buffers: current state, state at the start of the step, partial sum of a two-graph step, output."""
+"""Number of latent buffers: state, state at the step's start, partial sum of two graphs, output."""
 
 LAUNCHES = 2
-"""Most launches in one evaluation."""
+"""Maximum number of launches in one evaluation."""
 
 
 class Workspace:
-    """Buffers at fixed addresses for runs of `batch` images with the conditioning of `evaluations` of them at a time.
+    """Buffers at fixed addresses for runs of `batch` images.
 
-    Each evaluation has its own row in the tables, and each graph run writes the buffer that the next one reads.
-    Addresses never change, so a launch is bound once and replayed in every later run.
+    They hold the conditioning of `evaluations` evaluations at a time. Each evaluation has one
+    row in the tables. Each graph run writes the buffer that the next one reads. Addresses never
+    change, so a launch is bound once and replayed in every later run.
     """
 
     def __init__(self, lane: Lane, manifest: Manifest, batch: int, evaluations: int) -> None:
-        """Raises DeviceMemoryError if the memory does not suffice."""
+        """Allocate the buffers. Raises DeviceMemoryError if the memory does not suffice."""
         latent = (batch, *manifest.model.latent)
         self._lane, self._manifest, self._evaluations = lane, manifest, evaluations
         self._latents: list[DeviceArray] = [lane.memory.empty(latent, np.float32) for _ in range(LATENTS)]
@@ -46,17 +47,17 @@ class Workspace:
         self._state = self._start = 0
 
     def start(self, x: Array) -> None:
-        """Begin a run at the state x (B, C, H, W)."""
+        """Start a run from the state x (B, C, H, W)."""
         self._state = self._start = 0
         self._lane.memory.upload(x, self._latents[0])
 
     def advance(
         self, run: PreparedRun, updates: Sequence[Update], done: Callable[[], None], noise: Noise, fused: bool = True
     ) -> None:
-        """Take the state along `updates`, one for each evaluation of `run`, without waiting for the device.
+        """Advance the state by `updates`, one per evaluation of `run`; do not wait for the device.
 
-        done: called when an evaluation has been submitted. The state comes to the CPU only where an update adds noise.
-        Raises DeviceMemoryError if the memory does not suffice.
+        done: called after each evaluation is submitted. The state is copied to the CPU only if an
+        update adds noise. Raises DeviceMemoryError if the memory does not suffice.
         """
         evaluations = [
             launches(self._manifest, run, index, update.a, update.b, update.e, fused=fused)
@@ -91,11 +92,14 @@ class Workspace:
 
     @property
     def state(self) -> DeviceArray:
-        """The state (B, C, H, W) that the run has come to."""
+        """Current state (B, C, H, W) of the run."""
         return self._latents[self._state]
 
     def _fill(self, evaluations: Sequence[Sequence[Launch]]) -> None:
-        """Set the tables: held rows are gathered on the device, all else takes one upload per table."""
+        """Fill the tables.
+
+        Conditioning rows are gathered on the device. All other inputs take one upload per table.
+        """
         uploads: dict[str, dict[int, NDArray[np.int64]]] = {}
         gathered: dict[tuple[str, int], Held] = {}
         scalars: dict[int, NDArray[np.float32]] = {}
@@ -116,13 +120,13 @@ class Workspace:
         self._scalars.upload(scalars)
 
     def _table(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Table:
-        """The table of this name, with a row of `shape` for each evaluation."""
+        """Return the table of this name. A new one gets a row of `shape` per evaluation."""
         if name not in self._tables:
             self._tables[name] = Table(self._lane.memory, self._evaluations, shape, dtype)
         return self._tables[name]
 
     def _bound(self, launch: Launch, index: int, number: int, r: int, target: int) -> Key:
-        """The key of the launch over the buffers; it is bound when first met."""
+        """Return the key of the launch over these buffers; bind the launch on its first use."""
         tables = tuple(source.table for source in launch.inputs.values())
         key = (launch.graph.name, tables, index, number, self._state, r, target)
         if key not in self._calls:
@@ -136,7 +140,7 @@ class Workspace:
         return key
 
     def _sequence(self, keys: tuple[Key, ...]) -> CallSequence:
-        """The calls of these keys."""
+        """Return the call sequence of these keys; create it on its first use."""
         if keys not in self._sequences:
             self._sequences[keys] = self._lane.sequence([self._calls[key] for key in keys])
         return self._sequences[keys]

@@ -13,6 +13,7 @@ import tensorrt_rtx
 
 from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 
 RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9", "--sparsity", 0.5)
 VERSION = tensorrt_rtx.__version__
@@ -98,9 +99,7 @@ def engines(quick_checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPa
         tmp_path_factory.mktemp("bundles") / "engines",
         (0.5,),
         precision="fp16",
-        targets=("tensorrt-rtx",),
-        compute_capabilities=(89,),
-        cache=cache,
+        engines=EngineOptions(compute_capabilities=(89,), cache=cache),
     )
     return compile(quick_checkpoint, options).path
 
@@ -139,5 +138,5 @@ def test_generate_and_verify_of_engines_alone_end_with_6(
 ) -> None:
     message = refused(6, "generate", engines, "--count", 1, "-o", tmp_path / "grid.png")
     assert "expected a GPU of compute capability 89, found none" in message
-    assert "expected ONNX graphs, found engines alone; build it anew with --keep-onnx" in refused(6, "verify", engines)
+    assert "expected ONNX graphs, found only engines; rebuild it with --keep-onnx" in refused(6, "verify", engines)
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
         assert refused(2, *build, *words) == f"{words[0]}: only with --precision int8 or fp8, found fp32"
     unused = ("--calibration", tiny_ranges, "--calib-samples", 4)
     assert refused(2, *build, "--precision", "int8", *unused).startswith(
-        "--calib-samples: only where ranges are measur"
+        "--calib-samples: only if ranges are measured"
     )
     for gate in ("inf", "nan"):
         assert refused(2, *build, "--precision", "int8", "--gate-guided", gate).startswith("gates: expected a cosine ")
@@ -89,7 +89,7 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     assert refused(2, *build, "--precision", "int8", *both).startswith("--like and --exclude: expected one of them")
     near = refused(2, *build, "--precision", "int8", *LEAST, "--exclude", "blocks.0.mlp.fc")
     assert "near: blocks.0.mlp.fc" in near
-    assert "found those of another" in refused(6, *build, "--precision", "int8", "--calibration", tiny_ranges)
+    assert "found ranges of model" in refused(6, *build, "--precision", "int8", "--calibration", tiny_ranges)
     assert not (tmp_path / "out").exists()
 
 
@@ -133,7 +133,7 @@ def test_verify_of_a_quantized_bundle_compares_branches_at_every_time(
             assert rows.count((pair, output)) == 25
     runs = [row for row in parity["comparisons"] if row["output"] == "samples"]
     assert len(runs) == 2
-    assert all("other subsets: " in row["subject"] and row["passed"] for row in runs)
+    assert all("other kept tokens: " in row["subject"] and row["passed"] for row in runs)
     lines = [line.split() for line in result.stdout.splitlines()]
     strata = [words for words in lines if words[-1:] == ["pass"] and words[-2].endswith("%") and len(words) == 5]
     assert len(strata) == 50, "25 times of each pair"

@@ -169,7 +169,7 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
         (["--class", "62"], "class 62: expected 0 to 61"),
         (["--class", "-1"], "class -1: expected 0 to 61"),
         (["--class", "1000000000000"], "class '1000000000000': expected one of the model's class names"),
-        (["--class", "²"], "class '²': expected one of the model's class names, found none such; it has A, B, C"),
+        (["--class", "²"], "class '²': expected one of the model's class names, found no match; the model has A, B, C"),
         (["--class", "--5"], "class '--5': expected one of the model's class names"),
         (["--class", ""], "class '': expected one of the model's class names"),
         (["--steps", "0"], "0 is not in the range x>=1"),
@@ -191,7 +191,7 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
         (["--scale", "3:nan"], "scale: expected a finite float32 number, found nan"),
         (["--scale", "3:"], "'3:': expected a number, or two as FIRST:LAST"),
         (["--interval", "0.9", "0.1"], "interval: expected 0 <= lowest time <= highest time, found 0.9 to 0.1"),
-        (["--churn", "1"], "churn: expected an edm model, found one of flow prediction"),
+        (["--churn", "1"], "churn: expected an edm model, found a flow model"),
     ],
     ids=" ".join,
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sg_export.cost.count import count_cost
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.bundle import Bundle

@@ -14,9 +14,10 @@ from sg_calibration.qdq import Kind
 from sg_export.cost.count import count_cost, layer_macs
 from sg_export.graph.check import check_types
 from sg_export.graph.half import HALF, fp32_layers, half_attentions, to_half
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.products import belongs, weight_of, weighted_products
 from sg_export.graph.spec import GraphSpec, keep_sizes
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import ENDS, DiT, DiTConfig

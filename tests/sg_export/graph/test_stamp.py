@@ -7,8 +7,9 @@ from dataclasses import replace
 import onnx_ir as ir
 import pytest
 
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.loading import LoadedModel
 from sg_export.models import maskdit
 from sg_export.models.dit import DiT, DiTConfig

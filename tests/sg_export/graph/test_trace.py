@@ -18,8 +18,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sg_export.graph.check import check_graph
 from sg_export.graph.module import GraphModule, example
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel, load_model
 from sg_runtime.manifest import Level

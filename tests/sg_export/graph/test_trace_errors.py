@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import DEFAULT_OPSET, attention, trace
+from sg_export.graph.trace import attention, trace
 from sg_export.loading import LoadedModel, load_model
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError

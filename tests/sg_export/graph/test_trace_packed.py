@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sg_export.graph.module import example
+from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs
-from sg_export.graph.trace import DEFAULT_OPSET, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig

@@ -19,7 +19,7 @@ def test_compile_options_of_another_opset_raise(opset: int, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": (0,)}, "batch: expected at least 1, found 0"),
+        ({"batch": 0}, "batch: expected at least 1, found 0"),
         ({"steps": -3}, "steps: expected at least 1, found -3"),
         ({"strong_sparsity": ()}, "strong_sparsity: expected at least one, found none"),
         ({"guidance": "cfg", "sparsity": (0.5,)}, "sparsity: cfg guidance has no sparser branch: give strong_sparsity"),

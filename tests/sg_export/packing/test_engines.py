@@ -14,6 +14,7 @@ import tensorrt_rtx
 from sg_export.compiler import compile
 from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 from sg_export.packing import engines
 from sg_export.packing.engines import check_libraries, count_fused_attention
 from sg_runtime.backends.rtx_header import read_rtx_header
@@ -21,8 +22,6 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import Gpu
 from sg_runtime.errors import EngineError, ExportError, MissingExtraError, UsageError
 from sg_runtime.manifest import EngineFacts, Precision, Profile
-
-RTX: dict[str, Any] = {"targets": ("tensorrt-rtx",)}
 
 
 def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
@@ -38,8 +37,8 @@ def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
 ) -> None:
     # Every kind of GPU is built for in FP16 alone, which takes half a minute.
     gpus = () if precision == "fp16" else (89,)
-    settings = {"precision": precision, "batch": (1, 4), "compute_capabilities": gpus, **RTX}
-    options = CompileOptions(tmp_path / "out", (0.5, 0.9), **settings)
+    engine_options = EngineOptions(batch=(1, 4), compute_capabilities=gpus)
+    options = CompileOptions(tmp_path / "out", (0.5, 0.9), precision=precision, engines=engine_options)
     bundle = compile("glyphs", options)
     assert bundle == Bundle.open(bundle.path)
     assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", "engines"}
@@ -84,9 +83,11 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 def build(quick_checkpoint: Path, tmp_path: Path) -> Build:
     """Builds FP16 engines of the quick model, whose only block is the route, for SM 8.9."""
 
-    def build(output: str = "out", **changes: Any) -> Bundle:
-        settings = {"sparsity": (0.5,), "precision": "fp16", "compute_capabilities": (89,), **RTX, **changes}
-        return compile(quick_checkpoint, CompileOptions(tmp_path / output, **settings))
+    def build(output: str = "out", guidance: dict[str, Any] | None = None, **changes: Any) -> Bundle:
+        settings = {"sparsity": (0.5,)} if guidance is None else guidance
+        engine_options = EngineOptions(**{"compute_capabilities": (89,), **changes})
+        options = CompileOptions(tmp_path / output, **settings, precision="fp16", engines=engine_options)
+        return compile(quick_checkpoint, options)
 
     return build
 
@@ -109,12 +110,12 @@ GUIDED = {"condition", "guided-16-K"}
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, GUIDED),
-        ({"strong_sparsity": (0.0, 0.25)}, {*GUIDED, "guided-K-K"}),
-        ({"guidance": "cfg+sg"}, {"condition", "guided-16-K-null"}),
-        ({"guidance": "cfg", "sparsity": ()}, {"condition", "guided-16-16-null"}),
-        ({"guidance": "none", "sparsity": ()}, {"condition", "dense"}),
-        ({"interval": (0.2, 0.8)}, {*GUIDED, "dense", "sparse-K"}),
+        ({"sparsity": (0.5,)}, GUIDED),
+        ({"sparsity": (0.5,), "strong_sparsity": (0.0, 0.25)}, {*GUIDED, "guided-K-K"}),
+        ({"sparsity": (0.5,), "guidance": "cfg+sg"}, {"condition", "guided-16-K-null"}),
+        ({"guidance": "cfg"}, {"condition", "guided-16-16-null"}),
+        ({"guidance": "none"}, {"condition", "dense"}),
+        ({"sparsity": (0.5,), "interval": (0.2, 0.8)}, {*GUIDED, "dense", "sparse-K"}),
         ({"weak_checkpoint": True}, {"condition", "dense", "weak-condition", "weak-sparse-K"}),
     ],
     ids=["sg", "two strong", "cfg+sg", "cfg", "none", "interval", "autoguidance"],
@@ -123,8 +124,11 @@ def test_compile_builds_engines_of_what_the_plan_uses(
     changes: dict[str, Any], names: set[str], build: Build, quick: Any, tmp_path: Path
 ) -> None:
     if "weak_checkpoint" in changes:
-        changes = {"weak_checkpoint": quick.save(tmp_path / "weak.safetensors", quick.state(seed=2))}
-    bundle = build(**changes)
+        changes = {
+            "sparsity": (0.5,),
+            "weak_checkpoint": quick.save(tmp_path / "weak.safetensors", quick.state(seed=2)),
+        }
+    bundle = build(guidance=changes)
     assert engines_of(bundle).keys() == names
     for graph in bundle.manifest.graphs:
         assert bundle.manifest.engine(graph, 40 if graph.kind == "condition" else 1) is not None, graph.name
@@ -163,7 +167,7 @@ def test_compile_with_another_batch_says_what_differs(
     build(cache=tmp_path / "cache")
     caplog.set_level(logging.INFO, logger="sg_export")
     build("again", cache=tmp_path / "cache", batch=(2,), workspace=1 << 28)
-    assert told(caplog) == ["miss: another workspace", "miss: another profiles, workspace"]
+    assert told(caplog) == ["miss: different workspace", "miss: different profiles, workspace"]
 
 
 def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
@@ -214,7 +218,9 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
         ExportError, match=r"values that fp16 holds, found larger ones from blocks.0.mlp.fc1/(MatMul|Add) on"
     ):
         compile(path, CompileOptions(tmp_path / "out", (0.5,), precision="fp16"))
-    assert compile(path, CompileOptions(tmp_path / "out", (0.5,), precision="bf16", keep_onnx=True, **RTX))
+    assert compile(
+        path, CompileOptions(tmp_path / "out", (0.5,), precision="bf16", engines=EngineOptions(keep_onnx=True))
+    )
 
 
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,15 +243,13 @@ def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ()}, "target: expected at least one, found none"),
-        ({"targets": ("openvino",)}, "target: expected one of onnxruntime, tensorrt, tensorrt-rtx, found 'openvino'"),
         ({"precision": "fp8"}, "precision: expected one of fp32, fp16, bf16, found 'fp8'"),
         (
-            {"targets": ("tensorrt",), "compute_capabilities": (90,)},
+            {"engines": EngineOptions(("tensorrt",), compute_capabilities=(90,))},
             "--sm 90: TensorRT builds for the GPU that it runs",
         ),
-        ({"batch": (0,), **RTX}, "batch: expected at least 1, found 0"),
-        ({"precision": "bf16", "targets": ("onnxruntime", "tensorrt-rtx")}, "precision bf16: ONNX Runtime's CPU"),
+        ({"batch": 2, "engines": EngineOptions()}, "batch: expected none next to engines, which have image counts"),
+        ({"precision": "bf16"}, "precision bf16: ONNX Runtime's CPU"),
     ],
     ids=str,
 )
@@ -254,9 +258,23 @@ def test_options_that_no_target_serves_are_refused(settings: dict[str, Any], mes
         CompileOptions(tmp_path / "out", **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"libraries": ()}, "engines: expected at least one library and one image count, found none"),
+        ({"batch": ()}, "engines: expected at least one library and one image count, found none"),
+        ({"batch": (1, 0)}, "batch: expected at least 1, found 0"),
+    ],
+    ids=str,
+)
+def test_engine_options_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EngineOptions(**settings)
+
+
 @pytest.mark.slow
 def test_compile_for_both_targets_has_graphs_for_one_and_engines_for_the_other(build: Build) -> None:
-    bundle = build(targets=("onnxruntime", "tensorrt-rtx"), guidance="none", sparsity=())
+    bundle = build(guidance={"guidance": "none"}, keep_onnx=True)
     assert engines_of(bundle).keys() == {"condition", "dense"}
     assert all(graph.file is not None for graph in bundle.manifest.graphs)
     assert json.loads((bundle.path / "manifest.json").read_text())["batch"] is None

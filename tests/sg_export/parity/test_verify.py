@@ -128,7 +128,7 @@ def test_verify_of_every_mode_passes_in_graphs_and_runs(
 
 
 def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = compile(quick_checkpoint, CompileOptions(tmp_path / "out", guidance="none", batch=(1,))).path
+    bundle = compile(quick_checkpoint, CompileOptions(tmp_path / "out", guidance="none", batch=1)).path
     parity = verify(bundle, quick_checkpoint, times=(0.5,))
     assert parity.passed
     assert runs(parity) == ["none 0"]
@@ -139,7 +139,7 @@ def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, 
 def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> None:
     one_block = replace(tiny_masked, config=replace(tiny_masked.config, depth=1))
     checkpoint = one_block.save(tmp_path / "masked.safetensors")
-    options = CompileOptions(tmp_path / "out", (0.5,), (0.25,), guidance="cfg+sg", batch=(1,))
+    options = CompileOptions(tmp_path / "out", (0.5,), (0.25,), guidance="cfg+sg", batch=1)
     parity = verify(compile(checkpoint, options).path, times=(0.5,))
     assert parity.passed, [comparison for comparison in parity.comparisons if not comparison.passed]
     assert runs(parity) == ["cfg+sg 0.25/0.5", "none 0.25"]

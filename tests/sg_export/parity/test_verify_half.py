@@ -15,6 +15,7 @@ from sg_export.compiler import compile
 from sg_export.graph.emulate import emulated
 from sg_export.graph.overflow import first_overflow
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 from sg_export.parity.verify import PARITY_GATES, verify
 from sg_runtime.backends.ort import open_session
 from sg_runtime.bundle import Bundle
@@ -30,7 +31,7 @@ HALVES: list[HalfPrecision] = ["fp16", "bf16"]
 @pytest.fixture(scope="module", params=HALVES)
 def half_bundle(request: pytest.FixtureRequest, build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
     """The tiny model with graphs and engines in half precision, its checkpoint beside it."""
-    options = {"sparsity": (0.5,), "precision": request.param, "targets": ("tensorrt-rtx",), "keep_onnx": True}
+    options = {"sparsity": (0.5,), "precision": request.param, "engines": EngineOptions(keep_onnx=True)}
     return build_once(f"tiny-{request.param}-bundle", tiny_checkpoint, **options)
 
 
@@ -63,9 +64,7 @@ def test_pipeline_runs_fp16_on_the_cpu_and_refuses_bf16(half_bundle: Path) -> No
 
 
 def test_verify_of_an_overflow_names_the_first_operator(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = compile(
-        tiny_checkpoint, CompileOptions(tmp_path / "out", guidance="none", precision="fp16", batch=(2,))
-    ).path
+    bundle = compile(tiny_checkpoint, CompileOptions(tmp_path / "out", guidance="none", precision="fp16", batch=2)).path
     shutil.copy(tiny_checkpoint, tmp_path)
     path = bundle / "graphs/dense.onnx"
     model = onnx.load(path)

@@ -22,6 +22,7 @@ from sg_export.compiler import compile
 from sg_export.graph.check import check_types
 from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
+from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import DEFAULT_METHODS, QuantizeOptions
 from sg_export.quantize import search as quantization
 from sg_export.quantize.search import _least, decide_quantization
@@ -165,7 +166,7 @@ def test_pipeline_warns_of_a_bundle_that_is_not_faster(
     tiny_int8_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As docs/quantization.md says."""
-    remark = "not faster on this machine's CPU: a guided step takes 1.50 times that of FP32"
+    remark = "not faster on this machine's CPU: a guided step takes 1.50 times as long as in FP32"
     content = json.loads((tiny_int8_bundle / "manifest.json").read_text())
     content["quantization"] |= {"time_ratio": 1.5, "remarks": [remark]}
     shutil.copytree(tiny_int8_bundle / "graphs", tmp_path / "graphs")
@@ -302,7 +303,7 @@ def test_compile_holds_the_fp32_reference_to_the_limit_of_fp32(
 
 
 def test_plan_with_the_table_of_another_checkpoint_is_refused(tiny_edm_bundle: Path, quantize_tiny: Quantize) -> None:
-    with pytest.raises(CalibrationError, match="found those of another"):
+    with pytest.raises(CalibrationError, match="found ranges of model"):
         decide_quantization(Bundle.open(tiny_edm_bundle), quantize_tiny("int8"), "fp32", (), silent)
 
 
@@ -345,8 +346,7 @@ def engine_options(output: Path, kind: str, sms: Sequence[int], quantize: Quanti
         output,
         (0.5,),
         precision="fp16",
-        targets=("tensorrt-rtx",),
-        compute_capabilities=tuple(sms),
+        engines=EngineOptions(compute_capabilities=tuple(sms)),
         quantize=quantize,
     )
 

@@ -80,14 +80,14 @@ def test_read_rtx_header_of_a_plan_cut_off_raises(engine_bundle: Path, tmp_path:
     (tmp_path / "cut").write_bytes(start)
     assert refused(tmp_path / "cut") == (
         f"{tmp_path / 'cut'}: expected a plan of TensorRT-RTX, found {length} bytes that begin with {start[:4]!r}; "
-        f"build it anew"
+        f"build it again"
     )
 
 
 @pytest.mark.parametrize("content", [b"ptrt" + bytes(60), b"VTRT" + bytes(60), b" vtrt" + bytes(60), b"{}" * 30])
 def test_read_rtx_header_of_a_foreign_file_raises(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "foreign").write_bytes(content)
-    assert f"found {HEADER_BYTES} bytes that begin with {content[:4]!r}; build it anew" in refused(tmp_path / "foreign")
+    assert f"{HEADER_BYTES} bytes that begin with {content[:4]!r}; build it again" in refused(tmp_path / "foreign")
 
 
 def test_read_rtx_header_of_an_onnx_file_raises(graph: Path) -> None:

@@ -173,7 +173,7 @@ def test_reshape_is_the_same_values(array: CudaArray, shape: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (23,), (6, 5), (0, 24)], ids=str)
 def test_reshape_to_another_size_is_refused(array: CudaArray, shape: Any) -> None:
-    with pytest.raises(ValueError, match=r"^expected a shape of as many values as \(3, 2, 4\), found \("):
+    with pytest.raises(ValueError, match=r"^expected a shape with the same number of values as \(3, 2, 4\), found \("):
         array.reshape(shape)
 
 
@@ -227,7 +227,7 @@ def test_empty_beyond_what_is_free_says_what_is_needed_and_free(driver: Driver, 
     with pytest.raises(DeviceMemoryError) as caught:
         memory.empty((3_000_000,), np.float32)
     assert str(caught.value) == (
-        "cuda:0: 12 MB do not fit into 4: the CUDA driver: cuMemAlloc gave CUDA_ERROR_OUT_OF_MEMORY"
+        "cuda:0: an allocation needs 12 MB, found 4 MB free: the CUDA driver: cuMemAlloc gave CUDA_ERROR_OUT_OF_MEMORY"
     )
     assert (driver.used, kept.nbytes) == (1_000_000, 1_000_000)
     assert memory.empty((1_000_000,), np.float32).nbytes == 4_000_000
@@ -357,7 +357,7 @@ def test_hold_of_an_array_elsewhere_is_refused(memory: CudaMemory) -> None:
         with pytest.raises(UsageError) as caught:
             memory.hold(array)
         message = str(caught.value)
-        assert message.startswith(f"expected a contiguous array on cuda:0, found {type(array).__name__} on DLPack's")
+        assert message.startswith(f"expected a contiguous array on cuda:0, found {type(array).__name__} on DLPack ")
         assert str(device) in message
 
 

@@ -213,5 +213,5 @@ def test_view_of_a_type_that_numpy_has_not_is_refused(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("array", [[1.0], 3, "text", None, b"bytes"], ids=str)
 def test_view_of_what_speaks_no_dlpack_is_refused(array: Any) -> None:
-    with pytest.raises(TypeError, match=f"^expected an array that speaks DLPack, found {type(array).__name__}$"):
+    with pytest.raises(TypeError, match=f"^expected an array that supports DLPack, found {type(array).__name__}$"):
         dlpack.view(array)

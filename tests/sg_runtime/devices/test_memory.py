@@ -133,7 +133,7 @@ def test_hold_of_what_the_cpu_cannot_read_is_refused(array: Any) -> None:
     """Its own library's message stands in brackets."""
     with pytest.raises(UsageError) as caught:
         MEMORY.hold(array)
-    expected = f"expected a NumPy array, or one that DLPack can hand to the CPU, found {type(array).__name__} ("
+    expected = f"expected a NumPy array, or one that DLPack can export to the CPU, found {type(array).__name__} ("
     assert str(caught.value).startswith(expected)
 
 

@@ -210,7 +210,7 @@ def test_lease_of_a_device_that_is_lost_says_so_from_then_on(pipe: Pipeline, tur
         pipe.sample([0], [0], steps=1, progress=lose)
     expected = (
         "cpu: the device was lost and this pipeline with it: start the process again (the CUDA driver: "
-        "cuStreamSynchronize gave CUDA_ERROR_ILLEGAL_ADDRESS; it came after: what the run saw of it)"
+        "cuStreamSynchronize gave CUDA_ERROR_ILLEGAL_ADDRESS; the error before it: what the run saw of it)"
     )
     assert str(caught.value) == expected
     assert isinstance(caught.value.__cause__, ValueError)

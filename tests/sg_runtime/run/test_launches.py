@@ -457,13 +457,13 @@ def test_condition_of_any_row_count_runs_at_one_length(
 @pytest.mark.parametrize(
     ("bundle", "chosen", "missing", "remedy"),
     [
-        ("tiny_bundle", {}, "sparse-8", "0.5 has no graph of its own in this bundle; {} --sparsity 0.5"),
-        ("tiny_bundle", {}, "dense", "0 has no graph of its own in this bundle; {} --strong-sparsity 0"),
+        ("tiny_bundle", {}, "sparse-8", "0.5 has no single-branch graph in this bundle; {} --sparsity 0.5"),
+        ("tiny_bundle", {}, "dense", "0 has no single-branch graph in this bundle; {} --strong-sparsity 0"),
         (
             "tiny_autoguidance_bundle",
             {"sparsity": 0.5},
             "weak-sparse-8",
-            "0.5 has no graph of its own in this bundle; {} --weak-checkpoint PATH --sparsity 0.5",
+            "0.5 has no single-branch graph in this bundle; {} --weak-checkpoint PATH --sparsity 0.5",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_sample_at_a_huge_scale_names_the_images_and_the_next_run_works(
         pipe.sample([0, 1, 2], [0, 1, 2], steps=3, scale=HUGE, **asked)
     assert str(caught.value) == (
         f"{path}: onnxruntime-cpu in fp32: expected finite samples, found NaN or infinity in 3 of 3 (images 0, 1, 2); "
-        f"lower the scale, or find the cause by sg-export verify"
+        f"lower the scale, or find the cause with sg-export verify"
     )
     assert caught.value.exit_code == 5
     np.testing.assert_array_equal(pipe.sample([0, 1, 2], [0, 1, 2], steps=3), before)

@@ -80,16 +80,28 @@ MUTANTS = (
         "tests/sg_runtime/test_sampling.py",
     ),
     Mutant(
-        "runtime/sg_runtime/noise.py",
+        "runtime/sg_runtime/philox.py",
         "np.sort(np.argsort(words, kind=\"stable\")[:keep])",
         "np.argsort(words, kind=\"stable\")[:keep]",
-        "tests/sg_runtime/test_noise.py",
+        "tests/sg_runtime/test_philox.py",
     ),
     Mutant(
-        "sg_export/quantize/search.py",
+        "sg_export/quantize/gates.py",
         "min(q.strong, q.weak) >= least and",
         "max(q.strong, q.weak) >= least and",
-        "tests/sg_export/quantize/test_search.py -k holds_is",
+        "tests/sg_export/quantize/test_gates.py",
+    ),
+    Mutant(
+        "sg_export/graph/attention.py",
+        "float(size) ** -0.5",
+        "float(size) ** -1.0",
+        "tests/sg_export/graph/test_trace_packed.py",
+    ),
+    Mutant(
+        "runtime/sg_runtime/run/launches.py",
+        "owner = name if run.guidance.row.separate else BRANCHES[0]",
+        "owner = BRANCHES[0]",
+        "tests/sg_runtime/run/test_launches.py",
     ),
     Mutant(
         "engines/sg_engines/child.py",

@@ -1,4 +1,4 @@
-"""Compiles token-sparse diffusion transformers to ONNX graphs and bundles for `sg_runtime`."""
+"""Compiler from token-sparse diffusion transformers to ONNX graphs and bundles for `sg_runtime`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, and torch with it, on first use."""
+    """Import a public name on first use, and torch with it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sg_export' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m sg_export` is the command line."""
+"""Entry point of `python -m sg_export`, the command line."""
 
 from sg_export.cli import main
 

@@ -1,4 +1,7 @@
-"""Reading checkpoint files: one flat dict of tensors, and the facts that tensor shapes do not tell."""
+"""Reader of checkpoint files.
+
+A checkpoint is read as one flat dict of tensors, and the facts that tensor shapes do not show.
+"""
 
 import argparse
 import pickle
@@ -33,10 +36,19 @@ _PREFIXES = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """What a checkpoint's author may state: in safetensors metadata (key "sg_export"), or in a .json file beside it.
+    """Facts that a checkpoint's author may state.
 
-    route: blocks that run on the kept tokens, as "2-24", both included. selection_rate: the sparsity of training.
-    training: free text and numbers on how it was trained.
+    They are read from safetensors metadata (key "sg_export") and from a .json file next to the
+    checkpoint. The .json file takes precedence.
+
+    family: name of the adapter, a key of `sg_export.adapters.ADAPTERS`.
+    heads: number of attention heads.
+    route: first and last block that run on the kept tokens, both included, as "2-24".
+    selection_rate: sparsity during training.
+    prediction: what the network predicts.
+    space: whether the samples are pixels or latents.
+    class_names: names of the classes, in the order of their indices.
+    training: free text and numbers about the training.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -53,7 +65,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the user states about a checkpoint; it stands before the checkpoint's own facts."""
+    """Facts that the user states about a checkpoint. They take precedence over its own facts."""
 
     route: Route | None = None
     heads: int | None = None
@@ -62,7 +74,13 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name without wrapper prefixes; `prefix` is the longest that was taken off."""
+    """The content of a checkpoint file.
+
+    source: file name and hash.
+    tensors: tensors by their names without wrapper prefixes.
+    facts: facts that the author states.
+    prefix: longest wrapper prefix that was removed from a name.
+    """
 
     source: Source
     tensors: Mapping[str, Tensor]
@@ -73,8 +91,11 @@ class Checkpoint:
 def read_checkpoint(checkpoint: str | Path, weights: Weights | None = None) -> Checkpoint:
     """Read a .pt, .pth or .safetensors file, or a reference model by its name.
 
-    weights: which set to take of a file that has several; by default the EMA where there is one. Pickles are read with
-    `weights_only=True` alone. Raises CheckpointError for a file that is missing, damaged, or not safe to read.
+    weights: the set of weights to read if the file holds several. The default is the EMA set if
+    there is one.
+
+    Pickles are read only with `weights_only=True`. Raises CheckpointError for a file that is
+    missing, damaged, or not safe to read. Raises UsageError if the file does not hold `weights`.
     """
     reference = str(checkpoint) if str(checkpoint) in REFERENCES else None
     path = reference_path(reference) if reference else Path(checkpoint)
@@ -93,15 +114,18 @@ def read_checkpoint(checkpoint: str | Path, weights: Weights | None = None) -> C
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
         stated = parse_facts(_read_text(sidecar), str(sidecar))
-        given = {field.name: getattr(stated, field.name) for field in fields(CheckpointFacts)}
-        facts = replace(facts, **{name: value for name, value in given.items() if value is not None})
+        values = {field.name: getattr(stated, field.name) for field in fields(CheckpointFacts)}
+        facts = replace(facts, **{name: value for name, value in values.items() if value is not None})
     chosen, tensors = _choose_set(path, content, weights)
     plain, prefix = _without_prefixes(path, tensors)
     return Checkpoint(Source(path.name, sha256_of(path), chosen, reference), plain, facts, prefix)
 
 
 def parse_facts(text: str, where: str) -> CheckpointFacts:
-    """Read facts strictly from JSON. Raises CheckpointError naming the first key that does not fit."""
+    """Parse facts strictly from JSON.
+
+    where: place of the text, for the error. Raises CheckpointError for the first invalid key.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -117,7 +141,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected facts on the checkpoint as JSON, cannot read it ({error})") from None
+        raise CheckpointError(f"{path}: expected checkpoint facts as JSON, cannot read the file ({error})") from None
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
@@ -128,7 +152,7 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); copy it again") from None
+        raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error}); copy it again") from None
     text = metadata.get(METADATA_KEY)
     return tensors, CheckpointFacts() if text is None else parse_facts(text, f"{path}, metadata {METADATA_KEY}")
 
@@ -136,20 +160,21 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
 def _read_pickle(path: Path) -> Mapping[str, Any]:
 
     try:
-        # MaskDiT's training script stores its parsed options beside the weights. A Namespace only holds values.
+        # MaskDiT's training script stores its parsed options with the weights, in a Namespace.
+        # A Namespace only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        # PyTorch's own text advises to read the file without this check.
+        # PyTorch's own message advises to read the file without this check, so it is not shown.
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {asked[1]}" if asked else "PyTorch's weights_only reader does not know its instructions"
         raise CheckpointError(
-            f"{path}: refused, since it holds more than tensors and plain values and reading it would run its code, or "
-            f"since it is damaged ({reason}); save its state dict alone, with torch.save or as safetensors"
+            f"{path}: refused: it is damaged, or holds more than tensors and plain values, so that reading it would "
+            f"run its code ({reason}); save only its state dict, with torch.save or as safetensors"
         ) from None
-    except Exception as error:  # damage surfaces as whatever the damaged bytes lead PyTorch's reader into
+    except Exception as error:  # damaged bytes can raise any exception in PyTorch's reader
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise CheckpointError(f"{path}: damaged or no PyTorch file ({reason}); copy it again") from None
+        raise CheckpointError(f"{path}: damaged, or not a PyTorch file ({reason}); copy it again") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
@@ -158,14 +183,17 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
 def _choose_set(
     path: Path, content: Mapping[str, Any], weights: Weights | None
 ) -> tuple[WeightSet, Mapping[str, Tensor]]:
-    """The asked-for set of tensors, or the content itself where it is one bare set."""
+    """Return the requested set of tensors with its name.
+
+    If the content is a bare state dict, return the content itself as the set "bare".
+    """
     sets: dict[WeightSet, Mapping[Any, Any]] = {}
     for key, kind in _SETS.items():
         if isinstance(content.get(key), Mapping):
             sets.setdefault(kind, content[key])
     if not sets:
         if weights is not None:
-            raise UsageError(f"{path}: holds one bare set of weights: leave out --weights {weights}")
+            raise UsageError(f"{path}: holds a single bare state dict: leave out --weights {weights}")
         sets["bare"] = content
     default: WeightSet = "ema" if "ema" in sets else next(iter(sets))
     chosen: WeightSet = weights if weights is not None else default
@@ -192,7 +220,7 @@ def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
         longest = max(longest, prefix, key=len)
         short = name[len(prefix) :]
         if short in plain:
-            raise CheckpointError(f"{path}: two tensors are named {short} once wrapper prefixes are taken off")
+            raise CheckpointError(f"{path}: two tensors are named {short} after their wrapper prefixes are removed")
         plain[short] = tensor
     return plain, longest
 
@@ -202,7 +230,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
-    """What the user states of a checkpoint, and where that is nothing, what its author does."""
+    """Return the user's facts about a checkpoint, completed by the facts that its author states."""
     facts = checkpoint.facts
     return Overrides(
         overrides.route or (Route.parse(facts.route) if facts.route else None),

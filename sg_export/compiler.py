@@ -1,4 +1,7 @@
-"""From a checkpoint to a bundle: load, trace, check and pack, in a temporary folder that becomes the bundle."""
+"""Compilation of a checkpoint to a bundle: load, trace, check, pack.
+
+The work is done in a temporary folder, which is renamed to the bundle at the end.
+"""
 
 import shutil
 import tempfile
@@ -26,11 +29,14 @@ from sg_runtime.manifest import (
 
 
 def compile(checkpoint: str | Path, options: CompileOptions, report: Report = silent) -> Bundle:
-    """Compile a checkpoint, or a reference model by its name, into a bundle.
+    """Compile a checkpoint into a bundle.
 
-    report: called with a line at the start of each stage. Raises UsageError for a request that cannot be served,
-    CheckpointError for an unusable checkpoint, ExportError where a graph cannot be made or does not agree with PyTorch.
-    Nothing is left behind on failure, and an existing bundle stays until its successor is whole.
+    checkpoint: path of a checkpoint file, or name of a reference model.
+    report: called with a line at the start of each stage.
+
+    Raises UsageError for a request that is not supported, CheckpointError for an unusable
+    checkpoint, ExportError if a graph cannot be made or does not agree with PyTorch. A failed
+    compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
     check_output(options.output, options.force)
     check_libraries(options.libraries)
@@ -49,9 +55,9 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     networks: Networks = {"main": loaded, "weak": weak}
     files = files_of(specs, symbolic=bool(options.libraries))
     engine_files = {
-        name: own
-        for name, own in files.items()
-        if options.libraries and (own[0].kind in ("condition", "guided") or not guided_alone(plan))
+        name: graphs
+        for name, graphs in files.items()
+        if options.libraries and (graphs[0].kind in ("condition", "guided") or not guided_alone(plan))
     }
     passes = 1 if options.quantize is None else 2
     tracings = len({spec.network for spec in specs})
@@ -70,7 +76,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
                 )
                 traced = quantized_models(reference, files, quantization, ranges)
         written = pack(networks, files, traced, layers, options, folder, counted)
-        sources = [engine_source(folder, name, own, written) for name, own in engine_files.items()]
+        sources = [engine_source(folder, name, graphs, written) for name, graphs in engine_files.items()]
         engines = add_engines(loaded, sources, options, folder, counted)
         if not options.has_onnx:
             shutil.rmtree(folder / "graphs")
@@ -88,7 +94,7 @@ def _reference_bundle(
     folder: Path,
     counted: Counted,
 ) -> Bundle:
-    """Write the FP32 graphs as a bundle in `folder`: quantization is decided by it, and judged against it."""
+    """Write the FP32 graphs as a bundle in `folder`, the reference that quantization is judged by."""
     loaded, weak = networks["main"], networks["weak"]
     assert loaded is not None
     engines = None if options.engines is None else replace(options.engines, keep_onnx=True)

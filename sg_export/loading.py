@@ -1,4 +1,4 @@
-"""From a checkpoint to the PyTorch model that graphs are traced from and compared with."""
+"""Loader of checkpoints as PyTorch models, which graphs are traced from and compared with."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,21 +15,26 @@ from sg_runtime.manifest import Level, ModelFacts, Source
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A checkpoint as a PyTorch model in FP32 and evaluation mode: `model(x, t, classes, keep)`."""
+    """A checkpoint as a PyTorch model.
+
+    model: network in FP32 and evaluation mode, called as `model(x, t, classes, keep)`.
+    facts: facts of the network.
+    source: file name and hash of the checkpoint.
+    """
 
     model: SparseModel
     facts: ModelFacts
     source: Source
 
     def kept_count(self, sparsity: float) -> int:
-        """Tokens that a branch keeps at `sparsity`, by the family's rounding."""
+        """Return the number of tokens that a branch keeps at `sparsity`, by the family's rounding."""
         return ADAPTERS[self.facts.family].kept_count(self.facts.tokens, sparsity)
 
     def level(self, sparsity: float) -> Level:
-        """The kept token count at `sparsity` in [0, 1), by the family's rounding.
+        """Return the level of a branch: `sparsity` in [0, 1) and the number of kept tokens.
 
-        Raises UsageError for a sparsity that is out of range, keeps no token, or is not 0 and keeps all; or where the
-        model's route is unknown.
+        Raises UsageError for a sparsity that is out of range, that keeps no token, or that keeps
+        all tokens without being 0. Raises UsageError for a sparse level if the route is unknown.
         """
         tokens = self.facts.tokens
         if not 0 <= sparsity < 1:
@@ -38,12 +43,13 @@ class LoadedModel:
         if sparsity > 0 and self.facts.route is None:
             raise UsageError(
                 f"{self.source.file}: the route is unknown, so no branch can be sparse: give --route START-END, both "
-                f"blocks included; upstream's for {self.facts.depth} blocks is "
+                f"blocks included; upstream's route for {self.facts.depth} blocks is "
                 f"{ADAPTERS[self.facts.family].usual_route(self.facts.depth)}"
             )
-        if keep < 1 or (keep == tokens and sparsity > 0):
-            kept = "no token" if keep < 1 else "all tokens"
-            raise UsageError(f"sparsity {sparsity:g}: keeps {kept} of {tokens}: expected one that keeps some")
+        if keep < 1:
+            raise UsageError(f"sparsity {sparsity:g} keeps none of the {tokens} tokens: use a lower sparsity")
+        if keep == tokens and sparsity > 0:
+            raise UsageError(f"sparsity {sparsity:g} keeps all {tokens} tokens: use 0, or a higher sparsity")
         return Level(float(sparsity), keep)
 
 
@@ -52,7 +58,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a checkpoint file, or a reference model by name.
 
-    weights: "ema" or "model" where the file holds both; EMA by default. Raises CheckpointError or UsageError.
+    weights: "ema" or "model", if the file holds both; EMA by default.
+
+    Raises CheckpointError for an unusable file, and UsageError for facts that do not fit it.
     """
     read = read_checkpoint(checkpoint, weights)
     model, facts = find_adapter(read).build(read, overrides or Overrides())
@@ -62,38 +70,49 @@ def load_model(
 def load_weak(
     checkpoint: str | Path, strong: LoadedModel, weights: Weights | None, overrides: Overrides | None = None
 ) -> LoadedModel:
-    """Load the weak network of autoguidance, an earlier checkpoint of the run that `strong` is from.
+    """Load the weak network of autoguidance.
 
-    overrides: what the user states of both. What neither they nor the checkpoint state is taken from `strong`. Raises
-    UsageError where it is another network.
+    checkpoint: an earlier checkpoint of the training run of `strong`.
+    overrides: the user's facts about both networks. Facts that neither the user nor the checkpoint
+    states are taken from `strong`.
+
+    Raises UsageError if the checkpoint is of another network than `strong`.
     """
     facts, read = strong.facts, read_checkpoint(checkpoint, weights)
     given = merge_facts(read, overrides or Overrides())
     heads = facts.heads if given.heads is None else given.heads
     completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
-    model, own = find_adapter(read).build(read, completed)
-    same = replace(own, class_names=facts.class_names, space=facts.space)
+    model, weak_facts = find_adapter(read).build(read, completed)
+    same = replace(weak_facts, class_names=facts.class_names, space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
-        told = "; ".join(f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing)
+        differences = "; ".join(f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing)
         raise UsageError(
-            f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {told}"
+            f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )
     return LoadedModel(model, facts, read.source)
 
 
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
-    """Load the checkpoint that the manifest names, with the facts that it was built with."""
+    """Load the checkpoint that the manifest names, with the facts that the bundle was built with.
+
+    Raises CheckpointError if the file is missing or has another hash, and BundleError if the loaded
+    model does not have the facts of the manifest.
+    """
     source, model = bundle.manifest.source, bundle.manifest.model
     path = _checkpoint_of(bundle, source, checkpoint, "--checkpoint")
     loaded = load_model(path, weights=_weights_of(source), overrides=_overrides_of(bundle))
     if loaded.facts != model:
-        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it anew")
+        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it again")
     return loaded
 
 
 def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedModel) -> LoadedModel | None:
-    """Load the checkpoint of the weak network, where the bundle has one."""
+    """Load the checkpoint of the weak network; return None if the bundle has no weak network.
+
+    Raises UsageError if `checkpoint` is given for a bundle without a weak network, and
+    CheckpointError if the file is missing or has another hash than the manifest states.
+    """
     source = bundle.manifest.weak_source
     if source is None:
         if checkpoint is not None:
@@ -104,7 +123,7 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
 
 
 def _overrides_of(bundle: Bundle) -> Overrides:
-    """What was known of the model when the bundle was built."""
+    """Return the facts of the model that the bundle was built with."""
     model = bundle.manifest.model
     return Overrides(model.route, model.heads, model.prediction)
 
@@ -114,14 +133,18 @@ def _weights_of(source: Source) -> Weights | None:
 
 
 def _checkpoint_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> str | Path:
-    """The file of `source`, or the name of the reference model that it is; its hash is that of the manifest."""
+    """Return the file of `source`, or its name if it is a reference model.
+
+    Raises CheckpointError if the file is missing, or if its hash differs from that in the manifest.
+    """
     if checkpoint is None:
         candidates = [bundle.path.parent / source.file, Path(source.file)]
         found = [path for path in candidates if path.is_file()]
         checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
         if checkpoint is None:
             raise CheckpointError(
-                f"{bundle.path}: its checkpoint {source.file} is neither beside the bundle nor here: give {option}"
+                f"{bundle.path}: its checkpoint {source.file} is neither next to the bundle nor in the current "
+                f"folder: give {option}"
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
     if not path.is_file():
@@ -129,6 +152,6 @@ def _checkpoint_of(bundle: Bundle, source: Source, checkpoint: str | Path | None
     if (found_hash := sha256_of(path)) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
-            f"found {found_hash[:12]}…: give its checkpoint, or build a new bundle from this one"
+            f"found {found_hash[:12]}…: give that checkpoint, or build a new bundle from this one"
         )
     return checkpoint

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures shared by the tests of several packages."""
 
 import fcntl
 import json
@@ -31,35 +31,39 @@ from sg_export.quantize.search import measure_ranges
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import QualityGates
 
-# A busy machine is no fault of the code.
+# A busy machine must not fail a test by a deadline.
 settings.register_profile("any speed", deadline=None)
 settings.load_profile("any speed")
 
 TINY = DiTConfig(image_size=8, patch=2, channels=2, width=32, depth=3, heads=2, mlp_width=128, num_classes=5)
-"""16 tokens of a latent model: the shape of each part differs from the others', and a graph is traced in a second."""
+"""Configuration of a latent model with 16 tokens.
+
+The shape of each part differs from the shapes of the others. A graph is traced in about a second.
+"""
 
 TINY_FACTS = {"family": "tread", "heads": 2, "route": "1-1", "prediction": "flow", "selection_rate": 0.5}
-"""One block before the route, one in it, one after it."""
+"""Facts of the tiny checkpoint: one block before the route, one in it, one after it."""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Makes checkpoints of a small network with a random non-zero value in every place."""
+    """Writer of checkpoints of a small network; every tensor element is random and not zero."""
 
     config: DiTConfig
     facts: Mapping[str, Any]
     network: type[DiT] = DiT
 
     def state(self, seed: int = 1) -> dict[str, Tensor]:
-        """The network's tensors by name."""
+        """Return the network's tensors by name."""
         with torch.device("meta"):
             shapes = {name: list(tensor.shape) for name, tensor in self.network(self.config).state_dict().items()}
         return {name: torch.from_numpy(value) for name, value in random_state(shapes, seed, {}).items()}
 
     def save(self, path: Path, content: Any = None, facts: Mapping[str, Any] | None = None) -> Path:
-        """Write `content` (by default the network's tensors) as `path`, and `facts` (by default its own) with it.
+        """Write `content` to `path`, together with `facts`.
 
-        The facts go into the metadata of a .safetensors and beside any other file.
+        The defaults are the network's tensors and its own facts. The facts go into the metadata of
+        a .safetensors file, or into a JSON file next to any other file.
         """
         content = self.state() if content is None else content
         text = json.dumps(dict(self.facts if facts is None else facts))
@@ -75,12 +79,15 @@ SLOW = {
     *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl"),
     *("half_bundle", "tiny_int8_bundle", "tiny_fp8_bundle", "tiny_half_bundle"),
 }
-"""Fixtures that take long to make and that few tests need: of the reference model, quantized, or with engines."""
+"""Fixtures that take long to build and that few tests need.
+
+They are of the reference model, quantized, or with engines.
+"""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that take one of `SLOW`, be it by a parameter that names it."""
+    """Mark tests that use a fixture of `SLOW` as slow, also if only a parameter names it."""
     for item in items:
         named = getattr(item, "callspec", None)
         values = [] if named is None else [value for value in named.params.values() if isinstance(value, str)]
@@ -90,7 +97,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads gain small networks nothing, and ONNX Runtime's spin on after a run, on the other worker's core."""
+    """Run PyTorch and ONNX Runtime in one thread each.
+
+    Small networks do not gain from threads. ONNX Runtime's threads keep spinning after a run, on
+    the core of the other test worker.
+    """
     torch.set_num_threads(1)
 
     class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
@@ -104,11 +115,14 @@ def _one_thread() -> Iterator[None]:
 
 
 TRACED: dict[str, Any] = {}
-"""What the exporter gave, by the structure of the network and the graphs that were asked for."""
+"""Results of the exporter, by the network's structure and the requested graphs."""
 
 
 def export_untraced(*arguments: Any) -> Any:
-    """The exporter itself, not seen by a coverage tracer, which would take twice its time for PyTorch's frames."""
+    """Call the exporter without a coverage tracer.
+
+    The tracer would double the exporter's time, because it also follows PyTorch's frames.
+    """
     tracer = sys.gettrace()
     sys.settrace(None)
     try:
@@ -122,7 +136,10 @@ _EXPORT = sg_export.graph.trace._export
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once() -> Iterator[None]:
-    """A network of one structure is traced once for all tests: no weight is in what the exporter gives."""
+    """Trace each network structure once for all tests.
+
+    This is safe because the exporter's result holds no weights.
+    """
 
     def export(model: SparseModel, *arguments: Any) -> Any:
         structure = (str(model), vars(model.network).get("config"), model.route)
@@ -138,7 +155,7 @@ def _traced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Except where tracing is tested."""
+    """Undo `_traced_once` in the modules that test tracing."""
     with pytest.MonkeyPatch.context() as patch:
         if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
             patch.setattr(sg_export.graph.trace, "_export", export_untraced)
@@ -147,7 +164,7 @@ def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what tests read and none writes: the workers of a run have it in common."""
+    """Return a folder of files that tests only read. All workers of a test run share it."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
@@ -159,7 +176,10 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(shared: Path) -> Once:
-    """Makes a file or folder of `shared` unless there is one: `once(name, make)` calls `make(path)` in one worker."""
+    """Return `once(name, make)`, which makes a file or folder of `shared` if it does not exist.
+
+    One worker calls `make(path)`; the others wait for it.
+    """
 
     def once(name: str, make: Callable[[Path], object]) -> Path:
         with (shared / f".{name}.lock").open("w") as lock:
@@ -176,7 +196,10 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def build_once(once: Once) -> Build:
-    """Compiles a bundle into `shared` unless it is there: `build_once(name, checkpoint, **options)`."""
+    """Return `build_once(name, checkpoint, **options)`, which compiles a bundle into `shared`.
+
+    If the bundle exists, it is reused.
+    """
 
     def build(name: str, checkpoint: str | Path, **options: Any) -> Path:
         return once(name, lambda path: compile(checkpoint, CompileOptions(path, **options)))
@@ -186,7 +209,7 @@ def build_once(once: Once) -> Build:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines that tests build go into a cache of theirs, not the user's."""
+    """Put the engines that tests build into a temporary cache instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SG_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -199,19 +222,25 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="session")
 def tiny_masked() -> Tiny:
-    """A MaskDiT with an encoder as small, but for narrower MLPs: the decoder is as wide as ever."""
+    """Return a MaskDiT with an encoder of the same size, except for narrower MLPs.
+
+    The decoder has its usual width.
+    """
     return Tiny(replace(TINY, mlp_width=32), {"heads": 2}, MaskDiT)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny: Tiny, once: Once) -> Path:
-    """A .safetensors with all facts in its metadata."""
+    """Return a .safetensors file with all facts in its metadata."""
     return once("tiny.safetensors", tiny.save)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
-    """The tiny model, its checkpoint beside it: strong sparsities 0 and 0.25, weak 0.5, symbolic batch, six graphs."""
+    """Return a bundle of the tiny model: symbolic batch, six graphs, next to its checkpoint.
+
+    The strong sparsities are 0 and 0.25; the weak sparsity is 0.5.
+    """
     return build_once("tiny-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.0, 0.25))
 
 
@@ -220,7 +249,10 @@ def tiny_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_edm_bundle(build_once: Build, once: Once, tiny: Tiny) -> Path:
-    """The tiny network as one that denoises, for SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
+    """Return a bundle of the tiny network as a denoiser (edm), next to its checkpoint.
+
+    It is built for SG at sparsities 0.25 and 0.5.
+    """
     facts = {**tiny.facts, "prediction": "edm"}
     checkpoint = once("tiny-edm.safetensors", lambda path: tiny.save(path, facts=facts))
     return build_once("tiny-edm-bundle", checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=3)
@@ -228,21 +260,24 @@ def tiny_edm_bundle(build_once: Build, once: Once, tiny: Tiny) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_cfg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
-    """The tiny model for CFG at sparsities 0 and 0.25, its checkpoint beside it."""
+    """Return the tiny model built for CFG at sparsities 0 and 0.25, next to its checkpoint."""
     options = {"sparsity": (), "strong_sparsity": (0.0, 0.25), "scale": 1.5, "guidance": "cfg", "batch": 3}
     return build_once("tiny-cfg-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def tiny_cfg_sg_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
-    """The tiny model for CFG + SG at sparsities 0.25 and 0.5, its checkpoint beside it."""
+    """Return the tiny model built for CFG + SG at 0.25 and 0.5, next to its checkpoint."""
     options = {"sparsity": (0.5,), "strong_sparsity": (0.25,), "scale": 1.5, "guidance": "cfg+sg", "batch": 3}
     return build_once("tiny-cfg-sg-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def tiny_autoguidance_bundle(build_once: Build, once: Once, tiny: Tiny, tiny_checkpoint: Path) -> Path:
-    """The tiny model guided by other weights at strong sparsity 0, weak 0.5 and 0, both checkpoints beside it."""
+    """Return the tiny model guided by a network with other weights, next to both checkpoints.
+
+    The strong sparsity is 0; the weak sparsities are 0.5 and 0.
+    """
     weak = once("tiny-weak.safetensors", lambda path: tiny.save(path, tiny.state(seed=2)))
     options = {"sparsity": (0.5, 0.0), "weak_checkpoint": weak, "batch": 3}
     return build_once("tiny-autoguidance-bundle", tiny_checkpoint, **options)
@@ -250,14 +285,20 @@ def tiny_autoguidance_bundle(build_once: Build, once: Once, tiny: Tiny, tiny_che
 
 @pytest.fixture(scope="session")
 def engine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
-    """Engines alone of the tiny model in FP16, by TensorRT-RTX for the GPUs of its own choice, for SG at 0 and 0.5."""
+    """Return a bundle that holds only TensorRT-RTX engines, in FP16, for SG at 0 and 0.5.
+
+    The engines are for TensorRT-RTX's default GPUs.
+    """
     options = {"sparsity": (0.5,), "engines": EngineOptions(), "precision": "fp16"}
     return build_once("engine-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def tiny_ranges(once: Once, tiny_bundle: Path, shared: Path) -> Path:
-    """Ranges of the tiny model's activations, from two images for each pair; the shards are in `feeds` beside it."""
+    """Return activation ranges of the tiny model, from two images for each pair of sparsities.
+
+    The shards are in the folder `feeds` next to the table.
+    """
 
     def measure(path: Path) -> None:
         bundle, feeds = Bundle.open(tiny_bundle), FeedSettings(samples=2)
@@ -268,14 +309,17 @@ def tiny_ranges(once: Once, tiny_bundle: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def quantize_tiny(tiny_ranges: Path) -> Callable[..., QuantizeOptions]:
-    """Options for the tiny model, whose random weights pass gates as wide as these."""
+    """Return a function that makes quantization options for the tiny model.
+
+    Its gates are wide enough for random weights.
+    """
     usual = {"table": tiny_ranges, "gates": QualityGates(0.5, 1.0), "search_images": 1, "gate_images": 2}
     return lambda type, **changes: QuantizeOptions(type, **{**usual, **changes})
 
 
 @pytest.fixture(scope="session")
 def tiny_int8_bundle(build_once: Build, tiny_checkpoint: Path, quantize_tiny: Callable[..., QuantizeOptions]) -> Path:
-    """The tiny model as `tiny_bundle` has it, in INT8 but for one layer that is excluded, its checkpoint beside it."""
+    """Return `tiny_bundle` in INT8 with one excluded layer, next to its checkpoint."""
     quantize = quantize_tiny("int8", exclude=("blocks.2.mlp.fc2",))
     options = {"sparsity": (0.5,), "strong_sparsity": (0.0, 0.25), "quantize": quantize}
     return build_once("tiny-int8", tiny_checkpoint, **options)
@@ -283,10 +327,10 @@ def tiny_int8_bundle(build_once: Build, tiny_checkpoint: Path, quantize_tiny: Ca
 
 @pytest.fixture(scope="session")
 def tiny_cosine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
-    """The tiny model for SG with all that may change over a run, its checkpoint beside it.
+    """Return the tiny model built for SG with every schedule, next to its checkpoint.
 
-    The strong sparsity rises from 0 to 0.25, the weak one falls from 0.5 by way of 0.25 to 0, the scale falls from 3 to
-    1.5, and guidance applies from t = 0.15 to 0.9.
+    The strong sparsity rises from 0 to 0.25. The weak sparsity falls from 0.5 over 0.25 to 0. The
+    scale falls from 3 to 1.5. Guidance applies from t = 0.15 to 0.9.
     """
     return build_once(
         "tiny-cosine-bundle",
@@ -302,5 +346,8 @@ def tiny_cosine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def glyphs_bundle(build_once: Build) -> Path:
-    """The reference model as a bundle with strong sparsities 0 and 0.25 and weak ones 0.5 and 0.75, symbolic batch."""
+    """Return a bundle of the reference model with a symbolic batch.
+
+    The strong sparsities are 0 and 0.25; the weak sparsities are 0.5 and 0.75.
+    """
     return build_once("glyphs", "glyphs", sparsity=(0.5, 0.75), strong_sparsity=(0.0, 0.25))

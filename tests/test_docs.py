@@ -1,4 +1,4 @@
-"""The commands of the pages in `docs` have the options that they use; those of two pages run, as do their programs."""
+"""Check that commands in `docs` parse, and that the guidance and production pages run."""
 
 import re
 import shlex
@@ -14,11 +14,11 @@ from sg_export.cli import main
 DOCS = Path(__file__).parent.parent / "docs"
 
 COMMAND = r"^ {4}(?:\$ )?sg-export (?:[^\n]*\\\n)*[^\n]*"
-"""A command in a block of code, with the lines that it goes on in."""
+"""Regular expression of a command in a code block, with its continuation lines."""
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of all that run sg-export."""
+    """Return (page, command) for each command that runs sg-export."""
     pages = sorted(DOCS.glob("*.md"))
     return [
         (page.name, command)
@@ -28,7 +28,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def words(command: str) -> list[str]:
-    """Arguments of a command."""
+    """Return the arguments of a command."""
     return shlex.split(command.strip().removeprefix("$ ").replace("\\\n", ""))[1:]
 
 
@@ -39,7 +39,10 @@ def test_docs_command_parses(page: str, command: str) -> None:
 
 
 def run(page: str) -> dict[str, Any]:
-    """Run the commands and programs of a page from top to bottom, in this folder; the programs' names."""
+    """Run the commands and programs of a page in order, in the current folder.
+
+    Returns the variables of the programs.
+    """
     text = (DOCS / page).read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for match in re.finditer(rf"{COMMAND}|^```python\n(?P<program>[^`]*)```", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""The rooms keep their order: who may import whom, and what has to wait until it is needed."""
+"""Check the import rules between packages, and that heavy imports wait until they are needed."""
 
 import ast
 import os
@@ -19,7 +19,8 @@ ROOMS = {
 }
 
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
-# Besides itself and the standard library, anywhere in the package: in functions and for type checking too.
+# Packages that each package may import besides itself and the standard library. The rule covers the
+# entire package, including imports in functions and for type checking.
 MAY_IMPORT = {
     "sg_runtime": {"numpy", "PIL", "pydantic"} | BACKENDS,
     "sg_engines": {"sg_runtime", "numpy", "onnx", "onnx_ir"} | BACKENDS,
@@ -41,7 +42,7 @@ HEAVY = {
     "sympy",
     "torch",
 } | BACKENDS
-# What every user imports, by glob: HEAVY waits there until a function needs it.
+# Files that every user imports, by glob. They import `HEAVY` packages only inside functions.
 LIGHT = {"sg_runtime": ["**/*.py"], "sg_export": ["__init__.py", "__main__.py", "cli/**/*.py"]}
 
 NOT_LOADED = ["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy"]
@@ -64,7 +65,10 @@ class Import:
 
 
 def imports_of(source: str) -> list[Import]:
-    """All imports in a module: statements at any depth, and calls such as `import_module("torch")`."""
+    """Return all imports of a module.
+
+    These are statements at any depth and calls such as `import_module("torch")`.
+    """
     return list(_walk(ast.parse(source), at_load=True))
 
 
@@ -86,14 +90,14 @@ def _walk(node: ast.AST, at_load: bool) -> Iterator[Import]:
 
 
 def _name(node: ast.expr) -> str | None:
-    """`f` of both `f` and `module.f`."""
+    """Return `f` for both `f` and `module.f`."""
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else None
 
 
 def found_in(files: list[Path]) -> list[tuple[str, Import]]:
-    """The imports of all the files, each with its `path:line`."""
+    """Return the imports of all files, each with its `path:line`."""
     assert files
     return [
         (f"{file.relative_to(ROOT)}:{found.line}", found)
@@ -103,7 +107,10 @@ def found_in(files: list[Path]) -> list[tuple[str, Import]]:
 
 
 def run_python(code: str, *arguments: str, rooms: tuple[str, ...] = tuple(ROOMS)) -> str:
-    """Run `code` in a fresh interpreter that finds the given rooms of this checkout first; returns what it printed."""
+    """Run `code` in a fresh interpreter. Returns its stdout.
+
+    The given packages of this checkout come first on its path.
+    """
     path = os.pathsep.join(str(ROOMS[room].parent) for room in rooms)
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -1,4 +1,7 @@
-"""Python blocks of README.md and docs/features.md run, commands parse, and links of all pages lead somewhere."""
+"""Check the README and the pages: Python blocks run, commands parse, and links have targets.
+
+The Python blocks are those of README.md and docs/features.md. Links are checked on all pages.
+"""
 
 import re
 import shlex
@@ -14,7 +17,7 @@ README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 
 COMMAND = r"^ {4}(?:\.venv/bin/)?sg-export (?:[^\n]*\\\n)*[^\n]*"
-"""A command in a block of code, with its continuation lines."""
+"""Regular expression of a command in a code block, with its continuation lines."""
 
 
 def blocks(page: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What users install is complete: the sdist, the wheel made from it, and a build with nothing but that wheel."""
+"""Check that the sdist and the wheel are complete, and that the wheel alone can build a bundle."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOMS = {
     "sg_runtime": ROOT / "runtime/sg_runtime",
     "sg_calibration": ROOT / "calibration/sg_calibration",
 }
-# What hatchling adds by itself, and what pyproject.toml names.
+# Files that hatchling adds by default, and files that pyproject.toml names.
 SDIST = {
     ".gitignore",
     "CHANGELOG.md",
@@ -41,7 +41,7 @@ SDIST = {
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command away from this checkout; returns what it printed."""
+    """Run a command outside of this checkout. Returns its stdout."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
         [str(part) for part in command],
@@ -58,7 +58,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist and the wheel that was built from it."""
+    """Return a folder with the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     return folder
@@ -72,10 +72,10 @@ def wheel(distributions: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment that has the wheel, and this one's other packages.
+    """Return the interpreter of an environment with the wheel and the current other packages.
 
-    The other packages come by a .pth file. Python does not read the .pth files of a folder that came this way, so an
-    editable install of this checkout stays out of sight.
+    A .pth file adds the other packages. Python does not read the .pth files of a folder that was
+    added this way, so an editable install of this checkout is not visible.
     """
     folder = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)

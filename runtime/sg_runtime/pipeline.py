@@ -90,7 +90,7 @@ class Pipeline:
             raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
-            LOG.warning("warning: %s: %s", bundle, "; ".join(plan.remarks))
+            LOG.warning("%s: %s", bundle, "; ".join(plan.remarks))
         opened_backend = open_backend(
             opened, device, backend=backend, batch=batch, stream=stream, capture=capture, threads=threads
         )

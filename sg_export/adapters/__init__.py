@@ -11,32 +11,37 @@ from sg_runtime.manifest import ModelFacts, Route
 
 
 class Adapter(Protocol):
-    """What the module of a family holds: its name, and state-dict names that no family after it in `ADAPTERS` has."""
+    """The attributes of a family's module.
+
+    FAMILY: name of the family.
+    KEYS: state-dict names that identify it; no later family in `ADAPTERS` has all of them.
+    """
 
     FAMILY: str
     KEYS: tuple[str, ...]
 
     def kept_count(self, tokens: int, sparsity: float) -> int:
-        """Tokens that a branch keeps of `tokens`, by the family's rounding."""
+        """Return how many of `tokens` a branch keeps at `sparsity`, by the family's rounding."""
         ...
 
     def usual_route(self, depth: int) -> Route:
-        """The route to propose where a checkpoint's is unknown."""
+        """Return the route to propose if a checkpoint's route is unknown."""
         ...
 
     def build(self, checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
-        """Make the network of a checkpoint, in evaluation mode, and state its facts."""
+        """Build the network of a checkpoint, in evaluation mode, and return it with its facts."""
         ...
 
 
 ADAPTERS: Mapping[str, Adapter] = {maskdit.FAMILY: maskdit, tread.FAMILY: tread}
-"""By name; a family whose keys are those of another and more comes before it."""
+"""Adapters by family. A family whose checkpoints also have the keys of another family comes first."""
 
 
 def find_adapter(checkpoint: Checkpoint) -> Adapter:
-    """The adapter of the checkpoint's family: the one it names, else the one whose keys it has.
+    """Return the adapter of the checkpoint's family.
 
-    Raises CheckpointError that names the keys that decided.
+    It is the family that the checkpoint's facts name, or else the first whose keys it has. Raises
+    CheckpointError with the missing keys of each family if there is none.
     """
     path, named = checkpoint.source.file, checkpoint.facts.family
     if named is not None:
@@ -49,4 +54,4 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
             return ADAPTERS[family]
     reasons = "; ".join(f"{family} needs {', '.join(keys)}" for family, keys in missing.items())
     found = ", ".join(sorted(checkpoint.tensors)[:6])
-    raise CheckpointError(f"{path}: of no family that is supported: {reasons}; it starts with {found}")
+    raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}")

@@ -1,4 +1,4 @@
-"""What the checkpoints of all DiTs have in common: the shape that their tensors tell, and the way to a model."""
+"""Shared parts of the adapters: infer the shape from the tensors, and load the model."""
 
 import math
 import re
@@ -15,13 +15,14 @@ from sg_runtime.manifest import ModelFacts, Prediction, Route
 
 LABELS = "y_embedder.embedding_table.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Heads by width of S, B, L and XL (arXiv 2212.09748, table 1)."""
+"""Number of heads by width, for S, B, L and XL (arXiv 2212.09748, table 1)."""
 
 
 def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:
-    """Shape of the tensor `name`, which must have as many sizes as are named, none of them 0.
+    """Return the shape of the tensor `name`.
 
-    Raises CheckpointError where it has not, or where there is no such tensor.
+    sizes: names of the expected dimensions, for the error. Raises CheckpointError if there is no
+    such tensor, if it has another number of dimensions, or if a dimension is 0.
     """
     tensor = checkpoint.tensors.get(name)
     if tensor is None or tensor.ndim != len(sizes) or 0 in tensor.shape:
@@ -33,10 +34,13 @@ def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:
 def infer_config(
     checkpoint: Checkpoint, num_classes: int, heads: int | None, known_heads: Mapping[int, int]
 ) -> DiTConfig:
-    """The network's shape from its tensors.
+    """Infer the network's shape from its tensors.
 
-    num_classes: read from the label table, whose form is each family's own. heads: as stated; where that is nothing,
-    they come from the width by `known_heads`. Raises CheckpointError or UsageError.
+    num_classes: number of classes, which the family's adapter reads from the label table.
+    heads: stated number of heads; if None, it follows from the width by `known_heads`.
+
+    Raises CheckpointError for tensors that do not fit together or are not supported, and UsageError
+    if the number of heads is unknown or does not divide the width.
     """
     file, tensors = checkpoint.source.file, checkpoint.tensors
     width, channels, patch, columns = shape_of(checkpoint, "x_embedder.proj.weight", "D", "C", "P", "P")
@@ -46,18 +50,18 @@ def infer_config(
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise CheckpointError(f"{file}: pos_embed: expected (1, N, D) with N a square, found N = {tokens}")
-    # Counted, not the highest number, which a damaged name could make any size.
+    # The names are counted: a damaged name could make the highest number arbitrarily large.
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     rows = shape_of(checkpoint, "final_layer.linear.weight", "rows", "D")[0]
     if rows == 2 * patch**2 * channels:
         raise CheckpointError(
             f"{file}: final_layer.linear.weight: expected {patch**2 * channels} rows, found {rows}: "
-            f"a learn_sigma head, which is not supported; upstream's own samplers do not split it either"
+            f"a learn_sigma head, which is not supported; upstream's samplers do not split it either"
         )
     heads = known_heads.get(width) if heads is None else heads
     if heads is None:
         known = ", ".join(str(width) for width in known_heads)
-        raise UsageError(f"{file}: width {width} is none of upstream's ({known}): give --heads")
+        raise UsageError(f"{file}: width {width} is not one of upstream's ({known}): give --heads")
     if heads < 1 or width % heads:
         raise UsageError(f"{file}: heads: expected a divisor of the width {width}, found {heads}")
     return DiTConfig(
@@ -75,9 +79,12 @@ def infer_config(
 def assemble(
     checkpoint: Checkpoint, family: str, network: DiT, prediction: Prediction, route: Route | None, layers: Route
 ) -> tuple[SparseModel, ModelFacts]:
-    """Put the checkpoint's tensors into `network`, one on the meta device, and state its facts.
+    """Load the checkpoint's tensors into `network`, and return the model with its facts.
 
-    route: the blocks that run on the kept tokens, where that is known. layers: the same in the network's own layers.
+    network: a network on the meta device.
+    route: blocks that run on the kept tokens; None if they are unknown.
+    layers: the same route, counted in the layers of `network`.
+
     Raises CheckpointError for tensors that are missing, unknown, of another shape or not finite.
     """
     file, tensors, facts, config = checkpoint.source.file, checkpoint.tensors, checkpoint.facts, network.config
@@ -122,11 +129,11 @@ def _check_tensors(file: str, family: str, tensors: Mapping[str, Tensor], networ
         if tensor.shape != wanted.shape or not tensor.is_floating_point() or tensor.layout != torch.strided:
             layout = "" if tensor.layout == torch.strided else f"{tensor.layout} "
             raise CheckpointError(
-                f"{file}: {name}: expected floating point of shape {tuple(wanted.shape)}, "
+                f"{file}: {name}: expected a floating-point tensor of shape {tuple(wanted.shape)}, "
                 f"found {layout}{tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         if not tensor.float().isfinite().all():
             raise CheckpointError(
                 f"{file}: {name}: expected finite values, found NaN or infinity: the training diverged, or the file is "
-                f"damaged; take an earlier checkpoint"
+                f"damaged; use an earlier checkpoint"
             )

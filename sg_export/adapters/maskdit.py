@@ -1,9 +1,15 @@
-"""Checkpoints of Anima-Lab/MaskDiT (`models/maskdit.py`, commit 73cfb96): DiTs whose encoder sees kept tokens alone.
+"""Adapter of Anima-Lab/MaskDiT checkpoints (`models/maskdit.py`, commit 73cfb96).
 
-Conventions, from upstream's code: all of the encoder is the route, and a decoder sees the mask token for what was left
-out, zeros where there is none; kept tokens int(N * (1 - sparsity)) (`get_mask`); no class is the zero vector; the
-prediction is EDM's, at times ln(sigma) / 4 (`EDMPrecond`). Upstream masks in training alone; here every branch with a
-sparsity does.
+They are DiTs whose encoder runs on the kept tokens only. Conventions, from upstream's code:
+
+* The entire encoder is the route.
+* The decoder gets the mask token for each dropped token. If the checkpoint has no mask token, it
+  gets zeros.
+* A branch keeps int(N * (1 - sparsity)) tokens (`get_mask`).
+* "No class" is the zero vector.
+* The prediction is EDM's, at times ln(sigma) / 4 (`EDMPrecond`).
+
+Upstream masks only in training. Here every branch with a sparsity masks.
 """
 
 from dataclasses import replace
@@ -21,7 +27,7 @@ FAMILY: str = "maskdit"
 DECODER = "decoder_layer.linear.weight"
 KEYS: tuple[str, ...] = (DECODER,)
 HEADS = {**dit.HEADS, 1280: 16}
-"""Heads by width of S, B, L, XL and upstream's H."""
+"""Number of heads by width, for S, B, L, XL and upstream's H."""
 
 VARIANTS = {
     "cls_token": "a class token (pad_cls_token)",
@@ -29,41 +35,42 @@ VARIANTS = {
     "feat_embedder.weight": "conditioning on external features (ext_feature_dim)",
     "enc_feat_embedder.weight": "conditioning on the encoder's output (use_encoder_feat, self_cond)",
 }
-"""What is not supported, by the tensor that tells."""
+"""Variants that are not supported, by the tensor that identifies them."""
 
 
 def kept_count(tokens: int, sparsity: float) -> int:
-    """Tokens that a branch keeps: int(N * (1 - sparsity))."""
+    """Return the number of tokens that a branch keeps: int(N * (1 - sparsity))."""
     return int(tokens * (1 - sparsity))
 
 
 def usual_route(depth: int) -> Route:
-    """The whole encoder: there is no other."""
+    """Return the entire encoder, the only route of this family."""
     return Route(0, depth - 1)
 
 
 def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
-    """Make the network of a checkpoint, in evaluation mode, and state its facts.
+    """Build the network of a checkpoint, in evaluation mode, and return it with its facts.
 
-    Raises CheckpointError for tensors that are missing, unknown or of another shape, and for variants that are not
-    supported; UsageError for facts that are not the family's, or that the tensors do not tell and nobody gave.
+    Raises CheckpointError for tensors that are missing, unknown or of another shape, and for
+    unsupported variants. Raises UsageError for facts that this family does not allow, and for facts
+    that neither the tensors nor the user nor the author state.
     """
     file, tensors, given = checkpoint.source.file, checkpoint.tensors, merge_facts(checkpoint, overrides)
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(
-                f"{file}: {name}: expected none, found one: {meaning}, which is not supported; take a checkpoint that "
+                f"{file}: {name}: expected none, found one: {meaning}, which is not supported; use a checkpoint that "
                 f"was trained without it"
             )
     if dit.LABELS not in tensors:
         raise CheckpointError(
             f"{file}: {dit.LABELS}: expected (D, classes), found none: a model without classes, which is not "
-            f"supported; take one that was trained with num_classes above 0"
+            f"supported; use a checkpoint that was trained with num_classes above 0"
         )
     decoder_width = dit.shape_of(checkpoint, DECODER, str(DECODER_WIDTH), "D")[0]
     if decoder_width != DECODER_WIDTH:
         raise CheckpointError(
-            f"{file}: {DECODER}: expected {DECODER_WIDTH} rows, found {decoder_width}: a decoder of another width than "
+            f"{file}: {DECODER}: expected {DECODER_WIDTH} rows, found {decoder_width}: a decoder width other than "
             f"upstream's, which is not supported"
         )
     num_classes = dit.shape_of(checkpoint, dit.LABELS, "D", "classes")[1]
@@ -71,16 +78,16 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     route = usual_route(config.depth)
     if given.route not in (None, route):
         raise UsageError(
-            f"{file}: route {given.route}: expected {route}, the whole encoder, as masking has it: leave out the route"
+            f"{file}: route {given.route}: expected {route}, the entire encoder: leave out the route"
         )
     if given.prediction not in (None, "edm"):
         raise UsageError(
-            f"{file}: prediction {given.prediction}: expected edm, as all of this family: leave out the prediction"
+            f"{file}: prediction {given.prediction}: expected edm, as in all MaskDiT models: leave out the prediction"
         )
     with torch.device("meta"):
         network = MaskDiT(config)
-    # Trained without the loss on masked patches, a model has no mask token of its own.
+    # A model that was trained without the loss on masked patches has no mask token.
     zeros = {"mask_token": torch.zeros(1, 1, DECODER_WIDTH)}
     complete = replace(checkpoint, tensors={**zeros, **tensors})
-    # One layer more than the encoder's blocks: the one that leads to the decoder is on the kept tokens, too.
+    # The layer between encoder and decoder also runs on the kept tokens, so it is part of the route.
     return dit.assemble(complete, FAMILY, network, "edm", route, Route(0, config.depth))

@@ -1,8 +1,13 @@
-"""Checkpoints of CompVis/tread (`dit.py`, commit fccf77c): class-conditional DiTs, some of whose blocks tokens bypass.
+"""Adapter of CompVis/tread checkpoints (`dit.py`, commit fccf77c).
 
-Conventions, from upstream's code: a route from block `start_layer_idx` to `end_layer_idx`, both included; kept tokens
-N - int(N * sparsity) (`routing_module.py`, `Router.get_mask`); the null class is the last embedding row; times are
-embedded as given, t in [0, 1] for rectified flow (`rf.py`) and ln(sigma) / 4 for EDM (`edm.py`).
+They are class-conditional DiTs in which dropped tokens bypass some blocks. Conventions, from
+upstream's code:
+
+* The route goes from block `start_layer_idx` to block `end_layer_idx`, both included.
+* A branch keeps N - int(N * sparsity) tokens (`routing_module.py`, `Router.get_mask`).
+* "No class" is the last row of the label embedding.
+* Times are embedded without scaling: t in [0, 1] for rectified flow (`rf.py`), ln(sigma) / 4 for
+  EDM (`edm.py`).
 """
 
 import torch
@@ -26,20 +31,24 @@ KEYS: tuple[str, ...] = (
 
 
 def kept_count(tokens: int, sparsity: float) -> int:
-    """Tokens that a branch keeps: N - int(N * sparsity)."""
+    """Return the number of tokens that a branch keeps: N - int(N * sparsity)."""
     return tokens - int(tokens * sparsity)
 
 
 def usual_route(depth: int) -> Route:
-    """From block 2 to the fifth from the end, as published: 2-8 of 12 blocks, 2-24 of 28 (arXiv 2501.04765)."""
+    """Return the published route, from block 2 to the fourth block from the end.
+
+    It is 2-8 for 12 blocks and 2-24 for 28 blocks (arXiv 2501.04765).
+    """
     return Route(min(2, depth - 1), max(depth - 4, min(2, depth - 1)))
 
 
 def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
-    """Make the network of a checkpoint, in evaluation mode, and state its facts.
+    """Build the network of a checkpoint, in evaluation mode, and return it with its facts.
 
-    Raises CheckpointError for tensors that are missing, unknown or of another shape; UsageError for facts that the
-    tensors do not tell and nobody gave.
+    Raises CheckpointError for tensors that are missing, unknown or of another shape. Raises
+    UsageError for a route outside of the network, and for facts that neither the tensors nor the
+    user nor the author state.
     """
     file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
     config = infer_config(checkpoint, given.heads)
@@ -55,15 +64,19 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
 
 
 def infer_config(checkpoint: Checkpoint, heads: int | None) -> DiTConfig:
-    """The network's shape from its tensors. `heads`: where they are not upstream's for that width."""
+    """Infer the network's shape from its tensors.
+
+    heads: number of heads; if None, upstream's number for the width. Raises CheckpointError for
+    tensors that do not fit together, and UsageError if the number of heads is unknown.
+    """
     file = checkpoint.source.file
     width = dit.shape_of(checkpoint, "x_embedder.proj.weight", "D", "C", "P", "P")[0]
     rows, columns = dit.shape_of(checkpoint, dit.LABELS, "classes + 1", "D")
     if rows == width != columns:
         raise CheckpointError(
-            f"{file}: {dit.LABELS}: expected (classes + 1, {width}), found {(rows, columns)}, the form of a MaskDiT; "
-            f"one without decoder_layer.linear.weight, so without a decoder, is not supported"
+            f"{file}: {dit.LABELS}: expected (classes + 1, {width}), found {(rows, columns)}, the shape in a MaskDiT; "
+            f"a MaskDiT without a decoder (decoder_layer.linear.weight) is not supported"
         )
     if rows < 2:
-        raise CheckpointError(f"{file}: {dit.LABELS}: expected a class and the null, found one row")
+        raise CheckpointError(f"{file}: {dit.LABELS}: expected rows for a class and for no class, found one row")
     return dit.infer_config(checkpoint, rows - 1, heads, dit.HEADS)

@@ -20,7 +20,7 @@ from sg_export.cli.options import (
     refuse_given,
     target_options,
 )
-from sg_export.cli.output import messages, progress
+from sg_export.cli.output import log_details, progress
 
 if TYPE_CHECKING:
     from sg_runtime.bundle import Bundle
@@ -117,7 +117,7 @@ def build(
         overrides=source.overrides,
         force=force,
     )
-    with progress(quiet) as report, messages(explain_cache):
+    with progress(quiet) as report, log_details(explain_cache):
         bundle = compile(model, options, report)
     if as_json:
         click.echo(adapter().dump_json(bundle.manifest, indent=1).decode())

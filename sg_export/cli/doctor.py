@@ -11,6 +11,7 @@ import click
 from sg_export.cli.errors import Command
 from sg_export.cli.output import print_table
 from sg_runtime import __version__
+from sg_runtime.backends import choose_onnx_backend
 from sg_runtime.extras import LIBRARIES
 
 
@@ -18,9 +19,9 @@ from sg_runtime.extras import LIBRARIES
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(bundle: Path | None, as_json: bool) -> None:
-    """Show the versions, backends and devices that are found here, and how to install what is missing.
+    """Show versions, backends and devices found here, and how to install missing libraries.
 
-    With a BUNDLE, say what would run it here, or why nothing can.
+    With a BUNDLE, show which backend would run it here, or why none can.
 
     \b
     Examples:
@@ -39,9 +40,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     versions = {library.distribution: _version(library.distribution) for library in LIBRARIES}
     providers = _providers()
     gpus = _gpus()
-    backend = None
-    if providers:
-        backend = "onnxruntime-cuda" if gpus and "CUDAExecutionProvider" in providers else "onnxruntime-cpu"
+    backend = choose_onnx_backend()
     facts = {
         "sg-export": __version__,
         "python": platform.python_version(),
@@ -81,7 +80,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _gpus() -> list[str] | None:
-    """Names and compute capabilities; None where they cannot be asked."""
+    """Return names and compute capabilities of the GPUs; None if the driver cannot be asked."""
     from sg_runtime.devices.gpus import find_gpus
     from sg_runtime.errors import SgError
 

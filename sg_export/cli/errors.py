@@ -1,4 +1,4 @@
-"""Errors of commands: one message, and the exit code of its kind."""
+"""Errors of commands: each ends as one message with the exit code of its kind."""
 
 import errno
 import traceback
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sg_export.cli.output import log_messages
 from sg_runtime.errors import SgError
 from sg_runtime.extras import install_command
 
@@ -22,7 +23,7 @@ class Failure(click.ClickException):
 
 
 class Command(click.Command):
-    """A command whose errors end as one message and the right exit code; `--debug` shows where they came from."""
+    """A command whose errors end as one message and the right exit code. `--debug` shows the traceback."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -31,7 +32,8 @@ class Command(click.Command):
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")
         try:
-            return super().invoke(context)
+            with log_messages():
+                return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
@@ -43,7 +45,7 @@ class Command(click.Command):
 
 
 def failure(error: Exception) -> Failure:
-    """The message and exit code of an error."""
+    """Return the message and the exit code of an error."""
     if isinstance(error, SgError):
         return Failure(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")) is not None:
@@ -57,7 +59,7 @@ def failure(error: Exception) -> Failure:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says of a temporary file beside `path` into a message on `path`, which the user gave."""
+    """Turn an error on a temporary file next to `path` into a message about `path`, which the user gave."""
     try:
         yield
     except OSError as error:

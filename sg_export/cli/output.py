@@ -41,21 +41,34 @@ def progress(quiet: bool) -> Iterator[Report]:
 
 
 @contextmanager
-def messages(everything: bool) -> Iterator[None]:
-    """Show the warnings of sg-export on standard error, or `everything` that it tells."""
+def log_messages() -> Iterator[None]:
+    """Show the warnings that sg-export logs on standard error, each with its level."""
 
     class Echo(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(record.getMessage(), err=True)
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            click.echo(f"{level}{record.getMessage()}", err=True)
 
-    log, handler = logging.getLogger("sg_export"), Echo()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO if everything else logging.WARNING)
+    handler = Echo()
+    logs = [logging.getLogger(name) for name in ("sg_export", "sg_runtime")]
+    for log in logs:
+        log.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        for log in logs:
+            log.removeHandler(handler)
+
+
+@contextmanager
+def log_details(wanted: bool) -> Iterator[None]:
+    """Let sg_export log its details, too, if `wanted`."""
+    log = logging.getLogger("sg_export")
+    level = log.level
+    log.setLevel(logging.INFO if wanted else logging.WARNING)
+    try:
+        yield
+    finally:
         log.setLevel(level)
 
 

@@ -1,1 +1,1 @@
-"""ONNX graphs: what they are, tracing, weights, types and checks."""
+"""ONNX graphs: specification, tracing, weights, types and checks."""

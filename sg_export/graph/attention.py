@@ -1,7 +1,8 @@
 """Attention: one operator while a graph is traced, then the form that backends run.
 
-The exporter translates PyTorch's scaled_dot_product_attention to a node `Attention` of our own domain.
-`lower_attention` replaces it after tracing. So a form is chosen in one pass, without a second trace.
+The exporter translates PyTorch's scaled_dot_product_attention to a node `Attention` of the domain
+`sg_export`. `lower_attention` replaces it after tracing. So the form is chosen in one pass, without
+a second trace.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _ATTENTION = onnxscript.values.Op(
         type_constraints=[("T", ["tensor(float)"], "")],
     ),
 )
-"""softmax(query keyᵀ / √size) value; all (B, heads, tokens, size)."""
+"""Operator for softmax(query keyᵀ / √size) value; all are (B, heads, tokens, size)."""
 
 
 def translate_attention(
@@ -42,7 +43,7 @@ def translate_attention(
 ) -> Any:
     """Translate aten.scaled_dot_product_attention to a node `Attention`.
 
-    Raises ExportError for any but the plain form.
+    Raises ExportError for any mask, dropout, causality, scale or grouped heads.
     """
     if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
         raise ExportError("attention: expected the plain form of scaled_dot_product_attention")
@@ -50,9 +51,10 @@ def translate_attention(
 
 
 def lower_attention(graph: ir.Graph) -> None:
-    """Replace every `Attention` by Mul, Transpose, MatMul, Softmax, MatMul: the pattern that backends fuse.
+    """Replace every `Attention` by Mul, Transpose, MatMul, Softmax, MatMul.
 
-    The query is scaled, not the scores, so that half-precision scores stay in range.
+    Backends fuse this pattern. The query is scaled, not the scores, so that half-precision scores
+    stay in range.
     """
     scales: dict[int, ir.Value] = {}
     for node in list(graph):
@@ -81,7 +83,7 @@ def lower_attention(graph: ir.Graph) -> None:
 
 
 def _transposed(key: ir.Value) -> tuple[ir.Value, list[int]]:
-    """The value and the order of axes whose Transpose is the key with its last two axes swapped."""
+    """Return a value and an axis order whose Transpose is the key with its last two axes swapped."""
     producer, order = key.producer(), [0, 1, 3, 2]
     if producer is None or producer.op_type != "Transpose" or producer.inputs[0] is None:
         return key, order
@@ -97,7 +99,7 @@ def _node(
     shape: Sequence[int | ir.SymbolicDim] | ir.Shape,
     **attributes: Any,
 ) -> ir.Value:
-    """Insert a float32 node in front of `before`, with its metadata; return its output."""
+    """Insert a float32 node in front of `before`, with the metadata of `before`; return its output."""
     node = ir.node(operator, inputs, attributes, metadata_props=dict(before.metadata_props))
     output = node.outputs[0]
     output.name = f"{before.outputs[0].name}/{operator}" + ("" if operator != "MatMul" else f"_{len(list(shape))}")
@@ -107,7 +109,7 @@ def _node(
 
 
 def _scale(graph: ir.Graph, size: int) -> ir.Value:
-    """An initializer, 1 / √size."""
+    """Add an initializer 1 / √size to the graph and return it."""
     name = f"{graph.name}.attention.{size}"
     tensor = ir.tensor(float(size) ** -0.5, dtype=ir.DataType.FLOAT, name=name)
     value = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor)

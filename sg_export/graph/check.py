@@ -1,4 +1,4 @@
-"""Checks of a written graph: by ONNX, by types, and by ONNX Runtime next to PyTorch."""
+"""Checks of a written graph: ONNX's checker, types, and a comparison of ONNX Runtime with PyTorch."""
 
 import math
 import tempfile
@@ -27,9 +27,10 @@ from sg_runtime.manifest import (
 
 
 def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) -> None:
-    """Raise ExportError unless the products with a weight in the graph at `path` have the types that were asked for.
+    """Raise ExportError unless the products with a weight have the requested types.
 
-    The file is read anew, and the types of computed values are inferred by ONNX.
+    Products of the modules `fp32_layers` are expected in FP32, all others in `precision`. The graph
+    is read from `path`, and ONNX infers the types of computed values.
     """
     wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph
@@ -47,8 +48,9 @@ def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) ->
 def run_onnx(graph: Path, feeds: Mapping[str, NDArray[Any]], content: bytes | None = None) -> list[NDArray[Any]]:
     """Open the graph at `graph`, run it on `feeds`, and return its outputs in order.
 
-    content: a model to run in its place, with the weights beside it.
-    Raises EngineError where ONNX Runtime cannot open or run it, MissingExtraError where it is not installed.
+    content: a serialized model to run instead, with the weights next to `graph`.
+    Raises EngineError if ONNX Runtime cannot open or run the graph, and MissingExtraError if ONNX
+    Runtime is not installed.
     """
     session = open_session(graph, content)
     try:
@@ -59,17 +61,20 @@ def run_onnx(graph: Path, feeds: Mapping[str, NDArray[Any]], content: bytes | No
 
 
 MAX_BUILD_ERROR: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
-"""Relative L2 distance to PyTorch above which a graph is wrong: rounding stays below it, a fault far above."""
+"""Relative L2 distance to PyTorch above which a graph is wrong.
+
+Rounding errors stay below it. A wrong graph is far above it.
+"""
 
 
 MAX_QUANTIZED_ERROR = 0.5
-"""The same for a quantized graph, whose quality its gates decide on real inputs."""
+"""The same limit for a quantized graph. The graph's quality is judged by its gates, on real inputs."""
 
 
 def check_graph(path: Path) -> None:
-    """ONNX's checker and strict shape inference, by path, so that weights beyond 2 GB are no matter.
+    """Run ONNX's checker and strict shape inference on a file.
 
-    Raises ExportError with ONNX's reason.
+    Both run by path, so weights above 2 GB are allowed. Raises ExportError with ONNX's reason.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -83,7 +88,11 @@ def check_graph(path: Path) -> None:
 
 
 def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: CompileOptions) -> float | None:
-    """Relative L2 distance of the graph to PyTorch on one random input; None where ONNX Runtime is not installed."""
+    """Return the relative L2 distance of the graph to PyTorch on one random input.
+
+    Returns None if ONNX Runtime is not installed. Raises ExportError if the distance is above the
+    limit for the precision.
+    """
     precision = options.precision
     most = MAX_BUILD_ERROR[precision] if options.quantize is None else MAX_QUANTIZED_ERROR
     inputs = graph_inputs(spec, loaded.facts, options.batch)
@@ -103,8 +112,8 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     )
     if not math.isfinite(distance) and precision != "fp32" and (operator := first_overflow(path, feeds)) is not None:
         raise ExportError(
-            f"graph {path.name}: expected values that {precision} holds, found larger ones from {operator} on: build "
-            f"with --precision bf16 or fp32"
+            f"graph {path.name}: expected values in the range of {precision}, found larger values from {operator} on: "
+            f"build with --precision bf16 or fp32"
         )
     if not distance <= most:
         raise ExportError(

@@ -1,7 +1,8 @@
-"""Half-precision graphs where no kernel is: each operator in FP32, its inputs and outputs rounded to half precision.
+"""Emulation of half-precision graphs on providers without half-precision kernels.
 
-That is what hardware does that sums in FP32, but for the order of sums. ONNX Runtime's CPU provider has no BF16 at all,
-and runs FP16 by FP32 operators that it does not always round between.
+Each operator runs in FP32, and its inputs and outputs are rounded to half precision. Hardware that
+sums in FP32 gives the same, except for the order of the sums. ONNX Runtime's CPU provider has no
+BF16 kernels. It runs FP16 graphs with FP32 operators and does not always round between them.
 """
 
 from pathlib import Path
@@ -11,13 +12,14 @@ import onnx_ir as ir
 from sg_export.graph.half import HALF, cast
 
 ROUNDED = "/Rounded"
-"""Ends the name of the node that rounds what an operator gives; the operator's name comes before it."""
+"""Suffix of a rounding node: `<operator>/Rounded`."""
 
 
 def emulated(source: Path | ir.Model) -> bytes:
-    """A half-precision graph in FP32 operators: a serialized model, which of a file refers to the weights beside it.
+    """Return a half-precision graph with FP32 operators, as a serialized model.
 
-    A model given as such is changed.
+    source: path of the graph, or the graph as a model. The result for a path refers to the weights
+    next to the file. A model is changed in place.
     """
     model = source if isinstance(source, ir.Model) else ir.load(source)
     graph, halves = model.graph, tuple(HALF.values())

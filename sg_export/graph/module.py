@@ -1,4 +1,4 @@
-"""The computation of a graph in PyTorch, and values for its inputs."""
+"""The computation of a graph in PyTorch, and example values for its inputs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from sg_runtime.manifest import GraphKind, TensorFacts
 
 
 class GraphModule(nn.Module):
-    """The computation of one graph; its arguments are the graph's inputs, in order."""
+    """The computation of one graph as a module. Its arguments are the graph's inputs, in order."""
 
     def __init__(self, model: SparseModel, spec: GraphSpec, names: Sequence[str]) -> None:
         super().__init__()
@@ -20,13 +20,13 @@ class GraphModule(nn.Module):
         self.names = tuple(names)
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The graph's outputs."""
-        found = compute(self.model, self.kind, dict(zip(self.names, values, strict=True)))
-        return found[0] if len(found) == 1 else found
+        """Compute the graph's outputs: a tensor, or a tuple if there are several."""
+        outputs = compute(self.model, self.kind, dict(zip(self.names, values, strict=True)))
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a graph of this kind, from its inputs by name."""
+    """Compute the outputs of a graph of this kind from its inputs by name."""
     if kind == "condition":
         return (model.condition(given["t"], given["class"]),)
     x, modulations = given["x"], given["modulations"]
@@ -46,7 +46,13 @@ def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) ->
 
 
 def example(tensor: TensorFacts, tokens: int, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    """A random value for an input: times in (0, 1), distinct sorted indices, small numbers. `sizes`: symbolic sizes."""
+    """Return an example value for a graph input.
+
+    Times are random in [0, 1), classes are 0, indices of kept tokens are random, distinct and
+    sorted, and all other values are normally distributed.
+
+    tokens: number of tokens of an image. sizes: values of the symbolic dimensions.
+    """
     shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
     if tensor.name == "t":
         return torch.rand(shape, generator=generator)

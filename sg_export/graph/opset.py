@@ -1,5 +1,9 @@
-"""ONNX opsets that graphs can have."""
+"""ONNX opsets of graphs."""
 
 DEFAULT_OPSET = 20
 OPSETS = (20, 21, 22)
-"""From 20 on Gelu is one operator. From 23 on PyTorch emits an Attention that not every backend builds in FP32."""
+"""Supported opsets.
+
+From 20 on, Gelu is one operator. From 23 on, PyTorch emits an Attention operator that not every
+backend builds in FP32.
+"""

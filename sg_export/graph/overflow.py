@@ -1,4 +1,4 @@
-"""The largest values inside a half-precision graph, beside the range of their type."""
+"""The largest values inside a half-precision graph, relative to the range of their type."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +14,11 @@ from sg_runtime.backends.ort import open_session
 
 
 def range_shares(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """The largest magnitude that each half-precision operator of the graph at `path` gives, over that of its type.
+    """Return the largest magnitude of each half-precision operator's output, relative to its type.
 
-    By the operators' names, which begin with those of their modules, in the order they run. Above 1, or NaN, where a
-    value is out of range.
+    path: the graph. The keys are the operators' names, which begin with the names of their modules,
+    in the order of execution. A value is the largest magnitude divided by the largest finite number
+    of the type. It is above 1, or NaN, if an output is out of range.
     """
     model = onnx.load_from_string(emulated(path))
     roundings = [node for node in model.graph.node if node.name.endswith(ROUNDED)]
@@ -33,5 +34,5 @@ def range_shares(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, flo
 
 
 def first_overflow(path: Path, feeds: Mapping[str, NDArray[Any]]) -> str | None:
-    """The first half-precision operator that gives a value out of range, None where there is none."""
+    """Return the first half-precision operator with an output out of range; None if there is none."""
     return next((name for name, share in range_shares(path, feeds).items() if not share <= 1), None)

@@ -1,4 +1,4 @@
-"""Products with a weight: matrix products and convolutions, and whose they are."""
+"""Products with a weight (matmuls and convolutions), and the modules that they belong to."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,19 +9,22 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def belongs(weight: str, layers: Iterable[str]) -> bool:
-    """Whether a weight, by its name in the checkpoint, is one of these modules'."""
+    """Whether a weight belongs to one of the modules `layers`. Both are names in the checkpoint."""
     return any(weight.startswith(f"{layer}.") for layer in layers)
 
 
 def weighted_products(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """The matrix products and convolutions with a weight, and its name in the checkpoint."""
+    """Yield each product with a weight, after the weight's name in the checkpoint."""
     for node in graph:
         if (weight := weight_of(node)) is not None:
             yield str(weight.name).removesuffix("_quantized").removesuffix(".T"), node
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
-    """The initializer that a product takes as its weight, be it through a DequantizeLinear; else None."""
+    """Return the initializer that is the weight of a product; None if there is none.
+
+    The weight may reach the product through a DequantizeLinear.
+    """
     weight = node.inputs[1] if node.op_type in PRODUCTS else None
     if weight is not None and (source := weight.producer()) is not None and source.op_type == "DequantizeLinear":
         weight = source.inputs[0]

@@ -1,4 +1,7 @@
-"""The graphs of a bundle: what each computes, and the tensors it takes, in terms of one `SparseModel`."""
+"""Specifications of a bundle's graphs: what each one computes, and its input and output tensors.
+
+Each graph is one computation of a `SparseModel`.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,16 +16,17 @@ from sg_runtime.manifest import (
     NetworkName,
     TensorFacts,
 )
-
-TAIL = ("c_in", "c_skip", "c_out", "a", "b", "e")
-"""Scalars of the update: D = c_skip * x + c_out * network(c_in * x), next = a * x + b * D + e * r."""
+from sg_runtime.vocabulary import step_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSpec:
-    """One graph to trace. `levels`: none for condition, one for dense and sparse, strong and weak for guided.
+    """One graph to trace.
 
-    null_weak: a guided graph whose weak branch has a condition of its own, "no class".
+    kind: what the graph computes.
+    levels: no level for condition, one level for dense and sparse, strong and weak for guided.
+    network: the network that the graph belongs to.
+    null_weak: whether the weak branch of a guided graph has the condition "no class".
     """
 
     kind: GraphKind
@@ -32,12 +36,12 @@ class GraphSpec:
 
     @property
     def name(self) -> str:
-        """From the kept token counts, as guided-256-128."""
+        """Name of the graph with its numbers of kept tokens, as guided-256-128."""
         return self._name([str(level.keep) for level in self.levels])
 
     @property
     def shared_name(self) -> str:
-        """That of all graphs which differ only in how many tokens they keep, as guided-256-K."""
+        """Common name of the graphs that differ only in numbers of kept tokens, as guided-256-K."""
         return self._name([str(level.keep) if level.sparsity == 0 else "K" for level in self.levels])
 
     def _name(self, counts: Sequence[str]) -> str:
@@ -46,10 +50,12 @@ class GraphSpec:
 
 
 def graphs_for(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level]) -> list[GraphSpec]:
-    """All graphs of a bundle: the condition, one graph per level, and one per pair that the mode allows.
+    """Return all graphs of a bundle.
 
-    sg and cfg+sg pair each strong level with the sparser weak ones, cfg each with itself. The weak levels of
-    autoguidance are another network's, with which nothing is shared: it has graphs of its own, and no pairs.
+    They are the condition, one graph per level, and one guided graph per pair of levels that the
+    mode allows. sg and cfg+sg pair each strong level with the sparser weak levels. cfg pairs each
+    level with itself. In autoguidance the weak levels belong to another network, so there are no
+    pairs, and that network has a condition and single-branch graphs too.
     """
     row = MODES[mode]
     if row.weak_network == "weak":
@@ -60,13 +66,13 @@ def graphs_for(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level
 
 
 def guided_alone(plan: GuidancePlan) -> bool:
-    """Whether guided graphs are all that a run of the plan needs, with the condition."""
+    """Whether a run of the plan needs only the condition and guided graphs."""
     ends = (plan.strong_last, plan.weak_last)
     return plan.row.fusible and plan.interval is None and ends == (None, None)
 
 
 def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
-    """The condition of a network and its single-branch graphs, densest first."""
+    """Return the condition of a network and its single-branch graphs, densest first."""
     ordered = sorted(levels, key=lambda level: -level.keep)
     kinds: list[GraphKind] = ["dense" if level.sparsity == 0 else "sparse" for level in ordered]
     branches = [GraphSpec(kind, (level,), network) for kind, level in zip(kinds, ordered, strict=True)]
@@ -76,38 +82,44 @@ def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
 def graph_inputs(
     spec: GraphSpec, model: ModelFacts, batch: int | None, *, symbolic_keep: bool = False
 ) -> tuple[TensorFacts, ...]:
-    """The inputs of a graph, in order.
+    """Return the inputs of a graph, in order.
 
-    A batch of None is the symbolic dimension "B". symbolic_keep: kept token counts are the dimensions "K", or
-    "K_strong" and "K_weak", so that the graph is that of all levels.
+    batch: number of images; None for the symbolic dimension "B".
+    symbolic_keep: make the numbers of kept tokens the symbolic dimensions "K", or "K_strong" and
+    "K_weak", so that one graph serves all levels.
     """
     if spec.kind == "condition":
         return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
     images = "B" if batch is None else batch
-    latent = (images, *model.latent)
-    rows = ("modulations", "modulations_weak") if spec.null_weak else ("modulations",)
-    names = {"dense": (), "sparse": ("keep",), "guided": ("keep_strong", "keep_weak")}[spec.kind]
-    scalars = ("scale", *TAIL) if spec.kind == "guided" else TAIL
-    return (
-        TensorFacts("x", "float32", latent),
-        *(TensorFacts(name, "float32", (images, model.modulations)) for name in rows),
-        *(
-            TensorFacts(name, "int64", (images, name.replace("keep", "K") if symbolic_keep else level.keep))
-            for name, level in zip(names, spec.levels, strict=False)
-            if level.keep < model.tokens
-        ),
-        *(TensorFacts(name, "float32", ()) for name in scalars),
-        TensorFacts("r", "float32", latent),
-    )
+    tensors = []
+    for tensor in step_inputs(len(spec.levels), spec.null_weak):
+        if tensor.role == "state":
+            tensors.append(TensorFacts(tensor.name, "float32", (images, *model.latent)))
+        elif tensor.role == "held":
+            tensors.append(TensorFacts(tensor.name, "float32", (images, model.modulations)))
+        elif tensor.role == "scalar":
+            tensors.append(TensorFacts(tensor.name, "float32", ()))
+        elif tensor.branch is not None and (keep := spec.levels[tensor.branch].keep) < model.tokens:
+            size = _keep_dimension(tensor.name) if symbolic_keep else keep
+            tensors.append(TensorFacts(tensor.name, "int64", (images, size)))
+    return tuple(tensors)
 
 
 def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
-    """The sizes of the dimensions that stand for kept token counts in a graph with `symbolic_keep`."""
-    return dict(zip({"sparse": ("K",), "guided": ("K_strong", "K_weak")}.get(spec.kind, ()), keep, strict=False))
+    """Return the sizes of the symbolic dimensions of kept tokens in a graph with `symbolic_keep`."""
+    if spec.kind not in ("sparse", "guided"):
+        return {}
+    names = [tensor.name for tensor in step_inputs(len(spec.levels), False) if tensor.role == "keep"]
+    return dict(zip(map(_keep_dimension, names), keep, strict=False))
+
+
+def _keep_dimension(name: str) -> str:
+    """Return the symbolic dimension of an input of kept tokens: K, K_strong or K_weak."""
+    return name.replace("keep", "K")
 
 
 def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
-    """The outputs of a graph; arguments as in `graph_inputs`."""
+    """Return the outputs of a graph; arguments as in `graph_inputs`."""
     if spec.kind == "condition":
         return (TensorFacts("modulations", "float32", ("S", model.modulations)),)
     latent = ("B" if batch is None else batch, *model.latent)

@@ -1,9 +1,12 @@
-"""From the ONNX program of all graphs of a network to the single graphs, with every layer in its place.
+"""Assembly of single graphs from the ONNX program of a network, in which each kind of layer is traced once.
 
-A program has the nodes of all graphs. Where a graph runs consecutive layers of one form it has a node `Layers`, whose
-inputs are the packed tokens and the modulations. The form has a body: nodes from `Inside`, one for each input of
-`Layers`, to a value that only `Program.bodies` holds. `assemble` copies the nodes of one graph, and in place of a
-`Layers` the nodes of its body for each layer, with the names, weights and places of modulations of that layer.
+A program has the nodes of all graphs of a network. If a graph runs consecutive layers of one form,
+it has one node `Layers` for them. Its inputs are the packed tokens and the modulations. Each form
+has a body. A body is the nodes of one traced layer. It starts at nodes `Inside`, one for each input
+of `Layers`, and ends at a value that is listed in `Program.bodies`.
+
+`assemble` copies the nodes of one graph. It replaces each `Layers` by one copy of the body per
+layer, with the names, the weights and the slice of modulations of that layer.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -14,19 +17,23 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 DOMAIN = "sg_export"
-"""The domain of `Layers` (attributes form, first, count) and `Inside` (place)."""
+"""Domain of the operators `Layers` (attributes form, first, count) and `Inside` (attribute place)."""
 
 MODULE = "sg_export.module"
-"""Metadata of a node: the module that it comes from, by its name in the network."""
+"""Metadata key of a node: name of the module that it comes from, as in the network."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """The graphs of a network as one.
+    """All graphs of a network in one model.
 
-    inputs: those of every graph in turn, by their names in it. outputs: likewise. bodies: of each form the layer that
-    was traced, and what it computes. weight: a weight as an initializer, by the name that it has in the program.
-    layer_name: the module of a layer. layer_modulations: its places in the modulations.
+    model: the exported program.
+    inputs: for each graph, its inputs by their names in the graph.
+    outputs: for each graph, its outputs by their names in the graph.
+    bodies: for each form, the index of the traced layer and the output of the body.
+    weight: function from a weight's name in the program to an initializer.
+    layer_name: function from a layer's index to the name of its module.
+    layer_modulations: function from a layer's index to the slice of its modulations.
     """
 
     model: ir.Model
@@ -39,16 +46,19 @@ class Program:
 
     @cached_property
     def names(self) -> Mapping[ir.Value, str]:
-        """The program's inputs by their names in a graph. A body may have been traced with those of another graph."""
+        """Name in its graph of each program input.
+
+        A body may have been traced with the inputs of another graph.
+        """
         return {value: name for inputs in self.inputs for name, value in inputs.items()}
 
     @cached_property
     def forms(self) -> "Sequence[_Body]":
-        """The bodies, with their nodes."""
+        """Bodies of the forms, with their nodes."""
         return [_Body(index, output, self.above([output])) for index, output in self.bodies]
 
     def above(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
-        """The nodes that compute these values, in the program's order, up to `Inside`."""
+        """Return the nodes that compute these values, in the program's order, without `Inside`."""
         needed: set[ir.Node] = set()
         reached = [value.producer() for value in outputs]
         while reached:
@@ -65,7 +75,7 @@ def is_marker(node: ir.Node, kind: str) -> bool:
 
 
 def assemble(program: Program, number: int, name: str) -> ir.Model:
-    """Graph `number` of a program as a model; nodes carry the names of their modules in `MODULE`."""
+    """Return graph `number` of a program as a model. The metadata `MODULE` of a node is its module."""
     copy = _Copy(program, name, {key: _like(value, key) for key, value in program.inputs[number].items()})
     outputs = program.outputs[number]
     values = copy.add(program.above(list(outputs.values())))
@@ -79,7 +89,7 @@ def assemble(program: Program, number: int, name: str) -> ir.Model:
         opset_imports={"": program.model.opset_imports[""]},
         name=name,
     )
-    # What layers share, such as the modulations with an axis added, was copied with each of them.
+    # Values that layers share, such as the modulations with an added axis, were copied with each layer.
     model = ir.Model(graph, ir_version=program.model.ir_version, producer_name="sg-export")
     passes.CommonSubexpressionEliminationPass()(model)
     passes.NameFixPass()(model)
@@ -96,7 +106,7 @@ class _Body:
 
     @cached_property
     def entries(self) -> Mapping[ir.Value, int]:
-        """The values of `Inside`, and the inputs of `Layers` that they are."""
+        """For each output of an `Inside`, the index of the input of `Layers` that it represents."""
         read = [value for node in self.nodes for value in node.inputs if value is not None]
         sources = {value: value.producer() for value in read}
         return {
@@ -107,14 +117,14 @@ class _Body:
 
     @cached_property
     def slices(self) -> Container[ir.Node]:
-        """The nodes that cut the layer's modulations out of all."""
+        """Nodes that slice the layer's modulations out of the modulations of all layers."""
         found = {use.node for value, place in self.entries.items() if place > 0 for use in value.uses()}
         return found | {use.node for node in found if node.op_type == "Unsqueeze" for use in node.outputs[0].uses()}
 
 
 @dataclass
 class _Copy:
-    """The copy of one graph, as it is made."""
+    """The state of one graph's copy while it is made."""
 
     program: Program
     name: str
@@ -124,7 +134,10 @@ class _Copy:
     constants: dict[object, ir.Value] = field(default_factory=dict)
 
     def add(self, nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
-        """Copy nodes of the graph itself, and those of its layers; return the copies by their values in the program."""
+        """Copy nodes of the graph and the layers of each `Layers`.
+
+        Returns the copied values by their values in the program.
+        """
         copies: dict[ir.Value, ir.Value] = {}
         for node in nodes:
             if is_marker(node, "Layers"):
@@ -134,7 +147,7 @@ class _Copy:
         return copies
 
     def _layers(self, node: ir.Node, values: Sequence[ir.Value | None]) -> ir.Value:
-        """Copy the nodes of consecutive layers; return the output of the last."""
+        """Copy the nodes of consecutive layers; return the output of the last layer."""
         form, first, count = (node.attributes[key].as_int() for key in ("form", "first", "count"))
         body, names = self.program.forms[form], self.program.layer_name
         tokens, *modulations = (value for value in values if value is not None)
@@ -161,8 +174,8 @@ class _Copy:
     ) -> None:
         """Copy one node.
 
-        renamed: the module names of the traced layer and of the layer that the copy belongs to. places: the layer's
-        modulations, if the node cuts them out of all.
+        renamed: the module names of the traced layer and of the layer that the copy belongs to.
+        places: the slice of the layer's modulations, if the node slices them out of all.
         """
         size = self._size(node)
         inputs, attributes = size or (self._inputs(node, copies, renamed), list(node.attributes.values()))
@@ -186,9 +199,10 @@ class _Copy:
             copies[old] = new
 
     def _size(self, node: ir.Node) -> tuple[list[ir.Value | None], list[ir.Attr]] | None:
-        """Inputs and attributes of a node that reads a symbolic size, where it reads it from the graph's first input.
+        """Return the new inputs and attributes of a node that reads a symbolic size; else None.
 
-        PyTorch reads a size from any input that has it, which may be one of another graph.
+        The copy reads the size from the first input of this graph that has it. PyTorch reads a size
+        from any program input that has it, which may belong to another graph.
         """
         source, end = node.inputs[0] if node.inputs else None, node.attributes.get("end")
         if node.op_type != "Shape" or source is None or source not in self.program.names or end is None:
@@ -205,7 +219,10 @@ class _Copy:
         return [value], [ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)]
 
     def _source(self, value: ir.Value, renamed: tuple[str, str] | None) -> ir.Value:
-        """An input of the graph, a weight, or a constant, which gets the graph's name in its own."""
+        """Return the copy of a value without a producer: an input, a weight or a constant.
+
+        The name of a constant begins with the graph's name.
+        """
         if value in self.program.names:
             return self.inputs[self.program.names[value]]
         name, tensor = str(value.name), value.const_value
@@ -217,11 +234,11 @@ class _Copy:
         return self.weights[own]
 
     def _place(self, place: int) -> ir.Value:
-        """A constant, (1,) int64."""
+        """Return a constant (1,) int64 for an end of a slice of modulations."""
         return self._constant(f"modulations.{place}", ir.tensor([place], dtype=ir.DataType.INT64))
 
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """One initializer for all constants of this type, shape and content."""
+        """Return the one initializer for all constants of this type, shape and content."""
         key = tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
         if key not in self.constants:
             tensor.name = f"{self.name}.{name}"
@@ -232,7 +249,7 @@ class _Copy:
 
 
 def _renamed(name: str, renamed: tuple[str, str] | None) -> str:
-    """A module, or a weight of one, of the layer that a body becomes."""
+    """Return the name of a module or weight after the change of layers `renamed`, (old, new)."""
     if renamed is None or not f"{name}.".startswith(f"{renamed[0]}."):
         return name
     return renamed[1] + name[len(renamed[0]) :]

@@ -1,10 +1,11 @@
-"""From a PyTorch module to ONNX graphs that name their weights as the checkpoint does.
+"""Tracing of a PyTorch module to ONNX graphs that name their weights as the checkpoint does.
 
-All graphs of a network are exported as one program, in which each kind of layer is traced once for every form in which
-branches meet it; `sg_export.graph.stamp` copies it to all layers of that form.
+All graphs of a network are exported as one program. In it, one layer of each form is traced. A form
+is the kind of a layer together with the branches that it runs on. `sg_export.graph.stamp` copies
+the traced layer to all layers of that form.
 
-Weights are hidden from the exporter's optimizer, so none is folded into a constant: the graphs of one model share all
-of them, and a model on PyTorch's meta device can be traced without any.
+Weights are hidden from the exporter's optimizer, so no weight is folded into a constant. Therefore
+the graphs of a model share all weights, and a model on PyTorch's meta device can be traced.
 """
 
 import ast
@@ -36,7 +37,7 @@ _MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
 _WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
 _TRANSPOSED = ".T"
 _TRACED_SIZES = {"B": 2, "S": 3, "K": 2, "K_strong": 3, "K_weak": 2}
-"""Sizes of the symbolic dimensions while tracing: not 0 or 1, which PyTorch would take for constants."""
+"""Sizes of the symbolic dimensions while tracing. PyTorch would treat 0 and 1 as constants."""
 
 
 def trace(
@@ -49,11 +50,15 @@ def trace(
     symbolic_keep: bool = False,
     each_layer: bool = False,
 ) -> list[ir.Model]:
-    """Trace the graphs `specs` of `model` with the tensors of `sg_export.graph.spec`.
+    """Trace the graphs `specs` of `model`, with inputs and outputs as in `sg_export.graph.spec`.
 
-    The initializers view the model's parameters, whose names they bear; a linear layer's weight is stored transposed,
-    as MatMul takes it, under its name with ".T" added. each_layer: trace every layer by itself, which gives the same
-    graphs and takes longer. Raises ExportError where PyTorch cannot export the model.
+    batch: number of images; None for a symbolic dimension.
+    symbolic_keep: see `graph_inputs`.
+    each_layer: trace every layer separately. The graphs are the same, and it takes longer.
+
+    The initializers are views of the model's parameters and have their names. The weight of a
+    linear layer is stored transposed, as MatMul needs it, with ".T" after its name. Raises
+    ExportError if PyTorch cannot export the model.
     """
     names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
     inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
@@ -62,8 +67,8 @@ def trace(
     starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
     program = Program(
         exported,
-        inputs=[{tensor.name: next(starts) for tensor in own} for own in inputs],
-        outputs=[{tensor.name: next(ends) for tensor in own} for own in outputs],
+        inputs=[{tensor.name: next(starts) for tensor in tensors} for tensors in inputs],
+        outputs=[{tensor.name: next(ends) for tensor in tensors} for tensors in outputs],
         bodies=list(zip(layers, ends, strict=True)),
         weight=lambda name: _weight(model, name),
         layer_name=model.network.layer_name,
@@ -81,7 +86,10 @@ def _export(
     opset: int,
     each_layer: bool,
 ) -> tuple[ir.Model, list[int]]:
-    """All graphs as one program, and the layers that were traced; see `Program`. No weight is in it."""
+    """Export all graphs as one program without weights; return it with the traced layers' indices.
+
+    See `sg_export.graph.stamp.Program`.
+    """
     state = _State(model)
     program = _Program(state, specs, [[tensor.name for tensor in own] for own in inputs]).eval()
     every = list(itertools.chain.from_iterable(inputs))
@@ -109,10 +117,15 @@ def _export(
 
 
 class _State:
-    """Stands in for the layers of a network: traces one of each form as a body, and puts a node in place of each run.
+    """A replacement for `SparseModel.run_layers` while tracing.
 
-    A form is the kind of a layer, with the token counts and modulations of the branches that meet it. traced: the
-    layers whose bodies there are. at: the graph that is being traced; None before and after.
+    It traces one layer of each form as a body, and replaces consecutive layers of one form by one
+    node. A form is the kind of a layer, with the numbers of tokens and modulations of the branches
+    that the layer runs on.
+
+    bodies: outputs of the bodies.
+    traced: indices of the traced layers, one per body.
+    at: the graph that is being traced; None before and after tracing.
     """
 
     def __init__(self, model: SparseModel) -> None:
@@ -141,16 +154,20 @@ class _State:
 
     @contextmanager
     def in_place_of_layers(self) -> Iterator[None]:
-        """The model runs its layers by this object."""
-        own, self.model.run_layers = self.model.run_layers, self
+        """Make the model run its layers by this object within the block."""
+        original, self.model.run_layers = self.model.run_layers, self
         try:
             yield
         finally:
-            self.model.run_layers = own
+            self.model.run_layers = original
 
 
 class _Program(nn.Module):
-    """All graphs as one module: their inputs in turn → their outputs in turn, then the bodies of the layers."""
+    """All graphs as one module.
+
+    Its arguments are the inputs of all graphs in order. It returns the outputs of all graphs in
+    order, followed by the outputs of the bodies.
+    """
 
     def __init__(self, state: _State, specs: Sequence[GraphSpec], names: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -167,16 +184,16 @@ class _Program(nn.Module):
 
 
 def _marker(kind: str, values: Sequence[Tensor], shape: Sequence[int | torch.SymInt], **attributes: int) -> Tensor:
-    """A node of our own in the graph; see `sg_export.graph.stamp`."""
+    """Add a node `Layers` or `Inside` to the graph; see `sg_export.graph.stamp`."""
     name, first = f"{DOMAIN}::{kind}", values[0]
     made = torch.onnx.ops.symbolic(name, values, {**attributes}, dtype=first.dtype, shape=shape, version=1)
-    return made if made.device == first.device else made.to(first.device)  # it is always made on the CPU
+    return made if made.device == first.device else made.to(first.device)  # PyTorch makes it on the CPU
 
 
 def _examples(
     tensors: Sequence[TensorFacts], tokens: int, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Values for the inputs of all graphs, and their symbolic dimensions."""
+    """Return values for the inputs of all graphs, and their symbolic dimensions."""
     generator = torch.Generator().manual_seed(0)
     dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
     values = tuple(example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
@@ -184,7 +201,10 @@ def _examples(
 
 
 def _optimize_around_weights(model: ir.Model) -> None:
-    """Optimize with the weights as values that nothing is known of; transposed ones become values by that name."""
+    """Optimize a model with its weights as values of unknown content.
+
+    Each Transpose of a weight is then replaced by a value with ".T" after the weight's name.
+    """
     graph = model.graph
     weights: list[ir.Value] = []
     for name, initializer in list(graph.initializers.items()):
@@ -204,7 +224,10 @@ def _optimize_around_weights(model: ir.Model) -> None:
 
 
 def _weight(model: SparseModel, name: str) -> ir.Value:
-    """A parameter or buffer of the network as an initializer; with ".T" after its name transposed, when it is read."""
+    """Return a parameter or buffer of the network as an initializer.
+
+    If its name ends in ".T", it is transposed when it is read.
+    """
     tensor = ir.tensor_adapters.TorchTensor(_tensor(model, name.removesuffix(_TRANSPOSED)))
     made: ir.TensorProtocol = tensor
     shape = ir.Shape(tensor.shape.numpy())
@@ -221,16 +244,17 @@ def _tensor(model: SparseModel, name: str) -> Tensor:
 
 
 def _module(node: ir.Node) -> str:
-    """The module that a node comes from, by its name in the network."""
+    """Return the name in the network of the module that a node comes from."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
     module = f"{scopes[-2]}." if len(scopes) > 1 else "."
     return module.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip(".")
 
 
 def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
-    """The model of a graph, with names of nodes and the shapes of its outputs.
+    """Lower attention, name the nodes and set the output shapes of a graph's model; return it.
 
-    A node is called by its module and what it does, as blocks.3.attn/Softmax: backends and Polygraphy report names.
+    The name of a node is its module and its operator, as blocks.3.attn/Softmax. Backends and
+    Polygraphy report these names.
     """
     lower_attention(model.graph)
     used: Counter[str] = Counter()
@@ -245,7 +269,7 @@ def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
 
 
 def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
-    """Give the tracer's symbolic dimensions the names of the graphs' tensors, everywhere, in sums too."""
+    """Rename the tracer's symbolic dimensions to those of `inputs`, in all values and in sums."""
     names: dict[str, str] = {}
     for value, facts in zip(graph.inputs, inputs, strict=True):
         assert value.shape is not None
@@ -265,7 +289,10 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
 
 
 def _was_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C came as PyTorch read an argument, which it then tells as the text of a TypeError."""
+    """Whether the cause of an error is Ctrl-C.
+
+    If it comes while PyTorch reads an argument, PyTorch reports it in the text of a TypeError.
+    """
     while error is not None:
         if "KeyboardInterrupt" in str(error):
             return True
@@ -275,9 +302,10 @@ def _was_interrupt(error: BaseException | None) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warnings on its own deprecated parts, and on torchvision, which is not needed.
+    """Suppress messages of PyTorch within the block.
 
-    And without its log of an exception, which the one who catches that tells.
+    They are warnings about its own deprecated parts and about torchvision, which is not needed, and
+    logs of an exception, which the caller reports.
     """
     wanted = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
     levels = {name: logging.getLogger(name).level for name in wanted}

@@ -1,4 +1,4 @@
-"""One file of weights for all graphs of a bundle."""
+"""Writer of graphs that share one file of weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +11,13 @@ from sg_runtime.errors import ExportError
 def write_graphs(
     models: Iterable[ir.Model], folder: Path, weights_file: str, external_min_bytes: int = 1024
 ) -> list[Path]:
-    """Write each model to `folder` as NAME.onnx, with the initializers of all in one `weights_file` beside them.
+    """Write each model to `folder` as NAME.onnx, with all weights in one `weights_file` next to them.
 
-    Initializers of one name must be the same tensor in every graph, as `trace` makes them; each is written once. Those
-    under `external_min_bytes` stay inside the graphs.
+    external_min_bytes: initializers with fewer bytes stay inside the graphs.
+
+    Initializers of one name must be the same tensor in every graph, as `trace` makes them. Each is
+    written once. Returns the paths of the graphs. Raises ExportError for an initializer without a
+    value, and for one whose shape or type differs between graphs.
     """
     models = list(models)
     tensors: dict[str, ir.TensorProtocol] = {}

@@ -1,4 +1,7 @@
-"""Branches packed along the token axis: one matrix product for all rows, attention and modulation for each branch."""
+"""Branches packed along the token axis.
+
+One matmul runs on the rows of all branches. Attention and modulation run for each branch.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,39 +13,51 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """How packed tokens (B, R, D) divide, and what modulates them.
+    """Division of packed tokens (B, R, D) into branches, with the modulations of the branches.
 
-    counts: tokens of each branch, R in all. modulations: one that all branches share, or one for each: (B, M), or
-    (B, 1, own) where they are those of one layer.
+    counts: number of tokens of each branch; their sum is R.
+    modulations: one tensor that all branches share, or one tensor per branch. Each is (B, M) for
+    all layers, or (B, 1, m) for one layer, with m the size of its modulations.
     """
 
     counts: tuple[int, ...]
     modulations: tuple[Tensor, ...]
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
-        """packed (B, R, D) → (B, count, D) for each branch.
+        """Split packed tokens (B, R, D) into the branches, each (B, count, D).
 
-        Slices, not one Split: ONNX Runtime's CUDA kernel copies the sizes of uneven parts from the host in every run.
+        It uses slices, not one Split: ONNX Runtime's CUDA kernel of Split copies the sizes of
+        uneven parts from the host in every run.
         """
         ends = list(itertools.accumulate(self.counts))
         return [packed[:, end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
     def of(self, places: slice) -> "Branches":
-        """The same branches with the modulations of one layer, (B, 1, own), out of all, (B, M)."""
+        """Return the branches with the modulations of one layer, (B, 1, m), instead of all, (B, M).
+
+        places: the slice of M that belongs to the layer; its length is m.
+        """
         return Branches(self.counts, tuple(m[:, None, places] for m in self.modulations))
 
     def vectors(self, count: int) -> list[tuple[Tensor, ...]]:
-        """A layer's modulations in `count` vectors of one width, each (B, 1, width) per modulation."""
+        """Split a layer's modulations into `count` vectors of equal width.
+
+        Returns one tuple per vector. A tuple has one tensor (B, 1, width) per modulation tensor.
+        """
         return list(zip(*(m.chunk(count, dim=-1) for m in self.modulations), strict=True))
 
     def each(self, function: Callable[..., Tensor], packed: Tensor, *vectors: tuple[Tensor, ...]) -> Tensor:
-        """`function(tokens, *vectors)` over all rows at once where the vectors are shared, else branch by branch."""
+        """Apply `function(tokens, *vectors)` to packed tokens.
+
+        If the branches share their modulations, it is applied to all rows at once; otherwise, to
+        one branch at a time, with the vectors of that branch.
+        """
         if len(self.modulations) == 1:
             return function(packed, *(vector[0] for vector in vectors))
         parts = zip(self.split(packed), *vectors, strict=True)
-        return join([function(tokens, *own) for tokens, *own in parts])
+        return join([function(tokens, *branch_vectors) for tokens, *branch_vectors in parts])
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """The opposite of `Branches.split`."""
+    """Pack branches along the token axis, the inverse of `Branches.split`."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

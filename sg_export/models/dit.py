@@ -1,6 +1,7 @@
-"""The DiT of CompVis/tread, written for export: conditioning apart from the step, no control flow, no randomness.
+"""The DiT of CompVis/tread, written for export.
 
-Module names are those of upstream's `dit.py` (commit fccf77c), so that its state dicts load as they are.
+Conditioning is separate from the step. There is no control flow and no randomness. Module names are
+as in upstream's `dit.py` (commit fccf77c), so upstream's state dicts load unchanged.
 """
 
 import math
@@ -14,15 +15,25 @@ from torch import Tensor, nn
 from sg_export.models.branches import Branches, join
 
 ENDS = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
-"""Embedders and head: no later layer corrects their rounding, and they cost little."""
+"""Embedders and head. They stay in FP32: no later layer corrects their rounding, and they cost little."""
 
 FREQUENCIES = 128
-"""Cosines (and as many sines) of the timestep embedding."""
+"""Number of cosines of the timestep embedding, and number of its sines."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
-    """Shape of a DiT. `image_size` counts the sampled pixels or latents along one side, which is square."""
+    """Shape of a DiT.
+
+    image_size: height and width of the sampled image, in pixels or latents.
+    patch: height and width of a patch.
+    channels: channels of the sampled image.
+    width: D, the size of a token.
+    depth: number of blocks.
+    heads: attention heads of a block.
+    mlp_width: hidden size of a block's MLP.
+    num_classes: number of classes, without "no class".
+    """
 
     image_size: int
     patch: int
@@ -35,12 +46,15 @@ class DiTConfig:
 
     @property
     def tokens(self) -> int:
-        """N, the number of tokens of one image."""
+        """Number of tokens of one image, N."""
         return (self.image_size // self.patch) ** 2
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each branch of packed tokens, with one qkv projection for all."""
+    """Multi-head self-attention within each branch of packed tokens.
+
+    One qkv projection runs on the tokens of all branches.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -49,7 +63,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, branches: Branches) -> Tensor:
-        """x (B, R, D) → (B, R, D)."""
+        """Attend within each branch: x (B, R, D) → (B, R, D)."""
         return self.proj(join([self._attend(part) for part in branches.split(self.qkv(x))]))
 
     def _attend(self, qkv: Tensor) -> Tensor:
@@ -70,12 +84,17 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
+    """Return x * (1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
     return x * (1 + scale) + shift
 
 
 class Modulated(nn.Module):
-    """A layer with adaLN modulation: `vectors` of its `width` each, computed from the condition outside of the step."""
+    """A layer with adaLN modulation, computed from the condition outside of the step.
+
+    width: width of the layer, and of each modulation vector.
+    vectors: number of modulation vectors.
+    condition: width of the condition; `width` if None.
+    """
 
     def __init__(self, width: int, vectors: int, condition: int | None) -> None:
         super().__init__()
@@ -85,12 +104,15 @@ class Modulated(nn.Module):
 
     @property
     def modulations(self) -> int:
-        """The layer's share of M."""
+        """Size of the layer's modulations; those of all layers add up to M."""
         return self.vectors * self.width
 
 
 class Block(Modulated):
-    """Transformer block with adaLN-zero modulation. `condition`: width of what it is computed from, where another."""
+    """Transformer block with adaLN-zero modulation.
+
+    condition: width of the condition; `width` if None.
+    """
 
     def __init__(self, width: int, heads: int, mlp_width: int, condition: int | None = None) -> None:
         super().__init__(width, 6, condition)
@@ -100,7 +122,7 @@ class Block(Modulated):
         self.mlp = Mlp(width, mlp_width)
 
     def forward(self, x: Tensor, branches: Branches) -> Tensor:
-        """x (B, R, D) → (B, R, D)."""
+        """Run the block on packed tokens: x (B, R, D) → (B, R, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = branches.vectors(6)
         y = self.attn(branches.each(modulate, self.norm1(x), shift1, scale1), branches)
         x = x + branches.each(torch.mul, y, gate1)
@@ -109,7 +131,10 @@ class Block(Modulated):
 
 
 class FinalLayer(Modulated):
-    """Modulated LayerNorm and the linear map from tokens to patches, in the parts that `Network` asks for."""
+    """Modulated LayerNorm and the linear map from tokens to patches.
+
+    It has no `forward`: `DiT.norm`, `DiT.modulate` and `DiT.project` run its parts.
+    """
 
     def __init__(self, width: int, patch_values: int, condition: int | None = None) -> None:
         super().__init__(width, 2, condition)
@@ -118,14 +143,14 @@ class FinalLayer(Modulated):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t (cosines first), then a two-layer MLP. `t` is used as given, without scaling."""
+    """Sinusoids of t (cosines first), then a two-layer MLP. `t` is not scaled."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (S,) → (S, D)."""
+        """Embed times: t (S,) → (S, D)."""
         steps = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) / FREQUENCIES * steps)
         waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
@@ -133,31 +158,34 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row per class; the last row, index `num_classes`, means "no class"."""
+    """Embedding table with one row per class. The last row, index `num_classes`, is "no class"."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, classes: Tensor) -> Tensor:
-        """classes (S,) int64 → (S, D)."""
+        """Embed classes: classes (S,) int64 → (S, D)."""
         return self.embedding_table(classes)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, in row-major order."""
+    """Linear map from non-overlapping patches to tokens, in row-major order."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, N, D)."""
+        """Embed patches: x (B, C, H, W) → (B, N, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class DiT(nn.Module):
-    """A class-conditional DiT in the parts of `sg_export.models.sparse.Network`; dropped tokens bypass the route."""
+    """A class-conditional DiT, an implementation of `sg_export.models.sparse.Network`.
+
+    Dropped tokens bypass the route.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -172,67 +200,73 @@ class DiT(nn.Module):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """The modules that stay in FP32."""
+        """Names of the modules that stay in FP32."""
         return ENDS
 
     @property
     def stack(self) -> list[Modulated]:
-        """The layers in order, without the final one."""
+        """Layers in order, without the final layer."""
         return [*self.blocks]
 
     @property
     def layers(self) -> int:
-        """How many layers `layer` has."""
+        """Number of layers, without the final layer."""
         return len(self.stack)
 
     @property
     def modulations(self) -> int:
-        """M: the vectors of every layer in order, then those of the final one."""
+        """Size of all modulations, M.
+
+        The modulations of the layers come in order, followed by the final layer's modulations.
+        """
         return sum(layer.modulations for layer in [*self.stack, self.final_layer])
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """All that the step needs of time and class: t (S,) float32, classes (S,) int64 → (S, M)."""
+        """Compute the modulations of all layers: t (S,) float32, classes (S,) int64 → (S, M)."""
         layers = [*self.stack, self.final_layer]
         active = layers[0].adaLN_modulation[0](self.t_embedder(t) + self.y_embedder(classes))  # the SiLU of all layers
         return torch.cat([layer.adaLN_modulation[1](active) for layer in layers], dim=-1)
 
     def embed(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → tokens (B, N, D)."""
+        """Embed images: x (B, C, H, W) → tokens (B, N, D)."""
         return self.x_embedder(x) + self.pos_embed
 
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
-        """Layer `index` on packed tokens (B, R, D)."""
+        """Run layer `index` on packed tokens: (B, R, D) → (B, R, D)."""
         return self.stack[index](tokens, branches)
 
     def layer_modulations(self, index: int) -> slice:
-        """The places of a layer's modulations; those of the final layer follow, by the index `layers`."""
+        """Return the slice of M that holds the modulations of layer `index`.
+
+        Index `layers` is the final layer.
+        """
         layers = [*self.stack, self.final_layer]
         start = sum(layer.modulations for layer in layers[:index])
         return slice(start, start + layers[index].modulations)
 
     def layer_kind(self, index: int) -> Hashable:
-        """All blocks are of one kind."""
+        """Return the same kind for all blocks."""
         return "block"
 
     def layer_name(self, index: int) -> str:
-        """The name of a layer's module, with which those of its weights begin."""
+        """Return the name of a layer's module, the prefix of its weights' names."""
         return next(name for name, module in self.named_modules() if module is self.stack[index])
 
     def dropped(self, tokens: Tensor) -> Tensor:
-        """The tokens (B, N, D) themselves: those that were left out come back as they were."""
+        """Return the tokens (B, N, D) unchanged: dropped tokens bypass the route."""
         return tokens
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """The last LayerNorm: tokens (B, R, D) → (B, R, D)."""
+        """Apply the last LayerNorm: tokens (B, R, D) → (B, R, D)."""
         return self.final_layer.norm_final(tokens)
 
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
-        """The last modulation: normed (B, R, D) → (B, R, D)."""
+        """Apply the last modulation: normed (B, R, D) → (B, R, D)."""
         shift, scale = branches.of(self.layer_modulations(self.layers)).vectors(2)
         return branches.each(modulate, normed, shift, scale)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) → output (B, C, H, W)."""
+        """Map tokens to the output: tokens (B, N, D) → output (B, C, H, W)."""
         c = self.config
         side = c.image_size // c.patch
         patches = self.final_layer.linear(tokens).reshape(-1, side, side, c.patch, c.patch, c.channels)

@@ -1,7 +1,8 @@
-"""The network of Anima-Lab/MaskDiT: a DiT whose encoder sees the kept tokens alone, and a decoder that sees all.
+"""The network of Anima-Lab/MaskDiT.
 
-Module names are those of upstream's `models/maskdit.py` (commit 73cfb96). The layer between encoder and decoder is the
-last of the route: it runs on the kept tokens, and brings them to the decoder's width.
+Its encoder runs on the kept tokens only, its decoder on all tokens. Module names are as in
+upstream's `models/maskdit.py` (commit 73cfb96). The layer between encoder and decoder is the last
+layer of the route: it runs on the kept tokens and projects them to the decoder's width.
 """
 
 from collections.abc import Hashable
@@ -18,14 +19,17 @@ DECODER_HEADS = 16
 
 
 class OneHotEmbedder(nn.Module):
-    """A linear map of one-hot classes; index `num_classes` means "no class" and has no one, so its row is zero."""
+    """A linear map of one-hot classes.
+
+    Index `num_classes` is "no class". Its one-hot vector and its embedding are zero.
+    """
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Linear(num_classes, width, bias=False)
 
     def forward(self, classes: Tensor) -> Tensor:
-        """classes (S,) int64 → (S, D)."""
+        """Embed classes: classes (S,) int64 → (S, D)."""
         known = torch.arange(self.embedding_table.in_features, device=classes.device)
         return self.embedding_table((classes[:, None] == known).to(self.embedding_table.weight.dtype))
 
@@ -39,13 +43,13 @@ class DecoderLayer(Modulated):
         self.linear = nn.Linear(width, decoder_width)
 
     def forward(self, x: Tensor, branches: Branches) -> Tensor:
-        """x (B, R, D) → (B, R, decoder width)."""
+        """Project packed tokens: x (B, R, D) → (B, R, decoder width)."""
         shift, scale = branches.vectors(2)
         return self.linear(branches.each(modulate, self.norm_decoder(x), shift, scale))
 
 
 class MaskDiT(DiT):
-    """A DiT with a decoder. After the route, the mask token stands for the tokens that were left out."""
+    """A DiT with a decoder. After the route, the mask token replaces the dropped tokens."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
@@ -62,20 +66,28 @@ class MaskDiT(DiT):
 
     @property
     def stack(self) -> list[Modulated]:
-        """Encoder blocks, the layer between, decoder blocks."""
+        """Encoder blocks, the layer between encoder and decoder, decoder blocks."""
         return [*self.blocks, self.decoder_layer, *self.decoder_blocks]
 
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
-        """Layer `index` on packed tokens (B, R, D); the first of the decoder adds its positions to whole branches."""
+        """Run layer `index` on packed tokens (B, R, D).
+
+        The first decoder block first adds the decoder's position embedding to the N tokens of each
+        branch.
+        """
         if index == self.config.depth + 1:
             tokens = tokens + self.decoder_pos_embed.repeat(1, len(branches.counts), 1)
         return super().layer(index, tokens, branches)
 
     def layer_kind(self, index: int) -> Hashable:
-        """Encoder block, the layer between, first decoder block, the other ones."""
+        """Return the kind of a layer.
+
+        There are four kinds: the encoder blocks, the layer between encoder and decoder, the first
+        decoder block, the other decoder blocks.
+        """
         between = self.config.depth
         return "encoder" if index < between else min(index - between, 2)
 
     def dropped(self, tokens: Tensor) -> Tensor:
-        """The mask token, (B, N, decoder width)."""
+        """Return the mask token, expanded to (B, N, decoder width)."""
         return self.mask_token.expand(*tokens.shape[:2], -1)

@@ -1,4 +1,8 @@
-"""What every token-sparse network shares: the prefix, the route over the kept tokens, the suffix, the combination."""
+"""The computation that all token-sparse networks share.
+
+It consists of the layers before the route, the route on the kept tokens, the layers after the route
+and the combination of the two branches.
+"""
 
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -11,9 +15,14 @@ from sg_runtime.manifest import Route
 
 
 class Network(Protocol):
-    """The parts of one family's network. D is its width, N its token count, M the size of its modulations.
+    """The parts of one family's network.
 
-    Tokens may be those of several branches, packed: see `Branches`.
+    D is its width, N the number of tokens of an image, M the size of its modulations, R the number
+    of packed tokens. Packed tokens are the tokens of one or more branches, see `Branches`.
+
+    layers: number of layers, without the final layer.
+    modulations: M.
+    ends: names of the modules that stay in FP32.
     """
 
     layers: int
@@ -21,66 +30,88 @@ class Network(Protocol):
     ends: tuple[str, ...]
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """t (S,) float32, classes (S,) int64 → modulations (S, M), all that the step needs of both."""
+        """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M).
+
+        The step needs nothing else of time and class.
+        """
         ...
 
     def embed(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → tokens (B, N, D)."""
+        """Embed images: x (B, C, H, W) → tokens (B, N, D)."""
         ...
 
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
-        """tokens (B, R, D) → (B, R, D), or another width that the next layer takes; with its own modulations."""
+        """Run layer `index` on packed tokens: (B, R, D) → (B, R, D).
+
+        The output may have another width, which the next layer expects. branches: with the
+        modulations of this layer only.
+        """
         ...
 
     def layer_modulations(self, index: int) -> slice:
-        """The places of a layer's modulations among all."""
+        """Return the slice of M that holds the modulations of layer `index`."""
         ...
 
     def layer_kind(self, index: int) -> Hashable:
-        """Equal for layers that compute the same with other weights: of these one is traced."""
+        """Return a value that is equal for layers that differ only in their weights.
+
+        One layer of each kind is traced.
+        """
         ...
 
     def layer_name(self, index: int) -> str:
-        """The name of a layer's module, with which those of its weights begin."""
+        """Return the name of a layer's module, the prefix of its weights' names."""
         ...
 
     def dropped(self, tokens: Tensor) -> Tensor:
-        """What stands after the route for tokens that were left out: (B, N, D) before it → (B, N, D) after it."""
+        """Return what replaces dropped tokens after the route.
+
+        tokens: (B, N, D) before the route. The result is (B, N, D), with the width after the route.
+        """
         ...
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """The last normalisation, free of modulation: tokens (B, R, D) → (B, R, D)."""
+        """Apply the last normalisation, without modulation: tokens (B, R, D) → (B, R, D)."""
         ...
 
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
-        """The last modulation: normed (B, R, D) → (B, R, D). Affine in `normed`. `branches` have all modulations."""
+        """Apply the last modulation: normed (B, R, D) → (B, R, D). It is affine in `normed`.
+
+        branches: with the modulations of all layers.
+        """
         ...
 
     def project(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) → output (B, C, H, W). Affine."""
+        """Map tokens to the output: tokens (B, N, D) → (B, C, H, W). The map is affine."""
         ...
 
 
 class SparseModel(nn.Module):
-    """A network and its route: the layers that run on the kept tokens alone."""
+    """A network with its route, the layers that run on the kept tokens only."""
 
     def __init__(self, network: nn.Module, route: Route) -> None:
         super().__init__()
         self.network: Network = network  # type: ignore[assignment]  # a module that is also a Network
         self.route = route
         self.run_layers: Callable[[range, Tensor, Branches], Tensor] = self._run_layers
-        """Runs layers in order; `sg_export.graph.trace` puts itself in its place."""
+        """Function that runs layers in order. `sg_export.graph.trace` replaces it while tracing."""
 
     def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
-        """One branch: x (B, C, H, W), t (B,), classes (B,) and, where it is sparse, keep (B, K) → (B, C, H, W)."""
+        """Run one branch: x (B, C, H, W), t (B,), classes (B,), keep → output (B, C, H, W).
+
+        keep: (B, K) int64 indices of the kept tokens; None for a dense branch.
+        """
         return self.predict(x, self.condition(t, classes), keep)
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """t (S,) float32, classes (S,) int64 → modulations (S, M)."""
+        """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M)."""
         return self.network.condition(t, classes)
 
     def predict(self, x: Tensor, modulations: Tensor, keep: Tensor | None = None) -> Tensor:
-        """One branch: x (B, C, H, W), modulations (B, M), keep (B, K) int64 or None → output (B, C, H, W)."""
+        """Run one branch on given modulations: x (B, C, H, W) → output (B, C, H, W).
+
+        modulations: (B, M). keep: (B, K) int64 indices of the kept tokens; None for a dense branch.
+        """
         normed, branches = self._normed(x, (modulations,), (keep,))
         return self.network.project(self.network.modulate(normed, branches))
 
@@ -93,11 +124,13 @@ class SparseModel(nn.Module):
         scale: Tensor,
         modulations_weak: Tensor | None = None,
     ) -> Tensor:
-        """Both branches and their combination, weak + scale * (strong - weak) → output (B, C, H, W).
+        """Run both branches and combine them, weak + scale * (strong - weak) → output (B, C, H, W).
 
-        Every weight is used once, on the packed tokens of both. The branches meet where that is first exact: what
-        follows is affine, the same for both, and their weights, scale and 1 - scale, sum to one. With shared
-        modulations that is after the last normalisation, with `modulations_weak` after the last modulation.
+        Every weight is read once, for the packed tokens of both branches. The branches are combined
+        at the first point at which that is exact: all later operations are affine and the same for
+        both branches, and the factors of the branches, scale and 1 - scale, sum to one. With shared
+        modulations this point is after the last normalisation, with `modulations_weak` after the
+        last modulation.
         """
 
         def combined(packed: Tensor) -> Tensor:
@@ -114,9 +147,10 @@ class SparseModel(nn.Module):
     def _normed(
         self, x: Tensor, modulations: tuple[Tensor, ...], keeps: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, Branches]:
-        """All up to the last normalisation, for a branch per entry of `keeps`: (B, branches * N, D), packed.
+        """Run everything up to the last normalisation, for one branch per entry of `keeps`.
 
-        Branches that share their modulations share the layers before the route.
+        Returns packed tokens (B, number of branches * N, D). Branches that share their modulations
+        share the layers before the route.
         """
         network, start, stop = self.network, self.route.start, self.route.end + 1
         embedded = network.embed(x)
@@ -145,5 +179,5 @@ class SparseModel(nn.Module):
 
 
 def _rows(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the kept tokens of every image: keep (B, K)."""
+    """Return an index of the kept tokens of every image; keep (B, K)."""
     return torch.arange(keep.shape[0], device=keep.device)[:, None], keep

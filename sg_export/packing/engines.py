@@ -78,7 +78,7 @@ def build_engines(
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
-            LOG.warning("warning: --timing-cache: %s has none, it is left as it is", ENGINE_NAMES[library])
+            LOG.warning("--timing-cache: %s has none, it is left as it is", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
             profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
@@ -175,7 +175,7 @@ def _facts(
             told = f"{path.name}: expected {wanted} fused attention kernels, a profile's attentions each, found {fused}"
             if not options.allow_unfused:
                 raise EngineError(f"{told}: attention would be slow; build anyway with --allow-unfused")
-            LOG.warning("warning: %s", told)
+            LOG.warning("%s", told)
     spec = source.specs[0]
     return EngineFacts(
         kind=spec.kind,

@@ -1,4 +1,4 @@
-"""Reference models that ship with sg-export; `examples/train_glyphs.py` made them."""
+"""Reference models that ship with sg-export. `examples/train_glyphs.py` trained them."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ DEFAULT_REFERENCE = "glyphs"
 
 
 def reference_path(name: str) -> Path:
-    """The checkpoint file of the reference model `name`, a key of REFERENCES."""
+    """Return the checkpoint file of the reference model `name`, a key of REFERENCES."""
     return Path(__file__).parent / REFERENCES[name]

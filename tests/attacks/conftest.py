@@ -1,4 +1,4 @@
-"""A copy of a real bundle to damage, and the check that the damage is refused as it should be."""
+"""A copy of a real bundle to damage, and a check of the refusal."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from sg_runtime.pipeline import Pipeline
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A whole bundle; what happens to it happens to a copy."""
+    """Return a copy of a complete bundle, which tests damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def edit(bundle: Path) -> Callable[[Callable[[Any], object]], None]:
-    """Passes the bundle's manifest, as parsed JSON, through a function."""
+    """Return a function that passes the bundle's manifest, as parsed JSON, through a function."""
 
     def edit(change: Callable[[Any], object]) -> None:
         content = json.loads((bundle / "manifest.json").read_bytes())
@@ -32,7 +32,10 @@ def edit(bundle: Path) -> Callable[[Callable[[Any], object]], None]:
 
 @pytest.fixture
 def refused(bundle: Path) -> Callable[..., None]:
-    """Asserts that the bundle is refused before any of its graphs is opened, for reasons that hold the given parts."""
+    """Return a function that asserts the bundle is refused before a graph is opened.
+
+    The message must contain the given parts.
+    """
 
     def refused(*parts: str) -> None:
         with pytest.raises(BundleError) as caught:

@@ -1,4 +1,7 @@
-"""Bundles whose engines are missing, altered, elsewhere or contradicted: each is refused, and none is opened."""
+"""Bundles whose engines are missing, altered, moved or inconsistent with the manifest.
+
+Each is refused, and no engine is opened.
+"""
 
 import os
 import shutil
@@ -16,13 +19,13 @@ Refused = Callable[..., None]
 
 @pytest.fixture
 def bundle(engine_bundle: Path, tmp_path: Path) -> Path:
-    """A whole bundle; what happens to it happens to a copy."""
+    """Return a copy of a complete bundle, which tests damage."""
     return Path(shutil.copytree(engine_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def name(bundle: Path) -> str:
-    """The engine of the guided graph, by its name in the bundle."""
+    """Return the name of the guided graph's engine in the bundle."""
     return Bundle.open(bundle).manifest.engines[-1].file
 
 
@@ -39,7 +42,7 @@ def test_load_of_an_empty_engine_is_refused(bundle: Path, name: str, refused: Re
 
 @pytest.mark.parametrize("place", [0, 24, 32, -1])
 def test_load_of_an_altered_byte_is_refused(bundle: Path, name: str, refused: Refused, place: int) -> None:
-    """In the magic number, the version, the GPUs and the last byte."""
+    """The bytes are in the magic number, the version and the GPUs, and at the end."""
     content = bytearray((bundle / name).read_bytes())
     content[place] ^= 0x40
     (bundle / name).write_bytes(content)
@@ -61,7 +64,7 @@ def test_load_of_engines_in_each_others_place_is_refused(bundle: Path, refused: 
 
 @pytest.mark.parametrize("surplus", ["other.engine", "library.so", ".hidden"])
 def test_load_of_a_file_that_is_not_listed_is_refused(bundle: Path, refused: Refused, surplus: str) -> None:
-    """Otherwise nobody would check its bytes."""
+    """Otherwise nothing would check its bytes."""
     (bundle / "engines" / surplus).write_bytes(b"surplus")
     refused(f"file engines/{surplus} is not among the manifest's files; rebuild the bundle")
 
@@ -120,7 +123,7 @@ def test_load_of_an_engine_that_contradicts_itself_is_refused(
 
 
 def test_load_of_a_bundle_that_has_lost_its_engines_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
-    """Neither engines nor graphs: there is nothing to run."""
+    """The bundle has neither engines nor graphs, so there is nothing to run."""
     shutil.rmtree(bundle / "engines")
     edit(lambda content: content.update(engines=[], files={}))
     refused("expected ONNX graphs, found engines alone")

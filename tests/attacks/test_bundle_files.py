@@ -1,4 +1,7 @@
-"""Bundles whose files are missing, altered or elsewhere: each is refused by name, and none is opened."""
+"""Bundles whose files are missing, altered or moved.
+
+The message names the file, and none is opened.
+"""
 
 import os
 import shutil
@@ -47,7 +50,7 @@ def test_load_of_a_longer_file_is_refused(bundle: Path, refused: Refused) -> Non
 
 
 def test_load_of_two_files_in_each_others_place_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
-    """Sizes made to match, hashes not."""
+    """The sizes are made to match, the hashes are not."""
     first, second = bundle / "graphs/sparse-8.onnx", bundle / "graphs/sparse-12.onnx"
     swapped = first.read_bytes(), second.read_bytes()
     second.write_bytes(swapped[0])
@@ -74,7 +77,7 @@ def test_load_of_a_pipe_in_a_files_place_is_refused_without_waiting(bundle: Path
 
 
 def add_file(name: str, like: str = WEIGHTS) -> Callable[[Any], None]:
-    """Lists a file under `name` with the size and hash of a real one."""
+    """Return a change that lists a file under `name` with the size and hash of a real file."""
 
     def add(content: Any) -> None:
         content["files"][name] = content["files"][like]
@@ -95,14 +98,14 @@ def add_file(name: str, like: str = WEIGHTS) -> Callable[[Any], None]:
     ],
 )
 def test_load_of_a_name_that_leads_out_is_refused(bundle: Path, edit: Edit, refused: Refused, name: str) -> None:
-    """Even where a file with the right bytes is at its end."""
+    """The name is refused even if it leads to a file with the right bytes."""
     shutil.copy(bundle / WEIGHTS, bundle.parent / "weights.bin")
     edit(add_file(name))
     refused(f"file {name!r} points outside the bundle; do not use this bundle")
 
 
 def test_load_of_an_absolute_name_is_refused(bundle: Path, edit: Edit, refused: Refused) -> None:
-    """Even where it points into the bundle."""
+    """The name is refused even if it points into the bundle."""
     name = str(bundle / WEIGHTS)
     edit(add_file(name))
     refused(f"file {name!r} points outside the bundle")
@@ -121,7 +124,10 @@ def test_load_of_a_name_longer_than_any_file_is_refused(edit: Edit, refused: Ref
 
 
 def test_load_of_a_link_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
-    """The bytes are right, but not the bundle's: they could change, and the bundle cannot be copied."""
+    """The bytes are right, but they lie outside of the bundle.
+
+    They could change, and the bundle cannot be copied.
+    """
     outside = bundle.parent / "weights.bin"
     (bundle / WEIGHTS).rename(outside)
     (bundle / WEIGHTS).symlink_to(outside)
@@ -147,7 +153,7 @@ def test_load_of_a_link_to_itself_is_refused(bundle: Path, refused: Refused) -> 
 
 
 def test_load_of_a_graph_that_is_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
-    """Otherwise nobody would check its bytes."""
+    """Otherwise nothing would check its bytes."""
     edit(lambda content: content["files"].pop("graphs/dense.onnx"))
     refused("graphs/dense.onnx is not among the manifest's files; rebuild the bundle")
 

@@ -1,4 +1,4 @@
-"""Bundles that are whole by their manifest, but whose graphs do not run: the fault comes out with the graph's name."""
+"""Bundles with valid manifests whose graphs do not run. The error names the graph."""
 
 import hashlib
 import shutil
@@ -17,13 +17,13 @@ Edit = Callable[[Callable[[Any], object]], None]
 
 @pytest.fixture
 def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle, or of the one that a test names."""
+    """Return a copy of the tiny bundle, or of the bundle that a test names."""
     whole = request.getfixturevalue(getattr(request, "param", "tiny_bundle"))
     return Path(shutil.copytree(whole, tmp_path / "bundle"))
 
 
 def replace_file(bundle: Path, edit: Edit, name: str, content: bytes) -> None:
-    """Put other bytes in a file's place and their size and hash into the manifest."""
+    """Replace a file's bytes, and put the new size and hash into the manifest."""
     (bundle / name).write_bytes(content)
     facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     edit(lambda manifest: manifest["files"].update({name: facts}))
@@ -60,12 +60,12 @@ def test_run_of_a_model_of_another_shape_names_the_graph(
 
 
 def edit_graph(edit: Edit, file: str, change: Callable[[Any], object]) -> None:
-    """Pass what the manifest says of one graph through a function."""
+    """Pass the manifest's entry of one graph through a function."""
     edit(lambda manifest: [change(graph) for graph in manifest["graphs"] if graph["file"] == f"graphs/{file}.onnx"])
 
 
 def drop_graph(edit: Edit, file: str) -> None:
-    """Take one graph out of the manifest's list."""
+    """Remove one graph from the manifest's list."""
     edit(
         lambda manifest: manifest.update(
             graphs=[graph for graph in manifest["graphs"] if graph["file"] != f"graphs/{file}.onnx"]
@@ -74,7 +74,10 @@ def drop_graph(edit: Edit, file: str) -> None:
 
 
 def test_run_of_a_null_condition_that_the_graph_has_not_names_it(bundle: Path, edit: Edit) -> None:
-    """CFG + SG by a manifest whose guided graph is one of SG: never run with the class in both branches."""
+    """The manifest claims CFG + SG, but its guided graph was built for SG.
+
+    It must never run with the class in both branches.
+    """
     weak = {"name": "modulations_weak", "dtype": "float32", "shape": ["B", 4]}
     edit_graph(edit, "guided-16-8", lambda graph: graph["inputs"].append(weak))
     edit(lambda manifest: manifest["guidance"].update(mode="cfg+sg"))
@@ -85,7 +88,7 @@ def test_run_of_a_null_condition_that_the_graph_has_not_names_it(bundle: Path, e
 
 @pytest.mark.parametrize("bundle", ["tiny_cfg_sg_bundle"], indirect=True)
 def test_run_of_a_null_condition_that_the_manifest_hides_names_the_graph(bundle: Path, edit: Edit) -> None:
-    """SG by a manifest whose guided graph is one of CFG + SG."""
+    """The manifest claims SG, but its guided graph was built for CFG + SG."""
 
     def hide(graph: Any) -> None:
         graph["inputs"] = [tensor for tensor in graph["inputs"] if tensor["name"] != "modulations_weak"]
@@ -104,7 +107,10 @@ def test_run_of_levels_that_are_not_the_graphs_names_it(bundle: Path, edit: Edit
 
 
 def test_run_of_tokens_that_the_model_has_not_names_the_graph(bundle: Path, edit: Edit) -> None:
-    """Subsets of a thousand tokens point far beyond the sixteen that there are: never read or written there."""
+    """Kept tokens drawn from a thousand point far beyond the model's sixteen tokens.
+
+    Nothing is read or written there.
+    """
     edit(lambda manifest: manifest["model"].update(tokens=1000))
     edit(lambda manifest: manifest["guidance"].update(strong={"sparsity": 0.25, "keep": 12}))
     pipe = Pipeline.load(bundle)
@@ -142,7 +148,10 @@ def test_run_of_a_weak_network_without_its_weights_names_its_graph(bundle: Path,
     indirect=["bundle"],
 )
 def test_run_of_a_level_without_a_graph_names_the_build(bundle: Path, edit: Edit, missing: str, message: str) -> None:
-    """A bundle that lists no graph for the sparsity of its own plan: usage, since another plan may serve."""
+    """The bundle lists no graph for the sparsity of its own guidance plan.
+
+    This is a usage error, because another plan may work.
+    """
     drop_graph(edit, missing)
     edit(lambda manifest: manifest["files"].pop(f"graphs/{missing}.onnx"))
     (bundle / f"graphs/{missing}.onnx").unlink()

@@ -1,4 +1,4 @@
-"""Bundles whose manifest is no manifest, or contradicts itself: each is refused, at the place of the fault."""
+"""Bundles whose manifest is invalid or contradicts itself. The message names the place."""
 
 import shutil
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Refused = Callable[..., None]
 
 @pytest.fixture
 def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle, or of the one that a test names."""
+    """Return a copy of the tiny bundle, or of the bundle that a test names."""
     whole = request.getfixturevalue(getattr(request, "param", "tiny_bundle"))
     return Path(shutil.copytree(whole, tmp_path / "bundle"))
 
@@ -39,7 +39,7 @@ def test_load_of_a_folder_as_manifest_is_refused(bundle: Path, refused: Refused)
         b"\xef\xbb\xbf{}",  # a byte order mark
         b"{'schema_version': 1}",
         b"[" * 100_000,  # deeper than any parser goes
-        b'{"schema_version": ' + b"9" * 5000 + b"}",  # longer than Python reads a number
+        b'{"schema_version": ' + b"9" * 5000 + b"}",  # longer than the numbers that Python reads
     ],
     ids=["empty", "half", "zip", "utf-16", "bom", "python", "deep", "long-number"],
 )
@@ -61,7 +61,7 @@ def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refus
 
 
 def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:
-    r"""`json` reads a lone surrogate, "\ud800", and writes it; no text file could hold it."""
+    r"""`json` reads and writes a lone surrogate, "\ud800"; no text file could hold it."""
     edit(lambda content: content.update(created_by="\ud800"))
     refused("manifest.json: ", "rebuild it")
 
@@ -112,12 +112,12 @@ def test_load_of_a_manifest_that_contradicts_itself_is_refused(
 
 
 def ends(**values: Any) -> Callable[[Any], object]:
-    """Replaces parts of the guidance plan."""
+    """Return a change that replaces parts of the guidance plan."""
     return lambda content: content["guidance"].update(values)
 
 
 def levels(**values: Any) -> Callable[[Any], object]:
-    """Replaces noise levels."""
+    """Return a change that replaces noise levels."""
     return lambda content: content["sampling"]["karras"].update(values)
 
 
@@ -129,7 +129,7 @@ LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of
 @pytest.mark.parametrize(
     ("bundle", "change", "message"),
     [
-        # Guidance that the bundle has no network for
+        # Guidance for which the bundle has no network
         ("tiny_bundle", ends(mode="autoguidance"), "weak_source: expected a checkpoint for autoguidance, found none"),
         (
             "tiny_autoguidance_bundle",

@@ -1,4 +1,7 @@
-"""Checkpoints that are damaged, made to do harm, or of another model: one fault each, refused with its reason."""
+"""Checkpoints that are damaged, malicious, or of another model.
+
+Each has one fault and is refused with the reason.
+"""
 
 import argparse
 import io
@@ -25,7 +28,7 @@ STATED = ["--heads", "2", "--prediction", "flow", "--route", "1-1"]
 
 
 def refusal(path: Path, exit_code: int = 6, stated: list[str] = STATED) -> str:
-    """What `sg-export inspect` says of a checkpoint that it must refuse: the part after the path."""
+    """Return the error of `sg-export inspect` for a checkpoint, without the path."""
     result = CliRunner().invoke(main, ["inspect", str(path), *stated])
     assert result.exit_code == exit_code, result.output
     assert "Traceback" not in result.output
@@ -44,7 +47,7 @@ def state(tiny: Any) -> dict[str, Tensor]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file: bytes as they are, anything else by torch.save."""
+    """Return a function that writes bytes as they are, and anything else by torch.save."""
 
     def write(content: Any, name: str = "model.pt") -> Path:
         path = tmp_path / name
@@ -67,7 +70,7 @@ def safetensors(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-# Files that are not what their name says.
+# Files that do not match their name.
 
 
 def test_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_checkpoint_of_the_other_format_is_refused(write: Callable[..., Path], s
     assert refusal(write(pickled(state), "other.safetensors")).startswith("damaged or no safetensors file (")
 
 
-# Damage on the way.
+# Damage in transit.
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
@@ -139,14 +142,14 @@ def test_checkpoint_with_one_bit_flipped_ends_with_a_reason(form: str, write: Ca
     for _ in range(300):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        # Neither is a model: what matters is that nothing else is raised on the way to saying so.
+        # Neither is a model. The test checks that no other error is raised before the refusal.
         with pytest.raises(CheckpointError):
             load_model(write(bytes(damaged), f"model.{'safetensors' if form == 'safetensors' else 'pt'}"))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_checkpoint_that_the_system_cannot_read_is_refused(suffix: str, tmp_path: Path) -> None:
-    # A regular file by its kind, whose first bytes no process may read.
+    # The kind is a regular file, but no process may read its first bytes.
     path = tmp_path / f"model{suffix}"
     path.symlink_to("/proc/self/mem")
     assert refusal(path).startswith("damaged or no ")
@@ -182,7 +185,7 @@ def test_checkpoint_with_a_huge_safetensors_header_is_refused(write: Callable[..
 
 
 class Harm:
-    """Unpickling this by the rules of pickle makes a folder."""
+    """An object that makes a folder when pickle loads it."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -229,7 +232,7 @@ def test_checkpoint_with_a_whole_module_in_it_is_refused(write: Callable[..., Pa
     assert "(it asks for torch.nn.modules.linear.Linear); save its state dict" in refusal(write(torch.nn.Linear(2, 2)))
 
 
-# Contents that are no state dict.
+# Contents that are not a state dict.
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_checkpoint_with_one_tensor_off_is_refused(
 
 
 def test_checkpoint_with_a_block_of_absurd_number_is_refused(write: Callable[..., Path], state: Any) -> None:
-    # Taking the number for the depth would make a network of a billion blocks.
+    # If the number were taken as the depth, the network would have a billion blocks.
     message = refusal(write({**state, "blocks.999999999.attn.qkv.bias": torch.zeros(96)}))
     assert "missing blocks.3." in message
     assert message.endswith("unknown blocks.999999999.attn.qkv.bias (1)")
@@ -347,7 +350,7 @@ def test_checkpoint_with_a_block_of_absurd_number_is_refused(write: Callable[...
 
 @pytest.fixture(scope="module")
 def masked_state(tiny_masked: Any) -> dict[str, Tensor]:
-    """Tensors of the right shapes, small in a file: zeros, all the same one."""
+    """Return tensors of the right shapes that are small in a file: all share one zero."""
     return {name: zeros(*tensor.shape) for name, tensor in tiny_masked.state().items()}
 
 

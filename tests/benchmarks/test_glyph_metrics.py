@@ -1,4 +1,4 @@
-"""The metrics of `quality_glyphs` against closed forms, brute force and made-up cases."""
+"""The metrics of `quality_glyphs`, checked against closed forms, brute force and small cases."""
 
 import numpy as np
 import pytest
@@ -19,11 +19,14 @@ from benchmarks.glyph_metrics import (
 from examples.glyphs import CLASS_NAMES, TRAINING_FONTS
 
 ROUNDING = 1e-9
-"""Relative; float64 eigenvalues of well-conditioned matrices of size 8 keep about 13 digits."""
+"""Relative tolerance.
+
+Float64 eigenvalues of well-conditioned matrices of size 8 keep about 13 digits.
+"""
 
 
 def covariance(size: int, seed: int) -> NDArray[np.float64]:
-    """A random covariance (size, size), well away from singular."""
+    """Return a random covariance (size, size), well away from singular."""
     factor = np.random.default_rng(seed).normal(size=(size, size))
     return factor @ factor.T + 0.1 * np.eye(size)
 
@@ -64,7 +67,8 @@ def test_frechet_distance_noncommuting_two_dimensions_matches_closed_form(seed: 
     first, second = gaussian(2, seed), gaussian(2, seed + 50)
     product = first.covariance @ second.covariance
     assert not np.allclose(product, product.T)
-    # the eigenvalues a², b² of a 2×2 product give its root's trace: (a + b)² = a² + b² + 2ab = trace + 2 √determinant
+    # the eigenvalues a², b² of a 2×2 matrix product give the trace of its root: (a + b)² = a² + b²
+    # + 2ab = trace + 2 √determinant
     root_trace = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     offset = np.square(first.mean - second.mean).sum()
     expected = offset + np.trace(first.covariance + second.covariance) - 2 * root_trace
@@ -73,7 +77,7 @@ def test_frechet_distance_noncommuting_two_dimensions_matches_closed_form(seed: 
 
 def test_frechet_distance_noncommuting_many_dimensions_matches_eigenvalues_of_the_product() -> None:
     first, second = gaussian(8, 1), gaussian(8, 2)
-    # Heusel's own form: C1 C2 is not symmetric, but its eigenvalues are real and positive
+    # Heusel's form: C1 C2 is not symmetric, but its eigenvalues are real and positive
     values = np.linalg.eigvals(first.covariance @ second.covariance)
     root_trace = np.sqrt(values.real).sum()
     expected = np.square(first.mean - second.mean).sum()
@@ -118,7 +122,7 @@ def test_symmetric_root_squared_gives_the_matrix() -> None:
 
 def test_accuracy_case_and_shape_confusions_count_once_merged() -> None:
     meant = labels("OoSl1AaB")
-    seen = labels("0OsI1aAB")  # wrong for both: A as a and a as A, whose shapes differ
+    seen = labels("0OsI1aAB")  # wrong in both measures: A read as a, and a read as A, whose shapes differ
     assert accuracy(seen, meant) == 2 / 8
     assert accuracy(merged(seen), merged(meant)) == 6 / 8
 

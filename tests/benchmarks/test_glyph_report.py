@@ -1,4 +1,4 @@
-"""What `glyph_report` writes of made-up figures."""
+"""The report that `glyph_report` writes, from invented figures."""
 
 import json
 from dataclasses import replace

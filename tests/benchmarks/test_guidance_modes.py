@@ -1,4 +1,4 @@
-"""The picture of `guidance_modes`, from a bundle that is there."""
+"""The picture of `guidance_modes`, from an existing bundle."""
 
 from pathlib import Path
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The grid, the costs and the kept samples of `quality_glyphs`; its figures are tested with the metrics."""
+"""The grid, the costs and the kept samples of `quality_glyphs`. Metrics: `test_glyph_metrics`."""
 
 import json
 from dataclasses import asdict, replace
@@ -30,11 +30,11 @@ from sg_runtime import Pipeline
 from sg_runtime.manifest import GuidanceMode, Manifest
 
 FALLING = Setting("autoguidance", 1.5, 0.0, (0.5, 0.0))
-"""Within the sparsities of `tiny_autoguidance_bundle`."""
+"""A setting within the sparsities of `tiny_autoguidance_bundle`."""
 
 
 def macs(manifest: Manifest, kind: str, *keep: int, network: str = "main") -> int:
-    """Linear multiply-adds of one graph."""
+    """Return the linear multiply-adds of one graph."""
     (graph,) = [
         graph
         for graph in manifest.graphs

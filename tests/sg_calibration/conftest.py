@@ -1,4 +1,4 @@
-"""The tiny model's FP32 bundle, as calibration sees it."""
+"""The tiny model's FP32 bundle, as calibration uses it."""
 
 from pathlib import Path
 
@@ -22,5 +22,5 @@ def pipe(reference: Bundle) -> Pipeline:
 
 @pytest.fixture
 def guided(reference: Bundle) -> onnx.ModelProto:
-    """A guided graph of one's own, with its weights."""
+    """A fresh copy of a guided graph, with its weights."""
     return onnx.load(reference.path / "graphs/guided-16-8.onnx")

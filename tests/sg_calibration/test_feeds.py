@@ -1,4 +1,4 @@
-"""Shards of guided runs: what is in them, and that an interrupted collection goes on."""
+"""Shards of guided runs: their content, and the continuation of an interrupted collection."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ def facts(reference: Bundle) -> ModelFacts:
 
 @pytest.fixture(scope="session")
 def collected(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Shards of three images for each pair, two in a run."""
+    """Shards of three images for each pair, two images per run."""
     pair = Pipeline(pipe.bundle, pipe.backend, 2)
     identity, plans = identity_of(pipe.bundle.manifest), built_guidances(pipe.bundle.manifest)
     return collect(pair, plans, SETTINGS, tmp_path_factory.mktemp("feeds"), identity, lambda *_: None)
@@ -38,7 +38,7 @@ def collected(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture
 def again(pipe: Pipeline) -> Collect:
-    """Collects the same into a folder, but for what is given."""
+    """Return a function that collects the same shards into a folder, except for given changes."""
 
     def run(folder: Path, settings: FeedSettings = SETTINGS, report: Any = lambda *_: None, **changes: Any) -> Any:
         pair = Pipeline(pipe.bundle, pipe.backend, 2)
@@ -67,7 +67,7 @@ def test_collect_has_both_heun_evaluations_of_all_strata_for_every_pair(
         shard = read_shard(path, facts)
         first = shard.evaluation == 0
         assert first.sum() == len(set(shard.time[first])) == LEAST_STRATA
-        # All steps but the last have a second evaluation, where the next begins.
+        # Every step except the last has a second evaluation, at the time of the next step.
         np.testing.assert_array_equal(shard.time[~first], shard.time[first][1:])
         np.testing.assert_array_equal(shard.step[~first], np.arange(LEAST_STRATA - 1))
     wanted = images_of("calibration", facts, 3)
@@ -80,7 +80,7 @@ def test_collect_has_both_heun_evaluations_of_all_strata_for_every_pair(
 def test_collect_has_the_states_of_a_run(collected: list[Path], pipe: Pipeline, facts: ModelFacts) -> None:
     shard, plan = read_shard(collected[0], facts), built_guidances(pipe.bundle.manifest)[0]
     np.testing.assert_array_equal(shard.x[0], pipe.initial_noise(shard.seed.tolist()))
-    # One step on by hand: x - dt * (v0 + v1) / 2, in float32.
+    # The next state computed by hand: x - dt * (v0 + v1) / 2, in float32.
     prepared = pipe.prepare(
         shard.time, shard.classes(facts), shard.seed.tolist(), counters=shard.counters, guidance=plan
     )
@@ -103,7 +103,7 @@ def test_images_of_splits_share_no_class_and_no_seed(count: int, facts: ModelFac
     assert sum(map(len, classes)) == len(set.union(*classes))
     assert sum(map(len, seeds)) == 3 * count == len(set.union(*seeds))
     counts = np.bincount(found[0][0])
-    assert np.ptp(counts[counts > 0]) <= 1, "classes in turn"
+    assert np.ptp(counts[counts > 0]) <= 1, "classes are taken in turn"
     assert images_of("calibration", facts, 2, seed=5)[1] == [5, 6]
 
 
@@ -137,7 +137,7 @@ def test_collect_that_was_interrupted_goes_on(again: Collect, tmp_path: Path) ->
 def test_collect_on_a_full_disk_leaves_what_can_go_on(
     again: Collect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NumPy writes to a disk that is full from the third shard on."""
+    """The disk is full from the third shard on."""
     written, savez = [], np.savez
 
     def full(stream: Any, **arrays: Any) -> None:
@@ -205,7 +205,10 @@ def test_given_shards_of_no_folder_or_an_empty_one_are_refused(tmp_path: Path) -
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
-    """A shard of a user of the tiny model: two evaluations of three images, the last without a class."""
+    """Return a user's shard for the tiny model: two evaluations of three images.
+
+    The last image has no class.
+    """
     usual = {"x": np.zeros((2, 3, 2, 8, 8), np.float32), "time": np.array([1.0, 0.5]), "label": np.array([0, 4, 5])}
     return {name: array for name, array in {**usual, **changes}.items() if array is not None}
 

@@ -1,4 +1,4 @@
-"""Q/DQ nodes: where they are, what they hold, and that the graph still runs."""
+"""Q/DQ nodes: their places, their values, and that the graph still runs."""
 
 from collections import Counter
 from pathlib import Path
@@ -25,7 +25,10 @@ WEIGHTS = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=6), e
 
 
 def product(operator: str, weight: NDArray[np.float32]) -> onnx.ModelProto:
-    """One layer; the weight (in, out), which Gemm has transposed, as the compiler leaves it."""
+    """Return a graph of one layer; `weight` is (in, out), stored as the compiler leaves it.
+
+    Gemm stores the weight transposed.
+    """
     stored = weight.T.copy() if operator == "Gemm" else weight
     name = "layer.weight" if operator == "Gemm" else "layer.weight.T"
     given, made = weight.shape
@@ -51,7 +54,10 @@ def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def dequantized(model: onnx.ModelProto, operator: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """The layer's weight as (in, out), its scales, one for each column, and what it holds in one byte."""
+    """Return the layer's dequantized weight (in, out), its scales and its one-byte values.
+
+    There is one scale for each column.
+    """
     node = next(node for node in model.graph.node if node.op_type == operator)
     found, values = producers(model)[node.input[1]], tensors(model)
     stored, scale, zero = (values[name] for name in found.input)
@@ -84,9 +90,9 @@ def test_quantize_int8_is_within_half_a_scale_of_each_output_channel(
     assert stored.min() >= -127, "symmetric"
     for column in range(weight.shape[1]):
         assert len(set(scale[:, column])) == 1
-        if (most := np.abs(weight[:, column]).max()) > 1e-30:  # a column of zeros has any scale
+        if (most := np.abs(weight[:, column]).max()) > 1e-30:  # any scale fits a column of zeros
             np.testing.assert_allclose(scale[0, column], most / 127, rtol=1e-6)  # a few roundings of float32
-    # Half a scale, and float32's rounding of a quotient of up to 127.
+    # At most half a scale, plus float32 rounding of a quotient of up to 127.
     np.testing.assert_array_less(np.abs(found - weight), scale * (0.5 + 127 * 2**-22) + 1e-37)
 
 
@@ -98,16 +104,17 @@ def test_quantize_fp8_rounds_to_e4m3_with_one_scale(operator: str, weight: NDArr
     found, scale, stored = dequantized(model, operator)
     assert stored.dtype.name == "float8_e4m3fn"
     assert len(set(scale.flat)) == 1
-    np.testing.assert_allclose(scale.flat[0], np.abs(weight).max() / 448, rtol=1e-6)  # as above
-    # Three bits of mantissa: half of 2**-3 of the value; below 2**-6 scales half of the least step, 2**-9. With room
-    # for the rounding of float32, which decides ties.
+    np.testing.assert_allclose(scale.flat[0], np.abs(weight).max() / 448, rtol=1e-6)  # a few roundings
+    # e4m3 has three bits of mantissa: the error is at most half of 2**-3 of the value. Below 2**-6
+    # scales it is at most half of the smallest step, 2**-9. The margin is for the rounding of
+    # float32, which decides ties.
     most = np.maximum(np.abs(weight) * 2**-4, scale * 2**-10) * 1.0001
     assert (np.abs(found - weight) <= most).all()
 
 
 @pytest.mark.parametrize("kind", LARGEST)
 def test_quantize_of_zero_weights_gives_zeros(kind: Kind) -> None:
-    """An untrained adaLN layer has them."""
+    """An untrained adaLN layer has zero weights."""
     model = quantize(product("MatMul", np.zeros((3, 2), np.float32)), kind, {"layer": 1.0})
     found, scale, _ = dequantized(model, "MatMul")
     assert (scale > 0).all()
@@ -125,7 +132,7 @@ def test_quantize_of_a_graph_has_nodes_around_layers_alone(kind: Kind, dtype: in
     after = Counter(node.op_type for node in model.graph.node)
     assert after == before + Counter(QuantizeLinear=len(layers), DequantizeLinear=2 * len(layers))
     assert [value.name for value in model.graph.output] == outputs
-    assert plain <= values.keys(), "biases, norms and embedders are as they were"
+    assert plain <= values.keys(), "biases, norms and embedders are unchanged"
     fed = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     nodes = {node.name: node for node in model.graph.node}
     assert fed == {name for layer in layers.values() for name in nodes[layer.node].input[:2]}
@@ -160,7 +167,8 @@ def test_quantize_with_a_range_that_is_none_is_refused(kind: Kind, bad: float) -
         quantize(product("MatMul", np.ones((2, 3), np.float32)), kind, {"layer": bad})
 
 
-# 8 bits of activations and weights: about 0.4 % each of the largest; e4m3 2**-4 at most. Sums make it less.
+# 8-bit activations and weights each have an error of about 0.4 % of the largest value; e4m3 has at
+# most 2**-4. Sums reduce the error.
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("fp8", 0.1)])
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
 def test_quantize_gives_a_graph_that_runs(kind: Kind, most: float, operator: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranges of activations, beside what a session gives, and the table that keeps them."""
+"""Ranges of activations compared with the values of a session, and the table that stores them."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def shards(tiny_ranges: Path, reference: Bundle) -> list[Shard]:
 
 
 def seen_by_hand(pipe: Pipeline, pair: int, shards: list[Shard]) -> dict[str, dict[float, float]]:
-    """The largest magnitude of every layer's input in the guided graph of a pair, by time."""
+    """Return the largest magnitude of every layer's input in a pair's guided graph, by time."""
     plan = built_guidances(pipe.bundle.manifest)[pair]
     graph = pipe.bundle.manifest.graph("guided", plan.strong.keep, plan.weak.keep)
     assert graph is not None
@@ -73,10 +73,10 @@ def test_measure_has_the_largest_of_both_branches_and_all_pairs(
     assert table.layers.keys() == pairs[0].keys()
     for name, layer in table.layers.items():
         wanted = [max(pair[name][time] for pair in pairs) for time in table.times]
-        # The order of float32 sums differs where graphs are optimized for other outputs.
+        # A graph optimized for other outputs sums float32 in another order.
         np.testing.assert_allclose(layer.largest, wanted, rtol=1e-5, err_msg=name)
         assert layer.thresholds["min-max"] == max(layer.largest)
-    for pair in pairs:  # neither alone has them all
+    for pair in pairs:  # neither pair alone has all maxima
         short = [
             pair[name][time] < 0.999 * largest
             for name, layer in table.layers.items()
@@ -86,7 +86,7 @@ def test_measure_has_the_largest_of_both_branches_and_all_pairs(
 
 
 def test_measure_tells_how_much_it_has_seen(table: RangeTable, shards: list[Shard]) -> None:
-    """Two pairs have made two images each, and every pair runs all of them."""
+    """Each of the two pairs made two images, and every pair runs all of them."""
     assert table.images == 4
     assert table.evaluations == 2 * sum(len(shard.time) * len(shard.label) for shard in shards)
     assert len(table.times) == 25
@@ -103,7 +103,7 @@ def test_measure_gives_thresholds_within_what_was_seen(table: RangeTable) -> Non
 
 
 def batches_of(data: st.DataObject) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Values whose size may differ much from batch to batch."""
+    """Draw batches of values whose magnitudes may differ greatly between batches."""
     scales = data.draw(st.lists(st.sampled_from([0.0, 1e-6, 0.01, 1.0, 300.0, 1e5]), min_size=1, max_size=5))
     generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
     return [(generator.standard_normal(2000) * scale).astype(np.float32) for scale in scales]
@@ -124,7 +124,7 @@ def test_histogram_percentile_is_near_that_of_all_values_whatever_came_first(dat
 
 
 def test_histogram_entropy_is_that_of_onnx_runtime() -> None:
-    """Where all values come at once, its collector has the same bins."""
+    """If all values come in one batch, ONNX Runtime's collector has the same bins."""
     values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     values[:5] = [18, -17, 16, 15, -14]
     histogram = ranges._Histogram()
@@ -160,7 +160,7 @@ def test_measure_of_too_few_times_is_refused(pipe: Pipeline, shards: list[Shard]
 
 @pytest.fixture
 def altered(reference: Bundle, tmp_path: Path) -> Callable[..., Pipeline]:
-    """The tiny model's FP32 graphs with an initializer filled with a number, by name."""
+    """Return a function that fills named initializers of the tiny model's FP32 graphs with numbers."""
 
     def alter(**values: float) -> Pipeline:
         (tmp_path / "graphs").mkdir()

@@ -1,4 +1,4 @@
-"""Small graphs for engines, and one that was built."""
+"""Small graphs for engines, and one built engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from sg_engines.trt import EngineRecipe, build_engine
 
 @pytest.fixture(scope="session")
 def products(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """y = x w with any number of rows, in FP32 from outside: files by the type of the product."""
+    """Files of y = x w by the data type of the matmul; x and y are FP32 with any number of rows."""
     folder = tmp_path_factory.mktemp("graphs")
     types = {
         "fp32": (TensorProto.FLOAT, np.float32),
@@ -37,13 +37,13 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 @pytest.fixture(scope="session")
 def plan() -> EngineRecipe:
-    """Two rows, for one kind of GPU."""
+    """A recipe for two rows and one kind of GPU."""
     return EngineRecipe(({"x": (2, 16)},), (86,))
 
 
 @pytest.fixture(scope="session")
 def engine(products: Mapping[str, Path], plan: EngineRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The FP16 product as an engine, which this process built."""
+    """The FP16 matmul as an engine that this process built."""
     path = tmp_path_factory.mktemp("engines") / "fp16.engine"
     build_engine(tensorrt_rtx, products["fp16"], plan, path, lambda *progress: None)
     return path

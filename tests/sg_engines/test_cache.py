@@ -1,4 +1,4 @@
-"""The cache of engines: what is found again, what is not, and what two processes do to it."""
+"""The engine cache: hits, misses, and two processes that use it at the same time."""
 
 import json
 import subprocess
@@ -36,14 +36,14 @@ OTHERS: dict[str, Any] = {
     "gpu": "NVIDIA H100, 90",
     "schema": SCHEMA + 1,
 }
-"""Another value of every part of a key."""
+"""A different value for every part of a key."""
 
 FIGURES = BuildFigures(1.5, 123_456_789)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EngineCache:
-    """A cache that has one engine."""
+    """A cache that holds one engine."""
     built = tmp_path / "built"
     built.write_bytes(b"the engine")
     cache = EngineCache(tmp_path / "new" / "cache")
@@ -95,7 +95,7 @@ def test_digest_is_the_same_whatever_the_order_of_inputs() -> None:
 
 
 def test_digest_depends_on_the_order_of_profiles() -> None:
-    """An engine's profiles are known by their number."""
+    """An engine's profiles are identified by their index."""
     profiles = ({"x": (1, 4)}, {"x": (2, 4)})
     assert replace(KEY, profiles=profiles).digest != replace(KEY, profiles=profiles[::-1]).digest
 

@@ -1,4 +1,4 @@
-"""Builds in a process of their own: that they are the same, and what is left when one ends early."""
+"""Builds in a child process: they give the same engine, and a failed one leaves nothing."""
 
 import io
 import json
@@ -26,12 +26,12 @@ Children = list["subprocess.Popen[str]"]
 
 
 def ignore(phase: str, done: int, steps: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignore progress."""
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Where an engine goes, in a folder of its own."""
+    """Path of an engine to build, in an empty folder."""
     (tmp_path / "engines").mkdir()
     return tmp_path / "engines/product.engine"
 
@@ -52,7 +52,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Children:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Makes a library of the given lines, and gives its name."""
+    """Return a function that makes a library from the given lines and returns its name."""
 
     def library(lines: str) -> Any:
         (tmp_path / "libraries").mkdir()
@@ -76,11 +76,11 @@ class Builder(tensorrt_rtx.Builder):
 def __getattr__(name):
     return getattr(tensorrt_rtx, name)
 """
-"""A library that is never done, so that what happens when it first reports happens in the midst of a build."""
+"""A library whose build does not end: anything done at its first report happens during a build."""
 
 
 def refused(library: Any, graph: Path, plan: EngineRecipe, output: Path, progress: Any = ignore) -> str:
-    """The message of a build that fails, after which nothing is there."""
+    """Return the message of a build that fails and leaves nothing."""
     with pytest.raises(EngineError) as caught:
         build_in_child(library, graph, plan, output, progress)
     assert caught.value.exit_code == 4
@@ -97,11 +97,11 @@ def test_build_in_child_gives_the_bytes_that_this_process_builds(
     assert list(output.parent.iterdir()) == [output]
     assert events[-1] == ("Building engine from subgraph", 1, 1)
     assert 0 < figures.seconds < 60
-    assert 50e6 < figures.memory_bytes < 2e9, "the library alone is large, and this process larger"
+    assert 50e6 < figures.memory_bytes < 2e9, "the child's memory: at least the library, less than this process"
 
 
 def test_build_in_child_passes_the_plan_on(products: Products, plan: EngineRecipe, output: Path) -> None:
-    """Several profiles, GPUs and a limit; the same from this process and the child."""
+    """This process and the child build the same engine from several profiles, GPUs and a limit."""
     whole = replace(plan, profiles=({"x": (2, 16)}, {"x": (3, 16)}), compute_capabilities=(80, 89), workspace=1 << 28)
     build_in_child("tensorrt_rtx", products["fp16"], whole, output, ignore)
     here = output.with_name("here.engine")
@@ -168,7 +168,7 @@ def test_build_in_child_that_ends_early_gives_its_code_and_last_words(
     code: int,
     words: str,
 ) -> None:
-    """Without a word on how it went, even 0 is no success."""
+    """If the process does not report a result, even exit code 0 is not a success."""
     message = refused(library(lines), products["fp16"], plan, output)
     assert message == f"fp16.onnx: the build process ended with exit code {code}: {words}"
 
@@ -184,7 +184,7 @@ def test_build_in_child_that_raises_gives_the_last_of_its_traceback(
 def test_build_in_child_that_does_not_read_its_request_gives_its_code(
     products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than a pipe holds, so that the request cannot have been written when the process ends."""
+    """The request is larger than a pipe: the process ends before it is completely written."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     large = replace(plan, profiles=({f"input{number}": (1, 2, 3) for number in range(20_000)},))
     message = refused("tensorrt_rtx", products["fp16"], large, output)
@@ -194,7 +194,7 @@ def test_build_in_child_that_does_not_read_its_request_gives_its_code(
 def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
     products: Products, plan: EngineRecipe, output: Path, library: Callable[[str], Any], children: Children
 ) -> None:
-    """Ctrl-C while the parent waits for the child's next word."""
+    """Ctrl-C arrives while the parent waits for the child's next event."""
 
     def interrupt(phase: str, done: int, steps: int) -> None:
         raise KeyboardInterrupt
@@ -202,14 +202,14 @@ def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         build_in_child(library(SLOW), products["fp16"], plan, output, interrupt)
     (child,) = children
-    assert child.returncode == -signal.SIGKILL, "it was waited for, too"
+    assert child.returncode == -signal.SIGKILL, "the child was also waited for"
     assert list(output.parent.iterdir()) == []
 
 
 def test_child_leaves_interrupts_to_its_parent(
     products: Products, plan: EngineRecipe, engine: Path, output: Path, children: Children
 ) -> None:
-    """A terminal sends Ctrl-C to both; who ends the child is the parent."""
+    """A terminal sends Ctrl-C to both processes; the parent is the one that ends the child."""
     build_in_child(
         "tensorrt_rtx", products["fp16"], plan, output, lambda *event: children[0].send_signal(signal.SIGINT)
     )
@@ -238,14 +238,14 @@ def test_build_in_child_takes_nothing_that_the_library_prints_for_an_event(
     assert "Building engine from subgraph" in events
 
 
-# The rest of the child's side, in this process.
+# The rest of the child's side runs in this process.
 
 
 @pytest.fixture
 def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
-    """Runs the child's program in this process on a request, and gives its events."""
+    """Return a function that runs the child's program in this process and returns its events."""
     handler, standard_output = signal.getsignal(signal.SIGINT), os.dup(1)
-    opened = ExitStack()  # a process that ends closes what it wrote to
+    opened = ExitStack()  # a process that ends closes its output
 
     def fdopen(number: int, mode: str) -> Any:
         return opened.enter_context(open(number, mode))
@@ -267,7 +267,7 @@ def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 @pytest.fixture
 def request_of(products: Products, plan: EngineRecipe, output: Path) -> Callable[..., dict[str, Any]]:
-    """A request as the parent writes it."""
+    """Return a function that makes a request as the parent writes it."""
 
     def request_of(kind: str, library: str = "tensorrt_rtx", **changes: Any) -> dict[str, Any]:
         content = sg_engines.child._plan_content(replace(plan, **changes))
@@ -313,12 +313,15 @@ def test_plan_goes_through_json_unchanged(cache: Path | None) -> None:
 def test_build_in_child_without_enough_memory_says_what_to_do(
     products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an address space in which the library loads, but cannot build; where it fails, and how it says so, varies."""
+    """The address space is large enough to load the library but too small to build.
+
+    The place of the failure and its message vary.
+    """
     interpreter(tmp_path, monkeypatch, f'ulimit -v 490000; exec {sys.executable} "$@"')
     with pytest.raises(EngineError) as caught:
         build_in_child(
             "tensorrt_rtx", products["fp16"], plan, output, ignore, silence=20
-        )  # a thread that cannot start may hang it
+        )  # a thread that cannot start may hang the build
     lacking = re.search("bad_alloc|allocate memory", str(caught.value))
     assert lacking is None or "build fewer sparsities or batch sizes at once" in str(caught.value)
     assert not list(output.parent.iterdir())
@@ -336,9 +339,10 @@ def test_build_in_child_that_says_nothing_is_ended(
 
 
 def interpreter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Children of this process run a shell script in place of Python.
+    """Make the children of this process run a shell script instead of Python.
 
-    No preexec_fn: that forks a process of many threads, whose child can wait for ever for a lock of one of them.
+    preexec_fn is not used: it forks a process with many threads, and the child can wait forever for
+    a lock that one of them holds.
     """
     path = folder / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")

@@ -1,4 +1,4 @@
-"""Which GPUs take which types."""
+"""The data types that each GPU supports."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ FROM_AMPERE = (80, 86, 89, 120, 121)
 
 
 def test_table_has_the_gpus_that_the_library_has() -> None:
-    """A newer TensorRT-RTX may build for more: then the table wants another look."""
+    """A newer TensorRT-RTX may build for more GPUs: then review the table."""
     names = tensorrt_rtx.ComputeCapability.__members__
     assert {f"SM{number}" for number in RTX_PRODUCTS} == {name for name in names if name.startswith("SM")}
 

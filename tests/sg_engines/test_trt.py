@@ -1,4 +1,4 @@
-"""Real engines of small graphs, built by TensorRT-RTX, which needs no GPU for it."""
+"""Real engines of small graphs; TensorRT-RTX builds them without a GPU."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,18 +18,18 @@ Products = Mapping[str, Path]
 
 
 def ignore(phase: str, done: int, steps: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignore progress."""
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Where an engine goes, in a folder of its own."""
+    """Path of an engine to build, in an empty folder."""
     (tmp_path / "engines").mkdir()
     return tmp_path / "engines/product.engine"
 
 
 def refused(graph: Path, plan: EngineRecipe, output: Path) -> str:
-    """The message of a build that fails, after which nothing is there."""
+    """Return the message of a build that fails and leaves nothing."""
     with pytest.raises(EngineError) as caught:
         build_engine(tensorrt_rtx, graph, plan, output, ignore)
     assert caught.value.exit_code == 4
@@ -38,7 +38,7 @@ def refused(graph: Path, plan: EngineRecipe, output: Path) -> str:
 
 
 def altered(graph: Path, folder: Path, change: Callable[[ModelProto], object]) -> Path:
-    """A graph that went through a function."""
+    """Apply `change` to a graph and return the path of the result."""
     model = load(graph)
     change(model)
     save(model, folder / "altered.onnx")
@@ -60,7 +60,7 @@ def test_build_engine_of_every_type_gives_a_plan_for_the_gpu(
 def test_build_engine_twice_gives_the_same_bytes(
     products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
-    """So a cache may say that an engine is what its key stands for. The second takes the place of what was there."""
+    """A cache needs this: a key then identifies one engine. The build replaces an existing file."""
     output.write_bytes(b"an older one")
     build_engine(tensorrt_rtx, products["fp16"], plan, output, ignore)
     assert output.read_bytes() == engine.read_bytes()
@@ -69,7 +69,7 @@ def test_build_engine_twice_gives_the_same_bytes(
 def test_build_engine_of_two_profiles_holds_kernels_for_both(
     products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
-    """Nearly all of this engine is code, of which another profile brings as much again."""
+    """This engine is nearly all code, and a second profile adds the same amount of code."""
     build_engine(
         tensorrt_rtx, products["fp16"], replace(plan, profiles=({"x": (2, 16)}, {"x": (5, 16)})), output, ignore
     )
@@ -88,7 +88,7 @@ def test_build_engine_of_two_profiles_holds_kernels_for_both(
 def test_build_engine_for_given_gpus_is_for_these(
     products: Products, plan: EngineRecipe, output: Path, kind: str, asked: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    """None given: the library's own choice."""
+    """If no GPU is given, the library chooses."""
     build_engine(tensorrt_rtx, products[kind], replace(plan, compute_capabilities=asked), output, ignore)
     assert read_rtx_header(output).compute_capabilities == expected
 
@@ -96,7 +96,7 @@ def test_build_engine_for_given_gpus_is_for_these(
 def test_build_engine_with_a_workspace_gives_other_bytes(
     products: Products, plan: EngineRecipe, engine: Path, output: Path
 ) -> None:
-    """So it reached the library, and belongs into the key of the cache."""
+    """The workspace reached the library, so it belongs in the cache key."""
     build_engine(tensorrt_rtx, products["fp16"], replace(plan, workspace=1 << 30), output, ignore)
     assert output.stat().st_size == engine.stat().st_size
     assert output.read_bytes() != engine.read_bytes()
@@ -145,7 +145,7 @@ def test_build_engine_of_a_profile_that_the_graph_does_not_take_gives_the_librar
 def test_build_engine_of_a_profile_that_the_library_refuses_names_it(
     products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No profile is known that it refuses so early; its documentation says that it may."""
+    """No profile is known that the library refuses so early, but its documentation allows it."""
     monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "add_optimization_profile", lambda config, profile: -1)
     assert refused(products["fp16"], plan, output) == (
         f"fp16.onnx: TensorRT-RTX {VERSION} refuses the profile {{'x': (2, 16)}}: it gives no reason"
@@ -153,7 +153,7 @@ def test_build_engine_of_a_profile_that_the_library_refuses_names_it(
 
 
 def surprise(model: ModelProto, *nodes: int) -> None:
-    """Make operators of another domain of these nodes."""
+    """Turn these nodes into operators of another domain."""
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     for node in nodes:
         model.graph.node[node].op_type, model.graph.node[node].domain = "Surprise", "com.microsoft"
@@ -172,7 +172,7 @@ def test_build_engine_of_an_unknown_operator_names_every_such_node(
 
 
 def test_build_engine_of_a_scatter_that_adds_names_it(plan: EngineRecipe, output: Path, tmp_path: Path) -> None:
-    """Scattering is how kept tokens go back among the others; with a sum, TensorRT-RTX has no such operator."""
+    """Kept tokens are scattered back among the others; TensorRT-RTX has no scatter that adds."""
     graph = parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 20]>
         g (float[4, 2] x, int64[3, 1] places, float[3, 2] updates) => (float[4, 2] y)
@@ -211,19 +211,19 @@ def test_build_engine_reports_each_phase_from_its_first_step_to_its_last(
     assert len(phases) >= 3
     assert phases[-1] == "Building engine from subgraph"
     together = [[event for event in events if event[0] == phase] for phase in phases]
-    assert [event for own in together for event in own] == events, "one phase after another"
+    assert [event for own in together for event in own] == events, "the phases do not overlap"
     for own in together:
         steps = own[0][2]
         assert [(done, of) for _, done, of in own] == [(done, steps) for done in range(steps + 1)]
 
 
 def test_has_timing_cache_of_rtx_is_false_and_of_tensorrt_true() -> None:
-    """TensorRT has no runtime cache, by which RTX is known; `test_trt_names` looks for it there."""
+    """Only RTX has a runtime cache, which identifies it; `test_trt_names` checks TensorRT."""
     assert not has_timing_cache(tensorrt_rtx)
     assert has_timing_cache(SimpleNamespace())
 
 
-# TensorRT-RTX has the methods of timing caches, too, though they do nothing.
+# TensorRT-RTX also has the methods of timing caches, but they do nothing.
 no_operations = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 
 
@@ -263,7 +263,7 @@ def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
 def test_build_engine_with_a_timing_cache_of_another_gpu_names_it(
     products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT-RTX takes any; TensorRT says False to what it cannot use."""
+    """TensorRT-RTX accepts any timing cache; TensorRT returns False for one that it cannot use."""
     path = tmp_path / "timing.cache"
     path.write_bytes(b"a cache")
     monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_timing_cache", lambda config, cache, ignore_mismatch: False)

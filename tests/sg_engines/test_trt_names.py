@@ -1,9 +1,10 @@
-"""The names that `sg_engines.trt` uses of the library, in both libraries.
+"""The library names that `sg_engines.trt` uses, checked in both libraries.
 
-TensorRT is gigabytes to install and needs an NVIDIA driver to import. Its bindings alone are a small distribution,
-tensorrt-cu13-bindings, whose binary holds every name that Python sees as a C string: the name, then a NUL byte. What
-stands before it is no NUL in general, because the linker keeps a string that another one ends with as a part of that.
-So a name may seem to be there that is only the end of another; a name that is not found is not there.
+TensorRT takes gigabytes to install and needs an NVIDIA driver to import. Its bindings alone are a
+small distribution, tensorrt-cu13-bindings. Their binary holds every name that Python sees as a C
+string: the name, then a NUL byte. The byte before the name is not always NUL: if a string is the
+end of another one, the linker stores it as a part of that one. So a name that is found may be only
+the end of another name. A name that is not found is not in the library.
 """
 
 import ast
@@ -42,14 +43,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "ILogger.Severity": ("ERROR", "INTERNAL_ERROR"),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
 }
-"""What is used, by the class that has it; "" for the module."""
+"""Names used with both libraries, by the class that has them; "" is the module."""
 
 RTX_ALONE = {
     "": ("ComputeCapability", "IRuntimeCache"),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
     "ComputeCapability": ("SM75", "SM86", "SM120"),
 }
-"""What is used where the library has it, or where a user asked for what only TensorRT-RTX can."""
+"""Names used only if the library has them, or if a user asks for a TensorRT-RTX feature."""
 
 DROPPED = (
     "platform_has_fast_int8",
@@ -59,10 +60,10 @@ DROPPED = (
     "EXPLICIT_BATCH",
     "PREFER_PRECISION_CONSTRAINTS",
 )
-"""Names of TensorRT 10 that 11 has no more."""
+"""Names of TensorRT 10 that TensorRT 11 no longer has."""
 
 LIBRARY_OBJECTS = {"trt", "builder", "network", "parser", "config", "profile", "cache", "e"}
-"""Variables of `sg_engines.trt` that hold the library or something of it."""
+"""Variables of `sg_engines.trt` that hold the library or one of its objects."""
 
 
 def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
@@ -70,7 +71,7 @@ def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def used_names() -> Iterator[str]:
-    """Attributes of the library's objects in `sg_engines.trt`, and methods of the library's that it overrides."""
+    """Yield the library attributes that `sg_engines.trt` uses and the library methods it overrides."""
     for node in ast.walk(ast.parse(inspect.getsource(sg_engines.trt))):
         if isinstance(node, ast.Attribute) and origin(node) in LIBRARY_OBJECTS:
             yield node.attr
@@ -80,7 +81,7 @@ def used_names() -> Iterator[str]:
 
 
 def origin(node: ast.expr) -> str | None:
-    """The variable that a chain of attributes and calls begins with."""
+    """Return the variable at the start of a chain of attributes and calls."""
     while isinstance(node, ast.Attribute | ast.Call):
         node = node.value if isinstance(node, ast.Attribute) else node.func
     return node.id if isinstance(node, ast.Name) else None
@@ -88,7 +89,7 @@ def origin(node: ast.expr) -> str | None:
 
 @pytest.fixture(scope="module")
 def strings() -> bytes:
-    """The binary of TensorRT's bindings."""
+    """The bytes of the binary of TensorRT's bindings."""
     files = metadata.files("tensorrt-cu13-bindings") or []
     (binary,) = (file for file in files if file.name == "tensorrt.so")
     return Path(binary.locate()).read_bytes()
@@ -103,7 +104,7 @@ def test_bindings_are_those_of_tensorrt_11() -> None:
 
 
 def test_names_are_all_that_the_module_uses() -> None:
-    """Python's own, such as __name__, are left out."""
+    """Python's own names, such as __name__, are left out."""
     found = {name for name in used_names() if not name.startswith("__")}
     assert found - set(flat(RTX_ALONE)) == set(flat(NAMES))
 
@@ -115,13 +116,13 @@ def test_used_name_is_in_tensorrt(strings: bytes, name: str) -> None:
 
 @pytest.mark.parametrize("name", flat(RTX_ALONE))
 def test_name_of_rtx_alone_is_not_in_tensorrt(strings: bytes, name: str) -> None:
-    """As soon as it is, what is asked for by feature means something else."""
+    """If TensorRT gains such a name, a test for the feature no longer identifies TensorRT-RTX."""
     assert not has(strings, name)
 
 
 @pytest.mark.parametrize("name", DROPPED)
 def test_dropped_name_is_not_in_tensorrt(strings: bytes, name: str) -> None:
-    """So the tests above can fail."""
+    """This shows that the tests above can fail."""
     assert not has(strings, name)
 
 

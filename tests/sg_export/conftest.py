@@ -22,24 +22,33 @@ MakeModel = Callable[..., LoadedModel]
 
 @pytest.fixture(scope="session")
 def fixed_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
-    """The tiny model for SG at sparsities 0.25 and 0.5, its checkpoint beside it; graphs of three images."""
+    """Bundle of the tiny model for SG at sparsities 0.25 and 0.5, for batches of three images.
+
+    It lies next to its checkpoint.
+    """
     return build_once("fixed-bundle", tiny_checkpoint, sparsity=(0.5,), strong_sparsity=(0.25,), batch=3)
 
 
 @pytest.fixture(scope="session")
 def quick(tiny: Any) -> Any:
-    """Makes checkpoints of the tiny network with one block, the route: those that are traced the most quickly."""
+    """Maker of checkpoints of the tiny network with one block, which is the route.
+
+    These are the fastest to trace.
+    """
     return replace(tiny, config=replace(tiny.config, depth=1), facts={**tiny.facts, "route": "0-0"})
 
 
 @pytest.fixture(scope="session")
 def quick_checkpoint(quick: Any, once: Callable[..., Path]) -> Path:
-    """One of them."""
+    """A checkpoint made by `quick`."""
     return once("quick.safetensors", quick.save)
 
 
 def shrink_decoder(patch: pytest.MonkeyPatch) -> None:
-    """Give MaskDiT a decoder of 2 blocks of width 24 with 3 heads: upstream's alone would be 100 MB."""
+    """Give MaskDiT a decoder of 2 blocks of width 24 with 3 heads.
+
+    Upstream's decoder alone would take 100 MB.
+    """
     for name, value in (("DECODER_WIDTH", 24), ("DECODER_DEPTH", 2), ("DECODER_HEADS", 3)):
         patch.setattr(maskdit, name, value)
     patch.setattr(maskdit_adapter, "DECODER_WIDTH", 24)
@@ -47,15 +56,16 @@ def shrink_decoder(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small MaskDiT has a small decoder, too."""
+    """Give MaskDiT a small decoder for one test."""
     shrink_decoder(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """Makes a model of a network's class, shape and route, with a random non-zero value in every place.
+    """Return a function that makes a model from a network's class, shape and route.
 
-    A MaskDiT is masked in the whole of its encoder, whatever the route, and its decoder is small.
+    All weights are random and non-zero. A MaskDiT is masked in its entire encoder, regardless of
+    the route, and its decoder is small.
     """
 
     def make(network_class: type[DiT], config: DiTConfig, route: Route, seed: int = 1) -> LoadedModel:

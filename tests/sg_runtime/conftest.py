@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests: a pipeline, bundles with an altered manifest, and what engines are asked."""
+"""Fixtures of the runtime's tests: pipelines, bundles with altered manifests, and recorders."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from sg_runtime.pipeline import Pipeline
 
 
 def alter(bundle: Path, copy: Path, change: Callable[[Any], object]) -> Path:
-    """A copy of a bundle whose manifest, as parsed JSON, went through a function."""
+    """Copy a bundle and pass its manifest, as parsed JSON, through a function. Returns the copy."""
     shutil.copytree(bundle, copy)
     content = json.loads((copy / "manifest.json").read_bytes())
     change(content)
@@ -33,13 +33,16 @@ def alter(bundle: Path, copy: Path, change: Callable[[Any], object]) -> Path:
 
 @pytest.fixture
 def edited(tmp_path: Path, tiny_bundle: Path) -> Callable[[Callable[[Any], object]], Path]:
-    """Makes a copy of the tiny bundle with an altered manifest."""
+    """Return a function that copies the tiny bundle with an altered manifest."""
     return lambda change: alter(tiny_bundle, tmp_path / "edited", change)
 
 
 @pytest.fixture(scope="session")
 def pixel_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle, by its manifest one of pixels, with names for its five classes; graphs of a symbolic batch."""
+    """Return the tiny bundle with a manifest of a pixel model with five class names.
+
+    The graphs have a symbolic batch.
+    """
     facts = {"space": "pixel", "class_names": ["A", "B", "C", "0", "9"]}
     copy = tmp_path_factory.mktemp("bundles") / "pixels"
     return alter(tiny_bundle, copy, lambda content: content["model"].update(facts))
@@ -47,7 +50,7 @@ def pixel_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def pipe(pixel_bundle: Path) -> Pipeline:
-    """Named classes of pixels, with up to five images in one run of a graph."""
+    """Return a pipeline with class names and pixels, for up to five images per engine run."""
     return Pipeline.load(pixel_bundle, batch=5)
 
 
@@ -62,13 +65,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The graph's file name without suffix."""
+        """File name of the graph without suffix."""
         return self.graph.name
 
 
 @dataclass
 class Recorder:
-    """A backend that notes every run of another, on the CPU."""
+    """A backend on the CPU that records every run of another backend."""
 
     backend: Backend
     name: str = "onnxruntime-cpu"
@@ -87,12 +90,12 @@ class Recorder:
 
     @property
     def names(self) -> list[str]:
-        """The graphs that ran, in order."""
+        """Names of the graphs that ran, in order."""
         return [run.name for run in self.runs]
 
 
 class RecordingLane:
-    """A lane whose runs are noted when they are made."""
+    """A lane that records each run when it is executed."""
 
     def __init__(self, lane: Lane, runs: list[Run]) -> None:
         self.memory, self.enter, self.sequence = lane.memory, lane.enter, lane.sequence
@@ -119,16 +122,17 @@ class RecordingLane:
 
 @pytest.fixture(scope="session")
 def record() -> Callable[[Path], Recorder]:
-    """Makes a recorder around the backend of a bundle; the sessions of one bundle are opened once."""
+    """Return a function that makes a recorder for a bundle. Sessions are opened once per bundle."""
     opened = cache(lambda path: open_backend(Bundle.open(path), "cpu"))
     return lambda path: Recorder(opened(path))
 
 
 @dataclass(frozen=True)
 class Event:
-    """What was asked of a lane or its memory: "bind" and "run" of a graph, "sequence", or a method of the memory.
+    """One call to a lane or to its memory.
 
-    inputs, outputs: addresses of a graph's. fixed: as the call was bound.
+    kind: "bind" or "run" of a graph, "sequence", or a method of the memory. inputs, outputs:
+    addresses of the graph's arrays. fixed: the value that the call was bound with.
     """
 
     kind: str
@@ -139,7 +143,7 @@ class Event:
 
 
 class WatchedMemory(HostMemory):
-    """The CPU's memory, which notes what is asked of it and counts the bytes of arrays that live, and of their peak."""
+    """CPU memory that records every call, and counts the live bytes and their peak."""
 
     def __init__(self, events: list[Event]) -> None:
         self.live = self.peak = 0
@@ -175,7 +179,7 @@ class WatchedMemory(HostMemory):
 
 @dataclass
 class Watched:
-    """A backend of ONNX Runtime's sessions on the CPU, in a memory of its own, which notes all that is asked of it."""
+    """A backend of ONNX Runtime on the CPU with its own memory, which records every call."""
 
     backend: OrtBackend
     name: str = "onnxruntime-cpu"
@@ -195,17 +199,17 @@ class Watched:
 
     @property
     def steps(self) -> list[Event]:
-        """The runs of step graphs, in order."""
+        """Runs of step graphs, in order."""
         return [event for event in self.events if event.kind == "run" and event.fixed]
 
     @property
     def kinds(self) -> list[str]:
-        """What was asked, in order."""
+        """Kinds of the recorded calls, in order."""
         return [event.kind for event in self.events]
 
 
 class WatchedLane:
-    """A lane that notes binds, sequences and runs."""
+    """A lane that records binds, sequences and runs."""
 
     def __init__(self, lane: OrtLane, events: list[Event]) -> None:
         self.memory, self.enter = lane.memory, lane.enter
@@ -233,14 +237,17 @@ class WatchedLane:
 
 @pytest.fixture(scope="session")
 def watch() -> Callable[[Path], Watched]:
-    """Makes a watched backend of a bundle; the sessions of one bundle are opened once."""
+    """Return a function that makes a watched backend for a bundle.
+
+    Sessions are opened once per bundle.
+    """
     opened = cache(lambda path: OrtBackend(Bundle.open(path)))
     return lambda path: Watched(opened(path))
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """A stand-in for the CUDA driver, in its place."""
+    """Replace the CUDA driver by a stand-in and return it."""
     stand_in = Driver()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", stand_in)
     return stand_in

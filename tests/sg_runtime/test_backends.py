@@ -1,4 +1,4 @@
-"""Choosing a backend, and ONNX Runtime's sessions. Graphs that it cannot run are in `tests/attacks`."""
+"""Opening a backend, and ONNX Runtime sessions. Graphs that cannot run: `tests/attacks`."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ from sg_runtime.run.evaluate import run_once
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    """A copy, whose files a test may take away."""
+    """Return a copy whose files a test may delete."""
     return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
@@ -30,7 +30,7 @@ def feeds(rows: int) -> dict[str, NDArray[Any]]:
 
 
 def run(backend: Backend, graph: GraphFacts, inputs: Any, output: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """An output of this shape."""
+    """Run a graph and return its output, which has this shape."""
     found = np.empty(shape, np.float32)
     run_once(backend.lane(), graph, inputs, {output: found})
     return found
@@ -61,14 +61,14 @@ def test_open_backend_of_another_device_is_refused(bundle: Bundle, device: str) 
 
 
 def test_open_backend_without_the_library_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # Python's own way to make an import fail
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # makes the import fail
     with pytest.raises(MissingExtraError) as caught:
         open_backend(bundle, "cpu")
     assert str(caught.value) == "onnxruntime is not installed: pip install 'sg-export[ort]'"
 
 
 def test_run_of_a_graph_opens_it_once(bundle: Bundle) -> None:
-    """The second run needs no file any more."""
+    """The second run works after the file is deleted."""
     backend = open_backend(bundle, "cpu")
     first = modulations(backend, bundle, 2)
     shutil.rmtree(bundle.path / "graphs")
@@ -81,7 +81,10 @@ def test_run_of_one_graph_opens_no_other(bundle: Bundle) -> None:
 
 
 def test_run_of_a_step_graph_gives_the_output_that_is_asked_for(bundle: Bundle) -> None:
-    """A prediction D, or next = a x + b D + e r; small integers, so that what the graph adds up is exact."""
+    """The outputs are the prediction D and next = a x + b D + e r.
+
+    All values are small integers or halves, so the graph's sums are exact.
+    """
     graph = bundle.manifest.graph("dense", 16)
     assert graph is not None
     x, r = np.ones((2, 2, 8, 8), np.float32), np.full((2, 2, 8, 8), 8, np.float32)
@@ -113,7 +116,10 @@ def test_run_of_wrong_feeds_names_the_graph(bundle: Bundle, wrong: dict[str, NDA
 
 
 def test_optimized_graph_for_the_cuda_provider_has_even_splits_alone(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Its kernel for uneven parts stages their sizes in pinned memory, which a captured graph cannot hold."""
+    """The CUDA provider's kernel for uneven splits copies their sizes through pinned memory.
+
+    A captured CUDA graph cannot hold that copy.
+    """
     disabled, optimized = PROVIDERS["onnxruntime-cuda"].disabled_optimizers, tmp_path / "optimized.onnx"
     for path in sorted(tiny_bundle.glob("graphs/*.onnx")):
         uneven = []
@@ -126,4 +132,4 @@ def test_optimized_graph_for_the_cuda_provider_has_even_splits_alone(tiny_bundle
             uneven.append([node.name for node in splits if np.ptp(node.inputs[1].const_value.numpy())])
         assert not uneven[1]
         if path.stem.startswith("guided"):
-            assert uneven[0]  # else the option does nothing
+            assert uneven[0]  # otherwise the option would have no effect

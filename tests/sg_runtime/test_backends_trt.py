@@ -1,6 +1,7 @@
-"""TensorRT's backend over stand-ins for the library and the driver, and whether the library has what is called.
+"""The TensorRT backend, run with stand-ins for the library and the driver.
 
-The stand-ins run the graphs of a bundle, with which engines are built, on the CPU; the engines are real ones.
+The stand-ins run, on the CPU, the graphs from which a bundle's engines were built. The engine files
+are real. Other tests check that the real library has every name that the backend uses.
 """
 
 import ast
@@ -40,14 +41,17 @@ CLASSES, SEEDS, STEPS = [0, 1, 2, 3, None], [5, 6, 7, 8, 9], 3
 
 @pytest.fixture(scope="session")
 def trt_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
-    """FP32 engines by TensorRT-RTX of the tiny model for SG at 0 and 0.5, for 1 and 2 images, and their graphs."""
+    """Return FP32 TensorRT-RTX engines of the tiny model and their graphs.
+
+    They are built for SG at 0 and 0.5, for 1 and 2 images.
+    """
     options = {"sparsity": (0.5,), "engines": EngineOptions(batch=(1, 2), keep_onnx=True)}
     return build_once("trt-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture(scope="session")
 def edm_bundle(trt_bundle: Path) -> Path:
-    """The same as one that denoises, which is a matter of scalars and times."""
+    """Return the same bundle as a denoiser (edm): only scalars and times differ."""
     copy = trt_bundle.with_name("trt-edm")
     shutil.copytree(trt_bundle, copy)
     content = json.loads((copy / "manifest.json").read_text())
@@ -59,14 +63,17 @@ def edm_bundle(trt_bundle: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of what a library compiles here; a test's own, as it is read again."""
+    """Return the folder of compiled kernels.
+
+    Each test has its own, because backends read it again.
+    """
     monkeypatch.setenv("SG_EXPORT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tensorrt-rtx"
 
 
 @pytest.fixture
 def library(trt_bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """A stand-in for TensorRT-RTX in its place."""
+    """Replace TensorRT-RTX by a stand-in and return it."""
     stand_in = Library(Bundle.open(trt_bundle), driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in)
     return stand_in
@@ -74,7 +81,7 @@ def library(trt_bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def pipe(library: Library) -> Pipeline:
-    """Up to two images in one run."""
+    """Return a pipeline with up to two images per engine run."""
     return Pipeline.load(library.bundle.path)
 
 
@@ -88,7 +95,10 @@ def on_cpu(bundle: Path) -> Pipeline:
 
 
 def close(found: Any, expected: NDArray[np.float32]) -> None:
-    """Both are ONNX Runtime's on the CPU, over the same values in other places: at most sums in another order."""
+    """Assert that two results agree up to the order of FP32 sums.
+
+    Both come from ONNX Runtime on the CPU and use the same values at other addresses.
+    """
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -100,7 +110,7 @@ def close(found: Any, expected: NDArray[np.float32]) -> None:
 def test_sample_equals_that_of_the_cpu_in_every_run(
     library: Library, pipe: Pipeline, images: int, sampler: str
 ) -> None:
-    """One run kernel by kernel, one that is captured, and one that is replayed."""
+    """The first run launches each kernel, the second is captured, the third is replayed."""
     assert pipe.backend.name == "tensorrt-rtx"
     assert (pipe.batch, pipe.backend.batches) == (2, (1, 2))
     expected = sample(on_cpu(library.bundle.path), images, sampler=sampler)
@@ -111,7 +121,7 @@ def test_sample_equals_that_of_the_cpu_in_every_run(
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_sample_of_chunks_equals_that_of_the_cpu(library: Library, chunk: int) -> None:
-    """Their runs read the same tables, filled anew for each."""
+    """All chunks read the same tables, which are refilled for each chunk."""
     pipe = Pipeline.load(library.bundle.path, chunk=chunk)
     expected = sample(on_cpu(library.bundle.path))
     for _ in range(3):
@@ -132,7 +142,7 @@ def test_sample_of_an_edm_model_equals_that_of_the_cpu(
 def test_sample_by_tensorrt_equals_that_of_the_cpu(
     trt_bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    """Its contexts are made of a strategy, and it keeps no kernels."""
+    """TensorRT creates contexts from a strategy, and it has no kernel cache."""
     bundle = Bundle.open(trt_bundle)
     engines = tuple(replace(engine, library="tensorrt") for engine in bundle.manifest.engines)
     bundle = Bundle(trt_bundle, replace(bundle.manifest, engines=engines))
@@ -149,7 +159,7 @@ def test_sample_by_tensorrt_equals_that_of_the_cpu(
 
 
 def test_sample_in_a_given_stream_uses_no_other(library: Library, driver: Driver) -> None:
-    """Two threads wait for each other then."""
+    """Two threads take turns in that stream."""
     given = driver.stream()
     pipe = Pipeline.load(library.bundle.path, stream=given)
     expected = sample(on_cpu(library.bundle.path))
@@ -161,7 +171,7 @@ def test_sample_in_a_given_stream_uses_no_other(library: Library, driver: Driver
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work` gives in each of so many threads at once."""
+    """Return the results of `work(i)` from `count` threads that run at the same time."""
     found: dict[int, Any] = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: work(i)}), daemon=True) for i in range(count)]
     for thread in threads:
@@ -173,7 +183,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("default", [0, 1, 2])
 def test_sample_in_a_default_stream_is_captured_in_another(library: Library, driver: Driver, default: int) -> None:
-    """The driver captures nothing from a default stream, and ONNX Runtime does not run in one."""
+    """The driver cannot capture a default stream, and ONNX Runtime does not run in one."""
     pipe = Pipeline.load(library.bundle.path, stream=default)
     expected = sample(on_cpu(library.bundle.path))
     for _ in range(3):
@@ -195,7 +205,7 @@ def test_sample_on_the_device_is_an_array_there(driver: Driver, pipe: Pipeline) 
 def test_guided_of_an_array_on_the_device_stays_there(
     library: Library, driver: Driver, pipe: Pipeline, images: int
 ) -> None:
-    """As of PyTorch's; with the graph's other output going nowhere."""
+    """The input is like a PyTorch tensor; nobody reads the graph's other output."""
     x = on_cpu(library.bundle.path).initial_noise(SEEDS[:images])
     expected = on_cpu(library.bundle.path).guided(x, on_cpu(library.bundle.path).prepare_once(0.5, CLASSES[:images]))
     close(pipe.guided(x, pipe.prepare_once(0.5, CLASSES[:images])), expected)
@@ -224,7 +234,7 @@ def test_sample_without_capture_asks_for_each_run(library: Library, driver: Driv
 
 
 def test_plan_that_one_lane_prepared_is_there_for_another(library: Library, pipe: Pipeline) -> None:
-    """Each has a stream of its own, which does not wait for the other's."""
+    """Each lane has its own stream, and no stream waits for the other."""
     reference = on_cpu(library.bundle.path)
     x, times = reference.initial_noise(SEEDS), [1.0, 0.5]
     expected = reference.guided(x, reference.prepare(times, CLASSES, SEEDS), 1)
@@ -234,19 +244,22 @@ def test_plan_that_one_lane_prepared_is_there_for_another(library: Library, pipe
     assert len({stream for context in library.contexts for stream in context.streams}) == 2
 
 
-# What is asked of the device.
+# Calls of the device.
 
 
 def part(driver: Driver, work: Callable[[], object]) -> list[str]:
-    """The driver's calls while `work` runs."""
+    """Return the driver calls that `work` makes."""
     before = len(driver.calls)
     work()
     return driver.calls[before:]
 
 
 def test_sample_asks_for_all_steps_without_waiting(driver: Driver, pipe: Pipeline) -> None:
-    """The steps are asked for in a row: at first each, then all to be captured, then the graph of them."""
-    sample(pipe, 2, steps=8)  # what is compiled, allocated and bound is there
+    """The steps are enqueued without a wait between them.
+
+    The first run enqueues each step, the second captures all steps, the third launches their graph.
+    """
+    sample(pipe, 2, steps=8)  # compiles, allocates and binds everything
     pipe.release()
     first, second, third = (part(driver, lambda: sample(pipe, 2, steps=8)) for _ in range(3))
     steps = ["execute_async_v3"] * 8
@@ -256,13 +269,13 @@ def test_sample_asks_for_all_steps_without_waiting(driver: Driver, pipe: Pipelin
         assert calls[end - len(expected) : end] == expected
         assert calls.count("cuStreamSynchronize") == 1  # for the samples
         assert "cuStreamSynchronize" not in calls[:end]
-    assert third.count("execute_async_v3") < second.count("execute_async_v3")  # conditioning alone
+    assert third.count("execute_async_v3") < second.count("execute_async_v3")  # only the conditioning
     assert not {"cuStreamBeginCapture", "cuGraphInstantiate"} & {*first, *third}
     assert third.count("cuGraphLaunch") == 1
 
 
 def test_play_of_nothing_asks_for_nothing(driver: Driver, pipe: Pipeline) -> None:
-    """As before the first step of a run that begins with noise."""
+    """This is the part before the first step of a run that begins with noise."""
     lane = pipe.backend.lane()
     nothing = lane.sequence(())
     assert not part(driver, lambda: [nothing.play(lambda _: None) for _ in range(3)])
@@ -286,11 +299,11 @@ def test_lane_has_a_context_for_each_profile_over_one_scratch(library: Library, 
 
 
 def test_lanes_of_threads_share_the_engines_alone(library: Library, driver: Driver, pipe: Pipeline) -> None:
-    """All threads are at work at once: each is in its own first step when the others are."""
+    """All threads work at the same time: each waits in its first step for the others."""
     together = threading.Barrier(3, timeout=60)
 
     def work(number: int) -> NDArray[np.float32]:
-        """Runs of different lengths, so that none waits forever."""
+        """Sample with other step counts in each thread, so that no barrier waits forever."""
         first = [together.wait]
         return sample(pipe, 2, steps=2 + number, progress=lambda *_: first.pop()() if first else None)
 
@@ -308,14 +321,14 @@ def test_lanes_of_threads_share_the_engines_alone(library: Library, driver: Driv
 
 @pytest.mark.slow
 def test_memory_of_runs_that_are_over_is_given_back(driver: Driver, pipe: Pipeline) -> None:
-    """A lane keeps the buffers of two kinds of runs, however many there were, captured or not."""
+    """A lane keeps the buffers of two kinds of runs, whether they were captured or not."""
     used = []
     for steps in (2, 3, 4, 5, 6, 4, 5, 6):
         sample(pipe, 2, steps=steps)
         sample(pipe, 2, steps=steps)
         gc.collect()
         used.append(driver.used)
-    assert used[-2:] == used[3:5]  # those of 4 and 5 steps, and of 5 and 6
+    assert used[-2:] == used[3:5]  # the runs of 4 and 5 steps, and of 5 and 6 steps
 
 
 def test_forget_gives_all_buffers_back(driver: Driver, pipe: Pipeline) -> None:
@@ -326,7 +339,7 @@ def test_forget_gives_all_buffers_back(driver: Driver, pipe: Pipeline) -> None:
         sample(pipe, 2)
     pipe.release()
     gc.collect()
-    unread = 2 * 2 * 8 * 8 * 4  # the output that nobody reads, at most
+    unread = 2 * 2 * 8 * 8 * 4  # upper limit of the output that nobody reads
     assert driver.used <= idle + unread
     assert not driver.executables
 
@@ -347,7 +360,7 @@ def test_pipeline_that_is_dropped_leaves_nothing(driver: Driver, library: Librar
 
 
 def caches(library: Library) -> list[RuntimeCache]:
-    """Those that contexts run with."""
+    """Return the runtime caches of all contexts."""
     return [context.config.cache for context in library.contexts if context.config and context.config.cache]
 
 
@@ -365,7 +378,7 @@ def test_warmup_writes_the_kernels_and_the_next_backend_reads_them(
     again = Pipeline.load(library.bundle.path)
     sample(again, 5)
     assert sorted(found.read or b"" for found in caches(library)) == sorted(written.values())
-    again.backend.keep()  # with the kernels of another profile
+    again.backend.keep()  # also writes the kernels of the second profile
     assert b"kernels:guided-16-8/0,guided-16-8/1" in {path.read_bytes() for path in cache.iterdir()}
     assert not [path for path in cache.iterdir() if path.suffix != ".cache"]
 
@@ -388,7 +401,7 @@ def test_kernels_of_another_gpu_are_compiled_anew(
 
 @pytest.mark.parametrize("fault", ["no folder", "folders in place of files"])
 def test_cache_that_cannot_be_used_ends_no_run(library: Library, cache: Path, fault: str) -> None:
-    """Root may write and read everything, so it is no matter of permissions here."""
+    """Permissions are not tested, because root may read and write everything."""
     if fault == "no folder":
         cache.parent.write_bytes(b"a file in place of the folder")
     else:
@@ -430,7 +443,7 @@ def test_bind_for_another_batch_names_the_build(library: Library, pipe: Pipeline
 
 @pytest.mark.parametrize("how", [{"fused": False}, {"guidance": "none"}], ids=["two passes", "none"])
 def test_sample_by_a_graph_without_an_engine_names_it(pipe: Pipeline, how: dict[str, Any]) -> None:
-    """The bundle's engines are those that its own guidance needs."""
+    """The bundle has only the engines that its own guidance needs."""
     if "guidance" in how:
         how = {"guidance": pipe.guidance(how["guidance"])}
     with pytest.raises(BundleError, match=r": dense has no engine of TensorRT-RTX for batches of 2; "):
@@ -452,7 +465,7 @@ def test_capture_that_fails_is_one_warning_and_the_samples_are_right(
     for _ in range(3):
         close(sample(pipe), expected)
     (message,) = caplog.messages
-    assert message.startswith("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: ")
+    assert message.startswith("runs are not captured as a CUDA graph, each is launched kernel by kernel: ")
     assert "cuGraphLaunch" not in driver.calls
 
 
@@ -499,7 +512,7 @@ def test_sample_that_does_not_fit_says_what_would_and_the_pipeline_goes_on(drive
 def test_sample_that_runs_out_of_memory_at_any_time_leaves_the_pipeline_usable(
     library: Library, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the driver said to be free: each allocation of a first run fails once."""
+    """Each allocation of a first run fails once, whatever the driver reported as free."""
     allocate, place = driver.cuMemAlloc, library.bundle.path
     expected = sample(Pipeline.load(place), 2)
     for failing in range(part(driver, lambda: sample(Pipeline.load(place), 2)).count("cuMemAlloc")):
@@ -516,7 +529,7 @@ def test_sample_that_runs_out_of_memory_at_any_time_leaves_the_pipeline_usable(
             np.testing.assert_array_equal(sample(pipe, 2), expected)
 
 
-# The library's names.
+# Names of the library.
 
 NAMES: dict[str, tuple[str, ...]] = {
     "": ("Logger", "Runtime", "TensorIOMode", "ExecutionContextAllocationStrategy"),
@@ -541,7 +554,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "execute_async_v3",
     ),
 }
-"""What is used, by the class that has it; "" for the module."""
+"""Names that the backend uses, by the class that has them; "" is the module."""
 
 RTX_ALONE = {
     "": ("IRuntimeCache",),
@@ -554,10 +567,13 @@ RTX_ALONE = {
     ),
     "IRuntimeCache": ("serialize", "deserialize"),
 }
-"""What is used where the module has an IRuntimeCache, which TensorRT's has not."""
+"""Names that the backend uses only if the module has IRuntimeCache, as TensorRT-RTX does."""
 
 OBJECTS = {"self._trt", "self._runtime", "self._engines[]", "opened", "engine", "context", "config", "cache"}
-"""What holds the library or something of it; an `engine` may be the manifest's facts, too."""
+"""Expressions that hold the library or one of its objects.
+
+An `engine` may also be the engine's facts in the manifest.
+"""
 
 
 def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
@@ -565,7 +581,10 @@ def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def origin(node: ast.expr) -> str | None:
-    """The variable, or attribute of self, that a chain of attributes, calls and items begins with."""
+    """Return the variable, or the attribute of self, at the start of an expression.
+
+    The expression is a chain of attributes, calls and items.
+    """
     if isinstance(node, ast.Call):
         return origin(node.func)
     if isinstance(node, ast.Subscript):
@@ -599,13 +618,13 @@ def test_used_names_are_in_tensorrt_rtx(owner: str) -> None:
 
 
 def test_used_names_are_in_tensorrt_but_for_those_of_rtx_alone() -> None:
-    """See `tests/sg_engines/test_trt_names.py` for what this can tell."""
+    """`tests/sg_engines/test_trt_names.py` explains what this check can show."""
     files = metadata.files("tensorrt-cu13-bindings") or []
     (binary,) = (file for file in files if file.name == "tensorrt.so")
     strings = Path(binary.locate()).read_bytes()
     for name in (*NAMES, *flat(NAMES)):
         assert name.encode() + b"\0" in strings
-    assert b"IRuntimeCache\0" not in strings  # what the backend goes by
+    assert b"IRuntimeCache\0" not in strings  # the backend checks for this name
 
 
 def test_stand_in_has_the_names_that_are_used(library: Library, pipe: Pipeline) -> None:

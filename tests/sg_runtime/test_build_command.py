@@ -1,4 +1,4 @@
-"""The command that builds a bundle again: what it asks the compiler for is what the bundle is."""
+"""The command that rebuilds a bundle requests exactly what the bundle holds."""
 
 import shlex
 from collections.abc import Callable
@@ -37,20 +37,20 @@ Asked = Callable[[str], tuple[str, CompileOptions]]
 
 @pytest.fixture(scope="module")
 def plain_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
-    """The tiny model without guidance at sparsities 0.25 and 0, its checkpoint beside it."""
+    """Return the tiny model without guidance at sparsities 0.25 and 0, next to its checkpoint."""
     options = {"strong_sparsity": (0.25, 0.0), "guidance": "none", "batch": 1, "steps": 7}
     return build_once("plain-bundle", tiny_checkpoint, **options)
 
 
 @pytest.fixture
 def manifest(request: pytest.FixtureRequest) -> Manifest:
-    """Of the bundle that a test names, by default the tiny one."""
+    """Return the manifest of the bundle that a test names, by default the tiny bundle."""
     return Bundle.open(request.getfixturevalue(getattr(request, "param", "tiny_bundle"))).manifest
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Gives the model and the options that a command would have compiled."""
+    """Return a function that gives the model and the options that a command would compile."""
 
     def asked(command: str) -> tuple[str, CompileOptions]:
         calls: list[tuple[str, CompileOptions]] = []
@@ -108,7 +108,7 @@ def test_build_command_of_engines_asks_for_the_same_targets(manifest: Manifest, 
     _, options = asked(build_command(manifest, "out"))
     assert options.libraries == ("tensorrt_rtx",)
     assert options.engines.compute_capabilities == (80, 86, 89, 120, 121)
-    assert options.engines.batch == (1,), "the 40 rows of the condition are no batch"
+    assert options.engines.batch == (1,), "the condition graph's 40 rows are not a batch"
     assert not options.engines.keep_onnx
 
 
@@ -123,7 +123,7 @@ def test_build_command_that_runs_makes_the_same_bundle(
 
 
 def test_build_command_is_one_line_that_a_shell_takes(manifest: Manifest) -> None:
-    """Every option is there by name, so the command says what the bundle is."""
+    """The command names every option, so it describes the bundle."""
     assert build_command(manifest, "out") == (
         "sg-export build tiny.safetensors --strong-sparsity 0 --strong-sparsity 0.25 --sparsity 0.5 --scale 2 "
         "--route 1-1 --prediction flow --heads 2 --steps 40 --precision fp32 --output out --force"
@@ -139,7 +139,7 @@ def test_build_command_quotes_names_with_spaces(manifest: Manifest, asked: Asked
 
 
 def test_build_command_of_a_reference_model_names_it_alone(manifest: Manifest, asked: Asked) -> None:
-    """It states its own route, heads and prediction."""
+    """The reference model's own facts hold its route, heads and prediction."""
     command = build_command(replace(manifest, source=replace(manifest.source, reference="glyphs")), "out")
     model, options = asked(command)
     assert model == "glyphs"
@@ -178,7 +178,7 @@ def test_build_command_of_another_opset_names_it(manifest: Manifest, asked: Aske
 
 
 def engines(manifest: Manifest, **changes: Any) -> Manifest:
-    """The manifest with facts of its engines replaced."""
+    """Return the manifest with replaced facts of its engines."""
     return replace(manifest, engines=tuple(replace(engine, **changes) for engine in manifest.engines))
 
 
@@ -199,7 +199,7 @@ def test_build_command_for_a_gpu_names_it_in_place_of_the_bundles(manifest: Mani
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)
 def test_build_command_for_tensorrt_names_no_gpu(manifest: Manifest, asked: Asked) -> None:
-    """TensorRT builds for the GPU that it runs on."""
+    """TensorRT builds for the GPU on which it runs."""
     _, options = asked(build_command(manifest, "out", target="tensorrt", sm=90))
     assert options.libraries == ("tensorrt",)
     assert options.engines.compute_capabilities == ()
@@ -218,7 +218,7 @@ def test_build_command_of_both_libraries_asks_for_both(manifest: Manifest, asked
     other = engines(manifest, library="tensorrt", compute_capabilities=(90,))
     _, options = asked(build_command(replace(manifest, engines=manifest.engines + other.engines), "out"))
     assert options.libraries == ("tensorrt", "tensorrt_rtx")
-    assert options.engines.compute_capabilities == (80, 86, 89, 120, 121), "9.0 is TensorRT's"
+    assert options.engines.compute_capabilities == (80, 86, 89, 120, 121), "9.0 belongs to TensorRT"
 
 
 @pytest.mark.parametrize("manifest", ["engine_bundle"], indirect=True)

@@ -1,4 +1,4 @@
-"""Opening bundles: whole ones, and paths that are none. Damaged ones are in `tests/attacks`."""
+"""Opening complete bundles, and paths that are not bundles. Damaged bundles: `tests/attacks`."""
 
 import shutil
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def flip_a_byte(path: Path) -> None:
 def test_open_without_hashes_passes_a_flipped_byte_and_checks_sizes(
     edited: Callable[[Callable[[Any], object]], Path],
 ) -> None:
-    """The documented price of leaving the hashes out."""
+    """This is the documented cost of skipping the hashes."""
     copy = edited(lambda content: None)
     flip_a_byte(copy / "graphs/weights.bin")
     assert Bundle.open(copy, verify_hashes=False).path == copy

@@ -1,6 +1,6 @@
-"""Which backend runs a bundle, and why none before it; what engines need is in `test_trt_check`.
+"""Which backend runs a bundle, and why earlier candidates do not. Engines: `test_trt_check`.
 
-Machines with GPUs are made of stand-ins for what this one finds.
+Stand-ins replace the GPUs and providers that the runtime finds on this machine.
 """
 
 import logging
@@ -32,7 +32,7 @@ NO_ENGINES = (
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes this machine one with these GPUs and providers of ONNX Runtime."""
+    """Return a function that gives this machine the given GPUs and ONNX Runtime providers."""
 
     def make(*gpus: Gpu, providers: tuple[str, ...] = (CPU_ONLY,)) -> None:
         for module in (sg_runtime.backends.choice, sg_runtime.backends.trt_check):
@@ -44,26 +44,26 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def graphs(tiny_bundle: Path) -> Bundle:
-    """ONNX alone."""
+    """Return a bundle that holds only ONNX graphs."""
     return Bundle.open(tiny_bundle)
 
 
 @pytest.fixture
 def engines(engine_bundle: Path) -> Bundle:
-    """Engines of TensorRT-RTX alone."""
+    """Return a bundle that holds only TensorRT-RTX engines."""
     return Bundle.open(engine_bundle)
 
 
 @pytest.fixture
 def both(engines: Bundle) -> Bundle:
-    """By its manifest with the ONNX files, too."""
+    """Return a bundle with engines whose manifest also lists ONNX files."""
     manifest = engines.manifest
     kept = tuple(replace(graph, file=f"graphs/{graph.name}.onnx") for graph in manifest.graphs)
     return Bundle(engines.path, replace(manifest, graphs=kept))
 
 
 def refused(kind: type[SgError], bundle: Bundle, device: str = "auto", **chosen: Any) -> str:
-    """The message of a refusal."""
+    """Return the message of the refusal."""
     with pytest.raises(SgError) as caught:
         choose_backend(bundle, device, **chosen)
     assert isinstance(caught.value, kind), caught.value
@@ -166,7 +166,7 @@ def test_choose_backend_of_engines_by_onnx_runtime_names_what_keeps_the_graphs(
 
 
 def test_choose_backend_of_both_falls_from_engines_to_graphs(both: Bundle, machine: Callable[..., None]) -> None:
-    """On a GPU that the engines are not for, and without one; each with its reason."""
+    """The engines are skipped on another GPU and without a GPU, each time with the reason."""
     machine(ADA, HOPPER, providers=(CUDA, CPU_ONLY))
     assert choose_backend(both) == Choice("tensorrt-rtx", 0, ())
     assert choose_backend(both, "cpu") == Choice("onnxruntime-cpu", 0, ())
@@ -194,7 +194,7 @@ def test_choose_backend_of_both_for_another_batch_leaves_the_engines(
 def test_choose_backend_of_engines_of_two_libraries_asks_each_for_its_own(
     engines: Bundle, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU that TensorRT-RTX does not know, and on a machine without TensorRT."""
+    """One GPU is unknown to TensorRT-RTX; then TensorRT is not installed."""
     manifest = engines.manifest
     others = tuple(
         replace(engine, library="tensorrt", version="11.4", compute_capabilities=(90,)) for engine in manifest.engines
@@ -210,14 +210,14 @@ def test_choose_backend_of_engines_of_two_libraries_asks_each_for_its_own(
     assert "its engines need TensorRT, which" in refused(MissingExtraError, bundle, backend="tensorrt")
 
 
-# What is asked for by name
+# Backends chosen by name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_choose_backend_by_name_takes_it_or_its_own_error(
     graphs: Bundle, machine: Callable[..., None], backend: str
 ) -> None:
-    """Never another one."""
+    """No other backend is chosen."""
     machine(ADA, providers=tuple(provider.name for provider in PROVIDERS.values()))
     if backend.startswith("onnxruntime"):
         assert choose_backend(graphs, backend=backend) == Choice(backend, 0, ())
@@ -261,7 +261,7 @@ def test_choose_backend_of_a_device_that_it_does_not_run_on_is_refused(
 
 @pytest.mark.parametrize("device", ["cuda:1000", "cuda: 1", "cuda:0x1", "cuda:1 ", "cuda:1\n"])
 def test_choose_backend_of_an_odd_device_is_refused(graphs: Bundle, device: str) -> None:
-    """Even where Python would read a number in it; others are in `test_backends`."""
+    """Python would read some of these as numbers. More cases are in `test_backends`."""
     assert refused(UsageError, graphs, device) == f"device {device!r}: expected auto, cpu, cuda, or cuda:NUMBER"
 
 
@@ -303,7 +303,7 @@ def test_load_of_a_backend_by_name_runs_it(tiny_bundle: Path) -> None:
 
 
 def test_strays_of_a_session_are_the_nodes_that_run_elsewhere(tiny_bundle: Path) -> None:
-    """All of a CPU's session, for another provider's name; none for its own."""
+    """For another provider's name all nodes are strays; for the session's own provider none is."""
     session = open_session(tiny_bundle / "graphs/dense.onnx", provider=Provider(CPU_ONLY))
     assert strays_of(session, CPU_ONLY) == []
     strays = strays_of(session, CUDA)
@@ -315,14 +315,14 @@ def test_strays_of_a_session_are_the_nodes_that_run_elsewhere(tiny_bundle: Path)
 def test_open_session_of_nodes_that_run_elsewhere_warns_of_each(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A provider that is there and runs none of them."""
+    """The Azure provider is available and runs none of these nodes."""
     azure = Provider("AzureExecutionProvider")
     session = open_session(tiny_bundle / "graphs/dense.onnx", provider=azure)
     (warning,) = caplog.records
     strays = strays_of(session, azure.name)
     assert warning.levelname == "WARNING"
     assert warning.getMessage() == (
-        f"warning: dense.onnx: {len(strays)} nodes are not run by AzureExecutionProvider: {', '.join(strays)}; build "
+        f"dense.onnx: {len(strays)} nodes are not run by AzureExecutionProvider: {', '.join(strays)}; build "
         f"with --batch, so that shapes are known"
     )
 
@@ -336,9 +336,9 @@ def test_open_session_on_the_cpu_warns_of_nothing(
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "onnxruntime-cpu"])
-@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")  # ONNX Runtime's, which users see
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")  # ONNX Runtime's own warning, which users see
 def test_open_session_of_a_provider_that_is_not_here_is_refused(tiny_bundle: Path, name: str) -> None:
-    """ONNX Runtime itself warns, and goes on without it."""
+    """ONNX Runtime itself only warns and continues without the provider."""
     with pytest.raises(EngineError, match=rf"^dense\.onnx: .*{PROVIDERS[name].name}") as caught:
         open_session(tiny_bundle / "graphs/dense.onnx", provider=PROVIDERS[name])
     assert caught.value.exit_code == 4

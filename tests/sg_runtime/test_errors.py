@@ -1,4 +1,4 @@
-"""The exit codes, which scripts rely on."""
+"""The exit codes, on which scripts rely."""
 
 import pytest
 

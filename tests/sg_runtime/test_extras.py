@@ -1,4 +1,4 @@
-"""Optional dependencies: there, not there, and there but broken."""
+"""Optional dependencies that are installed, missing or broken."""
 
 from pathlib import Path
 
@@ -26,7 +26,10 @@ def test_require_of_a_missing_part_of_a_package_names_the_part() -> None:
 
 
 def test_require_of_a_module_that_lacks_another_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra is installed but not whole: its own message helps more than advice to install it."""
+    """The extra is installed but incomplete.
+
+    The module's own message helps more than advice to install the extra.
+    """
     (tmp_path / "sg_half_installed.py").write_text("import sg_no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'sg_no_such_module'"):

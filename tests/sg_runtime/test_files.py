@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and the cache folder."""
+"""Files that are written completely or not at all, their hashes, and the cache folder."""
 
 import hashlib
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_replacing_of_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 2**20, 2**20 + 1])
 def test_sha256_of_a_file_of_any_length_is_the_hash_of_its_bytes(tmp_path: Path, size: int) -> None:
-    """Lengths about the size of the pieces that are read."""
+    """The lengths are around the size of the chunks that are read."""
     content = bytes(range(251)) * (size // 251 + 1)
     path = tmp_path / "file"
     path.write_bytes(content[:size])

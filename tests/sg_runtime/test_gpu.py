@@ -1,4 +1,7 @@
-"""What only a GPU can show: `pytest -m gpu`. A test is skipped, with the reason, where what it needs is missing."""
+"""Checks that need a GPU: `pytest -m gpu`.
+
+A test that lacks something is skipped and reports what it needs.
+"""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +26,13 @@ pytestmark = pytest.mark.gpu
 
 CLASSES, SEEDS = [0, 1, 2], [5, 6, 7]
 
-# FP32 sums in another order, over the evaluations of a run.
+# Tolerance for FP32 sums in another order, over all evaluations of a run.
 CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def gpu() -> int:
-    """The compute capability of the first GPU."""
+    """Return the compute capability of the first GPU."""
     try:
         found = find_gpus()
     except SgError as error:
@@ -46,7 +49,7 @@ def memory(gpu: int) -> CudaMemory:
 
 @pytest.fixture(scope="module")
 def fixed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Graphs of three images, in which no node computes shapes."""
+    """Return graphs of three images. No node in them computes shapes."""
     return compile(tiny_checkpoint, CompileOptions(tmp_path_factory.mktemp("gpu") / "fixed", (0.5,), batch=3)).path
 
 
@@ -86,7 +89,7 @@ def test_array_of_torch_comes_and_goes_without_a_copy(memory: CudaMemory) -> Non
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_sample_by_onnxruntime_on_a_gpu_is_that_of_the_cpu(gpu: int, fixed: Path, capture: bool, sampler: Any) -> None:
-    """The first run, the captured and the replayed one."""
+    """The three runs are the first, the captured and the replayed one."""
     expected = Pipeline.load(fixed, "cpu").sample(CLASSES, SEEDS, steps=4, sampler=sampler)
     pipe = cuda(fixed, capture=capture)
     for _ in range(3):
@@ -103,7 +106,7 @@ def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path
 
 
 def test_sample_by_an_engine_is_that_of_the_cpu(gpu: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """By TensorRT-RTX where it builds for this GPU, by TensorRT else."""
+    """TensorRT-RTX is used if it builds for this GPU, otherwise TensorRT."""
     library: EngineLibrary = "tensorrt_rtx" if gpu in RTX_TARGETS else "tensorrt"
     target = ENGINE_TARGETS[library]
     if installed_version(library) is None:

@@ -1,4 +1,4 @@
-"""The guidance update, what guides each step of a run, and choosing branches among those that a bundle has."""
+"""The guidance update, the guidance of each step, and the choice of branches in a bundle."""
 
 import math
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ few = settings(max_examples=50)
 
 def test_guide_of_small_numbers_is_the_formula() -> None:
     strong, weak = np.array([3, -1], dtype=np.float32), np.array([1, 1], dtype=np.float32)
-    # Small integers: exact.
+    # Small integers, so the result is exact.
     assert guide(strong, weak, 2.0).tolist() == [5, -3]
     assert guide(strong, weak, 1.0).tolist() == strong.tolist()
     assert guide(strong, weak, 0.0).tolist() == weak.tolist()
@@ -49,7 +49,7 @@ def test_guide_of_float32_stays_float32() -> None:
     assert guide(x, x, 1.7).dtype == np.float32
 
 
-# What guides each step
+# Guidance of each step
 
 
 def table(
@@ -60,7 +60,10 @@ def table(
     built: Sequence[Level] = BUILT,
     built_weak: Sequence[Level] = BUILT,
 ) -> tuple[StepGuidance, ...]:
-    """By default one evaluation in each step, the last in the last."""
+    """Return the guidance table.
+
+    By default each step has one evaluation, and the run ends with the last one.
+    """
     steps = range(len(times)) if steps is None else steps
     last_step = len(times) - 1 if last_step is None else last_step
     updates = [Update(step, 0, time, 0.0, 1.0, 0.0) for step, time in zip(steps, times, strict=True)]
@@ -72,7 +75,7 @@ FIVE = [1.0, 0.8, 0.6, 0.4, 0.2]
 
 @pytest.mark.parametrize("mode", ["cfg", "sg", "cfg+sg", "autoguidance"])
 def test_guidance_table_of_a_constant_plan_repeats_it(mode: GuidanceMode) -> None:
-    """Whatever was built beside its levels."""
+    """The table does not depend on the other levels that were built."""
     plan = GuidancePlan(mode, DENSE, DENSE if mode == "cfg" else HALF, 1.7)
     assert table(plan, FIVE, built=[QUARTER]) == (StepGuidance(plan.strong, plan.weak, 1.7),) * 5
 
@@ -85,7 +88,10 @@ def test_guidance_table_without_guidance_has_the_strong_branch_alone() -> None:
 
 
 def test_guidance_table_of_changing_sparsities_goes_by_way_of_those_built() -> None:
-    """Half a cosine from 0 to 0.5 passes 0, 0.07, 0.25, 0.43 and 0.5; the other way back."""
+    """Half a cosine from 0 to 0.5 passes 0, 0.07, 0.25, 0.43 and 0.5.
+
+    The way back passes the same values in reverse.
+    """
     plan = GuidancePlan("sg", DENSE, HALF, 2.0, HALF, DENSE)
     rows = table(plan, FIVE)
     assert [row.strong for row in rows] == [DENSE, DENSE, QUARTER, HALF, HALF]
@@ -102,7 +108,10 @@ def test_guidance_table_of_two_networks_goes_by_way_of_the_levels_of_each() -> N
 
 @pytest.mark.parametrize("built", [[DENSE, HALF], [HALF, DENSE], []])
 def test_guidance_table_between_two_levels_as_near_takes_the_lower(built: list[Level]) -> None:
-    """0.25, in the middle of a run from 0 to 0.5: the ends need not be named among those built."""
+    """The tie is at 0.25, in the middle of a run from 0 to 0.5.
+
+    The end levels need not be in the list of built levels.
+    """
     plan = GuidancePlan("sg", DENSE, HALF, 2.0, HALF, DENSE)
     middle = table(plan, FIVE, built=built, built_weak=built)[2]
     assert (middle.strong, middle.weak) == (DENSE, DENSE)
@@ -111,7 +120,7 @@ def test_guidance_table_between_two_levels_as_near_takes_the_lower(built: list[L
 def test_guidance_table_of_a_changing_scale_follows_the_cosine() -> None:
     plan = GuidancePlan("sg", DENSE, HALF, 3.0, scale_last=1.0)
     scales = [row.scale for row in table(plan, FIVE)]
-    # 2 + cos(k pi / 4), in float64.
+    # 2 + cos(k π / 4), in float64.
     assert scales == pytest.approx([2 + math.cos(k * math.pi / 4) for k in range(5)], rel=1e-15)
 
 
@@ -130,13 +139,16 @@ def test_guidance_table_of_one_step_is_at_the_start() -> None:
 
 
 def test_guidance_table_of_part_of_a_run_is_at_its_place() -> None:
-    """As for a call at one step of a longer run."""
+    """This is a call at one step of a longer run."""
     plan = GuidancePlan("sg", DENSE, HALF, 3.0, HALF, DENSE, 1.0)
     assert table(plan, [0.2], [4], 4) == (StepGuidance(HALF, DENSE, 1.0),)
 
 
 def test_guidance_table_of_an_interval_guides_between_its_ends() -> None:
-    """Both included; by the time of the evaluation, so that the halves of a Heun step may differ."""
+    """Both ends are included.
+
+    The time of the evaluation decides, so the two halves of a Heun step may differ.
+    """
     plan = GuidancePlan("sg", DENSE, HALF, 2.0, interval=(0.4, 0.8))
     assert [row.weak for row in table(plan, FIVE)] == [None, HALF, HALF, HALF, None]
     assert [row.strong for row in table(plan, FIVE)] == [DENSE] * 5
@@ -183,7 +195,10 @@ def test_guidance_table_of_any_ramp_takes_a_level_that_none_is_nearer_than(data:
 
 @pytest.fixture(scope="module")
 def manifest(tiny_bundle: Path) -> Manifest:
-    """SG at strong sparsities 0 and 0.25 and weak 0.5; as if from a reference model."""
+    """Return a manifest of SG at strong sparsities 0 and 0.25 and weak sparsity 0.5.
+
+    Its source is set to a reference model.
+    """
     found = read_manifest(tiny_bundle / "manifest.json")
     return replace(found, source=replace(found.source, reference="glyphs"))
 
@@ -289,7 +304,7 @@ def test_choose_of_sg_where_it_is_not_the_default_needs_a_sparsity(manifest: Man
 
 
 def test_choose_of_sg_where_the_weak_branch_is_another_network_needs_a_sparsity(two_networks: Manifest) -> None:
-    """The plan's weak sparsity is not one of the main network."""
+    """The weak sparsity of the plan belongs to the other network."""
     with pytest.raises(UsageError) as caught:
         choose(two_networks, mode="sg")
     assert str(caught.value) == (
@@ -386,7 +401,7 @@ def test_with_scale_of_a_plan_replaces_the_scale_alone() -> None:
 
 
 def test_scale_ends_of_any_numbers_are_floats() -> None:
-    """NumPy's and integers too, which a manifest could not hold."""
+    """This includes NumPy numbers and integers, which a manifest could not hold."""
     pair: Any = (np.float32(1.5), 3)
     for found, expected in ((scale_ends(2), (2.0, None)), (scale_ends(pair), (1.5, 3.0))):
         assert found == expected

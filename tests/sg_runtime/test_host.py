@@ -8,7 +8,10 @@ import sg_runtime.host
 
 
 def test_peak_memory_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux says it in a file; elsewhere `getrusage` does, which on Linux may be of the starting process, too."""
+    """Linux reports the peak in a file; other systems report it by `getrusage`.
+
+    On Linux `getrusage` may include the parent process.
+    """
     peak = sg_runtime.host.peak_memory()
     assert 50e6 < peak < 20e9
     monkeypatch.setattr(sg_runtime.host, "Path", lambda name: SimpleNamespace(exists=lambda: False))

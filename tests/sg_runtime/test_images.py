@@ -1,4 +1,4 @@
-"""Pixels, their layout in a sheet, and PNG files."""
+"""Pixels, sheets of images, and PNG files."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ few = settings(max_examples=50)
     [
         (-1.0, 0),
         (1.0, 255),
-        (0.0, 128),  # 127.5, a tie, goes to the even neighbour
+        (0.0, 128),  # 127.5 is a tie and goes to the even neighbour
         (-0.5 / 127.5, 127),
         (0.6 / 127.5, 128),
         (-1.5, 0),
@@ -41,7 +41,7 @@ def test_to_pixels_of_the_256_levels_gives_them_back() -> None:
 
 
 def numbered(count: int, height: int, width: int, channels: int) -> np.ndarray:
-    """Images (B, H, W, C), image k all k + 1, so that 0 is an empty cell."""
+    """Return images (B, H, W, C). Image k has the value k + 1, so that 0 is an empty cell."""
     return np.broadcast_to(
         np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None], (count, height, width, channels)
     )
@@ -102,7 +102,7 @@ def test_save_png_of_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> 
     path = tmp_path / "picture.png"
     save_png(np.ones((2, 2, 1), dtype=np.uint8), path)
     before = path.read_bytes()
-    with pytest.raises((SystemError, ValueError)):  # what Pillow says to a picture without a size, by version
+    with pytest.raises((SystemError, ValueError)):  # Pillow's error for a picture without a size depends on its version
         save_png(np.zeros((0, 0, 1), dtype=np.uint8), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

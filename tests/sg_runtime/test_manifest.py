@@ -1,4 +1,7 @@
-"""The manifest: what is written reads back the same, and anything else is refused with its place."""
+"""A written manifest reads back equal.
+
+Any other content is refused, and the message names its place.
+"""
 
 import json
 import math
@@ -204,13 +207,13 @@ def validator() -> jsonschema.Draft202012Validator:
 
 @pytest.fixture
 def content(pixel_bundle: Path) -> Any:
-    """A manifest as JSON, to be altered."""
+    """Return a manifest as parsed JSON, which tests alter."""
     return json.loads((pixel_bundle / "manifest.json").read_bytes())
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[[Any], Manifest]:
-    """Reads altered JSON."""
+    """Return a function that reads altered JSON as a manifest."""
 
     def read(content: Any) -> Manifest:
         path = tmp_path / "manifest.json"
@@ -220,7 +223,7 @@ def read(tmp_path: Path) -> Callable[[Any], Manifest]:
     return read
 
 
-# One manifest after the other goes through the same file: the fixture of the folder need not be fresh for each.
+# All manifests go through the same file, so the folder fixture need not be fresh for each one.
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(manifests())
 def test_write_manifest_of_any_manifest_reads_back_equal_and_fits_the_schema(
@@ -274,11 +277,14 @@ PLACES = [
     ("tiny_autoguidance_bundle", "weak_source", "sha256"),
     ("tiny_bundle", "files.graphs/weights|bin", "size"),
 ]
-"""A bundle, an object in its manifest, and a key that it needs; "|" stands for a dot that separates nothing."""
+"""A bundle, an object in its manifest, and a required key of that object.
+
+"|" is a dot that does not separate two parts.
+"""
 
 
 def found_at(content: Any, place: str) -> Any:
-    """The object at a place."""
+    """Return the object at a place."""
     for part in place.split(".") if place else []:
         content = content[int(part) if part.isdigit() else part.replace("|", ".")]
     return content
@@ -354,7 +360,10 @@ def test_read_manifest_of_a_value_of_another_type_names_its_place(
 
 
 def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable[[Any], Manifest]) -> None:
-    """It had one side for height and width, and all its networks had the same modules at their ends."""
+    """Schema 3 had one side for height and width.
+
+    All its networks had the same modules at their ends.
+    """
     expected = read(content)
     model = content["model"]
     channels, side, _ = model.pop("latent")
@@ -376,7 +385,7 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     content: Any, read: Callable[[Any], Manifest], version: object
 ) -> None:
     content["schema_version"] = version
-    content["of_the_future"] = {}  # the version is told first, not the keys that come with it
+    content["of_the_future"] = {}  # the version is reported first, not the unknown key
     with pytest.raises(BundleError) as caught:
         read(content)
     assert f"expected schema version 4, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
@@ -481,7 +490,7 @@ def test_guidance_plan_of_one_sparsity_refuses_two(mode: GuidanceMode) -> None:
 def test_guidance_plan_of_a_weak_branch_that_is_not_sparser_is_refused(
     mode: GuidanceMode, strong: Level, weak: Level
 ) -> None:
-    """Unless the sparsities change: then they may meet or cross."""
+    """If the sparsities change over a run, they may meet or cross."""
     with pytest.raises(UsageError) as caught:
         GuidancePlan(mode, strong, weak, 2.0)
     assert str(caught.value) == (
@@ -598,7 +607,7 @@ def test_graph_facts_without_an_output_are_refused(tiny_bundle: Path) -> None:
         replace(graph, outputs=())
 
 
-# What a whole manifest must agree on
+# Consistency of the entire manifest
 
 
 @pytest.fixture

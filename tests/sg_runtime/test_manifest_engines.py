@@ -1,4 +1,4 @@
-"""What a manifest says of engines, and which runs a graph."""
+"""Engines in the manifest, and which engine runs a graph."""
 
 from dataclasses import replace
 from pathlib import Path

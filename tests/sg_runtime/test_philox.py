@@ -1,13 +1,14 @@
-"""The random numbers: test vectors, a second implementation of the generator, and what must hold for any counter.
+"""The random numbers: test vectors, a second implementation, and properties for any counter.
 
-One draw is the stream of 64-bit words of Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3") with
+One draw is the stream of 64-bit words of Philox4x64-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3") with
 
-    key      (seed, purpose)                        purpose: 0 initial noise, 1 churn, 2 subsets
+    key      (seed, purpose)                        purpose: 0 initial noise, 1 churn, 2 kept tokens
     counter  (1 + block, step, evaluation, branch)  branch: 0 strong, 1 weak
 
-lowest word first in both, four words per block. The first block has counter 1, not 0: NumPy's `Philox` is made with
-counter (0, step, evaluation, branch) and adds one to it before it computes a block.
+Both list the lowest word first. A block has four words. The first block has counter 1, not 0:
+NumPy's `Philox` is created with counter (0, step, evaluation, branch) and adds one to it before it
+computes a block.
 """
 
 import math
@@ -27,7 +28,7 @@ few = settings(max_examples=50)
 
 
 def philox_in_python(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
-    """One block of Philox4x64-10, four words, as Random123's `philox.h` computes it."""
+    """Return one block (four words) of Philox4x64-10, computed as in Random123's `philox.h`."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -43,7 +44,7 @@ def philox_in_python(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int
 
 
 def words_in_python(seed: int, purpose: int, count: int, step: int, evaluation: int, branch: int) -> list[int]:
-    """What `philox.raw_words` must return, without NumPy."""
+    """Return what `philox.raw_words` must return, computed without NumPy."""
     blocks = range(-(-count // 4))
     return [w for b in blocks for w in philox_in_python((b + 1, step, evaluation, branch), (seed, purpose))][:count]
 
@@ -71,7 +72,7 @@ def words_in_python(seed: int, purpose: int, count: int, step: int, evaluation: 
 def test_philox_in_python_gives_the_known_answers(
     counter: tuple[int, ...], key: tuple[int, ...], words: list[int]
 ) -> None:
-    """The vectors of Random123's `kat_vectors`, so that the implementation above is no copy of a mistake."""
+    """Check the implementation above against Random123's `kat_vectors`."""
     assert philox_in_python(counter, key) == words
 
 
@@ -129,7 +130,7 @@ def test_raw_words_of_test_vectors_are_as_committed(
 
 
 def test_purposes_and_branches_are_as_documented() -> None:
-    """Part of every key and counter: another number, and every image changes."""
+    """The numbers are part of every key and counter. A change would change every image."""
     assert (philox.INITIAL_NOISE, philox.CHURN, philox.SUBSET) == (0, 1, 2)
     assert (philox.STRONG, philox.WEAK) == (0, 1)
 
@@ -174,13 +175,16 @@ def test_raw_words_of_any_place_equal_those_of_plain_python(
 def test_normal_of_test_vectors_is_as_committed(seed: int, step: int, numbers: list[float]) -> None:
     drawn = philox.normal(seed, philox.INITIAL_NOISE, (len(numbers),), step=step)
     assert drawn.dtype == np.float32
-    # The float64 logarithm and cosine of two machines differ in the last bit, which may move the rounding to float32
-    # by one place: 2**-23 at most, relative.
+    # Two machines may compute float64 logarithms and cosines that differ in the last bit. This may
+    # move the rounding to float32 by one place, at most 2**-23 relative.
     np.testing.assert_allclose(drawn, numbers, rtol=2**-23, atol=0)
 
 
 def test_normal_of_plain_python_is_the_same() -> None:
-    """Box and Muller's transform of pairs of uniform numbers in (0, 1], made of the upper 53 bits of each word."""
+    """The Box–Muller transform takes pairs of uniform numbers in (0, 1].
+
+    They are made of the upper 53 bits of each word.
+    """
     expected = []
     words = words_in_python(7, philox.CHURN, 10, 5, 0, 0)
     for first, second in zip(words[0::2], words[1::2], strict=True):
@@ -189,7 +193,7 @@ def test_normal_of_plain_python_is_the_same() -> None:
         expected += [radius * math.cos(2 * math.pi * v), radius * math.sin(2 * math.pi * v)]
     drawn = philox.normal(7, philox.CHURN, (3, 3), step=5)
     assert drawn.shape == (3, 3)
-    # As in the test vectors, plus the absolute error of a cosine near its zero.
+    # As for the test vectors, plus the absolute error of a cosine near its zero.
     np.testing.assert_allclose(drawn.reshape(-1), expected[:9], rtol=2**-23, atol=1e-15)
 
 
@@ -205,21 +209,25 @@ def test_normal_of_a_smaller_shape_begins_the_larger_one(seed: int, shape: list[
 def test_normal_of_many_has_the_moments_of_a_standard_normal() -> None:
     count = 100_000
     drawn = philox.normal(3, philox.INITIAL_NOISE, (count,)).astype(np.float64)
-    # Five standard deviations of the estimates. The numbers are always the same: the test cannot fail by chance.
+    # The bounds are five standard deviations of the estimates. The numbers are always the same, so
+    # the test cannot fail by chance.
     assert abs(drawn.mean()) < 5 * math.sqrt(1 / count)
     assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / count)
     assert abs((drawn**3).mean()) < 5 * math.sqrt(15 / count)
     assert abs((drawn**4).mean() - 3) < 5 * math.sqrt(96 / count)
-    # The two numbers of one pair share their radius and must be uncorrelated all the same.
+    # The two numbers of a pair share their radius. They must still be uncorrelated.
     assert abs((drawn[0::2] * drawn[1::2]).mean()) < 5 * math.sqrt(1 / (count / 2))
 
 
 def test_normal_of_the_extreme_words_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest and the largest word, put in since no seed at hand draws them: the logarithm never sees a zero."""
+    """The logarithm never gets a zero, even for the smallest and the largest word.
+
+    The words are patched in because no known seed draws them.
+    """
     monkeypatch.setattr(philox, "raw_words", lambda *_, **__: np.array([0, 0, MASK, MASK], dtype=np.uint64))
     drawn = philox.normal(0, philox.INITIAL_NOISE, (4,))
     assert np.isfinite(drawn).all()
-    # The longest radius there is and the shortest; float32 rounds the first.
+    # The longest and the shortest possible radius. Float32 rounds the longest.
     assert drawn[0] == pytest.approx(math.sqrt(-2 * math.log(2**-54)), rel=2**-23)
     assert drawn[2] == 0
 
@@ -267,7 +275,7 @@ def test_subset_of_any_place_holds_the_smallest_words(seed: int, tokens: int, pl
 
 
 def test_subset_of_equal_words_takes_the_lower_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words put in, since no seed at hand draws one twice."""
+    """The words are patched in because no known seed draws a word twice."""
     monkeypatch.setattr(philox, "raw_words", lambda *_, **__: np.array([5, 3, 5, 3, 5], dtype=np.uint64))
     assert philox.subset(0, 5, 3, step=0, evaluation=0, branch=0).tolist() == [0, 1, 3]
 
@@ -278,12 +286,12 @@ def test_subset_of_many_seeds_keeps_every_token_equally_often() -> None:
     for seed in range(seeds):
         counts[philox.subset(seed, tokens, keep, step=0, evaluation=0, branch=0)] += 1
     share = keep / tokens
-    # Five standard deviations of a binomial count; always the same seeds.
+    # Five standard deviations of a binomial count. The seeds are always the same.
     assert np.abs(counts / seeds - share).max() < 5 * math.sqrt(share * (1 - share) / seeds)
 
 
 def test_raw_words_of_different_places_are_different() -> None:
-    """Every part of key and counter counts, and none stands in for another."""
+    """Every part of the key and of the counter changes the words."""
     draws = {
         tuple(philox.raw_words(seed, purpose, 4, step=step, evaluation=evaluation, branch=branch).tolist())
         for seed in (0, 1, 2)

@@ -1,4 +1,4 @@
-"""Sampling from bundles: what a run is made of, that an image depends on nothing beside it, and what is refused."""
+"""Sampling from bundles: the parts of a run, independent images, and refused requests."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,28 +27,29 @@ Array = NDArray[np.float32]
 SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun")
 CLASSES, SEEDS = [0, 3, 1, 4, 0], [0, 1, 2**64 - 1, 3, 12345]
 
-# FP32 rounding in another order, in a few evaluations of a tiny network: about 3e-7. A fault, such as another token or
-# another time, is above 1e-2.
+# Tolerance of FP32 rounding in another order, over a few evaluations of a tiny network: about 3e-7.
+# A fault, such as another token or another time, is above 1e-2.
 CLOSE = 1e-5
-# The same between PyTorch and ONNX Runtime, multiplied by guidance and the steps of a run: about 3e-6.
+# The same tolerance between PyTorch and ONNX Runtime, multiplied by guidance and the steps of a
+# run: about 3e-6.
 CLOSE_RUN = 1e-4
 
 
 def distance(found: Array, expected: Array) -> float:
-    """Relative L2, in float64."""
+    """Return the relative L2 distance, computed in float64."""
     difference = found.astype(np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
 @cache
 def checkpoint(path: Path) -> LoadedModel:
-    """A checkpoint in PyTorch, loaded once."""
+    """Return a checkpoint in PyTorch, loaded once."""
     return load_model(path)
 
 
 @pytest.fixture(scope="module")
 def five(pipe: Pipeline) -> Array:
-    """Five images in one run of the graphs."""
+    """Return five images from one run of the graphs."""
     return pipe.sample(CLASSES, SEEDS, steps=3)
 
 
@@ -61,13 +62,13 @@ def five(pipe: Pipeline) -> Array:
 def test_sample_fused_agrees_with_two_branches(
     pipe: Pipeline, strong: float, mode: GuidanceMode, sampler: SamplerName
 ) -> None:
-    """With one engine run for each evaluation, or two that share the update."""
+    """Each evaluation is one engine run, or two engine runs that share the update."""
     guidance = pipe.guidance(mode, strong_sparsity=strong)
     fused, unfused = (
         pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler, guidance=guidance, fused=f) for f in (True, False)
     )
     assert distance(fused, unfused) < CLOSE
-    # This bundle has guided graphs for sg alone.
+    # This bundle has guided graphs only for sg.
     assert np.array_equal(fused, unfused) == (mode != "sg"), "fused=False ran the guided graph"
 
 
@@ -131,20 +132,23 @@ def test_sample_with_churn_agrees_with_pytorch_in_two_passes(
 
 
 def test_sample_of_an_edm_model_starts_from_the_highest_sigma(tiny_edm_bundle: Path) -> None:
-    """One step of Euler's is the prediction itself, at 80 times the noise; the defaults are those of the manifest."""
+    """One Euler step is the prediction itself, at 80 times the noise.
+
+    The defaults are those of the manifest.
+    """
     pipe = Pipeline.load(tiny_edm_bundle)
     manifest = pipe.bundle.manifest
     assert manifest.sampling.sampler == "heun"
     assert manifest.sampling.karras == Karras(0.002, 80.0, 7.0)
     x = np.float32(80) * pipe.initial_noise([7])
-    # x + (0 - 80) (x - D) / 80 in FP32 leaves a rounding of x, some 1e-5, in a D of size 1.
+    # x + (0 - 80) (x - D) / 80 in FP32 leaves a rounding of x, about 1e-5, in a D of size 1.
     np.testing.assert_allclose(
         pipe.sample([3], [7], steps=1), pipe.guided(x, pipe.prepare_once(80.0, [3], seeds=[7])), atol=1e-4
     )
 
 
 def test_sample_of_an_edm_model_feeds_its_noise_levels(record: Callable[[Path], Any], tiny_edm_bundle: Path) -> None:
-    """To `condition` as a quarter of their logarithms, and to the step graphs as scalings."""
+    """`condition` gets a quarter of their logarithms; step graphs get the scalings."""
     recorder = record(tiny_edm_bundle)
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     pipe.sample([0], [0], steps=4, sampler="euler")
@@ -169,7 +173,10 @@ def test_sample_of_an_edm_model_feeds_its_noise_levels(record: Callable[[Path], 
 def test_sample_of_any_mode_runs_what_an_evaluation_needs_alone(
     bundle: str, runs: list[str], sampler: SamplerName, record: Callable[[Path], Any], request: pytest.FixtureRequest
 ) -> None:
-    """Conditioning in one run of each network before the loop, then one run, or two, in each evaluation."""
+    """Each network is conditioned in one run before the loop.
+
+    Then each evaluation is one or two engine runs.
+    """
     path = request.getfixturevalue(bundle)
     recorder = record(path)
     Pipeline(Pipeline.load(path).bundle, recorder, 3).sample([0, 1, 2], SEEDS[:3], steps=3, sampler=sampler)
@@ -180,7 +187,7 @@ def test_sample_of_any_mode_runs_what_an_evaluation_needs_alone(
 def test_sample_of_a_schedule_runs_one_branch_outside_of_its_interval(
     record: Callable[[Path], Any], tiny_cosine_bundle: Path
 ) -> None:
-    """At t = 1 alone; 0.8, 0.6, 0.4 and 0.2 lie between 0.15 and 0.9."""
+    """Only t = 1 is outside; 0.8, 0.6, 0.4 and 0.2 lie between 0.15 and 0.9."""
     recorder = record(tiny_cosine_bundle)
     Pipeline(Pipeline.load(tiny_cosine_bundle).bundle, recorder, 3).sample([0], [0], steps=5)
     pairs = [["guided-16-8"], ["dense", "sparse-12"], ["sparse-12", "dense"], ["sparse-12", "dense"]]
@@ -204,7 +211,7 @@ def test_sample_without_guidance_is_not_moved_by_the_scale(pipe: Pipeline) -> No
 
 def test_sample_at_scale_one_is_the_strong_branch(pipe: Pipeline) -> None:
     guided = pipe.sample(CLASSES, SEEDS, steps=3, scale=1)
-    # weak + (strong - weak) rounds, once per token and evaluation, on the scale of FP32.
+    # weak + (strong - weak) rounds in FP32, once per token and evaluation.
     assert distance(guided, pipe.sample(CLASSES, SEEDS, steps=3, guidance=pipe.guidance("none"))) < CLOSE
 
 
@@ -234,7 +241,7 @@ def test_sample_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> None
 
 
 def test_sample_of_names_is_that_of_indices(pipe: Pipeline) -> None:
-    """Text is always a name: "0" is the digit, class 3; the number 0 is the letter A."""
+    """Text is always a name: "0" is the digit (class 3), the number 0 is the letter A."""
     model = pipe.bundle.manifest.model
     assert [class_index(model, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
     named, indexed = (pipe.sample(classes, [5, 6], steps=2) for classes in (["0", "A"], [3, 0]))
@@ -274,7 +281,7 @@ def test_initial_noise_of_seeds_is_that_of_each_alone(pipe: Pipeline) -> None:
 
 
 def test_sample_with_churn_adds_the_documented_noise(record: Callable[[Path], Any], tiny_edm_bundle: Path) -> None:
-    """Each image's own in each step, to what the step before it left."""
+    """Each image gets its own noise in each step, added to the previous step's result."""
     recorder = record(tiny_edm_bundle)
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     churn, seeds = Churn(1.0, high=30.0), [5, 6, 7]
@@ -317,7 +324,7 @@ def test_decode_of_latents_is_refused_with_the_remedy(tiny_cfg_sg_bundle: Path) 
     assert str(caught.value).startswith(str(tiny_cfg_sg_bundle))
 
 
-# An image does not depend on the batch it was made in
+# An image does not depend on its batch
 
 images = st.tuples(st.integers(0, 4) | st.none(), st.integers(0, 2**64 - 1))
 
@@ -327,7 +334,7 @@ images = st.tuples(st.integers(0, 4) | st.none(), st.integers(0, 2**64 - 1))
 def test_sample_of_an_image_in_any_company_is_the_same_bits(
     pipe: Pipeline, five: Array, company: list[tuple[int | None, int]], place: int
 ) -> None:
-    """At one batch size of the graph: the other images, and the place among them, leave no trace."""
+    """At one batch size, neither the other images nor the position among them matters."""
     company.insert(place, (CLASSES[0], SEEDS[0]))
     classes, seeds = zip(*company, strict=True)
     np.testing.assert_array_equal(pipe.sample(classes, seeds, steps=3)[place], five[0])
@@ -346,10 +353,10 @@ def test_sample_in_another_order_is_the_same_bits(pipe: Pipeline, mode: Guidance
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_sample_in_smaller_batches_agrees(pixel_bundle: Path, five: Array, batch: int) -> None:
-    """Five images by twos are three runs, the last filled up."""
+    """Five images in groups of two are three runs. The last group is padded."""
     found = Pipeline.load(pixel_bundle, batch=batch).sample(CLASSES, SEEDS, steps=3)
     assert found.shape == five.shape
-    # Matrix products of another height may sum in another order.
+    # Matmuls with another number of rows may sum in another order.
     assert distance(found, five) < CLOSE
 
 
@@ -377,7 +384,7 @@ def test_sample_by_graphs_of_a_fixed_batch_is_the_same_bits_for_any_count(
 
 @pytest.mark.parametrize("threads", [2, 8])
 def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads: int) -> None:
-    """A fresh pipeline, so that the threads also meet where the graphs are opened."""
+    """The pipeline is fresh, so the threads also compete to open the graphs."""
 
     def run(pipe: Pipeline, k: int) -> Array:
         guidance = pipe.guidance(("none", "cfg", "sg")[k % 3])
@@ -391,7 +398,7 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         np.testing.assert_array_equal(result, run(serial, k))
 
 
-# What is refused
+# Refused requests
 
 
 @pytest.mark.parametrize(

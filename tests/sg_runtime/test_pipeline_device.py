@@ -1,4 +1,4 @@
-"""Arrays that stay where they are: states of other libraries by DLPack, samples on the device, and warm pipelines."""
+"""Arrays that stay on the device: DLPack inputs, samples on the device, and warm pipelines."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def backend(watch: Callable[[Path], Any], tiny_bundle: Path) -> Any:
 
 @pytest.fixture
 def pipe(tiny_bundle: Path, backend: Any) -> Pipeline:
-    """In runs of up to three images."""
+    """Return a pipeline with up to three images per engine run."""
     return Pipeline(Bundle.open(tiny_bundle), backend, 3)
 
 
@@ -39,14 +39,17 @@ def x(pipe: Pipeline) -> NDArray[np.float32]:
     return pipe.initial_noise(SEEDS)
 
 
-# States of PyTorch's
+# PyTorch states
 
 
 @pytest.mark.parametrize("mode", ["sg", "cfg", "none"])
 def test_guided_of_a_torch_tensor_reads_it_where_it_lies(
     pipe: Pipeline, backend: Any, x: NDArray[np.float32], mode: Any
 ) -> None:
-    """In every run of a graph, by its address; the prediction goes back without a copy."""
+    """Every run of a graph reads the tensor at its address.
+
+    The prediction is returned without a copy.
+    """
     plan = pipe.prepare([0.6], CLASSES, SEEDS, guidance=pipe.guidance(mode))
     expected = pipe.guided(x, plan, 0)
     tensor = torch.from_numpy(x.copy())
@@ -77,17 +80,17 @@ def test_guided_of_a_torch_tensor_with_branches_returns_numpys(
 
 
 def test_guided_of_a_prediction_goes_on_from_it(pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]) -> None:
-    """A sampler in PyTorch, whose states never were NumPy's."""
+    """The sampler is in PyTorch, and its states never become NumPy arrays."""
     state, steps = torch.from_numpy(x.copy()), x
     for _ in range(3):
         state = state - 0.25 * torch.from_dlpack(pipe.guided(state, plan, 0))  # type: ignore[call-overload]
         steps = steps - np.float32(0.25) * pipe.guided(steps, plan, 0)
-    # PyTorch may fuse the product and the sum: a rounding in each of three steps.
+    # PyTorch may fuse the product and the sum: one rounding in each of three steps.
     np.testing.assert_allclose(state.numpy(), steps, rtol=1e-5, atol=1e-5)
 
 
 def test_guided_of_more_tensors_than_a_batch_is_that_of_numpy(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    """Four images by threes: the last run is filled up."""
+    """Four images run in groups of three. The last group is padded."""
     four = np.concatenate([x, x[:1]])
     found: Any = pipe.guided(torch.from_numpy(four), pipe.prepare_once(0.6, [*CLASSES, 2]))  # type: ignore[call-overload]
     np.testing.assert_array_equal(
@@ -131,7 +134,7 @@ def test_guided_of_what_dlpack_does_not_hand_over_is_refused(
 def test_guided_of_a_tensor_that_is_a_view_is_the_same(
     pipe: Pipeline, plan: PreparedRun, x: NDArray[np.float32]
 ) -> None:
-    """With gaps, and in another order of its axes."""
+    """One view has gaps, the other has its axes in another order."""
     tensor, expected = torch.from_numpy(x), pipe.guided(x, plan, 0)
     for view in (tensor.repeat_interleave(2, 0)[::2], tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
         assert not view.is_contiguous()
@@ -143,7 +146,7 @@ def test_guided_of_a_tensor_that_is_a_view_is_the_same(
 
 
 def test_sample_on_the_device_is_an_array_of_the_callers(pipe: Pipeline) -> None:
-    """NumPy's on the CPU, which no later run writes into."""
+    """On the CPU the array is a NumPy array that no later run writes into."""
     plain = pipe.sample(CLASSES, SEEDS, steps=3)
     found: Any = pipe.sample_on_device(CLASSES, SEEDS, steps=3)
     assert isinstance(found, np.ndarray)
@@ -168,7 +171,10 @@ def test_sample_without_on_device_is_an_array_of_the_callers(pipe: Pipeline) -> 
 def test_warmup_opens_and_binds_what_a_later_run_needs(
     tiny_bundle: Path, watch: Callable[[Path], Any], mode: Any, images: int
 ) -> None:
-    """Of as many images and steps: no session is opened, no launch bound, no buffer of a workspace made after it."""
+    """A later run of the same images and steps opens no session.
+
+    It also binds no launch and allocates no buffer of a workspace.
+    """
     opened: list[Path] = []
 
     def open_graph(path: Path) -> Any:
@@ -234,7 +240,7 @@ def test_load_of_no_threads_is_refused(tiny_bundle: Path, threads: int) -> None:
 
 @pytest.fixture
 def read_only(edited: Callable[[Callable[[Any], object]], Path]) -> Iterator[Path]:
-    """A copy of the tiny bundle in which nothing may be written."""
+    """Yield a copy of the tiny bundle in which nothing may be written."""
     bundle = edited(lambda content: None)
     paths = [bundle, *bundle.rglob("*")]
     for path in paths:
@@ -245,7 +251,7 @@ def read_only(edited: Callable[[Callable[[Any], object]], Path]) -> Iterator[Pat
 
 
 def test_load_of_a_bundle_that_is_read_only_runs_the_same(read_only: Path, tiny_bundle: Path) -> None:
-    """And leaves nothing there."""
+    """The run leaves no file in the bundle."""
     before = sorted(read_only.rglob("*"))
     pipe = Pipeline.load(read_only)
     pipe.warmup(steps=2)

@@ -1,4 +1,4 @@
-"""Guided predictions for samplers of one's own: `Pipeline.prepare` and `Pipeline.guided`."""
+"""Guided predictions for custom samplers: `Pipeline.prepare` and `Pipeline.guided`."""
 
 import math
 from itertools import pairwise
@@ -20,33 +20,33 @@ from sg_runtime.sampling import Churn, run_times, updates
 CLASSES, SEEDS = ["B", None, 1], [5, 6, 7]
 TOKENS = 16
 
-# Two graphs add up the prediction, in another order than the formula: a rounding of float32.
+# Two graphs sum the prediction in another order than the formula: a rounding of float32.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def branches_of(
     pipe: Pipeline, x: NDArray[np.float32], run: PreparedRun, index: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """(guided, strong, weak), from the branches' own graphs."""
+    """Return (guided, strong, weak), computed from the single-branch graphs."""
     strong, weak = pipe.branches(x, run, index)
     return guide(strong, weak, run.scales[index]), strong, weak
 
 
 @pytest.fixture(scope="module")
 def x(pipe: Pipeline) -> NDArray[np.float32]:
-    """A state for three images."""
+    """Return a state for three images."""
     return pipe.initial_noise(SEEDS)
 
 
 @pytest.fixture(scope="module")
 def sparse(pipe: Pipeline) -> GuidancePlan:
-    """Both branches drop tokens."""
+    """Return guidance in which both branches drop tokens."""
     return pipe.guidance(strong_sparsity=0.25, sparsity=0.5)
 
 
 @pytest.fixture(scope="module")
 def plan(pipe: Pipeline, sparse: GuidancePlan) -> PreparedRun:
-    """Three evaluations of three images."""
+    """Return a prepared run of three evaluations of three images."""
     return pipe.prepare([1.0, 0.6, 0.2], CLASSES, SEEDS, guidance=sparse)
 
 
@@ -55,13 +55,13 @@ def edm(tiny_edm_bundle: Path) -> Pipeline:
     return Pipeline.load(tiny_edm_bundle)
 
 
-# Plans: what they hold is in `test_plan.py`
+# Prepared runs. Their contents are tested in `run/test_prepared.py`.
 
 
 def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: PreparedRun) -> None:
     assert plan.weak is not None
     for branch, count in ((plan.strong, 12), (plan.weak, 8)):
-        # "B" is class 1: two distinct classes.
+        # "B" is class 1, so there are two distinct classes.
         assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.modulations)
         assert branch.held["modulations"].values.dtype == np.float32
         assert branch.held["modulations"].rows.tolist() == [0, 1, 0]
@@ -72,7 +72,7 @@ def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Prepar
 
 
 def test_prepare_of_a_run_numbers_its_evaluations(plan: PreparedRun) -> None:
-    """By default each is a step of its own."""
+    """By default each evaluation is its own step."""
     assert plan.weak is not None
     for branch, number in ((plan.strong, philox.STRONG), (plan.weak, philox.WEAK)):
         for step, keep in enumerate(branch.keep):
@@ -99,7 +99,7 @@ def test_prepare_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> Non
 
 
 def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: PreparedRun, sparse: GuidancePlan) -> None:
-    """Whose precision is that of the array."""
+    """The times have the precision of the array."""
     other = pipe.prepare(np.array([1.0, 0.6, 0.2], np.float32), CLASSES, SEEDS, guidance=sparse)
     assert all(type(time) is float for time in other.times)
     np.testing.assert_array_equal(other.strong.held["modulations"].values, plan.strong.held["modulations"].values)
@@ -143,7 +143,7 @@ def test_guided_of_an_edm_model_beyond_all_noise_is_refused(edm: Pipeline, time:
 # Predictions
 
 
-# x + h D outside of the graphs rounds once more than a x + b D + e r within them.
+# x + h D outside of the graphs rounds once more than a x + b D + e r inside them.
 BY_HAND = 1e-5
 
 
@@ -180,7 +180,7 @@ def test_guided_of_a_plan_in_heuns_order_is_sample(pipe: Pipeline, sparse: Guida
 
 @pytest.mark.parametrize("churn", [None, Churn(0.9, high=30.0)])
 def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: Churn | None) -> None:
-    """A sampler of one's own, straight from Karras et al. 2022, Euler's method with the runtime's noise."""
+    """The custom sampler is Euler's method of Karras et al. 2022, with the runtime's noise."""
     times = run_times(4, edm.bundle.manifest.sampling.karras)
     raised = [1 + 0.9 / 4 if churn is not None and time <= 30 else 1.0 for time in times]
     plan = edm.prepare([raised[i] * times[i] for i in range(4)], [0, 1, None], SEEDS)
@@ -191,16 +191,19 @@ def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: C
         x = x + np.float32(math.sqrt(sigma**2 - times[i] ** 2)) * noise
         x = x + np.float32(times[i + 1] - sigma) * (x - edm.guided(x, plan, i)) / np.float32(sigma)
     found = edm.sample([0, 1, None], SEEDS, steps=4, sampler="euler", churn=churn)
-    # Sums of numbers up to 200 lose 1e-5 in FP32, of which later steps, towards sigma 0, take away most.
+    # Sums of numbers up to 200 lose 1e-5 in FP32. Later steps, towards sigma 0, remove most of it.
     np.testing.assert_allclose(x, found, rtol=1e-4, atol=1e-4)
 
 
 def test_guided_of_an_edm_model_is_the_denoised_image(edm: Pipeline) -> None:
-    """At a sigma near 0 the input itself: D = c_skip x + c_out F, where c_skip is 1 and c_out is sigma."""
+    """At a sigma near 0 the prediction is the input itself.
+
+    In D = c_skip x + c_out F, c_skip is 1 and c_out is sigma.
+    """
     x = 0.5 * edm.initial_noise(SEEDS)
     found = edm.guided(x, edm.prepare_once(1e-4, [0, 1, None], seeds=SEEDS))
     assert found.dtype == np.float32
-    # F is of size 1, guided.
+    # The guided F has size 1.
     np.testing.assert_allclose(found, x, atol=1e-3)
     assert not np.array_equal(found, x)
 
@@ -220,12 +223,12 @@ def test_guided_once_with_the_drawn_subsets_given_is_the_same(
     found = pipe.guided(
         x,
         pipe.prepare_once(0.6, CLASSES, guidance=sparse, keep_strong=plan.strong.keep[1], keep_weak=plan.weak.keep[1]),
-    )  # seeds and step are others, and have nothing left to decide
+    )  # seeds and step differ but have no effect
     np.testing.assert_array_equal(found, pipe.guided(x, plan, 1))
 
 
 def test_guided_once_is_at_its_step_of_a_schedule(pipe: Pipeline, x: NDArray[np.float32]) -> None:
-    """Of the bundle's default steps, 40, or beyond them at the end."""
+    """The schedule spans the bundle's 40 default steps. Later steps are at its end."""
     ramp = pipe.guidance(sparsity=(0.5, 0.25), scale=(3.0, 1.0))
     for step, sparsity, scale in ((0, 0.5, 3.0), (39, 0.25, 1.0), (200, 0.25, 1.0)):
         constant = pipe.guidance(sparsity=sparsity, scale=scale)
@@ -263,7 +266,7 @@ def test_guided_with_branches_combines_them(pipe: Pipeline, x: NDArray[np.float3
     np.testing.assert_array_equal(guided, guide(strong, weak, 1.8))
     assert not np.array_equal(strong, weak)
     fused = pipe.guided(x, pipe.prepare_once(0.5, CLASSES, guidance=plan))
-    # The guided graph combines before the head, in another order of FP32 sums.
+    # The guided graph combines before the head, so its FP32 sums have another order.
     np.testing.assert_allclose(fused, guided, atol=1e-5 * np.abs(guided).max())
 
 
@@ -290,7 +293,7 @@ def test_guided_with_branches_of_a_plan_is_that_of_one_call(
 def test_guided_by_cfg_combines_the_class_with_no_class(
     pipe: Pipeline, x: NDArray[np.float32], sparsity: float
 ) -> None:
-    """Two runs by hand, on the subsets that the plan drew for its branches."""
+    """Two runs by hand use the kept tokens that the prepared run drew."""
     cfg, none = (pipe.guidance(mode, strong_sparsity=sparsity, scale=3.0) for mode in ("cfg", "none"))
     plan = pipe.prepare([0.5], CLASSES, SEEDS, guidance=cfg)
     assert plan.weak is not None
@@ -298,7 +301,7 @@ def test_guided_by_cfg_combines_the_class_with_no_class(
     without = pipe.guided(x, pipe.prepare_once(0.5, [None] * 3, guidance=none, keep_strong=plan.weak.keep[0]))
     np.testing.assert_allclose(pipe.guided(x, plan, 0), guide(with_class, without, 3.0), **ROUNDING)
     if sparsity == 0:
-        np.testing.assert_array_equal(with_class[1], without[1])  # the image that has no class
+        np.testing.assert_array_equal(with_class[1], without[1])  # the image without a class
 
 
 @pytest.mark.parametrize("strong", [0.0, 0.25])
@@ -330,7 +333,10 @@ def test_guided_by_another_network_takes_its_subset_where_it_has_one(tiny_autogu
 def test_guided_of_a_state_that_is_a_view_is_the_same(
     pipe: Pipeline, x: NDArray[np.float32], plan: PreparedRun
 ) -> None:
-    """Rows and columns exchanged in memory, and every second image of a longer array."""
+    """One view has rows and columns swapped in memory.
+
+    The other takes every second image of a longer array.
+    """
     turned = np.asfortranarray(x)
     spaced = np.repeat(x, 2, axis=0)[::2]
     for view in (turned, spaced):
@@ -344,15 +350,15 @@ def test_guided_of_more_images_than_a_batch_is_that_of_each(pipe: Pipeline) -> N
     assert found.shape == x.shape
     for k in (0, 4, 5, 6):
         alone = pipe.guided(x[k : k + 1], pipe.prepare_once(0.5, classes[k : k + 1], seeds=seeds[k : k + 1]))
-        # A batch of one may sum in another order than one of five.
+        # A batch of one may sum in another order than a batch of five.
         np.testing.assert_allclose(found[k : k + 1], alone, atol=1e-5 * np.abs(alone).max())
 
 
-# What is refused
+# Refused requests
 
 
 def rows(*indices: int) -> NDArray[np.int64]:
-    """One row of 8 indices for each image: those given, then the next ones."""
+    """Return a row of 8 indices for each of three images: the given ones, then the next ones."""
     row = [*indices, *range(indices[-1] + 1, indices[-1] + 9 - len(indices))]
     return np.array([row] * 3, dtype=np.int64)
 

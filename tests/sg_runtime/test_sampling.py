@@ -1,14 +1,17 @@
-"""The samplers on equations whose solutions are known, and beside the papers' algorithms written out.
+"""The samplers, checked against equations with known solutions and the papers' algorithms.
 
-flow: for data x ~ N(mu, s²) and noise z ~ N(0, 1), z_t = (1 - t) x + t z is normal with mean (1 - t) mu and variance
-V(t) = (1 - t)² s² + t². The velocity is a conditional mean of normal variables, linear in z_t:
+flow: for data x ~ N(mu, s²) and noise z ~ N(0, 1), z_t = (1 - t) x + t z is normal with mean
+(1 - t) mu and variance V(t) = (1 - t)² s² + t². The velocity is a conditional mean of normal
+variables, so it is linear in z_t:
 
-    v(z_t, t) = E[z - x | z_t] = -mu + cov(z - x, z_t) / V (z_t - (1 - t) mu),  cov(z - x, z_t) = t - (1 - t) s²
+    v(z_t, t) = E[z - x | z_t] = -mu + cov(z - x, z_t) / V (z_t - (1 - t) mu)
+    cov(z - x, z_t) = t - (1 - t) s²
 
-As V'(t) = 2 cov(z - x, z_t), the flow from z_1 = c is z_t = (1 - t) mu + sqrt(V(t)) c: it ends in z_0 = mu + s c.
+As V'(t) = 2 cov(z - x, z_t), the flow from z_1 = c is z_t = (1 - t) mu + sqrt(V(t)) c. It ends in
+z_0 = mu + s c.
 
-edm: for the same data, D(x, sigma) = E[data | x] = mu + s² / (s² + sigma²) (x - mu), and dx/dsigma = (x - D) / sigma
-is solved by x = mu + c sqrt(s² + sigma²).
+edm: for the same data, D(x, sigma) = E[data | x] = mu + s² / (s² + sigma²) (x - mu). The equation
+dx/dsigma = (x - D) / sigma is solved by x = mu + c sqrt(s² + sigma²).
 """
 
 import math
@@ -50,7 +53,7 @@ churns = st.builds(
 
 
 def solve(run: Sequence[Update], predict: Predict, x: Array, noise: Callable[[int], Array] | None = None) -> Array:
-    """Take x along `run` with D = predict(x, time)."""
+    """Integrate x along `run` with D = predict(x, time)."""
 
     def advance(index: int, x: Array, r: Array) -> Array:
         update = run[index]
@@ -61,7 +64,7 @@ def solve(run: Sequence[Update], predict: Predict, x: Array, noise: Callable[[in
 
 
 def noises(seed: int, like: Array) -> Callable[[int], Array]:
-    """Normal numbers by step."""
+    """Return a function that gives normal numbers for a step."""
     return lambda step: np.random.default_rng([seed, step]).standard_normal(like.shape).astype(like.dtype)
 
 
@@ -69,7 +72,7 @@ def noises(seed: int, like: Array) -> Callable[[int], Array]:
 
 
 def gaussian(prediction: Prediction, x: Array, time: float) -> Array:
-    """The exact prediction, derived above."""
+    """Return the exact prediction, derived above."""
     if prediction == "edm":
         return MU + S**2 / (S**2 + time**2) * (x - MU)
     variance = (1 - time) ** 2 * S**2 + time**2
@@ -77,7 +80,7 @@ def gaussian(prediction: Prediction, x: Array, time: float) -> Array:
 
 
 def solution(prediction: Prediction, time: float) -> Array:
-    """The exact states at `time` of nine runs, derived above."""
+    """Return the exact states at `time` of nine runs, derived above."""
     c = np.linspace(-2, 2, 9)
     if prediction == "edm":
         return MU + c * math.sqrt(S**2 + time**2)
@@ -86,7 +89,10 @@ def solution(prediction: Prediction, time: float) -> Array:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gaussian_along_its_solution_is_the_derivative(prediction: Prediction) -> None:
-    """The derivations above hold: a central difference, whose error is of order 1e-10 in float64."""
+    """A central difference confirms the derivations above.
+
+    Its error is of order 1e-10 in float64.
+    """
     h = 1e-5
     for time in (0.1, 0.5, 0.9):
         x = solution(prediction, time)
@@ -96,10 +102,10 @@ def test_gaussian_along_its_solution_is_the_derivative(prediction: Prediction) -
 
 
 def error_of(prediction: Prediction, sampler: SamplerName, steps: int) -> float:
-    """Largest distance to the exact solution, in float64 throughout.
+    """Return the largest distance to the exact solution, computed in float64.
 
-    A flow run is compared at its end. An edm run is compared at sigma_min, where its last update starts: that one jumps
-    to 0 in whatever number of steps, with an error of its own.
+    A flow run is compared at its end. An edm run is compared at sigma_min, where its last update
+    starts: that update jumps to 0 for any number of steps, and it has its own error.
     """
     times = run_times(steps, None if prediction == "flow" else EDM)
     run, end = updates(sampler, prediction, times), 0.0
@@ -115,9 +121,10 @@ def error_of(prediction: Prediction, sampler: SamplerName, steps: int) -> float:
 def test_updates_on_a_known_solution_converge_at_their_order(
     prediction: Prediction, sampler: SamplerName, least: float, most: float
 ) -> None:
-    """Twice the steps halve Euler's error and quarter Heun's, whose last step, one of Euler's, costs no order.
+    """Twice the steps halve Euler's error and quarter Heun's error.
 
-    The bounds leave room for the next order, which is still some percent of the error at these step counts.
+    Heun's last step is an Euler step, but it does not lower the order. The bounds leave room for
+    the next order, which is still a few percent of the error at these step counts.
     """
     errors = [error_of(prediction, sampler, steps) for steps in (100, 200, 400, 800)]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
@@ -127,7 +134,10 @@ def test_updates_on_a_known_solution_converge_at_their_order(
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_updates_of_the_last_edm_step_end_near_the_solution(sampler: SamplerName) -> None:
-    """From sigma_min, one step of Euler goes to D: off by (sigma_min / s)² / 2 of the exact end's spread."""
+    """One Euler step from sigma_min goes to D.
+
+    Its error is (sigma_min / s)² / 2, relative to the spread of the exact end.
+    """
     found = solve(
         updates(sampler, "edm", [EDM.sigma_min, 0.0]),
         lambda x, time: gaussian("edm", x, time),
@@ -146,7 +156,10 @@ def test_updates_of_more_steps_go_less_astray(prediction: Prediction, sampler: S
 
 @pytest.mark.parametrize("amount", [10.0, 40.0])
 def test_updates_with_churn_keep_the_distribution(amount: float) -> None:
-    """New noise in every step, and yet N(mu, s²) at the end: 20 000 runs from the exact start."""
+    """Every step adds noise, but the end is still N(mu, s²).
+
+    The check uses 20 000 runs from the exact start.
+    """
     times = run_times(64, EDM)
     rng = np.random.default_rng(0)
     start = MU + math.sqrt(S**2 + EDM.sigma_max**2) * rng.standard_normal(20_000)
@@ -155,7 +168,8 @@ def test_updates_with_churn_keep_the_distribution(amount: float) -> None:
         for churn in (None, Churn(amount))
     )
     assert abs(np.corrcoef(quiet, noisy)[0, 1]) < 0.5, "churn forgets much of the start"
-    # Four standard errors of a mean, s / sqrt(n), and of a deviation, s / sqrt(2 n), and 4 % for coarse steps.
+    # Four standard errors of a mean, s / sqrt(n), and of a standard deviation, s / sqrt(2 n), plus
+    # 4 % for coarse steps.
     assert abs(noisy.mean() - MU) < 4 * S / math.sqrt(20_000)
     assert abs(noisy.std() - S) < 4 * S / math.sqrt(40_000) + 0.04 * S
 
@@ -164,19 +178,22 @@ def test_updates_with_churn_keep_the_distribution(amount: float) -> None:
 
 
 def velocity(x: Array, time: float) -> Array:
-    """Neither linear nor constant in anything."""
+    """Return a velocity that is neither linear nor constant in any argument."""
     slope: Array = np.sin(3 * x + time) - time * x
     return slope
 
 
 def denoised(x: Array, time: float) -> Array:
-    """Neither linear nor constant in anything."""
+    """Return a denoised value that is neither linear nor constant in any argument."""
     data: Array = 0.5 * np.tanh(x / (1 + time)) + 0.1 * time / (1 + time)
     return data
 
 
 def classic(sampler: SamplerName, times: Sequence[float], x: Array) -> Array:
-    """Euler's and Heun's methods on dx/dt = velocity; Heun's corrector is left out where it would look at t = 0."""
+    """Apply Euler's or Heun's method to dx/dt = velocity.
+
+    Heun's corrector is left out if it would evaluate at t = 0.
+    """
     for t, t_next in pairwise(times):
         first = velocity(x, t)
         reached = x + (t_next - t) * first
@@ -190,7 +207,10 @@ def classic(sampler: SamplerName, times: Sequence[float], x: Array) -> Array:
 def algorithm_2(
     sampler: SamplerName, sigmas: Sequence[float], x: Array, noise: Callable[[int], Array], churn: Churn
 ) -> Array:
-    """Karras et al. 2022, algorithm 2, in the paper's letters; without its lines 9 to 11 it is Euler's method."""
+    """Apply algorithm 2 of Karras et al. 2022, in the paper's letters.
+
+    Without its lines 9 to 11 it is Euler's method.
+    """
     n = len(sigmas) - 1
     for i in range(n):
         t_i, t_next = sigmas[i], sigmas[i + 1]
@@ -212,7 +232,8 @@ def algorithm_2(
 def test_updates_of_a_flow_agree_with_the_classic_method(sampler: SamplerName, steps: int) -> None:
     times, x = run_times(steps, None), np.linspace(-2, 2, 9)
     found = solve(updates(sampler, "flow", times), velocity, x)
-    # 80 evaluations at most of numbers of size 1, each rounding in float64; the flow spreads that by e**4 at most.
+    # At most 80 evaluations of numbers of size 1, each rounded in float64. The flow spreads this by
+    # at most e**4.
     np.testing.assert_allclose(found, classic(sampler, times, x), rtol=0, atol=80 * 2**-52 * math.e**4)
 
 
@@ -222,18 +243,25 @@ def test_updates_of_a_flow_agree_with_the_classic_method(sampler: SamplerName, s
 def test_updates_of_an_edm_run_agree_with_algorithm_2(
     sampler: SamplerName, steps: int, levels: Karras, churn: Churn, seed: int
 ) -> None:
-    """With and without churn, in all of the run or between two noise levels, at any standard deviation."""
+    """Runs have no churn, churn everywhere, or churn between two noise levels.
+
+    The churn noise has any standard deviation.
+    """
     times = run_times(steps, levels)
     x = levels.sigma_max * np.linspace(-2, 2, 9)
     noise = noises(seed, x)
     found = solve(updates(sampler, "edm", times, churn), denoised, x, noise)
     expected = algorithm_2(sampler, times, x, noise, churn)
-    # A rounding of x, 160 * 2**-53, can grow by a step from 80 to 0.02, a factor of 4000; few steps leave x as large.
+    # A rounding of x, 160 * 2**-53, can grow by a factor of 4000 in a step from 80 to 0.02. If
+    # there are few steps, x stays that large.
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-9)
 
 
 def test_updates_with_upstreams_numbers_agree_with_algorithm_2() -> None:
-    """The settings that NVlabs/edm publishes for ImageNet-64: 256 steps, S_churn 40, S_min 0.05, S_max 50, 1.003."""
+    """The settings are those that NVlabs/edm publishes for ImageNet-64.
+
+    They are 256 steps, S_churn 40, S_min 0.05, S_max 50 and S_noise 1.003.
+    """
     churn = Churn(40, 0.05, 50, 1.003)
     times = run_times(256, EDM)
     x = 80 * np.linspace(-2, 2, 9)
@@ -246,7 +274,10 @@ def test_updates_with_upstreams_numbers_agree_with_algorithm_2() -> None:
 
 
 def test_updates_with_much_churn_add_no_more_than_the_paper_allows() -> None:
-    """gamma is at most sqrt(2) - 1, so that the new noise has no more variance than what was there."""
+    """gamma is at most sqrt(2) - 1.
+
+    So the new noise has at most the variance of the existing noise.
+    """
     (only,) = updates("euler", "edm", [3.0, 0.0], Churn(1e6))
     assert only.time == pytest.approx(3 * math.sqrt(2), rel=1e-15)
     assert only.noise == pytest.approx(3.0, rel=1e-14)
@@ -254,7 +285,7 @@ def test_updates_with_much_churn_add_no_more_than_the_paper_allows() -> None:
 
 @pytest.mark.parametrize(("low", "high", "noisy"), [(1.0, 3.0, {1, 2, 3}), (1.5, 2.5, {2}), (5.0, 9.0, set())])
 def test_updates_with_churn_between_levels_are_noisy_there_alone(low: float, high: float, noisy: set[int]) -> None:
-    """Both levels included."""
+    """Both levels are included."""
     run = updates("heun", "edm", [4.0, 3.0, 2.0, 1.0, 0.0], Churn(0.4, low, high))
     assert {update.step for update in run if update.noise} == noisy
     assert all(update.evaluation == 0 for update in run if update.noise)
@@ -298,7 +329,8 @@ def test_updates_of_a_straight_flow_are_exact(sampler: SamplerName, steps: int, 
     run = updates(sampler, "flow", run_times(steps, None))
     end = solve(run, lambda x, time: straight, np.zeros_like(straight))
     assert end.dtype == np.float32
-    # Each of up to 119 updates rounds a few numbers of at most 8 by half a unit in the last place, 2**-22.
+    # Each of up to 119 updates rounds a few numbers of at most 8 by half a unit in the last place,
+    # 2**-22.
     np.testing.assert_allclose(end, -straight, rtol=0, atol=4 * 119 * 2**-22)
 
 
@@ -308,11 +340,14 @@ def test_updates_of_a_straight_flow_are_exact(sampler: SamplerName, steps: int, 
 def test_updates_of_an_edm_run_to_one_image_end_there(
     sampler: SamplerName, steps: int, levels: Karras, image: list[float]
 ) -> None:
-    """Where D is the same image everywhere, every solution is a straight line in sigma to it."""
+    """If D is the same image everywhere, every solution is a straight line in sigma.
+
+    The line ends at the image.
+    """
     target = np.array(image)
     run = updates(sampler, "edm", run_times(steps, levels))
     end = solve(run, lambda x, time: target, target + levels.sigma_max)
-    # As beside algorithm 2: roundings of 88 * 2**-53 that a step can blow up 4000 times.
+    # As in the comparison with algorithm 2: a step can multiply roundings of 88 * 2**-53 by 4000.
     np.testing.assert_allclose(end, target, rtol=0, atol=1e-9)
 
 
@@ -322,10 +357,11 @@ def test_updates_of_an_edm_run_to_one_image_end_there(
 def test_updates_of_an_edm_run_leave_a_denoised_state_where_it_is(
     sampler: SamplerName, steps: int, levels: Karras, amount: float
 ) -> None:
-    """D = x is a fixed point: the weights of each update, with r = x, sum to 1."""
+    """D = x is a fixed point: with r = x, the weights of each update sum to 1."""
     run = updates(sampler, "edm", run_times(steps, levels), Churn(amount))
     for update in run:
-        # a and b cancel; each is at most 4000, as sigma_max / sigma_min, and rounded in its last place.
+        # a and b cancel. Each is at most sigma_max / sigma_min = 4000 and rounded in its last
+        # place.
         assert update.a + update.b + update.e == pytest.approx(1, rel=0, abs=4000 * 2**-51)
 
 
@@ -333,7 +369,7 @@ def test_updates_of_an_edm_run_leave_a_denoised_state_where_it_is(
 @few
 @given(st.integers(1, 60))
 def test_updates_of_a_flow_leave_a_still_state_where_it_is(sampler: SamplerName, steps: int) -> None:
-    """v = 0: what x and r weigh sums to 1, exactly, as Heun's halves do."""
+    """With v = 0, the weights of x and r sum to exactly 1, also for Heun's halves."""
     assert {update.a + update.e for update in updates(sampler, "flow", run_times(steps, None))} == {1.0}
 
 
@@ -344,7 +380,10 @@ def test_updates_of_a_flow_leave_a_still_state_where_it_is(sampler: SamplerName,
 def test_updates_of_any_step_count_ask_at_the_expected_times(
     sampler: SamplerName, prediction: Prediction, steps: int, amount: float
 ) -> None:
-    """The first evaluation of a step at its start, raised by churn; the second, but in the last step, at its end."""
+    """The first evaluation of a step is at its start, raised by churn.
+
+    The second is at the end of the step. The last step has no second evaluation.
+    """
     times = run_times(steps, None if prediction == "flow" else EDM)
     churn = Churn(amount, 1.0, 20.0) if prediction == "edm" else None
     run = updates(sampler, prediction, times, churn)
@@ -359,7 +398,7 @@ def test_updates_of_any_step_count_ask_at_the_expected_times(
             start = times[update.step]
             assert update.time == start or (churn is not None and 1 <= start <= 20)
             assert start <= update.time <= start * math.sqrt(2) * (1 + 2**-52)
-            # The noise is what takes the variance from one sigma² to the other.
+            # The noise raises the variance from one sigma² to the other.
             assert start**2 + update.noise**2 == pytest.approx(update.time**2, rel=1e-12)
         assert update.time > 0, "no model was trained at 0"
 
@@ -377,7 +416,7 @@ def test_integrate_of_two_heun_steps_hands_over_the_start_of_each() -> None:
 
 
 def test_integrate_with_noise_starts_each_step_after_it() -> None:
-    """And asks for the noise of the steps that have some, alone."""
+    """Noise is requested only for the steps that add some."""
     run = updates("heun", "edm", [4.0, 2.0, 1.0, 0.0], Churn(1.2, 1.5, 2.5))
     asked: list[int] = []
     states: list[tuple[float, float]] = []
@@ -423,13 +462,16 @@ def test_run_times_of_a_flow_fall_evenly_from_one_to_zero(steps: int) -> None:
 @few
 @given(st.integers(2, 300), karras)
 def test_run_times_of_noise_levels_are_the_papers(steps: int, levels: Karras) -> None:
-    """Karras et al. 2022, eq. 5: straight in sigma**(1/rho), both ends included, then 0."""
+    """The times follow Karras et al. 2022, eq. 5.
+
+    They are linear in sigma**(1/rho), include both ends, and end with 0.
+    """
     times = run_times(steps, levels)
     low, high = levels.sigma_min, levels.sigma_max
     i = np.arange(steps)
     root = 1 / levels.rho
     expected = (high**root + i / (steps - 1) * (low**root - high**root)) ** levels.rho
-    # The power multiplies the rounding of a sum, a difference of numbers up to 80, by rho.
+    # The sum is a difference of numbers up to 80. The power multiplies its rounding by rho.
     np.testing.assert_allclose(times, [*expected, 0], rtol=1e-12)
     assert times[0] == pytest.approx(high, rel=1e-13)
     assert times[-2] == pytest.approx(low, rel=1e-12)
@@ -437,7 +479,7 @@ def test_run_times_of_noise_levels_are_the_papers(steps: int, levels: Karras) ->
 
 
 def test_run_times_of_upstreams_defaults_are_the_known_ones() -> None:
-    """The 18 steps of NVlabs/edm's `edm_sampler`, worked out with a pocket calculator's precision."""
+    """The 18 steps of NVlabs/edm's `edm_sampler`, computed with a few digits."""
     times = run_times(18, EDM)
     assert len(times) == 19
     # (80**(1/7) + 9/17 (0.002**(1/7) - 80**(1/7)))**7 = (1.870133 - 9/17 * 1.458567)**7
@@ -454,7 +496,7 @@ def test_run_times_of_one_step_go_from_the_highest_level_to_zero(rho: float) -> 
 
 @pytest.mark.parametrize("levels", [Karras(2.0**-126, 3e38, 1.0), Karras(2.0**-126, 3e38, 3e38), EDM])
 def test_run_times_of_extreme_levels_are_positive_numbers(levels: Karras) -> None:
-    """Whatever a manifest may hold, no time is 0 but the last, and none overflows."""
+    """For any levels that a manifest may hold, only the last time is 0 and none overflows."""
     *times, last = run_times(7, levels)
     assert all(0 < time < math.inf for time in times)
     assert last == 0
@@ -479,7 +521,7 @@ def test_precondition_at_the_datas_deviation_shares_evenly() -> None:
 
 
 def test_precondition_without_noise_returns_the_input() -> None:
-    """sigma → 0: D = x, and the network sees data of unit variance."""
+    """For sigma → 0, D = x and the network gets data of unit variance."""
     scaling = precondition("edm", 1e-9)
     # Deviations are of the order of sigma²/sigma_data², below the resolution of float64.
     assert scaling.c_skip == 1
@@ -488,7 +530,7 @@ def test_precondition_without_noise_returns_the_input() -> None:
 
 
 def test_precondition_of_noise_alone_returns_the_network() -> None:
-    """sigma → ∞: D = sigma_data * F, and the network sees noise of unit variance."""
+    """For sigma → ∞, D = sigma_data * F and the network gets noise of unit variance."""
     scaling = precondition("edm", 1e9)
     assert scaling.c_skip == pytest.approx(0.25e-18, rel=1e-15)
     assert scaling.c_in == pytest.approx(1e-9, rel=1e-15)
@@ -501,9 +543,13 @@ sigmas = st.floats(1e-3, 1e3)
 @few
 @given(sigmas)
 def test_precondition_at_any_sigma_gives_the_network_unit_variance(sigma: float) -> None:
-    """Of its input, data + sigma z, and of its training target, (data - c_skip (data + sigma z)) / c_out."""
+    """The network's input and its training target both have unit variance.
+
+    The input is c_in (data + sigma z). The target is (data - c_skip (data + sigma z)) / c_out.
+    """
     scaling = precondition("edm", sigma)
-    # A few roundings in float64; the target's first term, (1 - c_skip)², cancels where c_skip is near 1.
+    # A few roundings in float64. The target's first term, (1 - c_skip)², cancels if c_skip is near
+    # 1.
     assert scaling.c_in**2 * (SIGMA_DATA**2 + sigma**2) == pytest.approx(1, rel=1e-14)
     target = (1 - scaling.c_skip) ** 2 * SIGMA_DATA**2 + scaling.c_skip**2 * sigma**2
     assert target / scaling.c_out**2 == pytest.approx(1, rel=1e-12)
@@ -512,7 +558,10 @@ def test_precondition_at_any_sigma_gives_the_network_unit_variance(sigma: float)
 @few
 @given(sigmas, st.floats(-100, 100))
 def test_precondition_of_a_silent_network_denoises_gaussian_data(sigma: float, x: float) -> None:
-    """For data ~ N(0, sigma_data²) the best D is c_skip x: the network has nothing to add."""
+    """For data ~ N(0, sigma_data²) the best D is c_skip x.
+
+    The network has nothing to add.
+    """
     best = SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2) * x
     assert precondition("edm", sigma).c_skip * x == pytest.approx(best, rel=1e-14)
 
@@ -520,7 +569,7 @@ def test_precondition_of_a_silent_network_denoises_gaussian_data(sigma: float, x
 @few
 @given(sigmas, st.floats(-10, 10), st.floats(-10, 10))
 def test_precondition_of_the_noise_as_output_finds_the_data(sigma: float, data: float, z: float) -> None:
-    """A network that knows the target, F = (data - c_skip x) / c_out, makes D = data."""
+    """If the network returns the target F = (data - c_skip x) / c_out, D = data."""
     scaling = precondition("edm", sigma)
     x = data + sigma * z
     output = (data - scaling.c_skip * x) / scaling.c_out

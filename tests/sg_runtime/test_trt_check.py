@@ -1,4 +1,4 @@
-"""Whether engines can run here, found out before one is opened. Damaged engine files are in `tests/attacks`."""
+"""Whether engines can run here, checked before any is opened. Damaged files: `tests/attacks`."""
 
 import hashlib
 import json
@@ -35,19 +35,19 @@ def bundle(engine_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def version(bundle: Bundle) -> str:
-    """Of TensorRT-RTX, which built the engines."""
+    """Return the version of TensorRT-RTX that built the engines."""
     return bundle.manifest.engines[0].version
 
 
 def engines(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle with facts of its engines replaced, in its manifest alone."""
+    """Return the bundle with replaced facts of its engines in the manifest."""
     manifest = bundle.manifest
     altered = tuple(replace(engine, **changes) for engine in manifest.engines)
     return Bundle(bundle.path, replace(manifest, engines=altered))
 
 
 def refused(call: Callable[[], object], kind: type[SgError] = BundleError) -> str:
-    """The message of a refusal."""
+    """Return the message of the refusal, which must be one line."""
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
@@ -56,7 +56,7 @@ def refused(call: Callable[[], object], kind: type[SgError] = BundleError) -> st
 
 
 def command(message: str) -> dict[str, Any]:
-    """The values of the command that a message ends with, as `sg-export build` reads it."""
+    """Return the option values of the `sg-export build` command at the end of a message."""
     words = shlex.split(message[message.index("sg-export build") :])
     context = main.commands["build"].make_context("build", words[2:], parent=click.Context(main))
     assert context.params["model"] == "tiny.safetensors"
@@ -76,7 +76,7 @@ def test_installed_version_of_a_library_that_is_not_there_is_none(monkeypatch: p
 def test_installed_version_of_a_library_that_does_not_load_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where its shared libraries are not found."""
+    """The library raises OSError, as if its shared libraries were missing."""
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')\n")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -135,7 +135,7 @@ def test_check_library_on_a_gpu_that_rtx_does_not_build_for_names_tensorrt(
 
 
 def test_check_library_of_tensorrt_engines_on_another_gpu_builds_for_it(bundle: Bundle) -> None:
-    """Its plans have a header that is not known, so their files are not looked into."""
+    """The header of TensorRT's plans is not known, so their files are not read."""
     built = engines(bundle, library="tensorrt", version="11.4", compute_capabilities=(90,))
     check_library(built, "tensorrt", "11.4", [HOPPER])
     message = refused(lambda: check_library(built, "tensorrt", "11.4", [ADA]))
@@ -157,7 +157,7 @@ def test_check_library_of_tensorrt_engines_on_another_gpu_builds_for_it(bundle: 
 def test_check_library_of_a_manifest_that_says_another_thing_than_the_file_is_refused(
     bundle: Bundle, version: str, change: Any, expected: str
 ) -> None:
-    """Even where what the manifest says would fit this machine."""
+    """The check fails even if the manifest's values would fit this machine."""
     altered = engines(bundle, **change)
     message = refused(lambda: check_library(altered, "tensorrt_rtx", change.get("version", version), [Gpu("one", 86)]))
     assert expected in message
@@ -166,7 +166,10 @@ def test_check_library_of_a_manifest_that_says_another_thing_than_the_file_is_re
 
 
 def replaced(bundle: Bundle, folder: Path, content: Callable[[bytes], bytes]) -> Bundle:
-    """A copy whose first engine went through a function, with the size and hash in the manifest that it then has."""
+    """Return a copy whose first engine was passed through a function.
+
+    The manifest gets the new size and hash.
+    """
     copy = Path(shutil.copytree(bundle.path, folder / "copy"))
     name = bundle.manifest.engines[0].file
     changed = content((copy / name).read_bytes())
@@ -219,13 +222,13 @@ def test_check_engines_without_the_library_names_the_extra(
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU, as this one may be."""
+    """Let this machine appear without a GPU."""
     monkeypatch.setattr(sg_runtime.backends.trt_check, "find_gpus", lambda: ())
 
 
 @pytest.fixture
 def ada(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GPU that the engines are for."""
+    """Let this machine appear to have a GPU that the engines support."""
     monkeypatch.setattr(sg_runtime.backends.trt_check, "find_gpus", lambda: (ADA,))
 
 

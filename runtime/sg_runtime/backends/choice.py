@@ -86,6 +86,18 @@ def choose_backend(
     raise meant[0] if bundle.manifest.engines else meant[-1]
 
 
+def choose_onnx_backend() -> str | None:
+    """Return the backend that device "auto" takes here for a bundle of ONNX graphs; None without ONNX Runtime."""
+    for name in BACKENDS[:_AUTOMATIC]:
+        if name not in _LIBRARIES:
+            try:
+                _check_provider(name, 0)
+            except SgError:
+                continue
+            return name
+    return None
+
+
 def open_backend(
     bundle: Bundle,
     device: str = "auto",
@@ -150,22 +162,26 @@ def _check_engines(bundle: Bundle, library: EngineLibrary, number: int, batch: i
 
 
 def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
-    from sg_runtime.backends.ort import PROVIDERS
-
     manifest = bundle.manifest
     if any(graph.file is None for graph in manifest.graphs):
         raise _NothingForItError(
             f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
             f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
+    if name == "onnxruntime-cpu" and manifest.precision == "bf16":
+        raise BundleError(
+            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
+            f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+        )
+    if name != "onnxruntime-cpu":
+        _check_provider(name, number)
+
+
+def _check_provider(name: str, number: int) -> None:
+    """Raise unless ONNX Runtime here has the provider of the backend, and GPU `number` is there if it needs one."""
+    from sg_runtime.backends.ort import PROVIDERS
+
     provider = PROVIDERS[name].name
-    if name == "onnxruntime-cpu":
-        if manifest.precision == "bf16":
-            raise BundleError(
-                f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
-                f"--precision fp32, or for a GPU with --target tensorrt-rtx"
-            )
-        return
     try:
         available = import_module("onnxruntime").get_available_providers()
     except ImportError:
@@ -174,6 +190,5 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
         raise EngineError(
             f"ONNX Runtime here has no {provider}: pip uninstall onnxruntime, then pip install 'sg-export[ort-gpu]'"
         )
-    gpus = find_gpus()
-    if number >= len(gpus):
-        raise BundleError(f"cuda:{number}: expected a GPU of this number, found {len(gpus)}")
+    if name != "onnxruntime-cpu" and number >= (gpus := len(find_gpus())):
+        raise BundleError(f"cuda:{number}: expected a GPU of this number, found {gpus}")

@@ -135,7 +135,7 @@ class OrtBackend:
         except EngineError as error:
             session = open_session(path, provider=provider, options=options)
             self.captures = False
-            LOG.warning("warning: runs are not captured as CUDA graphs, each is launched kernel by kernel: %s", error)
+            LOG.warning("runs are not captured as CUDA graphs, each is launched kernel by kernel: %s", error)
             return session
 
 
@@ -241,7 +241,7 @@ def open_session(
         )
     if provider is not CPU and (strays := strays_of(session, provider.name)):
         LOG.warning(
-            "warning: %s: %d nodes are not run by %s: %s; build with --batch, so that shapes are known",
+            "%s: %d nodes are not run by %s: %s; build with --batch, so that shapes are known",
             path.name,
             len(strays),
             provider.name,

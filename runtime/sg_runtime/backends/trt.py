@@ -225,5 +225,5 @@ class CapturedSequence(CallSequence):
         try:
             return self._memory.capture(plainly)
         except (DeviceError, EngineError) as error:
-            LOG.warning("warning: runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)
+            LOG.warning("runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)
             return plainly

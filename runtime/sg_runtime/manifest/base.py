@@ -1,13 +1,9 @@
 """Shared by all manifest records: literal types, strict parsing, and checks of numbers."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sg_runtime.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
 
 GraphKind = Literal["condition", "dense", "sparse", "guided"]
 

@@ -1,12 +1,9 @@
 """Facts about graphs and engines."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sg_runtime.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Strict, check_counts
 from sg_runtime.manifest.model import Level
 from sg_runtime.vocabulary import is_separate

@@ -2,12 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sg_runtime.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 from sg_runtime.manifest.base import Prediction, Strict, check_counts
 
 

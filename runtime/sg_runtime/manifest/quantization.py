@@ -1,10 +1,7 @@
 """The quantization of a bundle and its measured quality."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from sg_runtime.manifest.base import QuantizedType, Strict
 
 

@@ -1,4 +1,4 @@
-"""Timing of whole runs: what is timed and reported. No time is judged."""
+"""Timing of complete runs: what is timed and reported. No time is checked against a limit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_bench_of_a_bundle_times_it_and_the_baseline_in_turn(
     monkeypatch.setattr(Pipeline, "sample", sampled)
     monkeypatch.setattr(TorchLoop, "__call__", looped)
     result = bench(tiny_bundle, images=3, steps=4, runs=2, baselines=["pytorch"])
-    # A warm-up of the pipeline, then a round that is not counted and two that are.
+    # A warm-up of the pipeline, then one uncounted round and two counted ones.
     assert order == ["ours, 3 images in 4 steps", *["ours, 3 images in 4 steps", "pytorch"] * 3]
     assert (result.backend, result.device, result.images, result.steps, result.runs) == (
         "onnxruntime-cpu",
@@ -55,8 +55,8 @@ def test_bench_of_a_bundle_times_it_and_the_baseline_in_turn(
     for side in result.sides:
         for times in (side.step, side.image):
             assert 0 < times.p50 <= times.p90 <= times.p99
-        assert side.images_per_second == pytest.approx(1e3 / side.image.p50)  # the median of two is their mean in both
-    assert pytorch.step.p50 == pytest.approx(pytorch.image.p50 * 3 / 4)  # a run's time over its evaluations
+        assert side.images_per_second == pytest.approx(1e3 / side.image.p50)  # the median of two is their mean
+    assert pytorch.step.p50 == pytest.approx(pytorch.image.p50 * 3 / 4)  # run time / number of evaluations
     assert ours.peak_bytes is not None
     assert ours.peak_bytes > Bundle.open(tiny_bundle).manifest.files["graphs/weights.bin"].size
     assert result.roofline is not None
@@ -88,7 +88,7 @@ def test_bench_of_a_baseline_without_its_checkpoint_names_the_option(tiny_bundle
 def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
     bundle: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would be a baseline of something else."""
+    """Otherwise it would be the baseline of another computation."""
     opened = Bundle.open(request.getfixturevalue(bundle))
     manifest, folder = opened.manifest, opened.path.parent
     checkpoint = folder / manifest.source.file
@@ -129,5 +129,5 @@ def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
     seen = [state.numpy() for number, state in enumerate(states) if number == 0 or state is not states[number - 1]]
     assert len(seen) == len(wanted)
     for found, expected in zip(seen, wanted, strict=True):
-        # The same network; only the update's sums are in another order.
+        # The network is the same; only the update sums in another order.
         assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)

@@ -1,4 +1,4 @@
-"""Running the command line: inside this process, in another, and on a disk of a given size."""
+"""Run the command line in this process, in another process, and on a disk of a given size."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 ROOMS = [str(ROOT / folder) for folder in (".", "engines", "runtime", "calibration")]
 
 LIMIT = 300
-"""Seconds that a process may take: a wait without an end would hold up all tests."""
+"""Time limit of a process in seconds: an endless wait would block all tests."""
 
 Run = Callable[..., Result]
 Refused = Callable[..., str]
@@ -43,7 +43,7 @@ main(prog_name="sg-export")
 
 @pytest.fixture
 def cli() -> Run:
-    """Runs the command line in this process; returns click's result."""
+    """Return a function that runs the command line in this process and returns click's result."""
 
     def run(*arguments: object) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -53,7 +53,10 @@ def cli() -> Run:
 
 @pytest.fixture
 def refused(cli: Run) -> Refused:
-    """Runs a command line that must end with an exit code, a message and no traceback; returns the message."""
+    """Return a function that runs a command line that must fail and returns its message.
+
+    The command must end with the given exit code, a message and no traceback.
+    """
 
     def run(exit_code: int, *arguments: object) -> str:
         result = cli(*arguments)
@@ -66,15 +69,19 @@ def refused(cli: Run) -> Refused:
 
 
 def command(*arguments: object, blocked: Sequence[str] = ()) -> list[str]:
-    """The words of a process that runs the command line and does not find the top-level modules `blocked`."""
+    """Return the command of a process that runs the command line without the modules `blocked`.
+
+    `blocked` holds names of top-level modules, which the process does not find.
+    """
     return [sys.executable, "-c", PROGRAM, " ".join(blocked), *(str(argument) for argument in arguments)]
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """An environment in which this checkout is found first, and programs of this interpreter by their name.
+    """An environment for processes that use this checkout and this interpreter's programs.
 
-    PyTorch has one thread there, as in this process.
+    This checkout is found first, and the programs are found by their name. PyTorch has one thread,
+    as in this process.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {"PATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -83,7 +90,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs the command line in a process of its own, in `tmp_path`."""
+    """Return a function that runs the command line in a separate process, in `tmp_path`."""
 
     def run(*arguments: object, blocked: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -101,9 +108,9 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subpr
 
 @pytest.fixture
 def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts the command line in a process of its own, in `tmp_path`; its standard error is a pipe.
+    """Return a function that starts the command line in a separate process, in `tmp_path`.
 
-    The process is killed after `LIMIT` seconds, which ends that pipe.
+    Its standard error is a pipe. The process is killed after `LIMIT` seconds, which ends the pipe.
     """
     timers: list[threading.Timer] = []
 
@@ -122,10 +129,10 @@ def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[...,
 
 @pytest.fixture
 def mounted(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs the command line where `tmp_path`/disk is a mount of its own, and lists what it leaves there.
+    """Return a function that runs the command line with a separate mount at `tmp_path`/disk.
 
-    mount: the arguments of mount before the folder. The listing is what standard output ends with, after "left:".
-    Skips where this user may make no mount.
+    mount: the arguments of mount before the folder. Standard output ends with "left:" and a listing
+    of the files left in the mount. The test is skipped if this user may not mount.
     """
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -1,4 +1,4 @@
-"""`sg-export bench`, and what runs a bundle in the other commands."""
+"""`sg-export bench`, and the backends that run a bundle in the other commands."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_generate_on_a_named_backend_gives_what_auto_does(
 def test_verify_on_a_device_compares_what_runs_there(
     cli: Callable[..., Any], tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By the runtime's own lanes, with as many comparisons as without, and as close."""
+    """The runtime's own lanes give the same number of comparisons, and they are as close."""
     found = {}
     for name, options in {"plain": [], "device": ["--device", "cpu"]}.items():
         output = tmp_path / f"{name}.json"

@@ -13,7 +13,7 @@ import pytest
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import GuidancePlan, Level, Route, Sampling
 
-# The bundle with the fewest and the most quickly traced graphs.
+# Options of the bundle with the fewest graphs, which are also the fastest to trace.
 SMALLEST = ("--guidance", "none", "--batch", 1)
 
 
@@ -234,7 +234,7 @@ def test_build_that_is_interrupted_ends_with_130(
         for line in building.stderr:
             if "tracing" in line:
                 break
-        time.sleep(0.1)  # into PyTorch's exporter
+        time.sleep(0.1)  # let it enter PyTorch's exporter
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith(f".out.{building.pid}-")
         building.send_signal(signal.SIGINT)
@@ -244,7 +244,7 @@ def test_build_that_is_interrupted_ends_with_130(
     assert not list(tmp_path.iterdir())
 
 
-# The weights do not fit; the weights fit but a graph does not; not even the folder can be made.
+# The weights do not fit; the weights fit but a graph does not; the folder cannot be made.
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["size=64k", "size=128k", "nr_inodes=1"])
 def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any], quick_checkpoint: Path) -> None:

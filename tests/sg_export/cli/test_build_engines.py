@@ -1,4 +1,4 @@
-"""`sg-export build` of engines, and what `inspect`, `doctor` and `verify` say of them."""
+"""`sg-export build` of engines, and what `inspect`, `doctor` and `verify` report about them."""
 
 import json
 import os
@@ -62,12 +62,12 @@ def test_build_of_engines_that_is_interrupted_leaves_nothing(
             if "building guided-16-K: Building engine" in line:
                 break
         building.send_signal(signal.SIGINT)
-        rest = building.stderr.read()  # to the end, which the child's would hold back
+        rest = building.stderr.read()  # to the end: a living child would keep the pipe open
     assert building.returncode == 130, rest
     assert rest.endswith("Error: interrupted; nothing was left half-written\n")
     assert not list(tmp_path.iterdir())
     kept = set(cache.iterdir()) - before
-    assert {path.suffix for path in kept} == {".engine", ".json"}  # of the condition, which was whole
+    assert {path.suffix for path in kept} == {".engine", ".json"}  # the condition's engine was complete
     assert len(kept) == 2
 
 
@@ -81,7 +81,7 @@ def test_build_whose_child_is_killed_says_what_to_do(
                 break
         child = None
         while child is None:
-            assert building.poll() is None, "it ended before it started one"
+            assert building.poll() is None, "the build ended before it started a child"
             time.sleep(0.01)
             children = Path(f"/proc/{building.pid}/task/{building.pid}/children").read_text().split()
             child = next(iter(children), None)
@@ -94,7 +94,7 @@ def test_build_whose_child_is_killed_says_what_to_do(
 
 @pytest.fixture(scope="module")
 def engines(quick_checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with engines alone."""
+    """A bundle that holds only engines."""
     options = CompileOptions(
         tmp_path_factory.mktemp("bundles") / "engines",
         (0.5,),

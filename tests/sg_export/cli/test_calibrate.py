@@ -1,4 +1,4 @@
-"""`sg-export calibrate`, and what other commands do with its table and with bundles in INT8."""
+"""`sg-export calibrate`, and other commands that use its table or bundles in INT8."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the table of the quick model goes."""
+    """Path of the quick model's table."""
     return tmp_path_factory.mktemp("tables") / "ranges.json"
 
 
@@ -70,9 +70,7 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     for words in (("--base-precision", "fp16"), ("--exclude", "blocks.0.mlp.fc1"), ("--calib-samples", 16)):
         assert refused(2, *build, *words) == f"{words[0]}: only with --precision int8 or fp8, found fp32"
     unused = ("--calibration", tiny_ranges, "--calib-samples", 4)
-    assert refused(2, *build, "--precision", "int8", *unused).startswith(
-        "--calib-samples: only if ranges are measured"
-    )
+    assert refused(2, *build, "--precision", "int8", *unused).startswith("--calib-samples: only if ranges are measured")
     for gate in ("inf", "nan"):
         assert refused(2, *build, "--precision", "int8", "--gate-guided", gate).startswith("gates: expected a cosine ")
     missing = refused(2, *build, "--precision", "int8", "--calibration", tmp_path / "none.json")
@@ -136,5 +134,5 @@ def test_verify_of_a_quantized_bundle_compares_branches_at_every_time(
     assert all("other kept tokens: " in row["subject"] and row["passed"] for row in runs)
     lines = [line.split() for line in result.stdout.splitlines()]
     strata = [words for words in lines if words[-1:] == ["pass"] and words[-2].endswith("%") and len(words) == 5]
-    assert len(strata) == 50, "25 times of each pair"
+    assert len(strata) == 50, "25 times for each pair"
     assert sum(line.startswith("25 euler steps, sg ") for line in result.stdout.splitlines()) == 2

@@ -13,7 +13,7 @@ import sg_export.cli
 from sg_runtime import __version__
 from sg_runtime.extras import Library
 
-# Its name in the package is the command's.
+# The package attribute `doctor` is the command, not the module.
 module = sys.modules[f"{sg_export.cli.__name__}.doctor"]
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the message and exit code of every error, progress, and tables."""
+"""Parts that the commands share: messages and exit codes of errors, progress, and tables."""
 
 import errno
 import sys
@@ -65,7 +65,7 @@ def command_that_raises(error: BaseException) -> click.Command:
 def test_invoke_of_a_command_that_fails_ends_with_one_message(
     error: BaseException, exit_code: int, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("stdout", "stderr"):  # click replaces both by a wrapper when a reader has gone
+    for name in ("stdout", "stderr"):  # click wraps both streams if a reader is gone
         monkeypatch.setattr(sys, name, getattr(sys, name))
     result = CliRunner().invoke(command_that_raises(error))
     assert (result.exit_code, result.output) == (exit_code, output)

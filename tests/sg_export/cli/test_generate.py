@@ -23,7 +23,7 @@ FAST = ("--steps", 1)
 
 @pytest.fixture
 def samples(cli: Callable[..., Any], glyphs_bundle: Path, tmp_path: Path) -> Callable[..., NDArray[np.float32]]:
-    """Runs generate for a .npy and returns what it wrote."""
+    """Return a function that runs generate with a .npy file as output and returns the array."""
 
     def run(*arguments: object) -> NDArray[np.float32]:
         result = cli("generate", glyphs_bundle, *FAST, *arguments, "-o", tmp_path / "x.npy")
@@ -38,7 +38,7 @@ def test_generate_npy_is_what_the_pipeline_samples(samples: Callable[..., Any], 
     x = samples("--class", "A", "--class", 3, "--seed", 5)
     expected = Pipeline.load(glyphs_bundle).sample([0, 3], [5, 6], steps=1)
     assert x.dtype == np.float32
-    # The batch is the same, so the same bits.
+    # The batch is the same, so the bits are the same.
     assert np.array_equal(x, expected)
 
 
@@ -55,7 +55,7 @@ def test_generate_class_that_is_a_number_is_an_index(samples: Callable[..., Any]
 def test_generate_count_takes_classes_in_turn(samples: Callable[..., Any]) -> None:
     x = samples("--class", "A", "--class", "B", "--count", 3)
     assert len(x) == 3
-    # Image k has seed k, whatever its class.
+    # Image k has seed k, regardless of its class.
     np.testing.assert_allclose(x[2:], samples("--class", "A", "--seed", 2), atol=1e-5)  # FP32 sums of another batch
 
 

@@ -16,7 +16,7 @@ from sg_runtime.bundle import Bundle
 
 
 def shown(result: Any) -> str:
-    """What a command printed, each run of blanks as one."""
+    """Return the output of a command, with each run of blanks as one blank."""
     assert result.exit_code == 0, result.output
     return " ".join(result.stdout.split())
 
@@ -91,7 +91,7 @@ def test_inspect_of_bundle_shows_the_cost_of_a_step(cli: Callable[..., Any], tin
         total = (cost.linear_macs + cost.condition_macs) / 1e9
         assert f"{cost.way} {cost.linear_macs / 1e9:.4g} {cost.condition_macs / 1e9:.4g} {total:.4g}" in text
     assert "published" not in text
-    assert "Guidance over a default run" not in text  # the same in every step
+    assert "Guidance over a default run" not in text  # guidance is the same in every step
 
 
 def test_inspect_of_a_schedule_shows_the_steps_of_each_pair(cli: Callable[..., Any], tiny_cosine_bundle: Path) -> None:
@@ -116,7 +116,7 @@ def test_inspect_of_an_interval_shows_where_the_strong_branch_runs_alone(
     options = CompileOptions(tmp_path / "bundle", (0.5,), scale=(1.0, 3.0), interval=(0.3, 0.7), steps=10)
     text = shown(cli("inspect", compile(quick_checkpoint, options).path))
     assert "scale 1 to 3, between times 0.3 and 0.7" in text
-    # Times 1, 0.9, 0.8 lie above the interval, 0.2 and 0.1 below.
+    # Times 1, 0.9 and 0.8 lie above the interval; 0.2 and 0.1 lie below it.
     assert "0-2 0 - - 3-7 0 0.5 1.5 to 2.766 8-9 0 - -" in text
 
 

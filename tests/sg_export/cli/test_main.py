@@ -1,4 +1,4 @@
-"""The command line as a whole: help, exit codes, tracebacks, and libraries that are not installed."""
+"""The entire command line: help, exit codes, tracebacks, and libraries that are not installed."""
 
 import subprocess
 import sys

@@ -17,13 +17,14 @@ from sg_runtime.manifest import GuidancePlan, Level
 
 FULL, HALF = Level(0.0, 16), Level(0.5, 8)
 STRONG, WEAK = "late.safetensors", "early.safetensors"
-# FP32 rounding through three evaluations at most, which guidance multiplies; another mode lies 1e-2 away or more.
+# FP32 rounding through at most three evaluations, which guidance amplifies. Another mode differs by
+# 1e-2 or more.
 BOUND = 1e-4
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Words for build, the plan that they make, and the graphs beside the condition."""
+    """Options of build, the resulting plan, and the graphs besides the condition."""
 
     words: tuple[Any, ...]
     plan: GuidancePlan
@@ -68,7 +69,7 @@ def mode(request: pytest.FixtureRequest) -> Mode:
 
 @pytest.fixture(scope="module")
 def built(mode: Mode, quick: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of a mode, for one image at a time, with its checkpoints beside it."""
+    """The bundle of a mode, for one image at a time, next to its checkpoints."""
     from click.testing import CliRunner
 
     from sg_export.cli import main

@@ -19,13 +19,13 @@ from sg_runtime.manifest import FileFacts, write_manifest
 
 @pytest.fixture
 def bundle(fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of a bundle, with its checkpoint beside it."""
+    """A copy of a bundle, next to its checkpoint."""
     shutil.copy(tiny_checkpoint, tmp_path)
     return Path(shutil.copytree(fixed_bundle, tmp_path / "bundle"))
 
 
 def alter_weights(bundle: Path, factor: float) -> None:
-    """Scale all weights, and make the manifest fit them."""
+    """Scale all weights, and update the manifest to match."""
     weights = bundle / "graphs/weights.bin"
     weights.write_bytes((np.fromfile(weights, np.float32) * np.float32(factor)).tobytes())
     manifest = Bundle.open(bundle, verify_hashes=False).manifest
@@ -39,8 +39,8 @@ def test_verify_prints_a_table_and_writes_the_results(cli: Callable[..., Any], b
     assert result.stderr.startswith("[1/10] comparing condition\n[2/10] comparing sparse-12\n")
     content = json.loads((bundle / "verify.json").read_text())
     assert content["passed"] is True
-    # Four graphs at eight times, three of them with two outputs; runs of two samplers, in one graph, in two and without
-    # guidance. A row has the worst output.
+    # Four graphs at eight times, three of them with two outputs. Runs of two samplers: in one
+    # graph, in two graphs and without guidance. A row of the table shows the worst output.
     assert len(content["comparisons"]) == (1 + 3 * 2) * 8 + 2 * 3
     assert result.stdout.count("pass") == 4 * 8 + 2 * 3
     assert "gates, relative L2: 1e-05 for a graph, 0.0001 for a whole run" in result.stdout
@@ -57,7 +57,7 @@ def test_verify_prints_a_table_and_writes_the_results(cli: Callable[..., Any], b
         "10 heun steps",
     ):
         assert word in result.stdout
-    # A bundle with results in it is still a bundle.
+    # A bundle that holds results is still a bundle.
     Bundle.open(bundle)
 
 
@@ -112,7 +112,7 @@ def test_verify_without_checkpoint_ends_with_6(refused: Callable[..., str], bund
 
 @pytest.fixture
 def two_networks(tiny_autoguidance_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of a bundle with two networks, with its checkpoints beside it."""
+    """A copy of a bundle with two networks, next to its checkpoints."""
     for name in ("tiny.safetensors", "tiny-weak.safetensors"):
         shutil.copy(tiny_autoguidance_bundle.parent / name, tmp_path)
     return Path(shutil.copytree(tiny_autoguidance_bundle, tmp_path / "bundle"))
@@ -177,7 +177,10 @@ def test_verify_of_a_read_only_bundle_asks_for_another_output(
 
 @pytest.fixture(scope="module")
 def saved(tiny_cfg_sg_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder whose name needs quotes, with what verify saved there, and the commands that it printed."""
+    """The folder in which verify saved its data, and the commands that verify printed.
+
+    The name of the folder needs quotes.
+    """
     from click.testing import CliRunner
 
     from sg_export.cli import main
@@ -196,7 +199,7 @@ def shell(command: str, environment: dict[str, str], cwd: Path) -> "subprocess.C
 
 
 def printed_commands(cli: Callable[..., Any], bundle: Path, tmp_path: Path) -> list[str]:
-    """The commands that verify prints where it leaves its data for Polygraphy."""
+    """Return the commands that verify prints if it saves its data for Polygraphy."""
     words = ("--save-polygraphy", tmp_path / "parity", "-o", tmp_path / "verify.json")
     result = cli("verify", bundle, *words)
     assert result.exit_code == 0, result.output
@@ -259,7 +262,7 @@ def test_verify_printed_polygraphy_command_fails_on_other_outputs(
     (command,) = (line for line in commands if "sparse-8.onnx" in line)
     results = RunResults.load(str(folder / "sparse-8-outputs.json"))
     (_, iterations), *_ = results
-    # Ten tolerances of the printed command, in one value of the last run.
+    # One value of the last run changes by ten times the tolerance of the printed command.
     changed = iterations[-1]["prediction"].copy()
     changed.flat[5] += 10 * (1e-4 + 1e-4 * abs(changed.flat[5]))
     iterations[-1]["prediction"] = changed

@@ -1,4 +1,7 @@
-"""Costs counted from a graph beside what a DiT costs by its shape, and beside the published figures of SiT-XL/2."""
+"""Costs counted from a graph, compared with closed forms and with published figures of SiT-XL/2.
+
+The closed forms give the costs of a DiT from its shape.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from sg_runtime.manifest import Cost, Level, Manifest, ModelFacts, Route
 D, N, M, C, PATCH, DEPTH = 32, 16, 128, 2, 2, 3
 EMBED_AND_HEAD = 2 * N * D * C * PATCH**2
 BLOCK = 12 * D**2
-"""Multiply-adds of a block's linear layers for one token: qkv 3, proj 1, the MLP 8 times D²."""
+"""Multiply-adds of a block's linear layers for one token: qkv 3 D², proj 1 D², the MLP 8 D²."""
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +71,17 @@ def test_count_cost_weights_are_those_of_the_checkpoint(manifest: Manifest) -> N
     adaln = DEPTH * (6 * D * D + 6 * D) + 2 * D * D + 2 * D
     condition = 256 * D + D + D * D + D + 6 * D + adaln
     step = manifest.model.parameters - condition
-    # Beside the checkpoint's tensors a graph reads small constants: frequencies, unit scales, shapes, slice bounds.
+    # Besides the checkpoint's tensors, a graph reads small constants: frequencies, unit scales,
+    # shapes, slice bounds.
     assert 0 < cost(manifest, "condition").weight_bytes - 4 * condition < 1024
     for graph in manifest.graphs:
         if graph.kind != "condition":
-            # Guided graphs too: no weight is read for each branch.
+            # This includes guided graphs: no weight is read once per branch.
             assert 0 < graph.cost.weight_bytes - 4 * step < 4096, graph.file
 
 
 def parse(text: str) -> ir.Graph:
-    """The graph of `text`, whose input w is made an initializer."""
+    """Return the graph of `text`, with its input w turned into an initializer."""
     graph = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> g {text}').graph
     weight = graph.inputs.pop()
     assert weight.shape is not None
@@ -86,7 +90,7 @@ def parse(text: str) -> ir.Graph:
     return graph
 
 
-# The last column counts the floats of x and of y for one image.
+# The last column is the number of floats of x and y for one image.
 @pytest.mark.parametrize(
     ("text", "linear", "floats"),
     [
@@ -117,9 +121,10 @@ def test_count_cost_reads_a_weight_for_every_node_that_takes_it() -> None:
     assert count_cost(graph) == Cost(18, 0, 2 * 36, 2 * 12)
 
 
-# One image's bytes, by hand: x 16, k 24 (of int64), a 64, b 64, c 16, d 16, y 12. Alive, node by node:
+# Bytes of one image, by hand: x 16, k 24 (int64), a 64, b 64, c 16, d 16, y 12. Live values, node by
+# node:
 #     x k a | x k a b | x k b c | x k c d | k d y
-# since a is not needed after b, b not after c, c and x not after d. The most is x k a b.
+# a is not needed after b, b not after c, c and x not after d. The maximum is x k a b.
 LIVENESS = """(float[N, 4] x, int64[N, 3] k, float[4, 16] w) => (float[N, 3] y)
     <float[N, 16] a, float[N, 16] b, float[N, 4] c, float[N, 4] d>
 {
@@ -139,11 +144,11 @@ def test_count_cost_activations_are_what_lives_at_once(batch: str) -> None:
 @pytest.mark.parametrize(
     ("outputs", "body", "peak"),
     [
-        # y 16 beside b 16, and a 16 that is an output itself.
+        # y 16 and b 16, plus a 16, which is an output.
         ("float[N, 4] y, float[N, 4] a", "a = MatMul(x, w) b = Relu(a) y = Relu(b)", 48),
-        # a goes when b is there.
+        # a is freed once b exists.
         ("float[N, 4] y", "a = MatMul(x, w) b = Relu(a) y = Relu(b)", 32),
-        # What nothing reads goes at once: first a 16 beside x 16, then y 16.
+        # A value that nothing reads is freed at once: first a 16 and x 16, then x 16 and y 16.
         ("float[N, 4] y", "a = MatMul(x, w) y = Relu(x)", 32),
     ],
 )
@@ -167,9 +172,9 @@ XL = DiTConfig(image_size=32, patch=2, channels=4, width=1152, depth=28, heads=1
 
 @pytest.fixture(scope="module")
 def xl() -> dict[str, Cost]:
-    """Costs of the graphs of SiT-XL/2 for one image, routed from block 2 to 24 as in arXiv 2601.01608.
+    """Costs of the graphs of SiT-XL/2 for one image, with route 2 to 24 as in arXiv 2601.01608.
 
-    On PyTorch's meta device: no weight is ever made.
+    The network is on PyTorch's meta device: no weight is allocated.
     """
     with torch.device("meta"):
         network = DiT(XL)
@@ -202,13 +207,13 @@ def xl() -> dict[str, Cost]:
 
 
 def branch_macs(xl: dict[str, Cost], keep: int) -> int:
-    """A single-branch step that keeps `keep` tokens in the 23 blocks of the route."""
+    """Return the MACs of a single-branch step with `keep` tokens in the 23 blocks of the route."""
     return xl["sparse-128"].linear_macs + XL_ROUTED * 12 * XL_WIDTH**2 * (keep - 128)
 
 
 def test_xl_branches_cost_what_is_published(xl: dict[str, Cost]) -> None:
     condition = xl["condition"].linear_macs
-    # Linear layers alone: the published 114.42 of one dense pass holds 0.03 % more.
+    # Only linear layers are counted: the published 114.42 of a dense pass is 0.03 % higher.
     assert (condition + branch_macs(xl, 256)) / GIGA == pytest.approx(114.39, abs=0.005)
     assert (2 * condition + branch_macs(xl, 128) + branch_macs(xl, 26)) / GIGA == pytest.approx(97.65, abs=0.005)
     assert (2 * condition + branch_macs(xl, 256) + branch_macs(xl, 128)) / GIGA == pytest.approx(181.89, abs=0.005)
@@ -222,8 +227,8 @@ def test_xl_guided_step_shares_the_prefix_and_the_conditioning(
 ) -> None:
     strong, weak = (int(keep) for keep in name.split("-")[1:])
     macs = xl[name].linear_macs
-    # The bar, and not less than the work: all but the two blocks before the route, the embedding and the head is there
-    # for each branch.
+    # At most the target, and not less than the work: each branch computes everything except the two
+    # blocks before the route, the embedding and the head, which are shared.
     assert step - 0.02 < macs / GIGA <= step
     assert with_condition - 0.02 < (macs + xl["condition"].linear_macs) / GIGA <= with_condition
     once = 2 * 12 * XL_WIDTH**2 * XL_TOKENS + 2 * XL_TOKENS * XL_WIDTH * XL_PATCH_VALUES
@@ -233,9 +238,10 @@ def test_xl_guided_step_shares_the_prefix_and_the_conditioning(
 @pytest.mark.parametrize("name", ["guided-128-26", "guided-256-128"])
 def test_xl_guided_step_reads_a_third_of_the_weights_of_two_passes(name: str, xl: dict[str, Cost]) -> None:
     guided, condition = xl[name].weight_bytes, xl["condition"].weight_bytes
-    # The whole network, 675.1 M weights, twice. Every single-branch graph reads the same.
+    # Two passes read the entire network, 675.1 M weights, twice. All single-branch graphs read the
+    # same weights.
     two_passes = 2 * (condition + xl["sparse-128"].weight_bytes)
     assert two_passes / 8 == pytest.approx(675.1e6, rel=2e-4)
     assert 0.330 < guided / two_passes <= 0.332
-    # One run of `condition`, shared by 40 steps.
+    # One run of `condition` is shared by 40 steps.
     assert 0.334 < (guided + condition / 40) / two_passes <= 0.336

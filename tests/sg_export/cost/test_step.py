@@ -1,4 +1,4 @@
-"""What a guided step costs, beside sums over the graphs written out."""
+"""Costs of a guided step, compared with explicit sums over the graphs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_step_costs_of_sg_are_sums_over_the_graphs(tiny_bundle: Path) -> None:
     ours = found["this bundle"]
     assert ours.linear_macs == guided.linear_macs < two.linear_macs
     assert ours.weight_bytes == guided.weight_bytes
-    # 40 rows of one class are one run of `condition`, whose weights are so read once in 40 steps.
+    # 40 rows of one class are one run of `condition`: its weights are read once in 40 steps.
     assert (ours.condition_macs, ours.condition_bytes) == (condition.linear_macs, condition.weight_bytes / 40)
 
 
@@ -86,7 +86,7 @@ def test_step_costs_outside_the_interval_are_the_strong_branch_alone(tiny_bundle
     plan = replace(manifest.guidance, interval=(0.24, 0.76))
     found = ways(replace(manifest, guidance=plan, sampling=replace(manifest.sampling, steps=4)))
     dense, guided = graph_cost(manifest, "dense"), graph_cost(manifest, "guided-16-8")
-    # Of the times 1, 0.75, 0.5 and 0.25 the first is outside.
+    # Of the times 1, 0.75, 0.5 and 0.25, the first is outside the interval.
     assert found["this bundle"].linear_macs == (dense.linear_macs + 3 * guided.linear_macs) / 4
 
 

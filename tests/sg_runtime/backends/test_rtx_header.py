@@ -1,4 +1,4 @@
-"""The header of plans that TensorRT-RTX built, and of files that are none."""
+"""The header of TensorRT-RTX plans, and of files that are not plans."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ HEADER_BYTES = 36
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """y = x + x, of half-precision values, which every GPU has."""
+    """Return the graph y = x + x in half precision, which every GPU supports."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, [4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
     path = tmp_path_factory.mktemp("plans") / "g.onnx"
@@ -27,7 +27,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(graph: Path) -> Callable[..., Path]:
-    """Builds a plan for the given GPUs."""
+    """Return a function that builds a plan for the given GPUs."""
 
     def built(*numbers: int) -> Path:
         path = graph.with_name(f"{'-'.join(map(str, numbers))}.engine")
@@ -46,7 +46,7 @@ def test_read_rtx_header_gives_what_the_plan_was_built_for(
 
 
 def test_read_rtx_header_of_the_librarys_own_choice_gives_it(engine_bundle: Path) -> None:
-    """All but 7.5, as `sg-export build --help` says."""
+    """The default is every GPU except 7.5, as `sg-export build --help` states."""
     bundle = Bundle.open(engine_bundle)
     for engine in bundle.manifest.engines:
         header = read_rtx_header(bundle.file(engine.file))

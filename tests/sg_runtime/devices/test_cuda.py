@@ -1,4 +1,4 @@
-"""The memory of a GPU over a stand-in for the CUDA driver, and whether the driver has what is called."""
+"""GPU memory on a stand-in for the CUDA driver. The real driver has every name that is called."""
 
 import ast
 import importlib
@@ -36,21 +36,24 @@ def numbers(*shape: int) -> NDArray[np.float32]:
 
 
 def there(memory: CudaMemory, values: NDArray[Any]) -> CudaArray:
-    """The values on the device."""
+    """Return the values as an array on the device."""
     found = memory.empty(values.shape, values.dtype)
     memory.upload(values, found)
     return found
 
 
 class Foreign:
-    """An array of another library's, exported by DLPack from memory that is ours."""
+    """An array of another library, exported by DLPack from memory of this library."""
 
     def __init__(self, array: CudaArray, device: tuple[int, int] = (dlpack.CUDA, 0)) -> None:
         self.array, self.device = array, device
         self.streams: list[Any] = []
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> object:
-        """By the array API standard a stream is for GPUs alone, and there never 0."""
+        """Export the array.
+
+        By the array API standard only GPUs take a stream, and a stream of CUDA is never 0.
+        """
         assert stream is None or (self.device[0] == dlpack.CUDA and stream != 0)
         self.streams.append(stream)
         own = self.array
@@ -60,11 +63,11 @@ class Foreign:
         return self.device
 
 
-# The driver's names.
+# Names of the driver.
 
 
 def driver_calls() -> Iterator[tuple[str, int]]:
-    """Each call of the driver in the two modules: the function and the number of its arguments."""
+    """Yield each driver call in the two modules: the function and its number of arguments."""
     for module in (sg_runtime.devices.cuda, sg_runtime.devices.gpus):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(node, ast.Call):
@@ -78,7 +81,7 @@ def driver_calls() -> Iterator[tuple[str, int]]:
 
 
 def driver_enums() -> Iterator[tuple[str, ...]]:
-    """Each member of an enumeration, with the enumeration where it stands beside it."""
+    """Yield each enumeration member, with its enumeration if the code names it."""
     for module in (sg_runtime.devices.cuda, sg_runtime.devices.gpus):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and node.attr.startswith(("CU_", "CUDA_")):
@@ -100,7 +103,7 @@ def test_stand_in_has_the_functions_that_are_called_with_the_drivers_parameters(
     names = {name for name, _ in driver_calls()}
     assert {name for name in vars(Driver) if name.startswith("cu")} == names
     for name in names:
-        own = [*inspect.signature(getattr(Driver, name)).parameters][1:]  # but for self
+        own = [*inspect.signature(getattr(Driver, name)).parameters][1:]  # without self
         assert own == [*inspect.signature(getattr(REAL, name)).parameters]
 
 
@@ -124,7 +127,7 @@ def test_memory_of_a_gpu_that_is_not_there_is_an_error(driver: Driver) -> None:
 
 @pytest.fixture
 def array() -> CudaArray:
-    """3 × 2 × 4 values at address 4096, which nobody reads."""
+    """Return 3 × 2 × 4 values at address 4096, which nobody reads."""
     return CudaArray(4096, [3, 2, 4], "float32", 1, "owner")
 
 
@@ -216,7 +219,7 @@ def test_empty_begins_at_a_multiple_of_the_alignment_and_is_given_back_with_its_
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
 def test_empty_of_no_values_is_an_array(memory: CudaMemory, shape: tuple[int, ...]) -> None:
-    """The driver allocates no 0 bytes."""
+    """The driver cannot allocate 0 bytes."""
     assert memory.download(there(memory, numbers(*shape))).shape == shape
 
 
@@ -239,7 +242,7 @@ def test_upload_copy_and_download_give_the_values_on(memory: CudaMemory, shape: 
     values = numbers(*shape).astype(dtype)
     sent, copy = values.copy(), memory.empty(shape, dtype)
     source = there(memory, sent)
-    sent.fill(0)  # the caller's array is free once upload is back
+    sent.fill(0)  # the caller may reuse the array when upload returns
     memory.copy(source, copy)
     del source
     found = memory.download(copy)
@@ -262,7 +265,7 @@ def test_copy_into_a_view_leaves_the_rest_alone(memory: CudaMemory) -> None:
     ("rows", "copies"), [([0, 1, 2], 1), ([2, 1, 0], 3), ([0, 0], 2), ([0, 1], 2), ([1, 1, 1, 2], 4), ([], 0)], ids=str
 )
 def test_take_is_the_rows_that_are_named(driver: Driver, memory: CudaMemory, rows: list[int], copies: int) -> None:
-    """All rows in order are one copy."""
+    """All rows in order are copied at once."""
     source, target = there(memory, numbers(3, 4)), memory.empty((len(rows), 4), np.float32)
     memory.take(source, np.array(rows, np.int64), target)
     np.testing.assert_array_equal(memory.download(target), numbers(3, 4)[rows])
@@ -291,7 +294,10 @@ def test_table_in_a_gpus_memory_is_one_upload(driver: Driver, memory: CudaMemory
 
 
 def test_memory_that_another_thread_gives_back_is_free(driver: Driver, memory: CudaMemory) -> None:
-    """As when a sample is dropped by a thread that never used the GPU: its context is not the thread's."""
+    """A thread that never used the GPU may drop a sample.
+
+    That thread has no CUDA context.
+    """
     held = [memory.empty((2, 3), "float32")]
     thread = threading.Thread(target=held.clear)
     thread.start()
@@ -319,7 +325,7 @@ def test_enter_makes_the_gpu_that_of_the_thread(driver: Driver, memory: CudaMemo
     ]
 
 
-# Arrays of others.
+# Arrays of other libraries.
 
 
 def test_hold_of_an_array_of_this_gpu_is_itself(memory: CudaMemory) -> None:
@@ -382,7 +388,7 @@ def test_hold_of_what_a_gpu_cannot_read_is_refused(memory: CudaMemory, array: An
 )
 def test_hold_of_what_dlpack_cannot_tell_is_refused(memory: CudaMemory, made: torch.Tensor) -> None:
     class Made(Foreign):
-        """Answers as PyTorch does, but says that it is on the GPU."""
+        """An exporter of a PyTorch tensor that claims to be on the GPU."""
 
         def __dlpack__(self, *, stream: Any = None, **_: Any) -> object:
             return made.__dlpack__()
@@ -435,12 +441,12 @@ def test_memory_in_a_given_stream_makes_none(driver: Driver) -> None:
     assert memory.stream == given
     np.testing.assert_array_equal(memory.download(there(memory, numbers(3))), numbers(3))
     assert "cuStreamCreate" not in driver.calls
-    assert CudaMemory().stream != CudaMemory().stream  # else each has one of its own
+    assert CudaMemory().stream != CudaMemory().stream  # otherwise each memory creates its own stream
 
 
 @pytest.mark.parametrize("default", [0, 1, 2])
 def test_memory_in_a_default_stream_has_one_of_its_own_which_arrays_come_into(driver: Driver, default: int) -> None:
-    """0 is also what ONNX Runtime takes for "none", and what DLPack forbids."""
+    """ONNX Runtime takes 0 as "no stream", and DLPack forbids it."""
     memory = CudaMemory(0, SimpleNamespace(cuda_stream=default))
     assert memory.stream > 2
     foreign = Foreign(there(memory, numbers(2)))
@@ -449,7 +455,7 @@ def test_memory_in_a_default_stream_has_one_of_its_own_which_arrays_come_into(dr
 
 
 def test_memory_keeps_the_callers_stream_alive(driver: Driver) -> None:
-    """Libraries destroy a stream with its object."""
+    """Libraries destroy a stream together with its object."""
 
     class Stream:
         cuda_stream = driver.stream()
@@ -479,7 +485,7 @@ def test_capture_does_nothing_until_it_is_called(driver: Driver, memory: CudaMem
     for expected in (2, 1):
         replay()
         assert memory.download(target).tolist() == [expected] * 3
-    memory.upload(np.full(3, 7, np.float32), source)  # the addresses are captured, not the values
+    memory.upload(np.full(3, 7, np.float32), source)  # the graph captures the addresses, not the values
     replay()
     replay()
     assert memory.download(target).tolist() == [7, 7, 7]
@@ -499,7 +505,7 @@ def test_capture_of_work_that_fails_ends_it_and_leaves_nothing(driver: Driver, m
 
     with pytest.raises(ValueError, match=r"^no$"):
         memory.capture(work)
-    assert memory.download(array).tolist() == [0, 1, 2]  # the stream is usable
+    assert memory.download(array).tolist() == [0, 1, 2]  # the stream is still usable
     assert not driver.graphs
     assert not driver.executables
 
@@ -516,7 +522,7 @@ def test_capture_that_the_driver_refuses_says_so_and_leaves_nothing(
 
 
 def test_capture_of_work_that_allocates_is_an_error(memory: CudaMemory) -> None:
-    """The driver allows no allocation there, and makes the capture invalid."""
+    """The driver forbids allocations during a capture and invalidates the capture."""
     with pytest.raises(DeviceError, match="gave CUDA_ERROR_STREAM_CAPTURE_"):
         memory.capture(lambda: memory.empty((3,), np.float32) and None)
     assert memory.download(there(memory, numbers(2))).tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""DLPack capsules, exchanged with NumPy and PyTorch on the CPU, without a copy."""
+"""DLPack capsules, exchanged with NumPy and PyTorch on the CPU without a copy."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +19,10 @@ CONSUMERS: dict[str, Callable[[Any], Any]] = {"numpy": np.from_dlpack, "torch": 
 
 
 class Token:
-    """Keeps the memory of an array, as an allocation does. One lives for each export that was not ended."""
+    """Keeps the memory of an array alive, like an allocation.
+
+    There is one live token for each export that was not released.
+    """
 
     live: ClassVar["weakref.WeakSet[Token]"] = weakref.WeakSet()
 
@@ -29,7 +32,7 @@ class Token:
 
 
 class Exported:
-    """An array that speaks DLPack by our capsules alone."""
+    """An array that supports DLPack only through this library's capsules."""
 
     def __init__(self, array: NDArray[Any], device: tuple[int, int] = (dlpack.CPU, 0)) -> None:
         self.array, self.device = array, device
@@ -44,7 +47,10 @@ class Exported:
 
 @pytest.fixture
 def exports() -> Iterator[Callable[[], int]]:
-    """How many exports of the test were not ended; all must be when it ends."""
+    """Yield a function that counts the test's unreleased exports.
+
+    All exports must be released when the test ends.
+    """
     before = len(Token.live)
     yield lambda: len(Token.live) - before
     assert len(Token.live) == before
@@ -52,7 +58,7 @@ def exports() -> Iterator[Callable[[], int]]:
 
 @pytest.fixture(params=CONSUMERS)
 def consume(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    """What makes an array of one that speaks DLPack."""
+    """Return a function that makes an array from a DLPack exporter."""
     return CONSUMERS[request.param]
 
 
@@ -102,7 +108,10 @@ def test_export_that_nobody_consumes_goes_with_its_capsule(exports: Callable[[],
 
 
 def test_export_that_its_consumer_refuses_says_why_and_goes(exports: Callable[[], int]) -> None:
-    """NumPy ends the capsule while its error is on the way, and what ends it must leave that alone."""
+    """NumPy releases the capsule while its error is raised.
+
+    The release must not clear that error.
+    """
     with pytest.raises((BufferError, RuntimeError), match=r"[Dd]evice"):
         np.from_dlpack(Exported(numbers((2,)), (dlpack.CUDA, 0)))
     assert exports() == 0
@@ -118,7 +127,7 @@ def test_view_of_an_export_is_what_was_exported() -> None:
 
 
 def torch_of(array: NDArray[Any]) -> Any:
-    """PyTorch's view of the same memory."""
+    """Return PyTorch's view of the same memory."""
     return torch.from_numpy(array)
 
 
@@ -137,7 +146,7 @@ def test_view_tells_address_shape_and_dtype(make: Callable[[Any], Any], shape: t
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3), (0, 2)], ids=str)
 @pytest.mark.parametrize("make", [np.asarray, torch_of], ids=["numpy", "torch"])
 def test_view_of_nothing_is_contiguous(make: Callable[[Any], Any], shape: tuple[int, ...]) -> None:
-    """NumPy says so, whatever the strides: it has no gaps."""
+    """NumPy treats an empty array as contiguous for any strides."""
     assert dlpack.view(make(numbers(shape))).contiguous
 
 
@@ -163,7 +172,7 @@ def test_view_of_a_part_tells_its_strides(make: Callable[[Any], Any], part: str)
     assert found.contiguous == contiguous
     strides = [size // 4 for size in array.strides] if isinstance(array, np.ndarray) else array.stride()
     assert found.strides is not None
-    kept = [axis for axis, size in enumerate(array.shape) if size > 1]  # the others' strides mean nothing
+    kept = [axis for axis, size in enumerate(array.shape) if size > 1]  # strides of the other axes have no meaning
     assert [found.strides[axis] for axis in kept] == [strides[axis] for axis in kept]
 
 
@@ -173,7 +182,7 @@ cuts = st.builds(
     st.integers(1, 4),
     st.integers(1, 3),
 )
-"""Never of nothing, which has a test of its own."""
+"""Slices that are never empty. Empty arrays have their own test."""
 
 
 @given(st.lists(cuts, min_size=3, max_size=3), st.permutations(range(3)))

@@ -1,7 +1,7 @@
-"""The GPUs that the driver tells of.
+"""The GPUs that the driver reports.
 
-The real driver answers only where there is a GPU, so most tests have a stand-in for cuda-bindings' module; one, which
-needs a GPU, asks the real one.
+The real driver answers only if there is a GPU, so most tests use a stand-in for the module of
+cuda-bindings. One test needs a GPU and queries the real driver.
 """
 
 import importlib
@@ -21,7 +21,7 @@ SMI = shutil.which("nvidia-smi")
 
 
 class CUresult(IntEnum):
-    """As cuda-bindings has them."""
+    """Same values as in cuda-bindings."""
 
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
@@ -30,7 +30,7 @@ class CUresult(IntEnum):
 
 
 class CUdevice_attribute(Enum):  # noqa: N801  # cuda-bindings' name
-    """As cuda-bindings has them."""
+    """Same values as in cuda-bindings."""
 
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
@@ -38,9 +38,10 @@ class CUdevice_attribute(Enum):  # noqa: N801  # cuda-bindings' name
 
 @dataclass
 class Driver:
-    """Answers as `cuda.bindings.driver` does, with a status first, for GPUs of these names and compute capabilities.
+    """Stand-in for `cuda.bindings.driver` that returns a status first.
 
-    statuses: what a function gives in place of success.
+    gpus: name and compute capability (major, minor) of each GPU. statuses: what a function returns
+    instead of success.
     """
 
     gpus: tuple[tuple[str, int, int], ...] = ()
@@ -72,7 +73,7 @@ class Driver:
 
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a driver in place of the real one."""
+    """Return a function that replaces the real driver."""
 
     def put(driver: Driver) -> None:
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)

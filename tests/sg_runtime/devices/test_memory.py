@@ -1,4 +1,4 @@
-"""The CPU's memory, and tables of arrays in it. A GPU's is in `test_cuda.py`."""
+"""CPU memory, and tables of arrays in it. GPU memory is in `test_cuda.py`."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ dtypes = st.sampled_from(["uint8", "int16", "float16", "float32", "int64", "floa
 
 
 class Counting(HostMemory):
-    """Counts allocations and uploads."""
+    """CPU memory that counts allocations and uploads."""
 
     def __init__(self) -> None:
         self.allocations = self.uploads = 0
@@ -49,9 +49,9 @@ def test_empty_begins_at_a_multiple_of_the_alignment(shape: tuple[int, ...], dty
     assert (found.shape, found.dtype) == (shape, np.dtype(dtype))
     assert found.flags.c_contiguous
     assert MEMORY.address(found) == found.ctypes.data
-    if found.size:  # NumPy gives nothing no address
+    if found.size:  # NumPy gives an empty array no address
         assert found.ctypes.data % ALIGNMENT == 0
-    found[...] = 1  # all of it can be written
+    found[...] = 1  # all of it is writable
 
 
 @given(shapes, dtypes)
@@ -68,7 +68,7 @@ def test_upload_copy_and_download_give_the_values_on(shape: tuple[int, ...], dty
 
 
 def test_upload_of_another_dtype_is_an_error() -> None:
-    """No number may change on its way."""
+    """No value may change during the upload."""
     with pytest.raises(TypeError, match="Cannot cast"):
         MEMORY.upload(np.zeros(2), MEMORY.empty((2,), np.float32))
 
@@ -130,7 +130,7 @@ def test_hold_of_an_array_with_gaps_is_a_copy_in_order(make: Callable[[Any], Any
     ids=["list", "none", "bfloat16", "gradient", "meta", "cuda"],
 )
 def test_hold_of_what_the_cpu_cannot_read_is_refused(array: Any) -> None:
-    """Its own library's message stands in brackets."""
+    """The message quotes the other library's error in brackets."""
     with pytest.raises(UsageError) as caught:
         MEMORY.hold(array)
     expected = f"expected a NumPy array, or one that DLPack can export to the CPU, found {type(array).__name__} ("
@@ -145,10 +145,10 @@ def test_table_is_one_allocation_of_aligned_arrays(count: int, shape: tuple[int,
     rows = [table[row] for row in range(count)]
     for number, row in enumerate(rows):
         assert (row.shape, row.dtype) == (shape, np.dtype(dtype))
-        assert memory.address(row) % ALIGNMENT == 0 or not row.size  # NumPy gives nothing no address
+        assert memory.address(row) % ALIGNMENT == 0 or not row.size  # NumPy gives an empty array no address
         row[...] = number
     for number, row in enumerate(rows):
-        np.testing.assert_array_equal(row, np.full(shape, number))  # so no two overlap
+        np.testing.assert_array_equal(row, np.full(shape, number))  # so no two rows overlap
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 100)], ids=str)

@@ -26,12 +26,12 @@ from sg_runtime.run.lanes import WORKSPACES, LanePool, LaneState
 Array = NDArray[np.float32]
 SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun")
 PATIENCE = 60
-"""Seconds after which a thread that waits is one that waits for ever."""
+"""Seconds after which a waiting thread is considered stuck."""
 
 
 @dataclass
 class Turns:
-    """A backend that notes which of its lanes are in use at once."""
+    """A backend that records how many of its lanes are in use at the same time."""
 
     backend: Backend
     lanes: int | None = None
@@ -40,9 +40,9 @@ class Turns:
     memory: HostMemory = field(default_factory=HostMemory)
     made: int = 0
     together: int = 0
-    """Most lanes that ran at once."""
+    """Largest number of lanes that ran at the same time."""
     shared: int = 0
-    """Times that two threads were in one lane."""
+    """Number of times that two threads were in one lane."""
 
     def __post_init__(self) -> None:
         self._lock, self._busy = threading.Lock(), 0
@@ -79,7 +79,7 @@ def turns(tiny_bundle: Path) -> Turns:
 
 @pytest.fixture
 def pipe(tiny_bundle: Path, turns: Turns) -> Pipeline:
-    """In runs of up to three images."""
+    """Return a pipeline with up to three images per engine run."""
     return Pipeline(Bundle.open(tiny_bundle), turns, 3)
 
 
@@ -92,7 +92,10 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 
 def some_run(pipe: Pipeline, number: int) -> Array:
-    """One of many runs of other classes, counts of images, steps, samplers and guidance."""
+    """Sample one of many runs.
+
+    They differ in classes, number of images, steps, sampler and guidance.
+    """
     images = 1 + number % 4
     guidance = pipe.guidance(("none", "cfg", "sg")[number % 3])
     classes = [(number + image) % 5 for image in range(images)]
@@ -104,7 +107,10 @@ def some_run(pipe: Pipeline, number: int) -> Array:
 def test_lease_by_many_threads_gives_each_a_lane_of_its_own(
     pipe: Pipeline, turns: Turns, lanes: int | None, tiny_bundle: Path
 ) -> None:
-    """Or one after the other the same; the samples are those of one thread, bit for bit."""
+    """With one lane the threads take turns.
+
+    The samples equal those of one thread, bit for bit.
+    """
     turns.lanes = lanes
     shared = Pipeline(pipe.bundle, turns, 3)
     with ThreadPoolExecutor(8) as pool:
@@ -126,7 +132,7 @@ def test_lease_one_after_the_other_takes_the_same_lane(pipe: Pipeline, turns: Tu
 
 
 def test_lease_within_a_lease_is_another_lane(manifest: Manifest, turns: Turns) -> None:
-    """Also of those that are idle."""
+    """This also holds for idle lanes."""
     pool = LanePool(manifest, turns)
     for _ in range(3):
         with pool.lease() as outer, pool.lease() as inner:
@@ -143,7 +149,10 @@ def test_lease_within_a_lease_is_another_lane(manifest: Manifest, turns: Turns) 
 def test_lease_after_an_error_goes_on_as_before(
     tiny_bundle: Path, turns: Turns, lanes: int | None, error: type[BaseException]
 ) -> None:
-    """In another thread, which would wait for ever for a lane that was not given back."""
+    """The next run is in another thread.
+
+    It would wait forever if the lane had not been returned.
+    """
     turns.lanes = lanes
     pipe = Pipeline(Bundle.open(tiny_bundle), turns, 3)
     before = pipe.sample([1, 2], [3, 4], steps=3)
@@ -161,7 +170,10 @@ def test_lease_after_an_error_goes_on_as_before(
 
 
 class FullMemory(HostMemory):
-    """Without room for the conditioning of a run, as where others took it after it was counted."""
+    """Memory without room for a run's conditioning.
+
+    This happens if others allocate memory after the budget check.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.full, self._width = True, manifest.model.modulations
@@ -187,7 +199,7 @@ def test_lease_after_a_lack_of_memory_goes_on_as_before(
 
 
 class LostMemory(HostMemory):
-    """That of a device which is lost when told so."""
+    """Memory of a device that is lost when the test says so."""
 
     def __init__(self) -> None:
         self.lost = False
@@ -198,7 +210,7 @@ class LostMemory(HostMemory):
 
 
 def test_lease_of_a_device_that_is_lost_says_so_from_then_on(pipe: Pipeline, turns: Turns) -> None:
-    """Even where it answers again: what lay in it is no more."""
+    """This holds even if the device answers again, because its contents are lost."""
     memory = turns.memory = LostMemory()
     pipe.sample([0], [0], steps=1)
 
@@ -239,7 +251,7 @@ def test_lease_of_a_device_that_lives_keeps_the_error(pipe: Pipeline, turns: Tur
 
 
 def test_workspace_of_the_same_sizes_is_the_same_as_long_as_it_is_kept(manifest: Manifest, turns: Turns) -> None:
-    """The last ones used are kept."""
+    """Only the last workspaces are kept."""
     worker = LaneState(manifest, turns.lane(), None)
     first, second = worker.workspace(1, 3, False), worker.workspace(2, 3, False)
     assert first is not second
@@ -263,7 +275,7 @@ def test_workspace_of_many_sizes_holds_no_more_than_a_few(
 
 
 class SmallMemory(HostMemory):
-    """Of a device with so many bytes free; None for one that cannot tell."""
+    """Memory of a device with `free` bytes free; None if the device cannot report it."""
 
     def __init__(self, free: int | None) -> None:
         self.free = free
@@ -292,7 +304,10 @@ def test_workspace_where_others_are_in_the_way_takes_their_place(
 
 
 def test_workspace_of_ten_million_images_names_what_would_fit(manifest: Manifest, turns: Turns) -> None:
-    """By what this machine really has free; what it names passes the same check."""
+    """The free memory is that of this machine.
+
+    The sizes that the message names pass the same check.
+    """
     worker = LaneState(manifest, turns.lane(), None)
     with pytest.raises(DeviceMemoryError) as caught:
         worker.workspace(10**7, 40, False)
@@ -305,14 +320,14 @@ def test_workspace_of_ten_million_images_names_what_would_fit(manifest: Manifest
     needed, free, batch = (int(number.replace(",", "")) for number in found.groups())
     assert needed == round(run_bytes(manifest, 10**7, 40, False) / 1e6)
     assert needed > free
-    turns.memory = SmallMemory((free + 1) * 10**6)  # what the message rounds
+    turns.memory = SmallMemory((free + 1) * 10**6)  # the message rounds to MB
     assert LaneState(manifest, turns.lane(), None).workspace(batch, 1, False) is not None
 
 
 def test_sample_of_more_than_the_memory_holds_is_refused_before_its_noise_is_drawn(
     pipe: Pipeline, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which takes minutes for what cannot be run at all."""
+    """Drawing noise takes minutes, even for a run that cannot start."""
     drawn: list[int] = []
     monkeypatch.setattr("sg_runtime.run.sample.philox.normal", lambda *_, **__: drawn.append(1) or np.zeros((2, 8, 8)))
     turns.memory = SmallMemory(10**4)
@@ -341,7 +356,7 @@ def test_fitting_of_any_request_names_the_largest_that_fits(
 
 
 def test_sample_with_what_was_named_fits(tiny_bundle: Path, turns: Turns) -> None:
-    """And gives what a run gives that had room."""
+    """The samples equal those of a run with enough memory."""
     bundle = Bundle.open(tiny_bundle)
     turns.memory = SmallMemory(run_bytes(bundle.manifest, 3, 3, False) - 1)
     asked: dict[str, Any] = {"classes": [0, 1, 2], "seeds": [0, 1, 2], "steps": 3}
@@ -353,7 +368,7 @@ def test_sample_with_what_was_named_fits(tiny_bundle: Path, turns: Turns) -> Non
 
 @pytest.mark.parametrize("free_images", [2, 1])
 def test_workspace_of_graphs_for_one_count_of_images_names_no_other(tiny_cfg_sg_bundle: Path, free_images: int) -> None:
-    """Which `Pipeline.load` would refuse: these graphs take three images and no others."""
+    """`Pipeline.load` would refuse another batch: these graphs take exactly three images."""
     bundle = Bundle.open(tiny_cfg_sg_bundle)
     backend = Turns(open_backend(bundle, "cpu"), batches=(3,))
     backend.memory = SmallMemory(run_bytes(bundle.manifest, free_images, 1, True))

@@ -1,4 +1,7 @@
-"""One evaluation by the graphs of real bundles: in one engine run or in two, the formula and PyTorch agree."""
+"""One evaluation by the graphs of real bundles, in one or in two engine runs.
+
+Both agree with the formula and with PyTorch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,25 +34,29 @@ LABELS, SEEDS = np.array([3, 5, 0]), [7, 8, 2**64 - 1]
 TIMES = {"flow": 0.6, "edm": 1.7}
 SHAPE = (2, 8, 8)
 
-# One FP32 rounding in another order for every sum of the network's three blocks: about 3e-7. A fault, such as another
-# token or the wrong class, is above 1e-2.
+# Tolerance of one FP32 rounding in another order for every sum of the network's three blocks: about
+# 3e-7. A fault, such as another token or the wrong class, is above 1e-2.
 CLOSE = 1e-5
 
 
 @cache
 def network(checkpoint: Path) -> SparseModel:
-    """The PyTorch model of a checkpoint, loaded once."""
+    """Return the PyTorch model of a checkpoint, loaded once."""
     return load_model(checkpoint).model
 
 
 def distance(found: Array, expected: Array) -> float:
-    """Relative L2, in float64."""
+    """Return the relative L2 distance, computed in float64."""
     return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to guide: the fixture of a bundle, what is chosen, and the graphs that run fused and one by one."""
+    """One way to guide.
+
+    bundle: fixture name of the bundle. guided: the graph that holds both branches, or None.
+    branches: the graphs of the single branches. chosen: arguments of `choose`.
+    """
 
     bundle: str
     guided: str | None
@@ -61,7 +68,7 @@ class Case:
 
     @property
     def fused(self) -> list[str]:
-        """The graphs that one evaluation runs where it may use any."""
+        """Graphs that one evaluation runs if it may use any graph."""
         return self.branches if self.guided is None else [self.guided]
 
 
@@ -94,9 +101,10 @@ class Tail:
 
 
 class Setup:
-    """A step runner of three images over a recorder, a plan of one evaluation, and a state with its update.
+    """A graph runner of three images over a recorder, a prepared run, and a state with its update.
 
-    The state is in the middle of a step: half of what it was at the start, exactly.
+    The prepared run has one evaluation by default. The state is in the middle of a step: exactly
+    half of the state at its start.
     """
 
     def __init__(
@@ -130,11 +138,14 @@ class Setup:
         self.tail = Tail(0.9, -0.7, 0.3, r)
 
     def run_of(self, manifest: Manifest, batch: int = 3) -> GraphRunner:
-        """A step runner over the recorder."""
+        """Return a graph runner over the recorder."""
         return GraphRunner(manifest, self.recorder.lane(), batch, self.recorder.batches)
 
     def advance(self, index: int = 0, *, fused: bool = True, manifest: Manifest | None = None) -> Array:
-        """`next` after an evaluation, in a workspace; the runs that led to its state are not noted."""
+        """Return `next` after an evaluation in a workspace.
+
+        The recorder drops the runs that led to the state.
+        """
         one = [index, index]
         plan = replace(
             self.plan,
@@ -155,13 +166,13 @@ class Setup:
         return np.array(workspace.state)
 
     def following(self, prediction: Array) -> Array:
-        """The update in NumPy, in float64."""
+        """Return the update computed by NumPy in float64."""
         tail = self.tail
         result: Array = tail.a * self.x.astype(np.float64) + tail.b * prediction.astype(np.float64) + tail.e * tail.r
         return result
 
     def pytorch(self, branch: PreparedBranch, labels: NDArray[np.int64], index: int = 0) -> Array:
-        """A branch's prediction by its checkpoint, which lies beside the bundle."""
+        """Return a branch's prediction by PyTorch, from the checkpoint next to the bundle."""
         source = self.manifest.source if branch.network == "main" else self.manifest.weak_source
         assert source is not None
         model = network(self.bundle.parent / source.file)
@@ -179,7 +190,7 @@ class Setup:
 
 
 def at(branch: PreparedBranch, evaluations: list[int]) -> PreparedBranch:
-    """A branch in these evaluations alone."""
+    """Return a branch reduced to these evaluations."""
     return replace(
         branch,
         held={
@@ -191,7 +202,10 @@ def at(branch: PreparedBranch, evaluations: list[int]) -> PreparedBranch:
 
 
 def check_feeds(runs: Sequence[Any]) -> None:
-    """Each run was fed what its graph's facts say, scalars of rank 0 and three images included."""
+    """Assert that each run was fed the inputs that its graph's facts list.
+
+    This includes scalars of rank 0 and batches of three images.
+    """
     for run in runs:
         assert set(run.feeds) == {tensor.name for tensor in run.graph.inputs}
         for tensor in run.graph.inputs:
@@ -208,7 +222,10 @@ def check_feeds(runs: Sequence[Any]) -> None:
 def test_advance_of_any_mode_is_the_formula(
     case: Case, fused: bool, record: Callable[[Path], Any], request: pytest.FixtureRequest
 ) -> None:
-    """By one engine run where a graph holds both branches, else by two, and PyTorch's two branches put together."""
+    """The evaluation is one engine run if a graph holds both branches, otherwise two.
+
+    The result equals PyTorch's two branches, combined by the formula.
+    """
     own = Setup(request.getfixturevalue(case.bundle), record, **case.chosen)
     found = own.advance(fused=fused)
     assert found.dtype == np.float32
@@ -235,7 +252,7 @@ def test_prediction_of_any_mode_is_the_formula(
     own.recorder.runs.clear()
     found = own.runner.prediction(own.x, own.plan, 0)
     assert own.recorder.names == case.fused
-    # Two runs share out the sum, as in a step with a = e = 0 and b = 1.
+    # Two runs share the sum, as in a step with a = e = 0 and b = 1.
     assert {run.output for run in own.recorder.runs} == {"next" if case.guided is None else "prediction"}
     check_feeds(own.recorder.runs)
     assert distance(found, guide(strong, weak, 1.7)) < CLOSE
@@ -245,7 +262,10 @@ def test_prediction_of_any_mode_is_the_formula(
 def test_advance_at_any_scale_is_linear_in_it(
     case: Case, record: Callable[[Path], Any], request: pytest.FixtureRequest
 ) -> None:
-    """Scale 0 is the weak branch and 1 the strong one, in one run and in two; what lies between, between."""
+    """Scale 0 is the weak branch and scale 1 the strong branch.
+
+    This holds in one run and in two. Other scales are linear between and beyond them.
+    """
     own = Setup(request.getfixturevalue(case.bundle), record, **case.chosen)
     strong, weak = (own.following(branch) for branch in own.runner.branches(own.x, own.plan, 0))
     for scale in (0.0, 1.0, 0.5, -1.0, 4.0):
@@ -258,7 +278,7 @@ def test_advance_at_any_scale_is_linear_in_it(
 def test_advance_of_two_networks_never_runs_a_graph_that_holds_both_branches_of_one(
     record: Callable[[Path], Any], tiny_autoguidance_bundle: Path, tiny_bundle: Path
 ) -> None:
-    """Though it keeps as many tokens in each branch."""
+    """That graph keeps the same number of tokens in each branch."""
     own = Setup(tiny_autoguidance_bundle, record)
     guided = read_manifest(tiny_bundle / "manifest.json").graph("guided", 16, 8)
     assert guided is not None
@@ -288,7 +308,10 @@ def test_branches_without_guidance_are_refused(record: Callable[[Path], Any], ti
 
 
 def test_advance_in_two_runs_shares_the_update_between_them(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
-    """a x + b ω D_strong + e r, then that plus b (1 - ω) D_weak: nothing is left to add up outside of the graphs."""
+    """The first run gives a x + b ω D_strong + e r; the second adds b (1 - ω) D_weak.
+
+    Nothing remains to be added outside of the graphs.
+    """
     own = Setup(tiny_bundle, record)
     found = own.advance(fused=False)
     first, second = own.recorder.runs
@@ -298,7 +321,7 @@ def test_advance_in_two_runs_shares_the_update_between_them(record: Callable[[Pa
     assert [second.feeds[name] for name in ("a", "b", "e")] == [0, np.float32(-0.7 * (1 - 1.7)), 1]
     np.testing.assert_array_equal(second.feeds["x"], own.x)
     strong, weak = own.runner.branches(own.x, own.plan, 0)
-    # r of the second run is the first one's result.
+    # r of the second run is the result of the first run.
     part = own.tail.a * own.x + own.tail.b * 1.7 * strong + own.tail.e * own.tail.r
     assert distance(second.feeds["r"], part) < CLOSE
     assert distance(found, part + own.tail.b * (1 - 1.7) * weak) < CLOSE
@@ -307,7 +330,7 @@ def test_advance_in_two_runs_shares_the_update_between_them(record: Callable[[Pa
 def test_advance_of_an_edm_model_scales_around_the_network(
     record: Callable[[Path], Any], tiny_edm_bundle: Path
 ) -> None:
-    """With the scalars of its sigma, in every graph that runs."""
+    """Every graph that runs gets the scalars of its sigma."""
     own = Setup(tiny_edm_bundle, record)
     own.advance()
     own.advance(fused=False)
@@ -327,7 +350,7 @@ def test_advance_of_the_null_row_alone_gives_every_image_no_class(
     null = own.runner.condition("main", np.array([0.6], np.float32), np.array([5]))[0]
     np.testing.assert_array_equal(run.feeds["modulations_weak"], np.stack([null] * 3))
     assert not np.array_equal(run.feeds["modulations"][0], null)
-    np.testing.assert_array_equal(run.feeds["modulations"][1], null)  # the image that has no class
+    np.testing.assert_array_equal(run.feeds["modulations"][1], null)  # the image without a class
 
 
 # What changes over a run
@@ -336,13 +359,16 @@ def test_advance_of_the_null_row_alone_gives_every_image_no_class(
 def test_advance_outside_of_the_interval_runs_the_strong_branch_alone(
     record: Callable[[Path], Any], tiny_cosine_bundle: Path
 ) -> None:
-    """At t = 0.95 and 0.1; between, by one run, or two where no graph holds that pair."""
+    """t = 0.95 and 0.1 are outside of the interval.
+
+    Inside, an evaluation is one run, or two runs if no graph holds that pair.
+    """
     times = [0.95, 0.9, 0.6, 0.5, 0.15, 0.1]
     own = Setup(tiny_cosine_bundle, record, read_manifest(tiny_cosine_bundle / "manifest.json").guidance, times)
     expected = [
         ["dense"],
         ["guided-16-8"],
-        # Half a cosine, at 2/5 and 3/5: 0.09 and 0.33, 0.16 and 0.17.
+        # Half a cosine at 2/5 and 3/5: 0.09 and 0.33, 0.16 and 0.17.
         ["dense", "sparse-12"],
         ["sparse-12", "sparse-12"],
         ["sparse-12", "dense"],
@@ -392,7 +418,10 @@ def test_prediction_of_any_count_of_images_fills_up_the_last_run(
     record: Callable[[Path], Any],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Graphs of three images get three; graphs of any count get five, or all where there are fewer."""
+    """Graphs of three images always get three.
+
+    Graphs of a symbolic batch get five, or all images if there are fewer.
+    """
     own = Setup(request.getfixturevalue(bundle), record, images=images, batch=5, **chosen)
     found = own.runner.prediction(own.x, own.plan, 0)
     assert found.shape == own.x.shape
@@ -410,7 +439,7 @@ def test_prediction_of_any_count_of_images_fills_up_the_last_run(
 def test_prediction_of_an_image_is_the_same_in_any_company(
     record: Callable[[Path], Any], tiny_cfg_sg_bundle: Path
 ) -> None:
-    """In a graph of three images: bit for bit, whether it is filled up or not."""
+    """In a graph of three images the bits are the same, with or without padding."""
     seven, two = (Setup(tiny_cfg_sg_bundle, record, images=images) for images in (7, 2))
     found = seven.runner.prediction(seven.x, seven.plan, 0)
     np.testing.assert_array_equal(two.runner.prediction(seven.x[:2], two.plan, 0), found[:2])
@@ -437,7 +466,7 @@ def test_groups_of_any_count_cover_each_image_in_order(
 def test_condition_of_any_row_count_runs_at_one_length(
     rows: int, record: Callable[[Path], Any], tiny_bundle: Path
 ) -> None:
-    """So that no other row count makes another machine, or another kernel, round it differently."""
+    """With another row count, a machine or a kernel could round the rows differently."""
     manifest = read_manifest(tiny_bundle / "manifest.json")
     recorder = record(tiny_bundle)
     runner = GraphRunner(manifest, recorder.lane(), 3)
@@ -451,7 +480,7 @@ def test_condition_of_any_row_count_runs_at_one_length(
         np.testing.assert_array_equal(alone[0], found[row])
 
 
-# What is missing
+# Missing graphs
 
 
 @pytest.mark.parametrize(
@@ -486,7 +515,7 @@ def test_branches_without_a_graph_name_the_build(
 def test_condition_of_a_network_that_is_not_there_names_the_build(
     record: Callable[[Path], Any], tiny_bundle: Path
 ) -> None:
-    """A plan that was made for another bundle."""
+    """The guidance plan was made for another bundle."""
     dense = Level(0.0, 16)
     with pytest.raises(UsageError) as caught:
         Setup(tiny_bundle, record, GuidancePlan("autoguidance", dense, dense, 2.0))
@@ -497,7 +526,7 @@ def test_condition_of_a_network_that_is_not_there_names_the_build(
 
 
 def test_advance_of_given_subsets_feeds_them(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
-    """The subsets of the plan, whoever made them."""
+    """The kept tokens of the prepared run are used, whoever made them."""
     own = Setup(tiny_bundle, record, strong_sparsity=0.25)
     weak = own.plan.weak
     assert weak is not None

@@ -1,4 +1,7 @@
-"""Plans: whose conditioning is computed, how often, and which tokens each branch keeps in each evaluation."""
+"""Prepared runs: which conditioning is computed, how often, and which tokens are kept.
+
+Kept tokens depend on the branch and on the evaluation.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -54,7 +57,7 @@ class Setup:
         )
 
     def rows(self, network: NetworkName, times: Sequence[float], classes: Sequence[int]) -> NDArray[np.float32]:
-        """Modulations (E, U, M), each pair computed by itself."""
+        """Return modulations (E, U, M), with each pair computed alone."""
         alone = [[self.condition(network, np.array([t], np.float32), np.array([c]))[0] for c in classes] for t in times]
         return np.array(alone)
 
@@ -65,7 +68,7 @@ def setup(record: Any) -> Callable[[Path], Setup]:
 
 
 def subsets(keep: int, branch: int, counter: tuple[int, int]) -> NDArray[np.int64]:
-    """The documented draw for all images."""
+    """Return the documented kept tokens of all images."""
     step, evaluation = counter
     return np.stack(
         [philox.subset(seed, TOKENS, keep, step=step, evaluation=evaluation, branch=branch) for seed in SEEDS]
@@ -73,7 +76,7 @@ def subsets(keep: int, branch: int, counter: tuple[int, int]) -> NDArray[np.int6
 
 
 def check_subsets(plan: PreparedBranch, branch: int) -> None:
-    """All as documented, by the plan's levels."""
+    """Assert that a branch's kept tokens are the documented ones for its levels."""
     for level, keep, counter in zip(plan.levels, plan.keep, COUNTERS, strict=True):
         if level is None or level == DENSE:
             assert keep is None
@@ -87,7 +90,7 @@ def check_subsets(plan: PreparedBranch, branch: int) -> None:
 
 
 def test_prepare_of_sg_shares_the_conditioning(setup: Callable[[Path], Setup], tiny_bundle: Path) -> None:
-    """One row for each time and distinct class: 0, 3 and no class."""
+    """There is one row for each time and distinct class: 0, 3 and no class."""
     own = setup(tiny_bundle)
     plan = own.plan()
     assert plan.weak is not None
@@ -116,7 +119,7 @@ def test_prepare_of_no_guidance_has_no_weak_branch(setup: Callable[[Path], Setup
 def test_prepare_of_a_weak_branch_without_a_class_adds_its_row(
     setup: Callable[[Path], Setup], request: pytest.FixtureRequest, name: str
 ) -> None:
-    """Once, for all images, and in the same run of `condition`."""
+    """One row serves all images and comes from the same run of `condition`."""
     own = setup(request.getfixturevalue(name))
     plan = own.plan(labels=np.array([3, 4, 0, 3]))
     assert plan.weak is not None
@@ -142,7 +145,7 @@ def test_prepare_of_images_without_a_class_shares_the_row_of_the_weak_branch(
 def test_prepare_of_cfg_draws_each_branch_a_subset_of_its_own(
     setup: Callable[[Path], Setup], tiny_cfg_bundle: Path
 ) -> None:
-    """Of one size, but other tokens."""
+    """Both branches keep the same number of tokens, but other tokens."""
     own = setup(tiny_cfg_bundle)
     plan = own.plan(choose(own.manifest, strong_sparsity=0.25))
     assert plan.weak is not None
@@ -193,10 +196,11 @@ def test_prepare_of_an_edm_model_asks_at_a_quarter_of_the_logarithm(
 def test_prepare_of_changing_sparsities_draws_subsets_of_changing_sizes(
     setup: Callable[[Path], Setup], tiny_cosine_bundle: Path
 ) -> None:
-    """Where a branch keeps all tokens, or does not run, it has none."""
+    """A branch that keeps all tokens or does not run has no array of kept tokens."""
     plan = setup(tiny_cosine_bundle).plan()
     assert plan.weak is not None
-    # Steps 0, 0, 1 and 2 of 2; the first and the last evaluation are outside of the interval from 0.15 to 0.9.
+    # The steps are 0, 0, 1 and 2 of 2. The first and the last evaluation are outside of the
+    # interval from 0.15 to 0.9.
     assert plan.strong.levels == (DENSE, DENSE, DENSE, QUARTER)
     assert plan.weak.levels == (None, HALF, QUARTER, None)
     assert [None if keep is None else keep.shape for keep in plan.strong.keep] == [None, None, None, (4, 12)]
@@ -209,7 +213,10 @@ def test_prepare_of_changing_sparsities_draws_subsets_of_changing_sizes(
 def test_prepare_of_a_weak_branch_that_comes_to_keep_all_has_no_subset_then(
     setup: Callable[[Path], Setup], tiny_autoguidance_bundle: Path
 ) -> None:
-    """By way of the weak network's levels, 0.5 and 0: the main one's have no part in it."""
+    """The sparsity passes the weak network's levels, 0.5 and 0.
+
+    The main network's levels have no effect.
+    """
     own = setup(tiny_autoguidance_bundle)
     plan = own.plan(choose(own.manifest, sparsity=(0.5, 0.0)))
     assert plan.weak is not None
@@ -220,7 +227,7 @@ def test_prepare_of_a_weak_branch_that_comes_to_keep_all_has_no_subset_then(
 def test_prepare_of_two_networks_goes_by_way_of_the_levels_of_each(
     setup: Callable[[Path], Setup], tiny_autoguidance_bundle: Path
 ) -> None:
-    """A sparsity that the main network has a graph for is none of the weak one's."""
+    """A sparsity of the main network's graphs is not used for the weak network."""
     own = setup(tiny_autoguidance_bundle)
     dense = own.manifest.graph("dense", 16)
     assert dense is not None
@@ -242,7 +249,7 @@ def test_prepare_of_a_longer_run_is_at_its_place_in_it(
     assert plan.scales == pytest.approx((3.0,) * 4, rel=1e-4)  # two thousandths of a cosine
 
 
-# An image's share of a plan
+# An image's part of a prepared run
 
 
 @settings(max_examples=15)
@@ -258,7 +265,7 @@ def test_prepare_of_an_image_in_any_company_computes_the_same_bits(
     place: int,
     times: list[float],
 ) -> None:
-    """At any other images and times: neither rows nor subsets depend on them."""
+    """Neither rows nor kept tokens depend on the other images and times."""
     own = Setup(tiny_cfg_sg_bundle, record)
     place = min(place, len(company))
     everyone = [*company[:place], (2, 77), *company[place:]]

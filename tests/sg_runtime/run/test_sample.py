@@ -1,4 +1,4 @@
-"""What whole runs draw, report and refuse; that progress counts every evaluation is in `test_pipeline`."""
+"""What complete runs draw, report and refuse. Progress counts are in `test_pipeline`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_check_finite_of_a_half_precision_names_the_others(edited: Callable[[Cal
 
 
 def test_sample_with_progress_that_fails_leaves_its_error(tiny_bundle: Path) -> None:
-    """After as many evaluations as it was called for, in order, over both groups."""
+    """Progress is called once per evaluation, in order over both groups, until it fails."""
     seen: list[tuple[int, int]] = []
 
     def fail(done: int, total: int) -> None:
@@ -100,7 +100,10 @@ def test_noise_of_seeds_is_that_of_each_alone(seeds: list[int], purpose: int, st
 def test_sample_without_a_chunk_holds_what_the_budget_allows(
     budget: int, chunks: list[int], tiny_bundle: Path, record: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In evaluations of one image, and at least one; each chunk begins with the run of `condition`."""
+    """The budget is in evaluations of one image; a chunk has at least one.
+
+    Each chunk begins with a run of `condition`.
+    """
     recorder = record(tiny_bundle)
     pipe = Pipeline(Bundle.open(tiny_bundle), recorder, 3)
     manifest = pipe.bundle.manifest

@@ -1,4 +1,7 @@
-"""Runs that stay on their device: buffers, tables and bound launches; that samples are right is in `test_pipeline`."""
+"""Runs that stay on their device: buffers, tables and bound launches.
+
+`test_pipeline` checks that the samples are right.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,18 +31,22 @@ Array = NDArray[np.float32]
 SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun")
 CLASSES, SEEDS = [0, 3, None], [0, 1, 2**64 - 1]
 
-# FP32 rounding in another order, outside of the graphs: about 3e-7. A fault, such as another buffer, is above 1e-2.
+# Tolerance of FP32 rounding in another order, outside of the graphs: about 3e-7. A fault, such as
+# another buffer, is above 1e-2.
 CLOSE = 1e-5
 
 
 def distance(found: Array, expected: Array) -> float:
-    """Relative L2, in float64."""
+    """Return the relative L2 distance, computed in float64."""
     return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture
 def watched(watch: Callable[[Path], Any], request: pytest.FixtureRequest) -> Callable[..., tuple[Pipeline, Any]]:
-    """Makes a pipeline of three images over a watched backend, from the name of a bundle's fixture."""
+    """Return a function that makes a pipeline of three images over a watched backend.
+
+    The function takes the name of a bundle's fixture.
+    """
 
     def make(bundle: str, chunk: int | None = None, batch: int = 3) -> tuple[Pipeline, Any]:
         path = request.getfixturevalue(bundle)
@@ -74,7 +81,7 @@ def test_sample_of_any_mode_is_its_predictions_put_together(
     fused: bool,
     watched: Callable[..., tuple[Pipeline, Any]],
 ) -> None:
-    """By the formula of an update, with the branches of `guided` in arrays of their own."""
+    """The update is its formula; the predictions are those of `guided`, in separate arrays."""
     pipe, _ = watched(bundle)
     manifest, guidance = pipe.bundle.manifest, pipe.guidance(**chosen)
     times = run_times(5, manifest.sampling.karras)
@@ -103,7 +110,7 @@ def test_sample_of_any_mode_is_its_predictions_put_together(
 def test_sample_writes_no_buffer_that_is_read_before_the_step_ends(
     chunk: int | None, sampler: SamplerName, fused: bool, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """The state and what r is to be are followed from launch to launch, by their addresses."""
+    """The test follows the addresses of the state and of r from launch to launch."""
     pipe, backend = watched("tiny_bundle", chunk)
     pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler, fused=fused)
     launches = iter(backend.steps)
@@ -129,7 +136,10 @@ def test_sample_writes_no_buffer_that_is_read_before_the_step_ends(
 def test_sample_between_its_evaluations_only_runs_graphs(
     bundle: str, fused: bool, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """No array is made, filled, copied or read, and in a second run nothing is bound or put together anew."""
+    """No array is made, filled, copied or read between evaluations.
+
+    A second run binds nothing and builds no sequence.
+    """
     pipe, backend = watched(bundle)
     first = pipe.sample(CLASSES, SEEDS, steps=4, sampler="heun", fused=fused)
     backend.events.clear()
@@ -138,14 +148,14 @@ def test_sample_between_its_evaluations_only_runs_graphs(
     assert set(backend.kinds[ran[0] : ran[-1] + 1]) == {"run"}
     assert not [event for event in backend.events if event.kind == "bind" and event.fixed]
     assert "sequence" not in backend.kinds
-    # The samples, from their buffer to the result, and from there to the caller.
+    # The samples go from their buffer to the result, and from there to the caller.
     assert backend.kinds[ran[-1] + 1 :] == ["empty", "copy", "download"]
 
 
 def test_sample_with_churn_between_its_evaluations_moves_the_state_alone(
     watched: Callable[..., tuple[Pipeline, Any]],
 ) -> None:
-    """To the CPU and back, once in each step that adds noise."""
+    """Each step that adds noise moves the state to the CPU and back once."""
     pipe, backend = watched("tiny_edm_bundle")
     churn = Churn(1.0, high=30.0)
     pipe.sample(CLASSES, SEEDS, steps=4, sampler="euler", churn=churn)
@@ -161,7 +171,10 @@ def test_sample_with_churn_between_its_evaluations_moves_the_state_alone(
 def test_sample_reads_each_kind_of_input_from_one_table(
     bundle: str, fused: bool, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """Each evaluation at a row of its own, and all that graphs read and write at multiples of 256 bytes."""
+    """Each evaluation has its own row.
+
+    All arrays that graphs read or write begin at multiples of 256 bytes.
+    """
     pipe, backend = watched(bundle)
     pipe.sample(CLASSES, SEEDS, steps=4, sampler="euler", fused=fused)
     manifest = pipe.bundle.manifest
@@ -169,15 +182,15 @@ def test_sample_reads_each_kind_of_input_from_one_table(
     for launch in backend.steps:
         places = {**launch.inputs, **launch.outputs}
         assert all(address % ALIGNMENT == 0 for address in places.values())
-        # "prediction" is an output that nobody wants.
+        # "prediction" is an output that nobody reads.
         assert set(places) == {tensor.name for tensor in manifest_graph(manifest, launch.graph).inputs} | {"next"}
-    for number in range(evaluations):  # of each step's launches
+    for number in range(evaluations):  # for each launch of a step
         own = backend.steps[number::evaluations]
         facts = {tensor.name: tensor for tensor in manifest_graph(manifest, own[0].graph).inputs}
         for name in facts.keys() - {"x", "r"}:
             values = [3 if size == "B" else int(size) for size in facts[name].shape]
             row = aligned(int(np.prod(values)) * np.dtype(facts[name].dtype).itemsize)
-            # The scalars of an evaluation are 2 launches' 7 together.
+            # The scalars of an evaluation lie together: 7 scalars for each of 2 launches.
             expected = row if facts[name].shape else 14 * ALIGNMENT
             assert {b.inputs[name] - a.inputs[name] for a, b in pairwise(own)} == {expected}, name
 
@@ -193,7 +206,7 @@ def manifest_graph(manifest: Any, name: str) -> GraphFacts:
 def test_sample_through_calls_that_are_bound_is_that_of_a_fresh_pipeline(
     bundle: str, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """Other classes, subsets, scales, intervals and ways to run leave nothing in the tables."""
+    """Earlier classes, kept tokens, scales, intervals and modes leave nothing in the tables."""
     pipe, backend = watched(bundle)
     asked: list[dict[str, Any]] = [
         {"classes": [4, 4, 1], "seeds": [5, 6, 7]},
@@ -211,11 +224,11 @@ def test_sample_through_calls_that_are_bound_is_that_of_a_fresh_pipeline(
     assert len(bound) == len({(b.graph, *b.inputs.items(), *b.outputs.items()) for b in bound}), "one was bound twice"
 
 
-# Any updates at all
+# Arbitrary updates
 
 
 class FormulaLane:
-    """A lane whose step graphs are one formula, for a prediction that depends on all that they read."""
+    """A lane whose step graphs are one formula. Its prediction depends on every input."""
 
     def __init__(self) -> None:
         self.memory = HostMemory()
@@ -241,7 +254,7 @@ class FormulaLane:
 
 
 def formula(x: Any, modulations: Any, keep: Any, c_in: Any, c_skip: Any, c_out: Any) -> Any:
-    """A prediction of size 1, other for each evaluation, image and subset."""
+    """Return a prediction of size 1 that differs by evaluation, image and kept tokens."""
     own = modulations.sum(axis=1) + keep @ np.cos(np.arange(keep.shape[1]))
     return c_skip * x + c_out * np.tanh(c_in * x + np.sin(own)[:, None, None, None])
 
@@ -249,7 +262,8 @@ def formula(x: Any, modulations: Any, keep: Any, c_in: Any, c_skip: Any, c_out: 
 NUMBERS = st.sampled_from([-0.75, 0.25, 0.5, 1.0])
 STEPS = st.lists(
     st.lists(
-        # (a, b, e), noise, scale, and the tokens of the weak branch: a graph of both, two graphs, or the strong alone
+        # (a, b, e), noise, scale, and the number of tokens that the weak branch keeps. The number
+        # selects one graph of both branches, two graphs, or the strong branch alone.
         st.tuples(
             st.tuples(NUMBERS, NUMBERS, NUMBERS), st.sampled_from([0.0, 0.5]), NUMBERS, st.sampled_from([8, 12, 0])
         ),
@@ -266,7 +280,10 @@ STEPS = st.lists(
 def test_advance_of_any_updates_is_the_formula(
     steps: Any, cuts: int, fused: bool, seed: int, tiny_edm_bundle: Path
 ) -> None:
-    """However they are cut, in one launch or two: no value is lost before its last reader, and none is stale."""
+    """The updates are cut in any way, in one launch or two.
+
+    No value is lost before its last reader, and no value is stale.
+    """
     manifest = read_manifest(tiny_edm_bundle / "manifest.json")
     flat = [(step, number, *rest) for step, parts in enumerate(steps) for number, rest in enumerate(parts)]
     run = [
@@ -314,17 +331,17 @@ def test_advance_of_any_updates_is_the_formula(
         plan = PreparedRun(manifest.guidance, tuple(u.time for u in run[part]), scales[part], branches)
         workspace.advance(plan, run[part], lambda: done.append(1), lambda step: noise[step], fused)
     assert len(done) == len(run)
-    # Float32 against mostly float64, in ten updates of size 1.
+    # Float32 compared with mostly float64, in ten updates of size 1.
     np.testing.assert_allclose(workspace.state, integrate(run, advance, start, lambda step: noise[step]), atol=1e-4)
 
 
 def cut(branch: PreparedBranch, part: slice) -> PreparedBranch:
-    """A branch in some of its evaluations."""
+    """Return a branch reduced to some of its evaluations."""
     held = {name: Rows(rows.values[part], rows.rows) for name, rows in branch.held.items()}
     return replace(branch, held=held, levels=branch.levels[part], keep=branch.keep[part])
 
 
-# Piece by piece
+# Chunks
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
@@ -341,7 +358,7 @@ def cut(branch: PreparedBranch, part: slice) -> PreparedBranch:
 def test_sample_in_chunks_is_the_same_bits(
     bundle: str, churn: Churn | None, sampler: SamplerName, chunk: int, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """Even where one ends in the middle of a step of Heun's."""
+    """A chunk may end in the middle of a Heun step."""
     asked = {"classes": CLASSES, "seeds": SEEDS, "steps": 5, "sampler": sampler, "churn": churn}
     (whole, _), (pieces, _) = watched(bundle), watched(bundle, chunk)
     seen: list[tuple[int, int]] = []
@@ -360,7 +377,7 @@ def test_sample_in_chunks_holds_no_more_however_many_steps(watched: Callable[...
     assert peaks[0] == peaks[1]
 
 
-# What a run needs of memory
+# Memory of a run
 
 
 @pytest.mark.parametrize(
@@ -376,7 +393,10 @@ def test_sample_in_chunks_holds_no_more_however_many_steps(watched: Callable[...
 def test_run_bytes_is_what_a_run_holds_at_most(
     chosen: dict[str, Any], batch: int, steps: int, chunk: int | None, watched: Callable[..., tuple[Pipeline, Any]]
 ) -> None:
-    """Beside the samples themselves, of as many classes as images; and not twice as much, which would refuse runs."""
+    """The samples are not counted; there is one class for each image.
+
+    The estimate is at most twice the use, so that it does not refuse runs that fit.
+    """
     pipe, backend = watched("tiny_bundle", chunk, batch)
     guidance = pipe.guidance(**chosen)
     samples = pipe.sample(range(batch), range(batch), steps=steps, sampler="euler", guidance=guidance)

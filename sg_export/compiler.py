@@ -94,7 +94,7 @@ def _reference_bundle(
     folder: Path,
     counted: Counted,
 ) -> Bundle:
-    """Write the FP32 graphs as a bundle in `folder`, the reference that quantization is judged by."""
+    """Write the FP32 graphs as a bundle in `folder`, the reference of the quantization."""
     loaded, weak = networks["main"], networks["weak"]
     assert loaded is not None
     engines = None if options.engines is None else replace(options.engines, keep_onnx=True)

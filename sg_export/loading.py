@@ -27,7 +27,7 @@ class LoadedModel:
     source: Source
 
     def kept_count(self, sparsity: float) -> int:
-        """Return the number of tokens that a branch keeps at `sparsity`, by the family's rounding."""
+        """Return how many tokens a branch keeps at `sparsity`, by the family's rounding."""
         return ADAPTERS[self.facts.family].kept_count(self.facts.tokens, sparsity)
 
     def level(self, sparsity: float) -> Level:
@@ -86,7 +86,9 @@ def load_weak(
     same = replace(weak_facts, class_names=facts.class_names, space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
-        differences = "; ".join(f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing)
+        differences = "; ".join(
+            f"{name}: expected {getattr(facts, name)}, found {getattr(same, name)}" for name in differing
+        )
         raise UsageError(
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )

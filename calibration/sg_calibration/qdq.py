@@ -7,29 +7,23 @@ operators are left unchanged.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx
+from onnx import helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from sg_calibration.layers import PRODUCTS, Layer, layers_of
+from sg_calibration.types import QUANTS
 from sg_runtime.errors import ExportError
-
-Kind = Literal["int8", "fp8"]
-
-LARGEST: Mapping[Kind, float] = {"int8": 127.0, "fp8": 448.0}
-"""Largest value of each type, to which the end of a range is mapped. FP8 is float8_e4m3fn."""
-
-_TYPES: Mapping[Kind, QuantType] = {"int8": QuantType.QInt8, "fp8": QuantType.QFLOAT8E4M3FN}
+from sg_runtime.manifest import QuantizedType
 
 
 def quantize(
-    model: onnx.ModelProto, kind: Kind, ranges: Mapping[str, float], *, weight_only: Collection[str] = ()
+    model: onnx.ModelProto, kind: QuantizedType, ranges: Mapping[str, float], *, weight_only: Collection[str] = ()
 ) -> onnx.ModelProto:
     """Quantize layers of the graph in place and return the graph.
 
@@ -54,19 +48,22 @@ def quantize(
 
 def _quantized(
     model: onnx.ModelProto,
-    kind: Kind,
+    kind: QuantizedType,
     layers: Sequence[Layer],
     ranges: Mapping[str, float],
     quantizer: type[QDQQuantizer],
 ) -> onnx.ModelProto:
     """Return the model with these layers quantized by `quantizer`."""
-    zero = np.array(0, ml_dtypes.float8_e4m3fn if kind == "fp8" else np.int8)
-    scales = {layer.source: ranges.get(layer.name, 1.0) / LARGEST[kind] for layer in layers}
-    if kind == "fp8":
+    quantized = next(known for known in QuantType if known.tensor_type == QUANTS[kind].onnx)
+    zero = np.array(0, helper.tensor_dtype_to_np_dtype(QUANTS[kind].onnx))
+    scales = {layer.source: ranges.get(layer.name, 1.0) / QUANTS[kind].largest for layer in layers}
+    if not QUANTS[kind].per_channel:
         arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        scales |= {layer.weight: float(np.abs(arrays[layer.weight]).max() or 1.0) / LARGEST[kind] for layer in layers}
+        scales |= {
+            layer.weight: float(np.abs(arrays[layer.weight]).max() or 1.0) / QUANTS[kind].largest for layer in layers
+        }
     overrides = {
-        name: [{"scale": np.array(scale, np.float32), "zero_point": zero, "quant_type": _TYPES[kind]}]
+        name: [{"scale": np.array(scale, np.float32), "zero_point": zero, "quant_type": quantized}]
         for name, scale in scales.items()
     }
     # The quantizer requires these ranges, but the scales in `overrides` take precedence.
@@ -75,8 +72,8 @@ def _quantized(
         model,
         kind == "int8",  # one scale per output channel
         False,
-        _TYPES[kind],
-        _TYPES[kind],
+        quantized,
+        quantized,
         TensorsData(CalibrationMethod.MinMax, known),
         [layer.node for layer in layers],
         [],

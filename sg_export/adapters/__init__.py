@@ -34,7 +34,7 @@ class Adapter(Protocol):
 
 
 ADAPTERS: Mapping[str, Adapter] = {maskdit.FAMILY: maskdit, tread.FAMILY: tread}
-"""Adapters by family. A family whose checkpoints also have the keys of another family comes first."""
+"""Adapters by family. A family whose checkpoints also have another family's keys comes first."""
 
 
 def find_adapter(checkpoint: Checkpoint) -> Adapter:

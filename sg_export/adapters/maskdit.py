@@ -77,9 +77,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     config = dit.infer_config(checkpoint, num_classes, given.heads, HEADS)
     route = usual_route(config.depth)
     if given.route not in (None, route):
-        raise UsageError(
-            f"{file}: route {given.route}: expected {route}, the entire encoder: leave out the route"
-        )
+        raise UsageError(f"{file}: route {given.route}: expected {route}, the entire encoder: leave out the route")
     if given.prediction not in (None, "edm"):
         raise UsageError(
             f"{file}: prediction {given.prediction}: expected edm, as in all MaskDiT models: leave out the prediction"
@@ -89,5 +87,5 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     # A model that was trained without the loss on masked patches has no mask token.
     zeros = {"mask_token": torch.zeros(1, 1, DECODER_WIDTH)}
     complete = replace(checkpoint, tensors={**zeros, **tensors})
-    # The layer between encoder and decoder also runs on the kept tokens, so it is part of the route.
+    # The layer between encoder and decoder also runs on the kept tokens: it is part of the route.
     return dit.assemble(complete, FAMILY, network, "edm", route, Route(0, config.depth))

@@ -1,4 +1,7 @@
-"""The command line: a shell over `sg_export` and `sg_runtime`. Heavy libraries are imported inside the commands."""
+"""The command line, a shell over `sg_export` and `sg_runtime`.
+
+Heavy libraries are imported inside the commands.
+"""
 
 import click
 
@@ -26,8 +29,9 @@ def main() -> None:
       sg-export verify glyphs-bundle
       sg-export generate glyphs-bundle --class A --count 16 -o grid.png
 
-    Exit codes: 0 done, 2 wrong or unsupported request, 3 export failed, 4 engine failed, 5 a parity gate failed or
-    samples are no numbers, 6 bundle, checkpoint or device unusable here, 130 interrupted.
+    Exit codes: 0 done, 2 wrong or unsupported request, 3 export failed, 4 engine failed, 5 a parity
+    gate failed or samples are not finite, 6 bundle, checkpoint or device unusable here, 130
+    interrupted.
     """
 
 

@@ -15,18 +15,26 @@ from sg_export.cli.output import print_table, progress
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @device_options
-@click.option("--images", type=click.IntRange(min=1), help="Images at once.  [default: 1 on a CPU, else the batch]")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    help="Number of images that one run samples.  [default: 1 on a CPU, else the largest batch of a graph run]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]")
-@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Runs that are timed.")
+@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Number of timed runs.")
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     type=click.Choice(["pytorch", "pytorch-compiled"]),
-    help="Time a loop of two passes in PyTorch too, in turn; repeatable.",
+    help="Also time a PyTorch loop with two passes per step, alternating with the bundle's runs; repeatable.",
 )
-@click.option("--checkpoint", type=click.Path(), help="What the baselines load.  [default: found by its name]")
-@click.option("--weak-checkpoint", type=click.Path(), help="That of the weak network.  [default: found by its name]")
+@click.option("--checkpoint", type=click.Path(), help="Checkpoint of the baselines.  [default: found by its name]")
+@click.option(
+    "--weak-checkpoint",
+    type=click.Path(),
+    help="Checkpoint of the baselines' weak network.  [default: found by its name]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def bench(
@@ -41,9 +49,10 @@ def bench(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Time whole runs of BUNDLE's default guidance: per step, per image, and beside what the machine can do.
+    """Time complete runs of BUNDLE with its default guidance.
 
-    Times are in milliseconds, as the 50th, 90th and 99th percentile.
+    Prints times per step and per image in milliseconds (50th, 90th and 99th percentile), and the
+    share of the machine's measured peak performance.
 
     \b
     Examples:
@@ -86,9 +95,9 @@ def bench(
     for reason in result.rejected:
         click.echo(f"not {reason}")
     if result.roofline is None:
-        click.echo("share of what the machine can do: unknown without PyTorch, which measures that on a GPU")
+        click.echo("share of the machine's peak: unknown without PyTorch, which measures the peak of a GPU")
     else:
         limits = (
             f"{result.roofline.macs_per_second / 1e9:.4g} GMAC/s, {result.roofline.bytes_per_second / 1e9:.4g} GB/s"
         )
-        click.echo(f"share of what the machine can do: {result.roofline.share:.0%} ({limits}, measured here)")
+        click.echo(f"share of the machine's peak: {result.roofline.share:.0%} ({limits}, measured here)")

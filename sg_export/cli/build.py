@@ -38,17 +38,19 @@ if TYPE_CHECKING:
     default="fp32",
     show_default=True,
     help="Type of the matmuls and of attention; other operators stay in FP32. int8 and fp8 quantize the matmuls of "
-    "layers, over a base precision.",
+    "layers; the rest has the base precision.",
 )
 @click.option(
     "--base-precision",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Type of what int8 and fp8 do not cover.  [default: fp32 for ONNX graphs, fp16 for engines]",
+    help="Type of the matmuls that int8 and fp8 do not quantize.  [default: fp32 for ONNX graphs, fp16 for engines]",
 )
 @quantization_options
 @target_options
 @click.option(
-    "--explain-cache", is_flag=True, help="Report for every engine whether it was in the cache, or what differs."
+    "--explain-cache",
+    is_flag=True,
+    help="Report for every engine whether it is in the cache, and otherwise what differs.",
 )
 @click.option("--opset", type=click.IntRange(min=20, max=22), default=20, show_default=True, help="ONNX opset.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL-bundle]")
@@ -73,9 +75,10 @@ def build(
 ) -> None:
     """Compile MODEL into a bundle.
 
-    MODEL is a checkpoint (.pt, .pth, .safetensors) or the name of a reference model; without one, the reference model
-    glyphs is built. ONNX checks every graph, and ONNX Runtime runs it once beside PyTorch. Engines that were built
-    before come from a cache, $SG_EXPORT_CACHE or sg-export in the user's cache folder.
+    MODEL is a checkpoint (.pt, .pth, .safetensors) or the name of a reference model. The default is
+    the reference model glyphs. ONNX checks every graph, and ONNX Runtime runs it once for a
+    comparison with PyTorch. Engines of earlier builds come from a cache, $SG_EXPORT_CACHE or
+    sg-export in the user's cache folder.
 
     \b
     Examples:
@@ -83,7 +86,8 @@ def build(
       sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
       sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
       sg-export build --sparsity 0.5 --precision int8
-      sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 --sparsity 0 --schedule cosine
+      sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 \\
+        --sparsity 0 --schedule cosine
     """
     from sg_export.compiler import compile
     from sg_export.options.compile import CompileOptions
@@ -133,7 +137,7 @@ def build(
         )
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
         if not options.has_onnx:
-            click.echo("the engines hold the weights; verify needs the graphs, too: build with --keep-onnx for that")
+            click.echo("the bundle holds engines without ONNX graphs; for verify, build with --keep-onnx")
 
 
 def _echo_quantization(bundle: "Bundle") -> None:
@@ -144,8 +148,8 @@ def _echo_quantization(bundle: "Bundle") -> None:
     worst = max(plan.quality, key=lambda quality: quality.guided)
     click.echo(
         f"{plan.type}: {len(plan.layers) - len(high)} of {len(plan.layers)} layers; guided prediction within "
-        f"{worst.guided:.2%} of FP32 at every time; whole runs {plan.runs:.2%} (other token subsets: "
-        f"{plan.mask_noise:.1%})"
+        f"{worst.guided:.2%} of FP32 at every time; complete runs within {plan.runs:.2%} (two FP32 runs with "
+        f"different kept tokens: {plan.mask_noise:.1%})"
     )
     for line in [*([f"in {bundle.manifest.precision}: {', '.join(high)}"] if high else []), *plan.remarks]:
         click.echo(line)

@@ -35,10 +35,12 @@ from sg_export.cli.output import progress
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    help="Folder that keeps the states of the runs, so that an interrupted calibration goes on.  [default: a temporary "
-    "folder]",
+    help="Folder that keeps the states of the runs, so that an interrupted calibration can continue.  [default: a "
+    "temporary folder]",
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Table of ranges, a .json file.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="File of the table of ranges (.json)."
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def calibrate(
     model: str | None,
@@ -53,10 +55,10 @@ def calibrate(
     output: Path,
     quiet: bool,
 ) -> None:
-    """Measure the ranges of MODEL's activations on guided runs of its own, for build --precision int8 or fp8.
+    """Measure the ranges of MODEL's activations, for build --precision int8 or fp8.
 
-    All pairs of sparsities add to one table, which is bound to the checkpoint. build measures ranges itself where it is
-    given no table.
+    They are measured on guided runs of MODEL, or on your data. One table covers all pairs of
+    sparsities and is valid only for this checkpoint. Without a table, build measures the ranges.
 
     \b
     Examples:

@@ -24,37 +24,65 @@ GUIDANCE_MODES = get_args(GuidanceMode)
     "classes",
     multiple=True,
     metavar="CLASS",
-    help="A class by index, or by name where the model has names (a number is always an index); repeatable, taken in "
-    "turn.  [default: all classes in turn]",
+    help="Class to sample, by index, or by name if the model has names (a number is always an index). Repeatable; the "
+    "images cycle through the classes.  [default: all classes]",
 )
-@click.option("--count", type=click.IntRange(min=1), help="Images.  [default: one per class, at most 64]")
+@click.option("--count", type=click.IntRange(min=1), help="Number of images.  [default: one per class, at most 64]")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
-    help="Seed of the first image; the next has the next.",
+    help="Seed of the first image; it increases by one per image.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]")
-@click.option("--sampler", type=click.Choice(["euler", "heun"]), help="[default: the bundle's]")
-@click.option("--guidance", type=click.Choice(GUIDANCE_MODES), help="[default: the bundle's]")
-@click.option("--sparsity", type=RampType(), help="Sparsity of the weak branch, one that was built.")
-@click.option("--strong-sparsity", type=RampType(), help="Sparsity of the strong branch, one that was built.")
-@click.option("--scale", type=RampType(), help="Guidance scale; 1 is the strong branch alone.")
+@click.option("--sampler", type=click.Choice(["euler", "heun"]), help="Sampler of the run.  [default: the bundle's]")
+@click.option("--guidance", type=click.Choice(GUIDANCE_MODES), help="Guidance mode.  [default: the bundle's]")
+@click.option(
+    "--sparsity", type=RampType(), help="Sparsity of the weak branch; BUNDLE must hold it.  [default: the bundle's]"
+)
+@click.option(
+    "--strong-sparsity",
+    type=RampType(),
+    help="Sparsity of the strong branch; BUNDLE must hold it.  [default: the bundle's]",
+)
+@click.option(
+    "--scale", type=RampType(), help="Guidance scale; 1 gives the strong branch alone.  [default: the bundle's]"
+)
 @INTERVAL
-@click.option("--churn", type=float, help="Noise added in every step of an edm model (S_churn).  [default: none]")
 @click.option(
-    "--churn-range", type=float, nargs=2, metavar="LOW HIGH", help="Sigmas between which it is (S_min, S_max)."
+    "--churn", type=float, help="Amount of noise added in every step of an edm model (S_churn).  [default: none]"
 )
-@click.option("--churn-noise", type=float, default=1.0, show_default=True, help="Its standard deviation (S_noise).")
+@click.option(
+    "--churn-range",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Sigmas between which --churn adds noise (S_min, S_max).  [default: all]",
+)
+@click.option(
+    "--churn-noise",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Standard deviation of the noise that --churn adds (S_noise).",
+)
 @device_options
-@click.option("--batch", type=click.IntRange(min=1), help="Most images in one run of a graph.")
-@click.option("--columns", type=click.IntRange(min=1), help="Columns of the picture.  [default: nearest to a square]")
-@click.option("--zoom", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each pixel this often.")
+@click.option("--batch", type=click.IntRange(min=1), help="Maximum number of images in one run of a graph.")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="A .png, or a .npy of float32 samples."
+    "--columns", type=click.IntRange(min=1), help="Columns of images in the .png.  [default: nearest to a square]"
 )
-@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+@click.option(
+    "--zoom", type=click.IntRange(min=1), default=1, show_default=True, help="Factor by which the .png is enlarged."
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File of the samples: a .png picture, or a .npy of float32 values.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def generate(
     bundle: Path,
     classes: tuple[str, ...],
@@ -79,8 +107,9 @@ def generate(
 ) -> None:
     """Sample images from BUNDLE into one file.
 
-    An image depends on its class and seed alone, whatever is sampled beside it. Models of latents write .npy.
-    A sparsity or scale given as FIRST:LAST changes along a cosine from the first step to the last.
+    An image depends only on its class and seed, not on other images of the run. Models of latents
+    write .npy. A sparsity or scale FIRST:LAST changes along a cosine from the first step to the
+    last.
 
     \b
     Examples:
@@ -103,7 +132,7 @@ def generate(
     if output.suffix == ".png" and model.space == "latent":
         raise Failure(
             f"{output}: expected .npy, since {bundle} samples latents and holds no decoder: "
-            f"give --output {output.with_suffix('.npy')} and decode that",
+            f"give --output {output.with_suffix('.npy')} and decode that file",
             2,
         )
     chosen = [int(name) if re.fullmatch("-?[0-9]{1,9}", name) else name for name in classes]
@@ -112,7 +141,7 @@ def generate(
     labels = [chosen[k % len(chosen)] for k in range(total)]
     seeds = [(seed + k) % 2**64 for k in range(total)]
     if churn is None and (churn_range is not None or churn_noise != 1):
-        raise Failure("--churn-range and --churn-noise are of the noise that --churn adds: give that, too", 2)
+        raise Failure("--churn-range and --churn-noise describe the noise that --churn adds: give --churn, too", 2)
     plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval)
     low, high = churn_range or (0.0, math.inf)
     with progress(quiet) as report:
@@ -128,7 +157,7 @@ def generate(
     with writing(output):
         if output.suffix == ".npy":
             content = io.BytesIO()
-            np.save(content, x)  # NumPy hides the system's reason where it writes to a file itself
+            np.save(content, x)  # if NumPy writes to a file itself, it hides the system's reason for an error
             with replacing(output) as temporary:
                 temporary.write_bytes(content.getbuffer())
         else:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, source: ModelSource, as_json: bool) -> None:
-    """Show what a checkpoint or a bundle is, and what its graphs cost.
+    """Show the facts of a checkpoint or a bundle, and the costs of a bundle's graphs.
 
-    PATH is a bundle, a checkpoint, or the name of a reference model. Costs are counted from the graphs, for one image.
+    PATH is a bundle, a checkpoint, or the name of a reference model. Costs are counted from the
+    graphs, for one image.
 
     \b
     Examples:
@@ -138,7 +139,7 @@ def _runs_on(manifest: "Manifest") -> str:
 
 
 def _print_quantization(manifest: "Manifest") -> None:
-    """What was quantized, why not the rest, and how good the result is at every time."""
+    """Print which layers are quantized, why the others are not, and the quality at every time."""
     plan = manifest.quantization
     if plan is None:
         return
@@ -153,13 +154,15 @@ def _print_quantization(manifest: "Manifest") -> None:
         )
         for layer in plan.layers
     ]
-    columns = ("layer", "type", "why", "distance where it alone is quantized", "MB saved", "GMAC")
+    columns = ("layer", "type", "why", "distance if only it is quantized", "MB saved", "GMAC")
     seen = f"ranges by {plan.method} of {plan.evaluations} evaluations of {plan.images} images"
     print_table(f"Layers; {seen}", columns, rows)
     quality = [(f"{q.time:.3g}", f"{q.strong:.5f}", f"{q.weak:.5f}", f"{q.guided:.2%}") for q in plan.quality]
     gates = f"gates: cosine {plan.gates.cosine:g}, guided {plan.gates.guided:.0%}"
     print_table(f"Distance to FP32; {gates}", ("t", "strong, cosine", "weak, cosine", "guided"), quality)
-    click.echo(f"whole runs: {plan.runs:.2%} from FP32; two FP32 runs with other token subsets: {plan.mask_noise:.2%}")
+    click.echo(
+        f"complete runs: {plan.runs:.2%} from FP32; two FP32 runs with different kept tokens: {plan.mask_noise:.2%}"
+    )
     for remark in plan.remarks:
         click.echo(remark)
 
@@ -181,7 +184,7 @@ def _print_engines(bundle: "Bundle") -> None:
 
 
 def _guidance(plan: "GuidancePlan") -> str:
-    """The plan in a line."""
+    """Return the plan as one line."""
 
     def ramp(first: float, last: float | None) -> str:
         return f"{first:g}" if last is None else f"{first:g} to {last:g}"
@@ -201,7 +204,7 @@ def _guidance(plan: "GuidancePlan") -> str:
 
 
 def _print_schedule(manifest: "Manifest") -> None:
-    """Which sparsities and scales the evaluations of a default run have, where they are not all the same."""
+    """Print the sparsities and scales over a default run, unless all evaluations have the same."""
     from sg_export.cost.step import step_table
 
     table = step_table(manifest)

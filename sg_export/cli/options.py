@@ -1,4 +1,7 @@
-"""Option groups that several commands share. A group adds its options and hands the command one dataclass."""
+"""Option groups that several commands share.
+
+A group adds its options to a command and passes their values as one dataclass.
+"""
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -33,14 +36,14 @@ INTERVAL = click.option(
 
 
 def group(name: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
-    """Add `options` to a command, which gets their values as one argument `name`, a `record`."""
+    """Add `options` to a command. It gets their values as one argument `name`, a `record`."""
     names = [parameter.name for parameter in _parameters(options)]
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
         def grouped(**values: Any) -> Any:
-            own = {option: values.pop(option) for option in names}
-            return command(**values, **{name: record(**own)})
+            record_values = {option: values.pop(option) for option in names}
+            return command(**values, **{name: record(**record_values)})
 
         for option in reversed(options):
             grouped = option(grouped)
@@ -63,7 +66,7 @@ def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What a checkpoint does not say about itself, as options give it."""
+    """Facts about a checkpoint that the user states by options."""
 
     weights: "Weights | None"
     route: Any
@@ -91,7 +94,7 @@ model_options = group(
         click.option(
             "--prediction",
             type=click.Choice(["flow", "edm"]),
-            help="What the network predicts, if the checkpoint does not say.",
+            help="Prediction type of the network, if the checkpoint does not state it.",
         ),
         click.option(
             "--heads", type=click.IntRange(min=1), help="Attention heads, if the width is not one of upstream's."
@@ -102,7 +105,7 @@ model_options = group(
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """The device and the backend that options ask for."""
+    """The device and the backend that the user chooses by options."""
 
     device: str
     backend: str | None
@@ -129,7 +132,7 @@ device_options = group(
 
 @dataclass(frozen=True, slots=True)
 class GuidanceChoice:
-    """The guidance that options ask a build for; fields as in `CompileOptions`."""
+    """The guidance of a build, chosen by options; fields as in `CompileOptions`."""
 
     sparsity: tuple[float, ...]
     strong_sparsity: tuple[float, ...]
@@ -157,7 +160,7 @@ STRONG_SPARSITY = click.option(
 GUIDANCE = click.option(
     "--guidance",
     type=click.Choice(["sg", "cfg", "cfg+sg", "none"]),
-    help="Guidance mode. Its pairs of sparsities get guided graphs.  [default: sg]",
+    help="Guidance mode; guided graphs are built for its pairs of sparsities.  [default: sg]",
 )
 WEAK_CHECKPOINT = click.option(
     "--weak-checkpoint",
@@ -185,7 +188,7 @@ guidance_options = group(
             type=click.Choice(["constant", "cosine"]),
             default="constant",
             show_default=True,
-            help="cosine: sparsities go from the first given to the last over a run, by way of all given.",
+            help="Change of sparsity over a run. cosine goes from the first sparsity to the last, through all between.",
         ),
         INTERVAL,
     ),
@@ -217,14 +220,14 @@ _FEEDS = (
         "--calib-data",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Folder of your own calibration inputs (.npz with x, time, label), in place of calibration runs.",
+        help="Folder of your own calibration inputs (.npz with x, time, label); replaces the calibration runs.",
     ),
     click.option(
         "--calib-samples",
         type=click.IntRange(min=1),
         default=16,
         show_default=True,
-        help="Images of the calibration runs, for each pair of sparsities.",
+        help="Number of images in the calibration runs, for each pair of sparsities.",
     ),
     click.option(
         "--calib-steps",
@@ -247,7 +250,7 @@ feed_options = group("ranges", RangeSource, _FEEDS)
 
 @dataclass(frozen=True, slots=True)
 class QuantizationChoice(RangeSource):
-    """How options ask to quantize."""
+    """The quantization of a build, chosen by options; see `QuantizeOptions`."""
 
     calibration: Path | None
     method: Any
@@ -258,11 +261,12 @@ class QuantizationChoice(RangeSource):
     allow_quality_loss: bool
 
     def options(self, type: "QuantizedType") -> "QuantizeOptions":
-        """Return the options of a build that quantizes to this type."""
-        from sg_export.options.quantize import QUALITY_GATES, QuantizeOptions
+        """Return the options of a quantization to this type."""
+        from sg_calibration.types import QUANTS
+        from sg_export.options.quantize import QuantizeOptions
         from sg_runtime.manifest import QualityGates
 
-        usual = QUALITY_GATES[type]
+        usual = QUANTS[type].gates
         cosine = usual.cosine if self.gate_cosine is None else self.gate_cosine
         guided = usual.guided if self.gate_guided is None else self.gate_guided
         return QuantizeOptions(
@@ -282,7 +286,7 @@ QUANTIZATION = (
     *("calibration", "calib_data", *RUNS, "method", "exclude", "like"),
     *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
 )
-"""Options of INT8 and FP8 alone."""
+"""Options that are only for INT8 and FP8."""
 
 quantization_options = group(
     "quantization",
@@ -292,7 +296,7 @@ quantization_options = group(
             "--calibration",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Table of ranges from sg-export calibrate.  [default: ranges are measured]",
+            help="Table of ranges from sg-export calibrate.  [default: the build measures the ranges]",
         ),
         *_FEEDS,
         click.option(
@@ -307,17 +311,18 @@ quantization_options = group(
             "--like",
             type=click.Path(path_type=Path),
             metavar="BUNDLE",
-            help="Quantized bundle whose choice of layers to take over, in place of a search.",
+            help="Quantized bundle whose choice of layers is taken over; replaces the search for layers.",
         ),
         click.option(
             "--gate-cosine",
             type=click.FloatRange(0, 1),
-            help="Least cosine similarity of a branch to FP32 at every time.  [default: 0.99 for int8, 0.995 for fp8]",
+            help="Minimum cosine similarity of a branch to FP32 at every time.  [default: 0.99 for int8, 0.995 for "
+            "fp8]",
         ),
         click.option(
             "--gate-guided",
             type=click.FloatRange(0),
-            help="Greatest relative L2 distance of the guided prediction to FP32 at every time.  [default: 0.1 for "
+            help="Maximum relative L2 distance of the guided prediction to FP32 at every time.  [default: 0.1 for "
             "int8, 0.06 for fp8]",
         ),
         click.option(
@@ -329,7 +334,7 @@ quantization_options = group(
 
 @dataclass(frozen=True, slots=True)
 class TargetChoice:
-    """The targets that options ask a build for."""
+    """The targets of a build, chosen by options; see `EngineOptions`."""
 
     target: tuple[str, ...]
     batch: tuple[int, ...]
@@ -340,7 +345,10 @@ class TargetChoice:
     allow_unfused: bool
 
     def engines(self) -> "EngineOptions | None":
-        """Return the engines to build, None for ONNX graphs alone. Raises UsageError for options of engines then."""
+        """Return the engines to build; None if only ONNX graphs are built.
+
+        Raises UsageError for options of engines if only ONNX graphs are built.
+        """
         from sg_export.options.engines import EngineOptions
         from sg_runtime.manifest import ENGINE_TARGETS
 
@@ -351,7 +359,7 @@ class TargetChoice:
             if len(self.batch) > 1:
                 raise UsageError(
                     f"--batch: expected at most one for ONNX graphs, which are fixed to it, found {len(self.batch)}: "
-                    f"leave it out, and the graphs take any"
+                    f"leave it out for graphs that take any batch"
                 )
             return None
         return EngineOptions(
@@ -366,7 +374,7 @@ class TargetChoice:
 
 
 ENGINES = ("sm", "workspace", "timing_cache", "keep_onnx", "allow_unfused")
-"""Options of engines alone."""
+"""Options that are only for engines."""
 
 target_options = group(
     "targets",
@@ -385,26 +393,26 @@ target_options = group(
             "--batch",
             type=click.IntRange(min=1),
             multiple=True,
-            help="Images in one graph run. Repeatable for engines, which have a profile for each.  [default: any for "
-            "ONNX graphs, 1 for engines]",
+            help="Number of images in one graph run. Repeatable for engines, which have a profile for each.  [default: "
+            "any for ONNX graphs, 1 for engines]",
         ),
         click.option(
             "--sm",
             type=ComputeCapabilityType(),
             multiple=True,
-            help="Compute capability of the GPUs that TensorRT-RTX builds for; repeatable.  [default: its own choice: "
-            "8.0, 8.6, 8.9, 12.0, 12.1 in version 1.7]",
+            help="Compute capability of the GPUs that TensorRT-RTX builds for; repeatable.  [default: the library's "
+            "choice: 8.0, 8.6, 8.9, 12.0, 12.1 in version 1.7]",
         ),
         click.option(
-            "--workspace", type=SizeType(), help="Most scratch memory of an engine.  [default: the library's choice]"
+            "--workspace", type=SizeType(), help="Maximum scratch memory of an engine.  [default: the library's choice]"
         ),
         click.option(
             "--timing-cache",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="Timing cache of TensorRT, read and extended. TensorRT-RTX has none.",
+            help="Timing cache file that TensorRT reads and extends. TensorRT-RTX has no timing cache.",
         ),
         click.option(
-            "--keep-onnx", is_flag=True, help="Keep the ONNX graphs of engines in the bundle; verify needs them."
+            "--keep-onnx", is_flag=True, help="Keep the ONNX graphs next to engines in the bundle; verify needs them."
         ),
         click.option("--allow-unfused", is_flag=True, help="Accept engines in which attention has no fused kernel."),
     ),

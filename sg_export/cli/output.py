@@ -1,4 +1,4 @@
-"""What commands print: progress, warnings, tables."""
+"""Output of commands: progress, warnings, tables."""
 
 import logging
 import sys
@@ -12,7 +12,11 @@ from sg_export.progress import Report, silent
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Report stages on standard error: as a bar on a terminal, a line each elsewhere, not at all if `quiet`."""
+    """Yield a function that reports stages on standard error.
+
+    On a terminal it draws a bar. Elsewhere it prints one line per stage. If `quiet`, it prints
+    nothing.
+    """
     if quiet:
         yield silent
     elif sys.stderr.isatty():
@@ -24,8 +28,8 @@ def progress(quiet: bool) -> Iterator[Report]:
             task = bar.add_task("", total=None)
 
             def show(stage: str, done: int, total: int | None, share: float | None = None) -> None:
-                told = stage if share is None else f"{stage} {share:.0%}"
-                bar.update(task, description=told, completed=done, total=total)
+                description = stage if share is None else f"{stage} {share:.0%}"
+                bar.update(task, description=description, completed=done, total=total)
 
             yield show
     else:
@@ -42,7 +46,10 @@ def progress(quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def log_messages() -> Iterator[None]:
-    """Show the warnings that sg-export logs on standard error, each with its level."""
+    """Print the log messages of sg_export and sg_runtime on standard error.
+
+    The level is printed in front of warnings and errors.
+    """
 
     class Echo(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -62,7 +69,7 @@ def log_messages() -> Iterator[None]:
 
 @contextmanager
 def log_details(wanted: bool) -> Iterator[None]:
-    """Let sg_export log its details, too, if `wanted`."""
+    """Make sg_export also log details, if `wanted`."""
     log = logging.getLogger("sg_export")
     level = log.level
     log.setLevel(logging.INFO if wanted else logging.WARNING)
@@ -73,7 +80,10 @@ def log_details(wanted: bool) -> Iterator[None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns of numbers are right-aligned. Wide where standard output is no terminal."""
+    """Print a table; columns of numbers are right-aligned.
+
+    If standard output is not a terminal, the table is 120 characters wide.
+    """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -89,7 +99,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def cell(value: object) -> str:
-    """A value as table text: floats with four digits, None as a dash."""
+    """Return a value as table text: floats with four digits, None as a dash."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,13 +11,19 @@ from sg_export.cli.output import progress
 
 @click.command(cls=Command)
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 for another GPU.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="An .html file.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device that runs the bundles: auto, cpu, cuda, or cuda:1 for another GPU.",
+)
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="File of the page (.html).")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def report(bundles: tuple[Path, ...], device: str, output: Path, quiet: bool) -> None:
-    """Make one self-contained page of BUNDLES of one model: costs, quality over time, layers, samples, sizes, times.
+    """Write one self-contained page about BUNDLES of one model.
 
-    The first bundle is what the others are compared with: give the FP32 one first.
+    It shows costs, quality over time, layers, samples, sizes and times. The other bundles are
+    compared with the first one: give the FP32 bundle first.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ from sg_runtime.manifest import Route
 
 
 class RouteType(click.ParamType[Route]):
-    """START-END, both blocks included."""
+    """A route, START-END, both blocks included."""
 
     name = "START-END"
 
@@ -25,7 +25,7 @@ class RouteType(click.ParamType[Route]):
 
 
 class RampType(click.ParamType[Ramp]):
-    """A number, or FIRST:LAST for a cosine from the first step's to the last step's."""
+    """A number, or FIRST:LAST for a cosine from the first step's value to the last step's value."""
 
     name = "NUMBER|FIRST:LAST"
 
@@ -42,24 +42,24 @@ class RampType(click.ParamType[Ramp]):
 
 
 class ComputeCapabilityType(click.ParamType[int]):
-    """8.6 or 86."""
+    """A compute capability, 8.6 or 86."""
 
     name = "SM"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         match = re.fullmatch(r"(\d{1,2})\.?(\d)", str(value))
         if match is None:
-            self.fail(f"{value!r}: expected a compute capability, as 8.6 or 86", param, context)
+            self.fail(f"{value!r}: expected a compute capability, for example 8.6 or 86", param, context)
         return int(match[1] + match[2])
 
 
 class SizeType(click.ParamType[int]):
-    """Bytes, with a unit: 512M or 4G."""
+    """A size in bytes, with an optional unit: 512M or 4G."""
 
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         match = re.fullmatch(r"(\d+)([KMG]?)i?B?", str(value), re.IGNORECASE)
         if match is None or int(match[1]) == 0:
-            self.fail(f"{value!r}: expected a size, as 512M or 4G", param, context)
+            self.fail(f"{value!r}: expected a size, for example 512M or 4G", param, context)
         return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]

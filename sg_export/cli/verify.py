@@ -17,26 +17,37 @@ if TYPE_CHECKING:
     from sg_export.parity.compare import Comparison
 
 EPSILON = 1e-12
-"""In place of a gate of zero."""
+"""Replacement for a gate of zero."""
 
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(), help="The bundle's checkpoint.  [default: found by its name]")
-@click.option("--weak-checkpoint", type=click.Path(), help="That of its weak network.  [default: found by its name]")
+@click.option(
+    "--checkpoint", type=click.Path(), help="Checkpoint that BUNDLE was built from.  [default: found by its name]"
+)
+@click.option(
+    "--weak-checkpoint", type=click.Path(), help="Checkpoint of the weak network.  [default: found by its name]"
+)
 @click.option(
     "--device",
-    help="What runs the bundle: auto, cpu, cuda, cuda:1.  [default: the CPU, half precision in FP32 with its rounding]",
+    help="Device that runs the bundle: auto, cpu, cuda, cuda:1.  [default: the CPU, which emulates half precision in "
+    "FP32 with rounding]",
 )
-@click.option("--backend", type=click.Choice(BACKENDS), help="[default: the best of the device]")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Results.  [default: BUNDLE/verify.json]")
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="Library that runs the bundle.  [default: the fastest that works on the device]",
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="File of the results.  [default: BUNDLE/verify.json]"
+)
 @click.option(
     "--save-polygraphy",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Leave inputs and PyTorch's outputs there, and print the polygraphy commands that compare them.",
+    help="Folder for the inputs and PyTorch's outputs; prints the polygraphy commands that compare them.",
 )
-@click.option("--quiet", "-q", is_flag=True, help="Print errors alone.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def verify(
     bundle: Path,
     checkpoint: str | None,
@@ -49,10 +60,10 @@ def verify(
 ) -> None:
     """Compare BUNDLE with its checkpoint in PyTorch, by Polygraphy.
 
-    The checkpoint is loaded anew, and must be the file that the bundle was built from. Every graph is compared at
-    times from 0.02 to 0.98, a guided graph with two separate passes; then whole runs, at equal seeds and token
-    subsets. A quantized bundle is compared at every time of a guided run of PyTorch's, by the gates that it was built
-    with. Ends with exit code 5 where a gate fails.
+    The checkpoint must be the file that the bundle was built from. Every graph is compared at times
+    from 0.02 to 0.98, a guided graph with two separate passes. Then complete runs with equal seeds
+    and kept tokens are compared. A quantized bundle is compared at every time of a guided PyTorch
+    run, by the gates that it was built with. The exit code is 5 if a gate fails.
 
     \b
     Examples:
@@ -87,9 +98,9 @@ def verify(
     failed = [c for c in parity.comparisons if not c.passed]
     if failed:
         worst = max(failed, key=_excess)
-        remedy = "leave more layers in high precision, or calibrate on more" if quantized else "build the bundle anew"
+        remedy = "exclude more layers, or calibrate on more images" if quantized else "build the bundle again"
         if worst.overflow is not None:
-            remedy = f"{worst.overflow} is the first to leave the range of half precision: build with bf16 or fp32"
+            remedy = f"{worst.overflow} is the first to exceed the range of half precision: build with bf16 or fp32"
         criterion = f"a cosine of at least {worst.least_cosine:g}, found {worst.cosine:.6f}"
         if worst.gate is not None and not worst.relative_l2 <= worst.gate:
             criterion = f"relative L2 at most {worst.gate:g}, found {worst.relative_l2:g}"
@@ -101,7 +112,7 @@ def verify(
 
 
 def _print_worst(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
-    """Every graph run and sampling run, by its worst output."""
+    """Print every graph run and every sampling run with its worst output."""
     runs = itertools.groupby(comparisons, key=lambda c: (c.subject, c.time))
     worst_outputs = [max(outputs, key=_excess) for _, outputs in runs]
     rows = [
@@ -109,24 +120,24 @@ def _print_worst(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
     ]
     columns = ("graph or run", "t", "worst output", "max abs", "relative L2", "cosine", "verdict")
     gates = sorted({c.gate for c in comparisons if c.gate is not None})
-    print_table(f"{bundle} beside PyTorch", columns, rows)
-    click.echo(f"gates, relative L2: {' for a graph, '.join(f'{gate:g}' for gate in gates)} for a whole run")
+    print_table(f"{bundle} compared with PyTorch", columns, rows)
+    click.echo(f"gates, relative L2: {' for a graph, '.join(f'{gate:g}' for gate in gates)} for a complete run")
 
 
 def _print_strata(bundle: Path, comparisons: "Sequence[Comparison]") -> None:
-    """A quantized bundle: every time of every guidance, and the whole runs."""
+    """Print the comparison of a quantized bundle: each time of each guidance, and complete runs."""
     columns = ("t", "cosine, strong", "cosine, weak", "guided, relative L2", "verdict")
-    for subject, found in itertools.groupby(comparisons, key=lambda c: c.subject):
-        own = list(found)
-        if own[0].time is None:
-            click.echo(f"{subject}; found: {own[0].relative_l2:.2%} from PyTorch's")
+    for subject, members in itertools.groupby(comparisons, key=lambda c: c.subject):
+        group = list(members)
+        if group[0].time is None:
+            click.echo(f"{subject}; found: {group[0].relative_l2:.2%} from PyTorch's")
             continue
         rows = []
-        for strong, weak, guided in zip(own[::3], own[1::3], own[2::3], strict=True):
+        for strong, weak, guided in zip(group[::3], group[1::3], group[2::3], strict=True):
             verdict = _verdict([strong, weak, guided])
             cosines = (f"{strong.cosine:.5f}", f"{weak.cosine:.5f}")
             rows.append((guided.time, *cosines, f"{guided.relative_l2:.2%}", verdict))
-        print_table(f"{bundle}, {subject}, beside PyTorch", columns, rows)
+        print_table(f"{bundle}, {subject}, compared with PyTorch", columns, rows)
 
 
 def _verdict(comparisons: "Sequence[Comparison]") -> str:
@@ -134,7 +145,7 @@ def _verdict(comparisons: "Sequence[Comparison]") -> str:
 
 
 def _excess(comparison: "Comparison") -> float:
-    """How far a comparison lies beyond its gates, in shares of them; a NaN is the farthest."""
+    """Return the largest distance of a comparison, relative to its gate; infinity for NaN."""
     if math.isnan(comparison.relative_l2):
         return math.inf
     shares = [0.0]

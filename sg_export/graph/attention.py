@@ -83,7 +83,7 @@ def lower_attention(graph: ir.Graph) -> None:
 
 
 def _transposed(key: ir.Value) -> tuple[ir.Value, list[int]]:
-    """Return a value and an axis order whose Transpose is the key with its last two axes swapped."""
+    """Return a value and an axis order, whose Transpose is the key with swapped last two axes."""
     producer, order = key.producer(), [0, 1, 3, 2]
     if producer is None or producer.op_type != "Transpose" or producer.inputs[0] is None:
         return key, order
@@ -99,7 +99,7 @@ def _node(
     shape: Sequence[int | ir.SymbolicDim] | ir.Shape,
     **attributes: Any,
 ) -> ir.Value:
-    """Insert a float32 node in front of `before`, with the metadata of `before`; return its output."""
+    """Insert a float32 node before `before`, with the same metadata; return its output."""
     node = ir.node(operator, inputs, attributes, metadata_props=dict(before.metadata_props))
     output = node.outputs[0]
     output.name = f"{before.outputs[0].name}/{operator}" + ("" if operator != "MatMul" else f"_{len(list(shape))}")

@@ -1,4 +1,4 @@
-"""Checks of a written graph: ONNX's checker, types, and a comparison of ONNX Runtime with PyTorch."""
+"""Checks of a written graph: ONNX's checker, types, and ONNX Runtime compared with PyTorch."""
 
 import math
 import tempfile
@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from sg_export.graph.emulate import emulated
-from sg_export.graph.half import _FP32, HALF
 from sg_export.graph.module import GraphModule, example
 from sg_export.graph.overflow import first_overflow
 from sg_export.graph.products import belongs, weighted_products
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.loading import LoadedModel
 from sg_export.options.compile import CompileOptions
+from sg_export.options.types import BASES
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import EngineError, ExportError, MissingExtraError
 from sg_runtime.manifest import (
@@ -32,10 +32,10 @@ def check_types(path: Path, precision: Precision, fp32_layers: Iterable[str]) ->
     Products of the modules `fp32_layers` are expected in FP32, all others in `precision`. The graph
     is read from `path`, and ONNX infers the types of computed values.
     """
-    wanted, layers = _FP32 if precision == "fp32" else HALF[precision], tuple(fp32_layers)
+    wanted, layers = ir.DataType(BASES[precision].onnx), tuple(fp32_layers)
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))).graph
     for weight, node in weighted_products(graph):
-        expected = _FP32 if belongs(weight, layers) else wanted
+        expected = ir.DataType.FLOAT if belongs(weight, layers) else wanted
         found = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
         if found != {expected}:
             names = ", ".join(sorted(str(dtype) for dtype in found))
@@ -60,15 +60,8 @@ def run_onnx(graph: Path, feeds: Mapping[str, NDArray[Any]], content: bytes | No
     return outputs
 
 
-MAX_BUILD_ERROR: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
-"""Relative L2 distance to PyTorch above which a graph is wrong.
-
-Rounding errors stay below it. A wrong graph is far above it.
-"""
-
-
 MAX_QUANTIZED_ERROR = 0.5
-"""The same limit for a quantized graph. The graph's quality is judged by its gates, on real inputs."""
+"""The same limit for a quantized graph. Its gates judge its quality, on real inputs."""
 
 
 def check_graph(path: Path) -> None:
@@ -94,7 +87,7 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     limit for the precision.
     """
     precision = options.precision
-    most = MAX_BUILD_ERROR[precision] if options.quantize is None else MAX_QUANTIZED_ERROR
+    most = BASES[precision].build_limit if options.quantize is None else MAX_QUANTIZED_ERROR
     inputs = graph_inputs(spec, loaded.facts, options.batch)
     generator = torch.Generator().manual_seed(1)
     values = [example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]

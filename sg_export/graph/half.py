@@ -6,26 +6,27 @@ modulation, residuals, guidance and update are in FP32 without being named.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import get_args
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sg_export.graph.products import belongs, weighted_products
 from sg_export.models.sparse import SparseModel
+from sg_export.options.types import BASES
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision
 
 STATISTICS = ("LayerNormalization", "RMSNormalization")
 """Operators that sum squares."""
 
-HALF: Mapping[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
+HALF: Mapping[HalfPrecision, ir.DataType] = {name: ir.DataType(BASES[name].onnx) for name in _PRECISIONS}
 """The types by the names that users give them."""
 
 _FP32 = ir.DataType.FLOAT
 _SUFFIX = {_FP32: "fp32"} | {dtype: name for name, dtype in HALF.items()}
-_NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
 
 def fp32_layers(model: SparseModel, precision: Precision, *, half_only: bool = False) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ def to_half(
 
 def half_attentions(graph: ir.Graph) -> int:
     """Attentions whose products are in half precision: those for which a backend can have a fused kernel."""
-    return sum(node.op_type == "Softmax" and node.outputs[0].dtype in _NUMPY for node in graph)
+    return sum(node.op_type == "Softmax" and node.outputs[0].dtype in HALF.values() for node in graph)
 
 
 def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -108,7 +109,7 @@ def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
     def converted() -> ir.TensorProtocol:
         with np.errstate(over="ignore"):
-            array: NDArray[np.generic] = tensor.numpy().astype(_NUMPY[dtype])
+            array: NDArray[np.generic] = tensor.numpy().astype(dtype.numpy())
         if not np.isfinite(array).all():
             raise ExportError(
                 f"{value.name}: expected weights that {dtype.name.lower()} holds, found up to "

@@ -34,5 +34,5 @@ def range_shares(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, flo
 
 
 def first_overflow(path: Path, feeds: Mapping[str, NDArray[Any]]) -> str | None:
-    """Return the first half-precision operator with an output out of range; None if there is none."""
+    """Return the first half-precision operator whose output is out of range; None if none is."""
     return next((name for name, share in range_shares(path, feeds).items() if not share <= 1), None)

@@ -106,7 +106,10 @@ def graph_inputs(
 
 
 def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
-    """Return the sizes of the symbolic dimensions of kept tokens in a graph with `symbolic_keep`."""
+    """Return the sizes of the symbolic dimensions of kept tokens; see `graph_inputs`.
+
+    keep: numbers of kept tokens, in the order of the graph's levels.
+    """
     if spec.kind not in ("sparse", "guided"):
         return {}
     names = [tensor.name for tensor in step_inputs(len(spec.levels), False) if tensor.role == "keep"]

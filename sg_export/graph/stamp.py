@@ -1,4 +1,4 @@
-"""Assembly of single graphs from the ONNX program of a network, in which each kind of layer is traced once.
+"""Assembly of single graphs from the ONNX program of a network.
 
 A program has the nodes of all graphs of a network. If a graph runs consecutive layers of one form,
 it has one node `Layers` for them. Its inputs are the packed tokens and the modulations. Each form
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 DOMAIN = "sg_export"
-"""Domain of the operators `Layers` (attributes form, first, count) and `Inside` (attribute place)."""
+"""Domain of the operators `Layers` (attributes form, first, count) and `Inside` (place)."""
 
 MODULE = "sg_export.module"
 """Metadata key of a node: name of the module that it comes from, as in the network."""
@@ -75,7 +75,7 @@ def is_marker(node: ir.Node, kind: str) -> bool:
 
 
 def assemble(program: Program, number: int, name: str) -> ir.Model:
-    """Return graph `number` of a program as a model. The metadata `MODULE` of a node is its module."""
+    """Return graph `number` of a program as a model, with the module of each node in `MODULE`."""
     copy = _Copy(program, name, {key: _like(value, key) for key, value in program.inputs[number].items()})
     outputs = program.outputs[number]
     values = copy.add(program.above(list(outputs.values())))
@@ -89,7 +89,7 @@ def assemble(program: Program, number: int, name: str) -> ir.Model:
         opset_imports={"": program.model.opset_imports[""]},
         name=name,
     )
-    # Values that layers share, such as the modulations with an added axis, were copied with each layer.
+    # Values that layers share, such as modulations with an added axis, were copied for each layer.
     model = ir.Model(graph, ir_version=program.model.ir_version, producer_name="sg-export")
     passes.CommonSubexpressionEliminationPass()(model)
     passes.NameFixPass()(model)

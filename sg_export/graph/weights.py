@@ -11,7 +11,7 @@ from sg_runtime.errors import ExportError
 def write_graphs(
     models: Iterable[ir.Model], folder: Path, weights_file: str, external_min_bytes: int = 1024
 ) -> list[Path]:
-    """Write each model to `folder` as NAME.onnx, with all weights in one `weights_file` next to them.
+    """Write each model to `folder` as NAME.onnx, and all weights to one `weights_file` next to it.
 
     external_min_bytes: initializers with fewer bytes stay inside the graphs.
 

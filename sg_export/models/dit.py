@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sg_export.models.branches import Branches, join
 
 ENDS = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
-"""Embedders and head. They stay in FP32: no later layer corrects their rounding, and they cost little."""
+"""Embedders and head, in FP32: no later layer corrects their rounding, and they cost little."""
 
 FREQUENCIES = 128
 """Number of cosines of the timestep embedding, and number of its sines."""

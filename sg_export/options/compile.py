@@ -1,4 +1,4 @@
-"""What to build from a checkpoint, and which requests are refused before any work."""
+"""Options of a compilation, and the checks that reject a request before any work starts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +22,22 @@ class CompileOptions:
     """What to build: ONNX graphs, or engines.
 
     output: folder of the bundle.
-    sparsity: sparsities of the weak branch in [0, 1); the first is the default of runs. By default 0.5, if the mode
-    has a sparser branch.
+    sparsity: sparsities of the weak branch in [0, 1); the first is the default of runs. If empty,
+    the sparsity is 0.5, provided that the mode has a sparser branch.
     strong_sparsity: sparsities of the strong branch; the first is the default of runs.
     scale: guidance scale, or the scales of the first and the last step.
-    guidance: default mode, for which guided graphs are built. By default "sg", or "autoguidance" with weak_checkpoint.
+    guidance: default mode, for which guided graphs are built. None is "sg", or "autoguidance" with
+    weak_checkpoint.
     weak_checkpoint: an earlier checkpoint of the same training run, as weak branch.
-    schedule: "cosine" lets sparsities go from the first given to the last over a run, by way of all given.
+    schedule: "constant" uses the first sparsity of a branch. "cosine" goes from the first to the
+    last over a run, through all sparsities of the branch.
     interval: times (t or sigma) between which guidance applies.
     steps: default sampling steps.
     precision: type of the matmuls and of attention, see `sg_export.graph.half`.
-    batch: image count that the ONNX graphs are fixed to; None for any. Engines have their own.
-    engines: engines to build in place of ONNX graphs.
-    quantize: which layers run in INT8 or FP8 over that precision.
+    batch: number of images that the ONNX graphs are fixed to; None for any number. For engines, see
+    `EngineOptions.batch`.
+    engines: engines to build instead of ONNX graphs; None for ONNX graphs.
+    quantize: how to quantize layers to INT8 or FP8; None for no quantization.
     opset: ONNX opset.
     weights, overrides: see `load_model`.
     force: replace an existing bundle.
@@ -101,7 +104,7 @@ class CompileOptions:
 
     @property
     def mode(self) -> GuidanceMode:
-        """Guidance mode, given or implied."""
+        """Guidance mode, stated or implied."""
         return self.guidance or ("sg" if self.weak_checkpoint is None else "autoguidance")
 
     @property

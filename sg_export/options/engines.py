@@ -1,4 +1,4 @@
-"""What engines to build, and which requests are refused before any work."""
+"""Options of engines, and the checks that reject a request before any work starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ class EngineOptions:
     """What engines to build.
 
     libraries: the libraries that build them.
-    batch: image counts; an engine has a profile for each.
-    compute_capabilities: the GPUs that TensorRT-RTX builds for, 86 for 8.6; by default the library's own choice.
-    workspace: most bytes of scratch memory; None for the library's choice.
-    timing_cache: a file that TensorRT reads and extends; TensorRT-RTX has none.
-    keep_onnx: keep the ONNX graphs in the bundle, too.
+    batch: numbers of images in one graph run; an engine has a profile for each number.
+    compute_capabilities: GPUs that TensorRT-RTX builds for, 86 for 8.6; if empty, the library
+    chooses.
+    workspace: upper limit of scratch memory in bytes; None for the library's default.
+    timing_cache: file that TensorRT reads and extends; TensorRT-RTX has no timing cache.
+    keep_onnx: also keep the ONNX graphs in the bundle.
     allow_unfused: accept engines in which attention has no fused kernel.
-    cache: folder of engines that were built before; by default the user's cache folder.
+    cache: folder of engines from earlier builds; None for the user's cache folder.
     """
 
     libraries: tuple[EngineLibrary, ...] = ("tensorrt_rtx",)
@@ -39,7 +40,7 @@ class EngineOptions:
                 raise UsageError(f"batch: expected at least 1, found {value}")
 
     def half_only(self, precision: Precision) -> bool:
-        """Whether no matmul may be in FP32: one of the GPUs has none."""
+        """Whether no matmul may be in FP32, because one of the GPUs does not support it."""
         return precision == "fp16" and 75 in self.compute_capabilities
 
     def check_types(self, precision: Precision, quantized: QuantizedType | None) -> None:
@@ -52,7 +53,7 @@ class EngineOptions:
                 products.add(quantized)
             if quantized == "fp8" and not self.compute_capabilities:
                 raise UsageError(
-                    "precision fp8: expected --sm 8.9 or above: without --sm TensorRT-RTX also builds for GPUs that "
-                    "have no FP8; found none"
+                    "precision fp8: expected --sm 8.9 or above for TensorRT-RTX, found no --sm: without it, "
+                    "TensorRT-RTX also builds for GPUs without FP8"
                 )
             check_targets("tensorrt_rtx", self.compute_capabilities, products)

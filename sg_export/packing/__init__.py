@@ -1,1 +1,1 @@
-"""Making a bundle: what goes into it, its folder, its engines."""
+"""Packing of a bundle: its graphs, its folder, its engines."""

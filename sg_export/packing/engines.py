@@ -1,4 +1,4 @@
-"""Engines of a bundle's graphs: their profiles, the cache, the build, and what can be checked of the result here."""
+"""Engines of a bundle's graphs: profiles, cache, build, and checks that do not run the engines."""
 
 import functools
 import logging
@@ -25,18 +25,28 @@ from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, ModelF
 LOG = logging.getLogger("sg_export")
 
 FUSED_ATTENTION = rb"(?:#include <fmha_v2/\w+\.h>\s*)+"
-"""Where the source of a fused attention kernel begins in a plan of TensorRT-RTX, which compiles it on the GPU: once for
-each attention and profile (found in 1.7)."""
+"""Start of the source of a fused attention kernel in a TensorRT-RTX plan.
+
+TensorRT-RTX compiles the source on the GPU. A plan has one source for each attention and profile
+(observed in version 1.7).
+"""
 
 CODE_BYTES = 16 << 20
-"""Kernels and tables of a profile in a plan: 4 to 9 MB for glyphs, 15 MB for XL/2 (TensorRT-RTX 1.7)."""
+"""Upper limit of a profile's kernels and tables in a plan, in bytes.
+
+They take 4 to 9 MB for glyphs, and 15 MB for XL/2 (TensorRT-RTX 1.7).
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSource:
-    """An ONNX file with symbolic batch and token counts, and the graphs that it is.
+    """An ONNX file with symbolic batch size and numbers of kept tokens.
 
-    half_attentions: attentions in half precision. weight_bytes: of its weights, each once.
+    path: the ONNX file.
+    weights: the file of its weights.
+    specs: the graphs of the bundle that the file covers.
+    half_attentions: number of attentions in half precision.
+    weight_bytes: size of its weights, each counted once.
     """
 
     path: Path
@@ -47,12 +57,16 @@ class EngineSource:
 
 
 def check_libraries(libraries: Sequence[EngineLibrary]) -> None:
-    """Raise MissingExtraError or EngineError where engines of these libraries cannot be built on this machine."""
+    """Raise an error if these libraries cannot build engines on this machine.
+
+    The error is MissingExtraError if a library is not installed, and EngineError if TensorRT finds
+    no GPU.
+    """
     for library in libraries:
         if library == "tensorrt" and not find_gpus():
             raise EngineError(
-                "--target tensorrt: TensorRT builds on the GPU that the engine is for, and none was found here: run "
-                "the build there, or give --target tensorrt-rtx, which builds without one, or --target onnxruntime"
+                "--target tensorrt: TensorRT builds on the GPU that the engine is for, found no GPU: build on the "
+                "machine with that GPU, or give --target tensorrt-rtx, which needs no GPU, or --target onnxruntime"
             )
         require(library)
 
@@ -65,10 +79,12 @@ def build_engines(
     folder: Path,
     report: Report,
 ) -> tuple[EngineFacts, ...]:
-    """Build, or take from the cache, an engine of every source and library, in `folder`.
+    """Build an engine of every source with every library in `folder`, or take it from the cache.
 
-    report: called with every phase of a build, and the count of engines that are there already. Raises EngineError
-    where one cannot be built, or is not what it should be.
+    condition_rows: number of rows in one run of a condition graph.
+    report: called with every phase of a build, and with the number of finished engines.
+
+    Raises EngineError if an engine cannot be built or fails a check.
     """
     folder.mkdir(exist_ok=True)
     cache = EngineCache(options.cache or cache_folder())
@@ -78,7 +94,7 @@ def build_engines(
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
-            LOG.warning("--timing-cache: %s has none, it is left as it is", ENGINE_NAMES[library])
+            LOG.warning("--timing-cache: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
             profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
@@ -90,7 +106,7 @@ def build_engines(
             )
             key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
-            if LOG.isEnabledFor(logging.INFO):  # it reads the whole engine
+            if LOG.isEnabledFor(logging.INFO):  # `explain` reads the entire engine
                 LOG.info("%s: %s", path.name, cache.explain(key))
             report(f"building {source.path.stem}", len(engines), total)
             figures = cache.fetch(key, path)
@@ -117,7 +133,7 @@ def _profiles(source: EngineSource, batches: Sequence[int], condition_rows: int)
 
 
 def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict[str, Shape]:
-    """The shape of every input that has symbolic sizes."""
+    """Return the shape in this profile of every input with symbolic sizes."""
     sizes = keep_sizes(spec, profile.keep) | {"B": profile.batch, "S": profile.batch}
     return {
         tensor.name: tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
@@ -153,13 +169,16 @@ def _facts(
     gpu: Gpu | None,
     options: EngineOptions,
 ) -> EngineFacts:
-    """What the engine is, after it was checked as far as can be without running it."""
+    """Check the engine as far as possible without running it, and return its facts.
+
+    Raises EngineError if its size, version, GPUs or fused attention kernels are not as expected.
+    """
     size = path.stat().st_size
     least, most = source.weight_bytes, 1.5 * source.weight_bytes + len(profiles) * CODE_BYTES
     if not least <= size <= most:
         raise EngineError(
             f"{path.name}: expected {least / 1e6:.1f} to {most / 1e6:.1f} MB for weights of {least / 1e6:.1f} MB, "
-            f"found {size / 1e6:.1f} MB: weights are missing, or held in another type; please report this"
+            f"found {size / 1e6:.1f} MB: weights are missing, or have another type; please report this"
         )
     targets, fused = (gpu.compute_capability,) if gpu else plan.compute_capabilities, None
     if library == "tensorrt_rtx":
@@ -172,10 +191,10 @@ def _facts(
             )
         fused, wanted = count_fused_attention(path), source.half_attentions * len(profiles)
         if fused < wanted:
-            told = f"{path.name}: expected {wanted} fused attention kernels, a profile's attentions each, found {fused}"
+            message = f"{path.name}: expected {wanted} fused attention kernels in all profiles, found {fused}"
             if not options.allow_unfused:
-                raise EngineError(f"{told}: attention would be slow; build anyway with --allow-unfused")
-            LOG.warning("%s", told)
+                raise EngineError(f"{message}: attention would be slow; to build anyway, give --allow-unfused")
+            LOG.warning("%s", message)
     spec = source.specs[0]
     return EngineFacts(
         kind=spec.kind,
@@ -193,6 +212,6 @@ def _facts(
 
 
 def count_fused_attention(engine: Path) -> int:
-    """Fused attention kernels named in a TensorRT-RTX plan."""
+    """Return the number of fused attention kernels in a TensorRT-RTX plan."""
     with engine.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return sum(1 for _ in re.finditer(FUSED_ATTENTION, content))

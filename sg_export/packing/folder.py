@@ -1,4 +1,4 @@
-"""The folder of a bundle: it appears whole, or what was there stays."""
+"""The folder of a bundle. A failed build leaves no files and does not change an existing bundle."""
 
 import errno
 import json
@@ -13,7 +13,10 @@ from sg_runtime.manifest import MANIFEST_FILE
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Raise UsageError where `output` exists and may not be replaced: without `force`, or if it is no bundle."""
+    """Raise UsageError if `output` exists and may not be replaced.
+
+    It may be replaced only with `force`, and only if it is a bundle or an empty folder.
+    """
     target = output.resolve()  # "new/.." is a folder that exists
     if not target.exists():
         return
@@ -21,11 +24,11 @@ def check_output(output: Path, force: bool) -> None:
         raise UsageError(f"{output}: exists: give another --output, or --force to replace it")
     empty = target.is_dir() and not any(target.iterdir())
     if not empty and not _is_bundle(target):
-        raise UsageError(f"{output}: exists and is no bundle, so --force does not replace it: give another --output")
+        raise UsageError(f"{output}: exists and is not a bundle, so --force does not replace it: give another --output")
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Whether the folder has a manifest that sg-export wrote, of whatever schema."""
+    """Whether the folder has a manifest of any schema version that sg-export wrote."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):
@@ -35,9 +38,11 @@ def _is_bundle(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place when the block succeeds, and goes when it fails.
+    """Yield a temporary folder, which becomes `output` if the block succeeds.
 
-    A bundle that is there already stays, or comes back, whatever happens until its successor is in place.
+    The temporary folder is next to `output`. If the block fails, it is removed. An existing bundle
+    is kept, or restored, unless the new one is in place. Raises UsageError if the folder cannot be
+    created, and ExportError if the disk is full or another system error stops the block.
     """
     target = output.resolve()  # "." has no name, and a link is not what gets replaced
     temporary, old = temporary_beside(target), temporary_beside(target)
@@ -50,7 +55,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
         raise UsageError(f"{output}: cannot be written ({error.strerror}): give another --output") from None
     try:
         yield temporary
-        check_output(output, force)  # again: another build may have ended meanwhile
+        check_output(output, force)  # again: another build may have written it in the meantime
         if target.exists():
             target.rename(old)
         temporary.rename(target)

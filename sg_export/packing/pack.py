@@ -1,4 +1,4 @@
-"""Traced graphs to the files and the manifest of a bundle."""
+"""Writer of a bundle's files and manifest from traced graphs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +33,18 @@ from sg_runtime.manifest import (
 )
 
 CONDITION_ROWS = 40
-"""Rows of `condition` in one run: fixed, so that a row is the same whatever is computed beside it, and as many as the
-default run has steps, so that its weights are read once."""
+"""Number of rows in one run of a condition graph.
+
+It is fixed so that the result of a row does not depend on the other rows. It equals the default
+number of steps so that a default run reads the weights once.
+"""
 
 
 EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
-"""Defaults of NVlabs/edm (`generate.py`, `edm_sampler`), which both families' samplers share."""
+"""Noise levels of EDM models: the defaults of NVlabs/edm (`generate.py`, `edm_sampler`).
+
+The samplers of both families use them.
+"""
 
 
 Networks = Mapping[NetworkName, LoadedModel | None]
@@ -58,7 +64,7 @@ def manifest_of(
     engines: tuple[EngineFacts, ...],
     folder: Path,
 ) -> Manifest:
-    """What is in `folder`."""
+    """Return the manifest of the bundle in `folder`."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=f"sg-export {__version__}",
@@ -88,7 +94,12 @@ def manifest_of(
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written of the graphs. attentions: in half precision, by file. costs: by graph."""
+    """Results of writing the graphs.
+
+    facts: manifest entries of the graphs.
+    attentions: number of attentions in half precision, by file.
+    costs: cost of each graph.
+    """
 
     facts: tuple[GraphFacts, ...]
     attentions: Mapping[str, int]
@@ -96,7 +107,10 @@ class Written:
 
 
 def files_of(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[GraphSpec]]:
-    """The graphs of every file; with symbolic token counts one file is the graphs of all levels."""
+    """Return the graphs of every file, by the file's name.
+
+    symbolic: use symbolic numbers of kept tokens, so that one file covers the graphs of all levels.
+    """
     files: dict[str, list[GraphSpec]] = {}
     for spec in specs:
         files.setdefault(spec.shared_name if symbolic else spec.name, []).append(spec)
@@ -106,7 +120,7 @@ def files_of(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[Graph
 def trace_all(
     networks: Networks, files: Mapping[str, Sequence[GraphSpec]], options: CompileOptions, counted: Counted
 ) -> dict[str, ir.Model]:
-    """The FP32 graphs of all files."""
+    """Trace all files and return their FP32 graphs by the file's name."""
     traced: dict[str, ir.Model] = {}
     for network, source in networks.items():
         own = {name: specs[0] for name, specs in files.items() if specs[0].network == network}
@@ -134,7 +148,7 @@ def pack(
     folder: Path,
     counted: Counted,
 ) -> Written:
-    """Type, count, write and check all graphs in `folder`/graphs."""
+    """Set the types of all graphs, count their costs, write them to `folder`/graphs, check them."""
     by_network: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
     costs: dict[GraphSpec, Cost] = {}
     attentions: dict[str, int] = {}
@@ -190,14 +204,14 @@ def engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: Wr
 def add_engines(
     loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
 ) -> tuple[EngineFacts, ...]:
-    """Engines in `folder`/engines."""
+    """Build the requested engines in `folder`/engines and return their facts."""
     if options.engines is None:
         return ()
 
-    def told(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+    def report(stage: str, done: int, total: int | None, share: float | None = None) -> None:
         if share is None:
             counted(stage)
         else:
             counted.stage(stage, share)
 
-    return build_engines(sources, loaded.facts, CONDITION_ROWS, options.engines, folder / "engines", told)
+    return build_engines(sources, loaded.facts, CONDITION_ROWS, options.engines, folder / "engines", report)

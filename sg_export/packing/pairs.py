@@ -1,4 +1,4 @@
-"""Which levels and pairs of levels a build makes graphs of."""
+"""Choice of the levels and pairs of levels that a build makes graphs of."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,10 @@ from sg_runtime.manifest import (
 def choose_graphs(
     loaded: LoadedModel, weak_loaded: LoadedModel | None, options: CompileOptions
 ) -> tuple[GuidancePlan, list[GraphSpec]]:
-    """The bundle's guidance plan and its graphs. Raises UsageError for what the model or this version cannot do."""
+    """Return the bundle's guidance plan and its graphs.
+
+    Raises UsageError for sparsities that the model does not allow, and for two equal levels.
+    """
     mode = options.mode
     strong = _levels(loaded, options.strong_sparsity)
     weak = strong
@@ -31,7 +34,7 @@ def choose_graphs(
     if row.weak_level == "sparser" and options.schedule == "constant":
         for level in weak:
             if level.sparsity == 0:
-                raise UsageError("sparsity 0: keeps all tokens: expected a weak branch that leaves some out")
+                raise UsageError("sparsity 0 keeps all tokens: use a higher sparsity for the weak branch")
 
     def last(levels: Sequence[Level]) -> Level | None:
         return levels[-1] if options.schedule == "cosine" and len(levels) > 1 else None
@@ -48,7 +51,10 @@ def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:
 
 
 def _check_distinct(levels: Iterable[Level]) -> None:
-    """A graph is known by the tokens that it keeps: each count may come from one sparsity alone."""
+    """Raise UsageError if two sparsities keep the same number of tokens.
+
+    The number of kept tokens identifies a graph, so it may come from only one sparsity.
+    """
     for a, b in itertools.combinations(sorted(levels, key=lambda level: level.sparsity), 2):
         if a.keep == b.keep:
             raise UsageError(
@@ -57,7 +63,10 @@ def _check_distinct(levels: Iterable[Level]) -> None:
 
 
 def skipped_pairs(options: CompileOptions, manifest: Manifest) -> list[tuple[float, float]]:
-    """Return the pairs of strong and weak sparsity that got no guided graph, because the weak one is not sparser."""
+    """Return the pairs of strong and weak sparsity without a guided graph.
+
+    They have no guided graph because their weak branch is not sparser.
+    """
     if MODES[options.mode].weak_level != "sparser":
         return []
     built = [tuple(level.sparsity for level in graph.levels) for graph in manifest.graphs if graph.kind == "guided"]

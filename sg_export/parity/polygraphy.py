@@ -15,6 +15,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
 from sg_export.loading import LoadedModel
+from sg_export.options.types import BASES
 from sg_export.parity.compare import Feed
 from sg_runtime.backends import Lane
 from sg_runtime.bundle import Bundle
@@ -105,6 +106,6 @@ def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Fe
         least = manifest.quantization.gates.cosine
         words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
     else:
-        tolerance = "1e-4" if manifest.precision == "fp32" else "2e-2"
+        tolerance = f"{BASES[manifest.precision].tolerance:g}"
         words += ["--atol", tolerance, "--rtol", tolerance]
     return (shlex.join(words),)

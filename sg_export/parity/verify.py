@@ -5,7 +5,7 @@ Polygraphy runs and compares every graph at several times. Complete sampling run
 
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sg_export.graph.emulate import emulated
 from sg_export.graph.module import example
 from sg_export.graph.overflow import first_overflow
 from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
+from sg_export.options.types import BASES
 from sg_export.parity import two_pass
 from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of
 from sg_export.parity.polygraphy import LaneRunner, TorchRunner, save_run
@@ -40,34 +41,6 @@ TIMES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.98)
 """Default times of the graph comparisons."""
 RUN_STEPS = 10
 """Number of steps of a compared sampling run."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParityGates:
-    """Gates of the comparisons with PyTorch.
-
-    graph, run: largest relative L2 distance of one graph run, and of a complete sampling run.
-    cosine: least cosine similarity of both.
-    """
-
-    graph: float
-    run: float
-    cosine: float
-
-
-PARITY_GATES: Mapping[Precision, ParityGates] = {
-    "fp32": ParityGates(1e-5, 1e-4, 0.99999),
-    "fp16": ParityGates(2e-2, 2e-2, 0.9995),
-    "bf16": ParityGates(2e-2, 2e-2, 0.9995),
-}
-"""Gates by precision.
-
-FP32: the order of summation alone causes about 1e-6 at the depth of XL/2. Guidance and sampling
-multiply the rounding errors of single graph runs by up to some tens. Half precision: two images
-that differ by 2 % look the same. Steps round independently, so the error of a run is not larger
-than the error of one of its evaluations. The cosine gates follow from the distances, with a margin;
-they expose a wrong sign or order at a glance.
-"""
 
 
 def verify(
@@ -206,7 +179,7 @@ def _judged(
         number = len(comparisons) // len(graph.outputs)
         verdicts = OrderedDict()
         for name in (tensor.name for tensor in graph.outputs):
-            gates = PARITY_GATES[precision]
+            gates = BASES[precision].gates
             compared = compare_arrays(
                 graph.name, name, times[number], wanted[name], found[name], gates.graph, gates.cosine
             )
@@ -309,7 +282,7 @@ def _compare_run(
         karras=manifest.sampling.karras,
     )
     found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
-    gates, name = PARITY_GATES[manifest.precision], _run_name(guidance, sampler, fused)
+    gates, name = BASES[manifest.precision].gates, _run_name(guidance, sampler, fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
 

@@ -67,8 +67,8 @@ def test_frechet_distance_noncommuting_two_dimensions_matches_closed_form(seed: 
     first, second = gaussian(2, seed), gaussian(2, seed + 50)
     product = first.covariance @ second.covariance
     assert not np.allclose(product, product.T)
-    # the eigenvalues a², b² of a 2×2 matrix product give the trace of its root: (a + b)² = a² + b²
-    # + 2ab = trace + 2 √determinant
+    # With the eigenvalues a², b² of a 2×2 matrix product, the trace of its root is a + b, and
+    # (a + b)² = a² + b² + 2ab = trace + 2 √determinant.
     root_trace = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     offset = np.square(first.mean - second.mean).sum()
     expected = offset + np.trace(first.covariance + second.covariance) - 2 * root_trace

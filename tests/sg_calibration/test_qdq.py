@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sg_calibration.layers import layers_of
-from sg_calibration.qdq import LARGEST, Kind, quantize
+from sg_calibration.qdq import quantize
+from sg_calibration.types import QUANTS
 from sg_export.models.dit import ENDS
 from sg_runtime.errors import ExportError
+from sg_runtime.manifest import QuantizedType
 
 KINDS = [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)]
 WEIGHTS = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-100, 100, width=32))
@@ -112,8 +114,8 @@ def test_quantize_fp8_rounds_to_e4m3_with_one_scale(operator: str, weight: NDArr
     assert (np.abs(found - weight) <= most).all()
 
 
-@pytest.mark.parametrize("kind", LARGEST)
-def test_quantize_of_zero_weights_gives_zeros(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", QUANTS)
+def test_quantize_of_zero_weights_gives_zeros(kind: QuantizedType) -> None:
     """An untrained adaLN layer has zero weights."""
     model = quantize(product("MatMul", np.zeros((3, 2), np.float32)), kind, {"layer": 1.0})
     found, scale, _ = dequantized(model, "MatMul")
@@ -122,7 +124,9 @@ def test_quantize_of_zero_weights_gives_zeros(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
-def test_quantize_of_a_graph_has_nodes_around_layers_alone(kind: Kind, dtype: int, guided: onnx.ModelProto) -> None:
+def test_quantize_of_a_graph_has_nodes_around_layers_alone(
+    kind: QuantizedType, dtype: int, guided: onnx.ModelProto
+) -> None:
     layers, before = layers_of(guided, ENDS), Counter(node.op_type for node in guided.graph.node)
     outputs = [value.name for value in guided.graph.output]
     plain = {name for name in tensors(guided) if name not in {layer.weight for layer in layers.values()}}
@@ -143,7 +147,7 @@ def test_quantize_of_a_graph_has_nodes_around_layers_alone(kind: Kind, dtype: in
         rounded = made[source.input[0]]
         assert (rounded.op_type, rounded.input[0]) == ("QuantizeLinear", layer.source)
         assert list(rounded.input[1:]) == list(source.input[1:])
-        np.testing.assert_allclose(values[source.input[1]], ranges[name] / LARGEST[kind], rtol=1e-6)  # float32
+        np.testing.assert_allclose(values[source.input[1]], ranges[name] / QUANTS[kind].largest, rtol=1e-6)  # rounding
         assert values[source.input[1]].shape == (), "one scale per tensor"
         types = {t.name: t.data_type for t in model.graph.initializer}
         assert types[weight.input[0]] == types[weight.input[2]] == types[source.input[2]] == dtype
@@ -160,9 +164,9 @@ def test_quantize_of_weights_alone_leaves_activations(guided: onnx.ModelProto) -
     assert made[nodes[layers[names[1]].node].input[1]].op_type == "DequantizeLinear"
 
 
-@pytest.mark.parametrize("kind", LARGEST)
+@pytest.mark.parametrize("kind", QUANTS)
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
-def test_quantize_with_a_range_that_is_none_is_refused(kind: Kind, bad: float) -> None:
+def test_quantize_with_a_range_that_is_none_is_refused(kind: QuantizedType, bad: float) -> None:
     with pytest.raises(ExportError, match="layer layer: expected a positive range of x, found"):
         quantize(product("MatMul", np.ones((2, 3), np.float32)), kind, {"layer": bad})
 
@@ -171,7 +175,7 @@ def test_quantize_with_a_range_that_is_none_is_refused(kind: Kind, bad: float) -
 # most 2**-4. Sums reduce the error.
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("fp8", 0.1)])
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
-def test_quantize_gives_a_graph_that_runs(kind: Kind, most: float, operator: str, tmp_path: Path) -> None:
+def test_quantize_gives_a_graph_that_runs(kind: QuantizedType, most: float, operator: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weight, x = (random.standard_normal(shape, np.float32) for shape in ((64, 32), (9, 64)))
     plain = product(operator, weight)

@@ -160,7 +160,7 @@ def test_measure_of_too_few_times_is_refused(pipe: Pipeline, shards: list[Shard]
 
 @pytest.fixture
 def altered(reference: Bundle, tmp_path: Path) -> Callable[..., Pipeline]:
-    """Return a function that fills named initializers of the tiny model's FP32 graphs with numbers."""
+    """Return a function that fills initializers of the tiny model's FP32 graphs, by name."""
 
     def alter(**values: float) -> Pipeline:
         (tmp_path / "graphs").mkdir()

@@ -71,7 +71,7 @@ def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def used_names() -> Iterator[str]:
-    """Yield the library attributes that `sg_engines.trt` uses and the library methods it overrides."""
+    """Yield the library attributes that `sg_engines.trt` uses and the methods it overrides."""
     for node in ast.walk(ast.parse(inspect.getsource(sg_engines.trt))):
         if isinstance(node, ast.Attribute) and origin(node) in LIBRARY_OBJECTS:
             yield node.attr

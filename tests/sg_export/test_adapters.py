@@ -1,4 +1,4 @@
-"""Finding a checkpoint's family, and what the adapters make of its tensors and facts."""
+"""Detection of a checkpoint's family, and the adapters' results from its tensors and facts."""
 
 import itertools
 from pathlib import Path
@@ -91,8 +91,8 @@ def test_kept_of_higher_sparsity_is_not_more(family: str, tokens: int, rates: tu
 
 @pytest.mark.parametrize(
     ("tokens", "sparsity", "by_tread", "by_maskdit"),
-    # In floating point, 100 * 0.29 is 28.999999999999996, of which tread leaves out 28, and 10 * (1 - 0.9) is
-    # 0.9999999999999998, of which MaskDiT keeps none.
+    # In floating point, 100 * 0.29 is 28.999999999999996, so tread leaves out 28 tokens, and
+    # 10 * (1 - 0.9) is 0.9999999999999998, so MaskDiT keeps none.
     [
         (100, 0.29, 72, 71),
         (256, 0.3, 180, 179),
@@ -199,7 +199,7 @@ def test_build_of_half_precision_is_its_values_in_fp32(tiny: Any, tmp_path: Path
 
 
 def empty(config: DiTConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a MaskDiT of any size in no memory: zeros, all the same one."""
+    """Return the tensors of a MaskDiT of any size without memory: they share a single zero."""
     with torch.device("meta"):
         return {
             name: torch.zeros((), device="cpu").expand(tensor.shape)
@@ -213,7 +213,8 @@ def test_build_of_maskdit_states_the_facts(tiny_masked: Any) -> None:
     shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
     assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("maskdit", "edm", "latent", 5)
-    # Three blocks of six vectors and the layer between of two; eight blocks of six and the final layer of two.
+    # Three blocks have six vectors each, and the layer between has two. Eight blocks have six each,
+    # and the final layer has two.
     assert facts.modulations == (6 * 3 + 2) * 32 + (6 * 8 + 2) * 512
     assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
     assert facts.class_names == ("a", "b", "c", "d", "e")
@@ -270,7 +271,7 @@ def test_build_of_maskdit_space_without_a_fact_follows_the_channels(channels: in
 )
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_build_of_maskdits_sizes_gives_their_shape(patch: int, width: int, depth: int, heads: int) -> None:
-    # Fewer blocks than published: no fact depends on how many there are but the depth.
+    # There are fewer blocks than published: only the depth depends on their number.
     config = DiTConfig(32, patch, 4, width, depth // 12, heads, 4 * width, 1000)
     model, _ = maskdit.build(checkpoint(empty(config)), Overrides())
     assert model.network.config == config  # type: ignore[attr-defined]

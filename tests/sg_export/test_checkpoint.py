@@ -1,4 +1,4 @@
-"""Reading checkpoints: file formats, layouts, wrapper prefixes, and the facts beside the tensors."""
+"""Reading of checkpoints: file formats, layouts, wrapper prefixes, and facts besides tensors."""
 
 import argparse
 import hashlib
@@ -24,7 +24,7 @@ def save(path: Path, content: Any) -> Path:
 
 
 def value(path: Path, weights: Any = None) -> float:
-    """The one value that was read, so that a test sees from which set it came."""
+    """Return the only value of a checkpoint, which shows the set of weights that was read."""
     return float(read_checkpoint(path, weights).tensors["layer.weight"])
 
 
@@ -150,7 +150,7 @@ def test_read_checkpoint_sidecar_stands_before_metadata(suffix: str, tmp_path: P
     else:
         torch.save(ONE, path)
     path.with_suffix(".json").write_text(json.dumps({"route": "2-3", "training": {"steps": 5, "data": ["a"]}}))
-    heads = 2 if suffix == ".safetensors" else None  # what the sidecar leaves open, the metadata still says
+    heads = 2 if suffix == ".safetensors" else None  # the metadata gives facts that the sidecar lacks
     assert read_checkpoint(path).facts == CheckpointFacts(
         route="2-3", heads=heads, training={"steps": 5, "data": ["a"]}
     )

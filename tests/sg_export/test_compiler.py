@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle, whole or not at all."""
+"""From a checkpoint to a bundle, which is written completely or not at all."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-import sg_export.graph.check
 from sg_export.compiler import compile
 from sg_export.loading import LoadedModel, load_model
 from sg_export.options.compile import CompileOptions
+from sg_export.options.types import BASES
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, ExportError, UsageError
@@ -29,7 +29,7 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 
 
 def smallest(output: Path, **changes: Any) -> CompileOptions:
-    """The bundle with the fewest and the most quickly traced graphs."""
+    """Return options of the bundle with the fewest graphs, which are also the fastest to trace."""
     return CompileOptions(output, guidance="none", batch=1, **changes)
 
 
@@ -71,7 +71,7 @@ def test_compile_stores_kept_tokens_as_integers(tiny_bundle: Path) -> None:
 
 def test_compile_records_the_parity_of_every_graph(tiny_bundle: Path) -> None:
     for graph in Bundle.open(tiny_bundle).manifest.graphs:
-        # Above zero: another program adds in another order. Below: FP32's rounding, ten times over.
+        # Above zero: another program adds in another order. Below: ten times FP32's rounding.
         assert graph.parity is not None
         assert 0 < graph.parity < 1e-5
 
@@ -142,7 +142,7 @@ def test_compile_of_an_edm_model_samples_by_heun(tiny_edm_bundle: Path) -> None:
 def test_compile_with_schedule_states_both_ends(tiny_cosine_bundle: Path) -> None:
     manifest = Bundle.open(tiny_cosine_bundle).manifest
     assert manifest.guidance == GuidancePlan("sg", FULL, HALF, 3.0, MOST, FULL, 1.5, (0.15, 0.9))
-    # Sparsities that cross have no pair: their branches are run by graphs of their own.
+    # If the sparsities cross, there is no guided graph: separate graphs run the branches.
     assert names(manifest) == ["condition", "dense", "sparse-12", "sparse-8", "guided-16-8", "guided-12-8"]
 
 
@@ -162,7 +162,7 @@ def test_compile_reports_every_stage_once(quick_checkpoint: Path, tmp_path: Path
 
 
 def test_compile_of_an_untrained_network_succeeds(quick: Any, tmp_path: Path) -> None:
-    # Upstream starts adaLN and the head at zero, so that all outputs are zero.
+    # Upstream initializes adaLN and the head to zero, so all outputs are zero.
     state = quick.state()
     for name, tensor in state.items():
         if "adaLN" in name or name.startswith("final_layer"):
@@ -204,7 +204,7 @@ def test_compile_to_existing_output_says_how(kind: str, force: bool, tmp_path: P
             name = "mine" if kind == "folder" else "manifest.json"
             (output / name).write_text('{"created_by": "sg-export 0"}' if kind == "bundle" else '{"name": "mine"}')
     if force and kind in ("bundle", "empty folder"):
-        # Past the look at the output: the next thing is the checkpoint.
+        # The check of the output passed: the checkpoint is read next.
         with pytest.raises(CheckpointError, match="found nothing there"):
             compile(tmp_path / "missing.pt", CompileOptions(output, force=True))
         return
@@ -286,7 +286,7 @@ def test_compile_to_an_output_that_appears_meanwhile_raises(quick_checkpoint: Pa
 def test_compile_of_a_graph_that_differs_from_pytorch_raises(
     quick_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sg_export.graph.check, "MAX_BUILD_ERROR", {"fp32": 0.0})
+    monkeypatch.setitem(BASES, "fp32", replace(BASES["fp32"], build_limit=0.0))
     with pytest.raises(
         ExportError, match=r"graph condition.onnx: relative L2 distance to PyTorch: expected at most 0, found .*e-0"
     ):

@@ -1,4 +1,4 @@
-"""The public names of `sg_export`, imported on first use."""
+"""The public names of `sg_export`, which are imported on first use."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint as the PyTorch model that everything else is compared with."""
+"""Loading of a checkpoint as the PyTorch model, the reference of all comparisons."""
 
 import math
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_level_of_whole_number_is_a_float(loaded: LoadedModel) -> None:
 
 
 def test_level_that_keeps_no_token_raises(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Upstream's rounding always keeps one; that of other families need not.
+    # Upstream's rounding always keeps one token; the rounding of other families may not.
     monkeypatch.setattr(tread, "kept_count", lambda tokens, sparsity: 0)
     with pytest.raises(UsageError, match="keeps no token of 16: expected one that keeps some"):
         loaded.level(0.99)
@@ -102,7 +102,7 @@ def test_level_without_route_shows_upstreams_usual(depth: int, usual: str, loade
 def test_load_weak_has_its_own_weights_and_the_strong_models_facts(
     tiny: Any, loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    # An earlier file of the run, with nothing beside it.
+    # An earlier file of the run, without a sidecar.
     path = tiny.save(tmp_path / "early.pt", {"model_state_dict": tiny.state(1), "ema_state_dict": tiny.state(2)}, {})
     weak = load_weak(path, loaded, None)
     assert weak.facts == loaded.facts
@@ -118,7 +118,7 @@ def test_load_weak_takes_the_strong_models_names_of_classes(tiny: Any, loaded: L
     assert load_weak(path, named, None).facts == named.facts
 
 
-# What the files state of themselves differs: they are of two runs, though their tensors have the same shapes.
+# The facts in the files differ: they are from two runs, though their tensors have the same shapes.
 @pytest.mark.parametrize(
     ("stated", "told"),
     [

@@ -1,7 +1,7 @@
-"""Checkpoints in MaskDiT's format through the adapter, beside the predictions that Anima-Lab/MaskDiT's own code made.
+"""Checkpoints in MaskDiT's format through the adapter, compared with upstream's predictions.
 
-`fixtures/make_maskdit_fixtures.py` ran upstream's code and says how. The weights come from a seed:
-`fixtures/weights.py`.
+Upstream is Anima-Lab/MaskDiT. `fixtures/make_maskdit_fixtures.py` ran its code and documents how.
+The weights come from a seed: `fixtures/weights.py`.
 """
 
 import argparse
@@ -29,7 +29,10 @@ CASES = Cases("maskdit", "masked")
 
 @functools.lru_cache(maxsize=1)
 def loaded(name: str) -> LoadedModel:
-    """The adapter's model of case `name`, from a file with all that upstream's training script puts into one."""
+    """Return the adapter's model of case `name`.
+
+    The model comes from a file with everything that upstream's training script stores.
+    """
     state = {f"model.{key}": value for key, value in CASES.state(name).items()}
     content = {"model": {}, "ema": state, "opt": {"state": {}, "param_groups": []}}
     content["args"] = argparse.Namespace(config="imagenet256-latent.yaml", cfg_scale=None, seeds=[0, 1])
@@ -40,7 +43,7 @@ def loaded(name: str) -> LoadedModel:
 
 
 def model_of(name: str) -> Any:
-    """The same model as a copy, whose weights a test may change."""
+    """Return a copy of the model of case `name`, whose weights a test may change."""
     return copy.deepcopy(loaded(name).model)
 
 
@@ -79,7 +82,8 @@ def test_denoised_by_preconditioning_equals_upstreams_wrapper() -> None:
         for name in ("c_in", "c_skip", "c_out")
     )
     output = loaded("patch1").model(c_in * x, torch.tensor([part.t for part in parts]), classes)
-    # Each factor is one FP32 rounding (6e-8) off upstream's, far less than the network's own rounding.
+    # Each factor differs from upstream's by one FP32 rounding (6e-8), far less than the network's
+    # own rounding.
     assert relative_error(c_skip * x + c_out * output, arrays["edm-denoised"]) <= BOUND
 
 
@@ -157,12 +161,12 @@ def test_prediction_with_larger_epsilon_exceeds_bound(layer: str) -> None:
     assert CASES.error(model, "small-residual", "masked-0.5") > 10 * BOUND
 
 
-# Of blocks that are alike, the first.
+# Only the first of identical blocks is tested.
 @pytest.mark.parametrize(
     "key", [key for key in CASES.by_name["patch1"]["shapes"] if not re.search(r"blocks\.[1-9]", key)]
 )
 def test_prediction_with_one_tensor_changed_exceeds_bound(key: str) -> None:
     model = model_of("patch1")
     model.network.state_dict()[key].mul_(1.01)
-    # Above all this says that no tensor of the recipe is out of the result's reach.
+    # In particular, every tensor of the random weights affects the result.
     assert CASES.error(model, "patch1", "masked-0.5") > BOUND

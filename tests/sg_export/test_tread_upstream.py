@@ -1,6 +1,7 @@
-"""Our DiT beside upstream's: same random weights, same inputs, and the predictions that CompVis/tread's own code made.
+"""Our DiT compared with upstream's predictions, for the same random weights and inputs.
 
-`fixtures/make_tread_fixtures.py` ran upstream's code and says how. The weights come from a seed: `fixtures/weights.py`.
+Upstream is CompVis/tread. `fixtures/make_tread_fixtures.py` ran its code and documents how. The
+weights come from a seed: `fixtures/weights.py`.
 """
 
 import functools
@@ -21,11 +22,11 @@ CASES = Cases("tread", "routed")
 
 
 def model_of(name: str) -> SparseModel:
-    """Our network of case `name` with upstream's weights, every key and shape accounted for."""
+    """Return our network of case `name` with upstream's weights; all keys and shapes must match."""
     case = CASES.by_name[name]
     with torch.device("meta"):
         network = DiT(DiTConfig(**case["config"]))
-    # Copies, so that a test may change its model's weights.
+    # The weights are copies, so that a test may change them.
     network.load_state_dict({key: value.clone() for key, value in CASES.state(name).items()}, strict=True, assign=True)
     return SparseModel(network, Route(*case["route"])).eval()
 
@@ -48,14 +49,17 @@ def test_state_dict_names_and_shapes_equal_upstream(facts: dict[str, Any]) -> No
 
 
 def permute_rows(layer: Any, order: Callable[[Tensor], Tensor]) -> None:
-    """Put the outputs of a linear layer in another order; `order` maps row numbers (R,) to row numbers (R,)."""
+    """Permute the outputs of a linear layer.
+
+    `order` maps row numbers (R,) to row numbers (R,).
+    """
     rows = order(torch.arange(layer.weight.shape[0]))
     layer.weight.data = layer.weight.data[rows]
     layer.bias.data = layer.bias.data[rows]
 
 
 def swap_first_two(rows: Tensor, parts: int) -> Tensor:
-    """Row numbers (R,) in `parts` equal parts, the first two in each other's place."""
+    """Divide row numbers (R,) into `parts` equal parts and swap the first two."""
     first, second, *rest = rows.chunk(parts)
     return torch.cat([second, first, *rest])
 
@@ -131,5 +135,5 @@ def test_prediction_with_larger_epsilon_exceeds_bound(layer: str) -> None:
 def test_prediction_with_one_tensor_changed_exceeds_bound(key: str) -> None:
     model: Any = model_of("one-routed-block")
     model.network.state_dict()[key].mul_(1.01)
-    # Above all this says that no tensor of the recipe is out of the result's reach.
+    # In particular, every tensor of the random weights affects the result.
     assert CASES.error(model, "one-routed-block", "routed-0.5") > BOUND

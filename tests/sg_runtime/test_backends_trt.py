@@ -321,7 +321,10 @@ def test_lanes_of_threads_share_the_engines_alone(library: Library, driver: Driv
 
 @pytest.mark.slow
 def test_memory_of_runs_that_are_over_is_given_back(driver: Driver, pipe: Pipeline) -> None:
-    """A lane keeps the buffers of two kinds of runs, whether they were captured or not."""
+    """A lane keeps the buffers of two kinds of runs, however many runs there were.
+
+    Captured runs make no difference.
+    """
     used = []
     for steps in (2, 3, 4, 5, 6, 4, 5, 6):
         sample(pipe, 2, steps=steps)

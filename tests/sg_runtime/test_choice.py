@@ -194,7 +194,7 @@ def test_choose_backend_of_both_for_another_batch_leaves_the_engines(
 def test_choose_backend_of_engines_of_two_libraries_asks_each_for_its_own(
     engines: Bundle, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One GPU is unknown to TensorRT-RTX; then TensorRT is not installed."""
+    """First the GPU is unknown to TensorRT-RTX; then TensorRT is not installed."""
     manifest = engines.manifest
     others = tuple(
         replace(engine, library="tensorrt", version="11.4", compute_capabilities=(90,)) for engine in manifest.engines

@@ -121,8 +121,7 @@ def test_count_cost_reads_a_weight_for_every_node_that_takes_it() -> None:
     assert count_cost(graph) == Cost(18, 0, 2 * 36, 2 * 12)
 
 
-# Bytes of one image, by hand: x 16, k 24 (int64), a 64, b 64, c 16, d 16, y 12. Live values, node by
-# node:
+# Bytes of one image, by hand: x 16, k 24 (int64), a 64, b 64, c 16, d 16, y 12. Live, by node:
 #     x k a | x k a b | x k b c | x k c d | k d y
 # a is not needed after b, b not after c, c and x not after d. The maximum is x k a b.
 LIVENESS = """(float[N, 4] x, int64[N, 3] k, float[4, 16] w) => (float[N, 3] y)

@@ -1,4 +1,4 @@
-"""Half precision in FP32 operators: it rounds as the type does, and finds what leaves its range."""
+"""Half precision in FP32 operators: it rounds as the type does and finds values out of range."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ Write = Callable[[HalfPrecision, NDArray[np.float32]], Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes the two products with a weight, in half precision."""
+    """Return a function that writes a graph of two matmuls with one weight, in half precision."""
 
     def write(precision: HalfPrecision, weight: NDArray[np.float32]) -> Path:
         model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> g {MLP}')
@@ -56,7 +56,7 @@ def test_emulated_rounds_inputs_weights_and_every_result(precision: HalfPrecisio
         return values.astype(dtype).astype(np.float32)
 
     wanted = rounded(rounded(rounded(x) @ rounded(w)) @ rounded(w))
-    # The products sum in another order, so that now and then a value rounds to its neighbour.
+    # The matmuls sum in another order, so a value sometimes rounds to its neighbour.
     assert (found == wanted).mean() > 0.9
     np.testing.assert_allclose(found, wanted, atol=float(ml_dtypes.finfo(dtype).eps) * 8)  # type: ignore[no-untyped-call]
     exact = (x @ w) @ w

@@ -1,4 +1,4 @@
-"""Half precision in traced graphs: which products have it, what stays in FP32, and that the file says so."""
+"""Half precision in traced graphs: its matmuls, the parts in FP32, and the types in the file."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 
 from sg_calibration.layers import layers_of
-from sg_calibration.qdq import Kind
 from sg_export.cost.count import count_cost, layer_macs
 from sg_export.graph.check import check_types
 from sg_export.graph.half import HALF, fp32_layers, half_attentions, to_half
@@ -24,7 +23,7 @@ from sg_export.models.dit import ENDS, DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.quantize.rewrite import quantized_model
 from sg_runtime.errors import ExportError
-from sg_runtime.manifest import HalfPrecision, Level, Route
+from sg_runtime.manifest import HalfPrecision, Level, QuantizedType, Route
 
 CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2, mlp_width=20, num_classes=3)
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
@@ -44,12 +43,12 @@ def masked(make_model: Callable[..., LoadedModel]) -> LoadedModel:
 
 @cache
 def content(loaded: LoadedModel, spec: GraphSpec) -> onnx.ModelProto:
-    """The traced graph."""
+    """Return the traced graph as a proto."""
     return ir.to_proto(trace(loaded.model, [spec], loaded.facts, None, DEFAULT_OPSET, symbolic_keep=True)[0])
 
 
 def traced(loaded: LoadedModel, spec: GraphSpec) -> ir.Model:
-    """A graph of one's own, traced once."""
+    """Return a fresh copy of a graph that is traced only once."""
     return ir.from_proto(content(loaded, spec))
 
 
@@ -99,7 +98,8 @@ def test_to_half_keeps_attention_whole_in_half_precision(loaded: LoadedModel) ->
             (use,) = node.outputs[0].uses()
             for part in (product, node, use.node):
                 assert {v.dtype for v in (*part.inputs, *part.outputs)} == {FLOAT16}  # type: ignore[union-attr]
-    # Between the products of a block there is one way down, before a product, and one up, at the gate.
+    # Between the matmuls of a block there is one conversion to half precision, before a matmul, and
+    # one to FP32, at the gate.
     after = halved(loaded, GUIDED, "fp16", (*ENDS, "blocks.2"))
     assert half_attentions(after) == 1 + 2
 
@@ -136,7 +136,7 @@ def test_to_half_of_a_weight_out_of_range_names_it_when_it_is_written(loaded: Lo
 
 
 def parse(text: str) -> ir.Graph:
-    """A graph from text; its input w is made an initializer."""
+    """Return the graph of `text`, with its input w turned into an initializer."""
     graph = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> g {text}').graph
     weight = next(value for value in graph.inputs if value.name == "w")
     graph.inputs.remove(weight)
@@ -181,27 +181,27 @@ def test_check_types_of_a_graph_left_in_fp32_names_a_node(loaded: LoadedModel, t
         check_types(path, "fp16", ENDS)
 
 
-def quantized(loaded: LoadedModel, kind: Kind, folder: Path) -> ir.Model:
-    """The guided graph with all layers but the first block's quantized."""
+def quantized(loaded: LoadedModel, kind: QuantizedType, folder: Path) -> ir.Model:
+    """Return the guided graph with all layers quantized except those of the first block."""
     (path,) = write_graphs([traced(loaded, GUIDED)], folder, "weights.bin")
     names = [name for name in layers_of(onnx.load(path), ENDS) if not name.startswith("blocks.0.")]
     return quantized_model(path, kind, dict.fromkeys(names, 4.0), names)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_weight_of_sees_through_dequantize_linear(kind: Kind, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_weight_of_sees_through_dequantize_linear(kind: QuantizedType, loaded: LoadedModel, tmp_path: Path) -> None:
     plain, graph = traced(loaded, GUIDED).graph, quantized(loaded, kind, tmp_path).graph
     assert {name for name, _ in weighted_products(graph)} == {name for name, _ in weighted_products(plain)}
     stored = [weight_of(node) for name, node in weighted_products(graph) if belongs(name, ("blocks.1", "blocks.2"))]
     assert len(stored) == 8
     assert all(weight is not None and weight.is_initializer() and weight.dtype.itemsize == 1 for weight in stored)  # type: ignore[union-attr]
-    assert sum(weight_of(node) is None for node in graph if node.op_type == "MatMul") == 2 * 5, "attention's"
+    assert sum(weight_of(node) is None for node in graph if node.op_type == "MatMul") == 2 * 5, "two of each attention"
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("precision", HALF)
 def test_to_half_of_a_quantized_graph_has_half_precision_after_dequantizing(
-    precision: HalfPrecision, kind: Kind, loaded: LoadedModel, tmp_path: Path
+    precision: HalfPrecision, kind: QuantizedType, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     model, layers = quantized(loaded, kind, tmp_path), fp32_layers(loaded.model, precision)
     to_half(model.graph, precision, layers)
@@ -214,7 +214,7 @@ def test_to_half_of_a_quantized_graph_has_half_precision_after_dequantizing(
             source = value.producer()
             if source is not None and source.op_type == "DequantizeLinear":
                 dequantized += 1
-                assert source.inputs[1].dtype == expected, "a scale has the type that it gives"  # type: ignore[union-attr]
+                assert source.inputs[1].dtype == expected, "a scale has the output's type"  # type: ignore[union-attr]
                 assert source.inputs[0].dtype.itemsize == 1  # type: ignore[union-attr]
     assert dequantized == 2 * 8
     for node in model.graph:
@@ -229,7 +229,7 @@ def test_to_half_of_a_quantized_graph_has_half_precision_after_dequantizing(
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_count_cost_of_a_quantized_graph_has_the_same_products_and_fewer_bytes(
-    kind: Kind, loaded: LoadedModel, tmp_path: Path
+    kind: QuantizedType, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     sizes = keep_sizes(GUIDED, (9, 4))
     plain, graph = traced(loaded, GUIDED).graph, quantized(loaded, kind, tmp_path).graph
@@ -241,5 +241,6 @@ def test_count_cost_of_a_quantized_graph_has_the_same_products_and_fewer_bytes(
         for name, node in weighted_products(plain)
         if belongs(name, ("blocks.1", "blocks.2"))
     )  # type: ignore[union-attr, arg-type]
-    # Three of four bytes, but for scales: one of four bytes for each output channel, at most 36, and zero points.
+    # Each weight saves three of four bytes, except for scales and zero points: a layer has at most
+    # 36 output channels, each with a scale of four bytes.
     assert 0 <= after.weight_bytes - (before.weight_bytes - 3 * weights) < 8 * (36 * 5 + 3 * 5)

@@ -63,7 +63,8 @@ def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: 
     else:
         output = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep"))
     wanted = v.c_skip * v.x + v.c_out * output
-    # Combining before the head instead of after it changes the order of sums: some FP32 steps, 1.2e-7 each.
+    # Combining before the head instead of after it changes the order of sums: a few FP32 steps of
+    # 1.2e-7 each.
     assert (prediction - wanted).norm() / wanted.norm() < 2e-6
     wanted = v.a * v.x + v.b * wanted + v.e * v.r
     assert (following - wanted).norm() / wanted.norm() < 2e-6

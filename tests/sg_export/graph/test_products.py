@@ -1,4 +1,4 @@
-"""Products with a weight."""
+"""Operators with a weight."""
 
 from sg_export.graph.products import belongs
 

@@ -1,4 +1,4 @@
-"""Opening a graph with ONNX Runtime as the runtime will."""
+"""Open a graph with ONNX Runtime, as the runtime does."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from sg_runtime.errors import EngineError, MissingExtraError
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """y = x + 1 and z = -x, of two values."""
+    """Graph of y = x + 1 and z = -x, with two values each."""
     x, y, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xyz")
     one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
     nodes = [helper.make_node("Add", ["x", "one"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]

@@ -1,4 +1,4 @@
-"""What graphs a bundle has, and the tensors of each."""
+"""The graphs of a bundle, and the tensors of each graph."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_graphs_for_of_two_networks_has_the_singles_of_each() -> None:
 def test_inputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[TensorFacts], facts: ModelFacts) -> None:
     assert graph_inputs(spec, facts, None) == tuple(expected)
     fixed = [TensorFacts(t.name, t.dtype, tuple(3 if size == "B" else size for size in t.shape)) for t in expected]
-    # The rows of condition are its caller's, whatever the images per run.
+    # The caller chooses the number of rows of condition, regardless of the batch size.
     assert graph_inputs(spec, facts, 3) == tuple(fixed)
 
 

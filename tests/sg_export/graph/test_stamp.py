@@ -1,4 +1,4 @@
-"""Graphs whose layers were traced once and stamped, compared with graphs in which every layer was traced by itself."""
+"""Graphs with layers traced once and stamped, compared with graphs with every layer traced."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -29,9 +29,10 @@ KINDS = (
 
 
 def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
-    """The nodes, each by what it computes, and the outputs: independent of names and of the order of nodes.
+    """Return the nodes and the outputs in a form independent of names and of the order of nodes.
 
-    A value is known by its graph input's name, its weight's name, its constant's content, or the node that makes it.
+    A node is identified by its computation. A value is identified by the name of its graph input,
+    the name of its weight, the content of its constant, or the node that makes it.
     """
     known: dict[ir.Value | None, Hashable] = {None: None}
     nodes: list[Hashable] = []
@@ -45,7 +46,7 @@ def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
     for node in graph:
         attributes = tuple(sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()))
         shapes = tuple((value.dtype, str(value.shape)) for value in node.outputs)
-        # A hash describes everything above a value; a full description would grow with the depth.
+        # A hash describes everything before a value; a full description would grow with the depth.
         inputs = tuple(hash(known[value]) for value in node.inputs)
         if node.op_type == "Add":  # PyTorch adds token counts in either order
             inputs = tuple(sorted(inputs))
@@ -75,7 +76,7 @@ def test_trace_of_each_kind_of_layer_once_equals_the_trace_of_all(
     make_model: Callable[..., LoadedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(maskdit, "DECODER_DEPTH", 3)  # one block of each kind, and another to stamp
+    monkeypatch.setattr(maskdit, "DECODER_DEPTH", 3)  # one block of each kind, and one to stamp
     loaded = make_model(network, config, route)
     rest = (loaded.facts, batch, DEFAULT_OPSET)
     stamped = trace(loaded.model, specs, *rest, symbolic_keep=symbolic_keep)

@@ -1,4 +1,4 @@
-"""The ONNX graphs themselves: signatures, what is in them and what is not, and their agreement with PyTorch."""
+"""The ONNX graphs: signatures, operators, weights, and agreement with PyTorch."""
 
 import itertools
 import re
@@ -42,7 +42,7 @@ STEPS = [name for name in SPECS if name != "condition"]
 GUIDED = [name for name in SPECS if name.startswith("guided")]
 OUTPUTS = ("prediction", "next")
 
-# FP32 sums in another order: 3e-7 where this was written. The design's bound for every graph.
+# The design's bound for every graph. FP32 sums in another order differed by 3e-7 when measured.
 BOUND = 1e-5
 
 
@@ -53,7 +53,7 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def paths(tiny_bundle: Path, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The graphs of the tiny bundle by name, and one whose weak branch has no class."""
+    """Paths of the tiny bundle's graphs by name, and of a graph whose weak branch has no class."""
     null = trace(loaded.model, [SPECS["guided-12-8-null"]], loaded.facts, None, DEFAULT_OPSET)
     more = write(null, tmp_path_factory.mktemp("null"))
     return {path.stem: path for path in [*sorted((tiny_bundle / "graphs").glob("*.onnx")), *more]}
@@ -61,13 +61,13 @@ def paths(tiny_bundle: Path, loaded: LoadedModel, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def models(paths: dict[str, Path]) -> dict[str, ModelProto]:
-    """The same, without their weights."""
+    """The graphs of `paths`, without their weights."""
     return {name: onnx.load(path, load_external_data=False) for name, path in paths.items()}
 
 
 @pytest.fixture
 def traced(loaded: LoadedModel, tmp_path: Path) -> Callable[..., Path]:
-    """Traces one graph and writes it; returns its path."""
+    """Return a function that traces one graph, writes it and returns its path."""
 
     def make(spec: GraphSpec, batch: int | None = None, opset: int = DEFAULT_OPSET) -> Path:
         return write(trace(loaded.model, [spec], loaded.facts, batch, opset), tmp_path)[0]
@@ -80,7 +80,7 @@ def write(models: list[ir.Model], folder: Path) -> list[Path]:
 
 
 def values_of(spec: GraphSpec, loaded: LoadedModel, rows: int, batch: int | None = None) -> dict[str, torch.Tensor]:
-    """Random inputs of a graph; the modulations are those of random times and classes."""
+    """Return random inputs of a graph; the modulations are of random times and classes."""
     generator = torch.Generator().manual_seed(rows)
     sizes = {"B": rows, "S": rows}
     inputs = graph_inputs(spec, loaded.facts, batch)
@@ -101,7 +101,7 @@ def run(path: Path, values: dict[str, torch.Tensor]) -> list[NDArray[np.float32]
 
 
 def error(path: Path, spec: GraphSpec, loaded: LoadedModel, rows: int, batch: int | None = None) -> float:
-    """Relative L2 distance of a graph on ONNX Runtime to PyTorch, that of the worst output."""
+    """Return the relative L2 distance between ONNX Runtime and PyTorch for the worst output."""
     values = values_of(spec, loaded, rows, batch)
     wanted = GraphModule(loaded.model, spec, list(values))(*values.values())
     pairs = list(zip(run(path, values), wanted if isinstance(wanted, tuple) else (wanted,), strict=True))
@@ -127,7 +127,7 @@ def expected_signature(spec: GraphSpec, loaded: LoadedModel, batch: int | None) 
 
 
 def makers(graph: GraphProto) -> dict[str, NodeProto]:
-    """The node that makes each value."""
+    """Return a mapping of each value's name to the node that makes it."""
     return {name: node for node in graph.node for name in node.output}
 
 
@@ -136,7 +136,7 @@ def readers(graph: GraphProto, name: str) -> list[NodeProto]:
 
 
 def below(graph: GraphProto, name: str) -> Iterator[NodeProto]:
-    """The nodes that depend on a value, each once."""
+    """Yield the nodes that depend on a value, each once."""
     reached = {name}
     for node in graph.node:  # in order of computation
         if reached & set(node.input):
@@ -203,7 +203,10 @@ def test_trace_of_all_tokens_reads_no_shape(name: str, models: dict[str, ModelPr
 
 
 def attentions(spec: GraphSpec) -> int:
-    """Of one block before the route, one in it and one after it; branches of one condition share the first."""
+    """Return the number of attentions: one block is before the route, one in it, one after it.
+
+    Branches with the same condition share the first block.
+    """
     return 3 if spec.kind != "guided" else 6 if spec.null_weak else 5
 
 
@@ -232,7 +235,7 @@ def test_trace_reads_every_weight_once(name: str, models: dict[str, ModelProto],
     reads = Counter(value for node in graph.node for value in node.input)
     weights = [tensor.name for tensor in graph.initializer if tensor.name.removesuffix(".T") in state]
     assert {reads[weight] for weight in weights} == {1}
-    # Twice in each of three blocks, and before the head: tokens of both branches at once.
+    # Twice in each of three blocks, and once before the head: all branches at the same time.
     assert sum(node.op_type == "LayerNormalization" for node in graph.node) == 7
 
 
@@ -247,7 +250,8 @@ def test_trace_guided_combines_where_it_is_first_exact(name: str, models: dict[s
     halves = made[difference.input[0]]
     assert (halves.op_type, list(halves.output)) == ("Split", list(difference.input))
     assert set(total.input) == {scaled.output[0], halves.output[1]}
-    # With one condition after the last normalisation; with two, when both branches are modulated and joined.
+    # With one condition, the branches combine after the last normalisation. With two, they combine
+    # after both are modulated and joined.
     assert made[halves.input[0]].op_type == ("Concat" if SPECS[name].null_weak else "LayerNormalization")
     after = Counter(node.op_type for node in below(graph, "scale"))
     assert after["LayerNormalization"] == after["Softmax"] == 0
@@ -260,7 +264,7 @@ def test_trace_step_ends_with_the_update(name: str, models: dict[str, ModelProto
     made = makers(graph)
 
     def terms(value: str) -> list[set[str]]:
-        """A sum of products, as the factors of each."""
+        """Return a sum of multiplications as the set of factors of each."""
         node = made[value]
         if node.op_type == "Add":
             return [factors for part in node.input for factors in terms(part)]
@@ -291,7 +295,7 @@ def test_trace_initializers_lie_in_one_file(tiny_bundle: Path) -> None:
                 assert np.prod(tensor.dims) * 4 < 1024
     ends = sorted((start, start + length) for start, length in places.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-    # Every weight once: what is over is alignment.
+    # Every weight is stored once; the remaining bytes are alignment.
     assert sum(length for _, length in places.values()) <= ends[-1][1] <= size
     assert size < 1.1 * sum(length for _, length in places.values())
 
@@ -340,7 +344,8 @@ def test_trace_with_symbolic_batch_equals_pytorch(
     assert error(paths[name], SPECS[name], loaded, rows) <= BOUND
 
 
-# 130 images: the exporter then folds the indices of a sparse graph into constants of the external file.
+# With 130 images, the exporter folds the indices of a sparse graph into constants of the external
+# file.
 @pytest.mark.parametrize(("batch", "names"), [(1, ["guided-12-8"]), (130, ["sparse-8", "guided-12-8"])])
 def test_trace_with_fixed_batch_equals_pytorch(
     batch: int, names: list[str], loaded: LoadedModel, tmp_path: Path

@@ -10,7 +10,8 @@ import torch
 
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.trace import attention, trace
+from sg_export.graph.attention import translate_attention
+from sg_export.graph.trace import trace
 from sg_export.loading import LoadedModel, load_model
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import ExportError
@@ -25,7 +26,10 @@ def loaded(quick_checkpoint: Path) -> LoadedModel:
 
 
 class Failing(SparseModel):
-    """A model that raises `error`, and another error as it is handled where `wrapped`, within the exporter."""
+    """A model that raises `error` within the exporter.
+
+    If `wrapped`, it raises another error while it handles a TypeError.
+    """
 
     error: BaseException
     wrapped = False
@@ -39,7 +43,7 @@ class Failing(SparseModel):
             raise
 
 
-# As PyTorch tells of Ctrl-C that came while it read an argument.
+# PyTorch's message if Ctrl-C arrives while it reads an argument.
 TOLD = (
     """empty_strided(): argument 'size' failed to unpack the object at pos 1 with error "KeyboardInterrupt: <EMPTY>\""""
 )
@@ -84,4 +88,4 @@ def test_trace_of_a_model_that_branches_on_data_raises(loaded: LoadedModel) -> N
 )
 def test_attention_in_another_form_raises(change: dict[str, Any]) -> None:
     with pytest.raises(ExportError, match="expected the plain form of scaled_dot_product_attention"):
-        attention(None, None, None, **change)
+        translate_attention(None, None, None, **change)

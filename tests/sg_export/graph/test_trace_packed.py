@@ -1,4 +1,7 @@
-"""Guided graphs at small random models of both families: each weight is read once, and two passes give the same."""
+"""Guided graphs of small random models of both families.
+
+Each weight is read once, and two separate passes give the same result.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +29,8 @@ CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2
 TOKENS, IMAGES = 9, 2
 SPLIT, WHOLE, FIRST, LAST = Route(1, 1), Route(0, 2), Route(0, 0), Route(2, 2)
 
-# FP32 sums in another order: 6e-7 at most where this was written; the branches of a case lie 1e-2 or more apart.
+# FP32 sums in another order differed by at most 6e-7 when measured. The branches of a case differ
+# by 1e-2 or more.
 BOUND = 1e-5
 
 
@@ -73,7 +77,7 @@ def traced(request: pytest.FixtureRequest, make_model: Callable[..., LoadedModel
 
 
 def weights_of_the_step(loaded: LoadedModel) -> set[str]:
-    """Names of the tensors that are not conditioning."""
+    """Return the names of the tensors that are not part of the conditioning."""
     names = {name.removeprefix("network.") for name in loaded.model.state_dict()}
     return {name for name in names if not name.startswith(("t_embedder.", "y_embedder.")) and "adaLN" not in name}
 
@@ -91,7 +95,7 @@ def test_trace_reads_every_weight_once(traced: Traced) -> None:
     layers = sum(name.endswith(".weight") for name in expected)
     products = [node for node in traced.model.graph if node.op_type in ("MatMul", "Gemm", "Conv")]
     weighted = [node for node in products if node.inputs[1] is not None and node.inputs[1].is_initializer()]
-    # None of them is there twice under another name.
+    # No weight is stored a second time under another name.
     assert len(weighted) == layers
 
 
@@ -100,12 +104,13 @@ def test_trace_has_attention_for_each_branch_and_one_prefix(traced: Traced) -> N
     blocks = sum(name.endswith("attn.qkv.weight") for name in weights_of_the_step(traced.loaded))
     prefix = 0 if case.null or case.network is MaskDiT else case.route.start
     assert counts["Softmax"] == prefix + 2 * (blocks - prefix)
-    # Tokens of all branches are normalised at once: twice in a block, once before the head, and before the decoder.
+    # Tokens of all branches are normalised together: twice in each block, once before the head, and
+    # once before a decoder.
     assert counts["LayerNormalization"] == 2 * blocks + 1 + (case.network is MaskDiT)
 
 
 def values_of(case: Case, loaded: LoadedModel) -> dict[str, Tensor]:
-    """Random inputs of the graph; the modulations are those of random times and classes."""
+    """Return random inputs of the graph; the modulations are of random times and classes."""
     generator = torch.Generator().manual_seed(0)
     inputs = graph_inputs(case.spec, loaded.facts, IMAGES)
     values = {tensor.name: example(tensor, TOKENS, {}, generator) for tensor in inputs}

@@ -1,4 +1,4 @@
-"""One file of weights for several graphs."""
+"""A weights file shared by several graphs."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ FILE = "all.bin"
 
 
 def model(name: str, op: str, **initializers: np.ndarray) -> ir.Model:
-    """y = op(x, w) with w the first initializer; the others are there without use."""
+    """Return a model of y = op(x, w); w is the first initializer, and the others are unused."""
     x = ir.val("x", ir.DataType.FLOAT, ["N"])
     values = [ir.val(key, const_value=ir.tensor(array, name=key)) for key, array in initializers.items()]
     node = ir.node(op, [x, values[0]])

@@ -1,4 +1,4 @@
-"""Packing branches along the token axis, and what happens to each."""
+"""Packing of branches along the token axis, and operations on each branch."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from sg_export.models.branches import Branches, join
 
 
 def packed(*counts: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Tokens (2, R, 3) in which every value differs, and their parts."""
+    """Return tokens (2, R, 3) in which every value differs, and the tokens of each branch."""
     tokens = torch.arange(2.0 * sum(counts) * 3).reshape(2, sum(counts), 3)
     return tokens, list(torch.split(tokens, list(counts), dim=1))
 
 
 def modulations(branches: int) -> tuple[torch.Tensor, ...]:
-    """Two images' modulations (2, 14), of which every value differs."""
+    """Return the modulations (2, 14) of two images for each branch; every value differs."""
     return tuple(torch.arange(28.0).reshape(2, 14) + 100 * branch for branch in range(branches))
 
 

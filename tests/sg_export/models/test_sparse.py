@@ -1,4 +1,7 @@
-"""Both branches in one packed pass beside two passes, over shapes, routes, pairs and both families."""
+"""Both branches in one packed pass compared with two passes.
+
+The comparison covers shapes, routes, pairs and both families.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,14 +19,26 @@ from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_runtime.manifest import Route
 
-# FP32 rounds to 6e-8, and sums of another length add that up in another order: 1.6e-6 at most in 3000 random cases.
-# What belongs to the other branch changes the result by 1e-2 or more: see `test_guided_depends_on_each_branch`.
+# FP32 rounds to 6e-8, and sums of another length accumulate the rounding in another order: at most
+# 1.6e-6 in 3000 random cases. Inputs of the other branch change the result by 1e-2 or more: see
+# `test_guided_depends_on_each_branch`.
 BOUND = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its route, the tokens that each branch keeps (None: all), and whether the weak one has no class."""
+    """A random network and its inputs.
+
+    network: class of the network.
+    config: shape of the network.
+    route: route of the network.
+    strong: number of tokens that the strong branch keeps; None for all.
+    weak: number of tokens that the weak branch keeps; None for all.
+    null: whether the weak branch has no class.
+    images: number of images.
+    scale: guidance scale.
+    seed: seed of the inputs.
+    """
 
     network: type[DiT]
     config: DiTConfig
@@ -68,7 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def subset(tokens: int, keep: int | None, images: int, generator: torch.Generator) -> Tensor | None:
-    """Sorted distinct indices (images, keep)."""
+    """Return sorted distinct indices (images, keep), or None to keep all tokens."""
     if keep is None:
         return None
     order = torch.rand((images, tokens), generator=generator).argsort(dim=1)
@@ -76,7 +91,10 @@ def subset(tokens: int, keep: int | None, images: int, generator: torch.Generato
 
 
 def inputs(case: Case, loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """x, modulations, keep_strong, keep_weak, and modulations_weak where the weak branch has its own."""
+    """Return x, modulations, keep_strong, keep_weak and modulations_weak.
+
+    modulations_weak is None if the weak branch has the same modulations.
+    """
     config, generator = case.config, torch.Generator().manual_seed(case.seed)
     x = torch.randn((case.images, config.channels, config.image_size, config.image_size), generator=generator)
     t = torch.rand(case.images, generator=generator)
@@ -88,7 +106,7 @@ def inputs(case: Case, loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor | No
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative L2 distance."""
+    """Return the relative L2 distance."""
     return float((found - wanted).norm() / wanted.norm())
 
 
@@ -175,7 +193,7 @@ def test_forward_is_condition_then_predict(make_model: Callable[..., LoadedModel
 
 @pytest.mark.parametrize(("network", "end"), [(DiT, 1), (MaskDiT, 2)])
 def test_forward_in_bf16_takes_times_in_fp32(network: type[DiT], end: int) -> None:
-    """As the loop in PyTorch that `bench` compares with calls it on a GPU."""
+    """The PyTorch baseline of `bench` calls the model in this way on a GPU."""
     config = DiTConfig(image_size=4, patch=2, channels=1, width=8, depth=2, heads=2, mlp_width=16, num_classes=3)
     model = SparseModel(network(config), Route(0, end)).to(torch.bfloat16)
     x, keep = torch.randn(2, 1, 4, 4, dtype=torch.bfloat16), torch.tensor([[0, 2], [1, 3]])

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from sg_export.options.quantize import QUALITY_GATES, QuantizeOptions
+from sg_calibration.types import QUANTS
+from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import QualityGates
 
@@ -28,6 +29,6 @@ def test_quantize_options_that_make_no_sense_are_refused(settings: dict[str, Any
 def test_quantize_options_have_defaults_by_type() -> None:
     assert (QuantizeOptions("fp8").effective_method, QuantizeOptions("fp8").effective_gates) == (
         "min-max",
-        QUALITY_GATES["fp8"],
+        QUANTS["fp8"].gates,
     )
     assert QuantizeOptions("fp8", method="entropy", gates=IMPOSSIBLE).effective_gates == IMPOSSIBLE

@@ -1,4 +1,7 @@
-"""Bundles with engines: real TensorRT-RTX builds of the reference model and of tiny ones, without a GPU."""
+"""Bundles with engines: real TensorRT-RTX builds of the reference model and of tiny models.
+
+The builds need no GPU.
+"""
 
 import json
 import logging
@@ -28,14 +31,15 @@ def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
     return {Path(engine.file).name.partition(".")[0]: engine for engine in bundle.manifest.engines}
 
 
-# Block 0 is before the route and has one attention, blocks 1 to 6 are in it and block 7 is after it, with two each; in
-# BF16 block 7 is in FP32, for which there is no fused kernel.
+# Block 0 is before the route and has one attention. Blocks 1 to 6 are in the route, block 7 is
+# after it, and each of them has two attentions. In BF16, block 7 is in FP32, which has no fused
+# kernel.
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "attentions"), [("fp32", 0), ("fp16", 15), ("bf16", 13)])
 def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
     precision: Precision, attentions: int, tmp_path: Path
 ) -> None:
-    # Every kind of GPU is built for in FP16 alone, which takes half a minute.
+    # Only the FP16 build is for every kind of GPU; it takes half a minute.
     gpus = () if precision == "fp16" else (89,)
     engine_options = EngineOptions(batch=(1, 4), compute_capabilities=gpus)
     options = CompileOptions(tmp_path / "out", (0.5, 0.9), precision=precision, engines=engine_options)
@@ -51,7 +55,8 @@ def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
     ]
     assert engines["condition"].profiles == (Profile(40, ()),)
     assert engines["guided-64-K"].profiles == tuple(Profile(batch, (64, keep)) for batch in (1, 4) for keep in (32, 7))
-    # Half-precision rounding, of products in part: 2e-4 in FP16 and 2e-3 in BF16 where this was written; FP32 1e-6.
+    # Rounding, with only some matmuls in half precision: when measured, 2e-4 in FP16, 2e-3 in BF16
+    # and 1e-6 in FP32.
     bounds = {"fp32": (0, 1e-5), "fp16": (1e-5, 2e-3), "bf16": (1e-4, 2e-2)}
     for graph in manifest.graphs:
         assert graph.parity is not None
@@ -75,13 +80,16 @@ Build = Callable[..., Bundle]
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What sg-export said, without what it is of."""
+    """Return the messages of sg-export, without the subject before the colon."""
     return [record.getMessage().partition(": ")[2] for record in caplog.records if record.name == "sg_export"]
 
 
 @pytest.fixture
 def build(quick_checkpoint: Path, tmp_path: Path) -> Build:
-    """Builds FP16 engines of the quick model, whose only block is the route, for SM 8.9."""
+    """Return a function that builds FP16 engines of the quick model for SM 8.9.
+
+    The only block of the model is the route.
+    """
 
     def build(output: str = "out", guidance: dict[str, Any] | None = None, **changes: Any) -> Bundle:
         settings = {"sparsity": (0.5,)} if guidance is None else guidance

@@ -1,4 +1,4 @@
-"""What a build was asked for: options that fit together, the guidance of the bundle, and the graphs that it needs."""
+"""Options of a build: valid combinations, the guidance of the bundle, and the graphs it needs."""
 
 import math
 from pathlib import Path
@@ -65,7 +65,8 @@ def test_choose_graphs_of_rates_gives_plan_and_graphs(
     assert [spec.name for spec in specs] == expected
 
 
-# A weak network's sparsities are its own: one may be that of the strong branch, lower, or nearly the same.
+# A weak network has its own sparsities: one may be equal to the strong branch's, lower, or nearly
+# equal.
 @pytest.mark.parametrize(
     ("options", "strong", "weak", "expected"),
     [
@@ -141,7 +142,7 @@ def test_choose_graphs_of_a_constant_schedule_takes_the_first(loaded: LoadedMode
             {"guidance": "cfg+sg", "sparsity": (0.25,), "strong_sparsity": (0.5,)},
             "a weak branch sparser than the strong",
         ),
-        # One of each: nothing changes along a cosine.
+        # There is one sparsity of each branch, so nothing changes along a cosine.
         ({"schedule": "cosine", "sparsity": (0.0,)}, "expected a weak branch sparser than the strong one"),
     ],
 )

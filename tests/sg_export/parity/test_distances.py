@@ -16,5 +16,5 @@ def test_distance_and_cosine_of_what_is_no_number_are_the_worst() -> None:
     assert (distance(good, good), distance(2 * good, good)) == (0.0, 1.0)
     assert cosine_similarity(3 * good, good) == pytest.approx(1.0)
     assert cosine_similarity(-good, good) == pytest.approx(-1.0)
-    # An untrained network's prediction is zero: nothing is divided by that.
+    # The prediction of an untrained network is zero, and nothing is divided by it.
     assert (distance(0 * good, 0 * good), cosine_similarity(0 * good, good)) == (0.0, 0.0)

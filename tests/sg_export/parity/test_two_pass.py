@@ -1,4 +1,4 @@
-"""The PyTorch reference of guided sampling, beside the formulas written out."""
+"""The PyTorch reference of guided sampling, compared with explicit formulas."""
 
 import math
 from dataclasses import replace
@@ -34,26 +34,29 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def earlier(loaded: LoadedModel, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Another set of weights of the same network."""
+    """The same network with other weights."""
     path = tiny.save(tmp_path_factory.mktemp("earlier") / "earlier.safetensors", tiny.state(seed=2))
     return load_weak(path, loaded, None)
 
 
 @pytest.fixture(scope="module")
 def edm(loaded: LoadedModel) -> LoadedModel:
-    """The same network, as one that denoises."""
+    """The same network, used as a denoiser."""
     return replace(loaded, facts=replace(loaded.facts, prediction="edm"))
 
 
 def velocity(loaded: LoadedModel, x: Tensor, t: float, label: int, keep: NDArray[np.int64] | None = None) -> Tensor:
-    """The network for one image."""
+    """Return the network's output for one image."""
     kept = None if keep is None else torch.from_numpy(keep)[None]
     output: Tensor = loaded.model(x[None], torch.tensor([t]), torch.tensor([label]), kept)[0]
     return output
 
 
 def denoised(loaded: LoadedModel, x: Tensor, sigma: float, label: int, keep: NDArray[np.int64] | None = None) -> Tensor:
-    """Karras et al. 2022, eq. 7 and table 1, for data of standard deviation 0.5."""
+    """Return the denoised image: Karras et al. 2022, eq. 7 and table 1.
+
+    The standard deviation of the data is 0.5.
+    """
     c_in, c_noise = 1 / math.sqrt(sigma**2 + 0.25), math.log(sigma) / 4
     c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / math.sqrt(sigma**2 + 0.25)
     return c_skip * x + c_out * velocity(loaded, c_in * x, c_noise, label, keep)
@@ -66,15 +69,15 @@ def noise(seed: int, purpose: int = philox.INITIAL_NOISE, step: int = 0) -> Tens
 def subset(
     seed: int, level: Level, branch: int = philox.STRONG, step: int = 0, evaluation: int = 0
 ) -> NDArray[np.int64] | None:
-    """The tokens that the runtime draws for an image."""
+    """Return the kept tokens that the runtime draws for an image, or None to keep all."""
     if level == FULL:
         return None
     return philox.subset(seed, 16, level.keep, step=step, evaluation=evaluation, branch=branch)
 
 
 def assert_close(found: NDArray[np.float32], wanted: Tensor | NDArray[np.float32]) -> None:
-    # FP32 sums in another order, through some evaluations of the network that guidance multiplies: 2e-6 at most where
-    # this was written. A wrong class, subset, time or network is off by 1e-2 or more.
+    # FP32 sums in another order, over several evaluations that guidance amplifies, differed by at
+    # most 2e-6 when measured. A wrong class, kept token, time or network differs by 1e-2 or more.
     assert np.linalg.norm(found - np.asarray(wanted)) <= 2e-5 * np.linalg.norm(np.asarray(wanted))
 
 
@@ -160,7 +163,8 @@ def test_sample_of_edm_guides_denoised_images(autoguided: bool, edm: LoadedModel
 
 
 def test_sample_with_churn_adds_noise_first(edm: LoadedModel) -> None:
-    # Karras et al. 2022, algorithm 2: gamma is 0.6 / 2 steps at the first sigma, and 0 at the second, out of range.
+    # Karras et al. 2022, algorithm 2: gamma is 0.6 / 2 steps at the first sigma. It is 0 at the
+    # second sigma, which is out of range.
     churn = Churn(0.6, low=1.0, high=50.0, noise=1.1)
     sigma = 40.0 * 1.3
     x = 40.0 * noise(4) + 1.1 * math.sqrt(sigma**2 - 40.0**2) * noise(4, philox.CHURN, 0)
@@ -182,7 +186,7 @@ def test_sample_with_churn_stops_at_its_bound(edm: LoadedModel) -> None:
 def test_sample_along_a_cosine_goes_by_way_of_what_was_built(loaded: LoadedModel) -> None:
     plan = GuidancePlan("sg", FULL, HALF, 3.0, strong_last=HALF, weak_last=FULL, scale_last=1.5)
     x = noise(2)
-    # Half-way along half a cosine is the mean of the ends.
+    # The middle of half a cosine is the mean of its ends.
     for step, (strong_level, weak_level, scale) in enumerate(
         ((FULL, HALF, 3.0), (MOST, MOST, 2.25), (HALF, FULL, 1.5))
     ):

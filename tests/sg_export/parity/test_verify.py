@@ -1,4 +1,4 @@
-"""Parity by Polygraphy: what is compared, what passes, and what does not."""
+"""Parity by Polygraphy: the comparisons, and the conditions under which they pass or fail."""
 
 import itertools
 import json
@@ -18,8 +18,9 @@ import torch
 from sg_export.compiler import compile
 from sg_export.loading import reload_checkpoint, reload_weak
 from sg_export.options.compile import CompileOptions
+from sg_export.options.types import BASES
 from sg_export.parity.compare import Comparison, Parity, compare_arrays, write_parity
-from sg_export.parity.verify import PARITY_GATES, TIMES, verify
+from sg_export.parity.verify import TIMES, verify
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
@@ -55,13 +56,17 @@ def test_verify_compares_every_graph_over_time(glyphs_parity: tuple[Parity, list
     ]
     assert [(c.subject, c.time, c.output) for c in graphs] == expected
     assert {output for *_, output in expected} == {"modulations", "prediction", "next"}
-    assert {comparison.gate for comparison in graphs} == {PARITY_GATES["fp32"].graph}
-    # Two programs that add in different orders: all equal would mean that one was compared with itself.
+    assert {comparison.gate for comparison in graphs} == {BASES["fp32"].gates.graph}
+    # The two programs add in different orders: equal results would mean that one was compared with
+    # itself.
     assert all(comparison.max_abs > 0 for comparison in graphs)
 
 
 def runs(parity: Parity) -> list[str]:
-    """The names of whole runs, without sampler and place: each stands for all of these."""
+    """Return the names of the complete runs, without sampler and place.
+
+    Checks that every name has runs with all samplers and in all places.
+    """
     found = [comparison.subject for comparison in parity.comparisons if comparison.time is None]
     names = list(dict.fromkeys(name.split("steps, ")[1].split(" in ")[0] for name in found))
     expected = []
@@ -80,7 +85,7 @@ def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, l
     pairs = [f"sg {strong}/{weak}" for strong in ("0", "0.25") for weak in ("0.5", "0.75")]
     assert runs(parity) == [*pairs, "none 0"]
     whole = [comparison for comparison in parity.comparisons if comparison.time is None]
-    assert {(run.output, run.gate) for run in whole} == {("samples", PARITY_GATES["fp32"].run)}
+    assert {(run.output, run.gate) for run in whole} == {("samples", BASES["fp32"].gates.run)}
 
 
 @pytest.mark.slow
@@ -91,7 +96,7 @@ def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> N
     assert stages[-1][0] == "comparing 10 heun steps, none 0"
 
 
-# By bundle: the graphs, and the runs beside that of the bundle's own plan.
+# By bundle: the graphs and the complete runs that are compared.
 @pytest.mark.parametrize(
     ("name", "graphs", "expected"),
     [
@@ -146,7 +151,10 @@ def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> Non
 
 
 def altered(bundle: Path, copy: Path, tensor: str, factor: float, file: str = "weights.bin") -> Path:
-    """A copy of a bundle with one weight in a file of them scaled, and a manifest that fits it."""
+    """Return a copy of a bundle with one weight of a weights file scaled.
+
+    The manifest of the copy matches the file.
+    """
     shutil.copytree(bundle, copy)
     graphs = [onnx.load(path, load_external_data=False) for path in (copy / "graphs").glob("*.onnx")]
     (entries,) = {
@@ -167,7 +175,7 @@ def altered(bundle: Path, copy: Path, tensor: str, factor: float, file: str = "w
     return copy
 
 
-# Ten gates at the least: half a percent of one block's output.
+# Half a percent of one block's output is at least ten times the gate.
 @pytest.mark.parametrize(
     ("tensor", "factor", "failing"),
     [
@@ -204,7 +212,7 @@ def test_verify_of_altered_weak_weights_fails_the_weak_graphs(
 
 
 def test_verify_compares_the_update_of_each_graph(fixed_bundle: Path, tmp_path: Path) -> None:
-    """A graph whose r is not taken has a right prediction and a wrong next."""
+    """A graph that does not use r gives a correct prediction and an incorrect next."""
     copy = Path(shutil.copytree(fixed_bundle, tmp_path / "bundle"))
     path = copy / "graphs/sparse-8.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -333,7 +341,7 @@ def test_write_parity_of_two_networks_names_both_checkpoints(tiny_autoguidance_b
 
 def compare(wanted: list[float], found: list[float], gate: float = 1e-5) -> Comparison:
     arrays = np.array(wanted, np.float32), np.array(found, np.float32)
-    return compare_arrays("a", "next", 0.5, *arrays, gate, PARITY_GATES["fp32"].cosine)
+    return compare_arrays("a", "next", 0.5, *arrays, gate, BASES["fp32"].gates.cosine)
 
 
 def test_compare_arrays_measures_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Parity of half-precision bundles, and that no time in their range leads out of the range of their type."""
+"""Parity of half-precision bundles, which do not overflow at any time in their range."""
 
 import json
 import shutil
@@ -16,7 +16,8 @@ from sg_export.graph.emulate import emulated
 from sg_export.graph.overflow import first_overflow
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
-from sg_export.parity.verify import PARITY_GATES, verify
+from sg_export.options.types import BASES
+from sg_export.parity.verify import verify
 from sg_runtime.backends.ort import open_session
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError
@@ -30,7 +31,7 @@ HALVES: list[HalfPrecision] = ["fp16", "bf16"]
 
 @pytest.fixture(scope="module", params=HALVES)
 def half_bundle(request: pytest.FixtureRequest, build_once: Callable[..., Path], tiny_checkpoint: Path) -> Path:
-    """The tiny model with graphs and engines in half precision, its checkpoint beside it."""
+    """The tiny model with graphs and engines in half precision, next to its checkpoint."""
     options = {"sparsity": (0.5,), "precision": request.param, "engines": EngineOptions(keep_onnx=True)}
     return build_once(f"tiny-{request.param}-bundle", tiny_checkpoint, **options)
 
@@ -40,10 +41,10 @@ def test_verify_of_half_precision_passes_within_its_gates_alone(half_bundle: Pat
     assert parity.passed
     precision = Bundle.open(half_bundle).manifest.precision
     for comparison in parity.comparisons:
-        assert comparison.gate == PARITY_GATES[precision].graph == PARITY_GATES[precision].run
+        assert comparison.gate == BASES[precision].gates.graph == BASES[precision].gates.run
         assert comparison.overflow is None
-    # It is half precision that was compared.
-    assert max(comparison.relative_l2 for comparison in parity.comparisons) > PARITY_GATES["fp32"].graph
+    # The compared results are in half precision.
+    assert max(comparison.relative_l2 for comparison in parity.comparisons) > BASES["fp32"].gates.graph
 
 
 def test_verify_saves_commands_for_what_polygraphy_can_run(half_bundle: Path, tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_verify_of_an_overflow_names_the_first_operator(tiny_checkpoint: Path, t
 def test_half_precision_is_finite_at_all_times(
     prediction: Prediction, times: NDArray[np.float64], half_bundle: Path
 ) -> None:
-    """A flow model's graphs are those of a denoiser: what differs is in their inputs."""
+    """A flow model and a denoiser have the same graphs; only the inputs differ."""
     bundle = Bundle.open(half_bundle)
     facts = bundle.manifest.model
     guided = bundle.manifest.graph("guided", 16, 8)

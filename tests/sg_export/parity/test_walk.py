@@ -1,4 +1,4 @@
-"""Distances of a bundle's predictions, along guided runs."""
+"""Distances of a bundle's predictions along guided runs."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_by_pipeline_gives_what_the_branches_own_graphs_give(pipe: Pipeline, gui
     for index in (0, 1):
         found, wanted = by_pipeline(pipe)(x, plan, index), runner.branches(x, plan, index)
         for f, w in zip(found, wanted, strict=True):
-            # Summation order of float32 over graphs that differ.
+            # Different graphs sum float32 in different orders.
             np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_by_pytorch_gives_what_a_bundle_gives(name: str, request: pytest.Fixture
         for index in (0, 1):
             found = by_pipeline(pipe)(x, plan, index)
             for f, w in zip(found, by_pytorch(loaded, weak, IMAGES[0])(x, plan, index), strict=True):
-                # Summation order of float32, over three blocks.
+                # The summation order of float32 differs, over three blocks.
                 assert distance(f, w) < 1e-5
 
 
@@ -77,10 +77,10 @@ def test_judge_of_the_fp32_bundle_beside_pytorch_is_exact(pipe: Pipeline, loaded
     assert [q.time for q in quality] == sorted((q.time for q in quality), reverse=True)
     assert len(quality) == STEPS
     for stratum in quality:
-        # As above; guidance at scale 2 can triple it.
+        # The same difference; guidance at scale 2 can triple it.
         assert stratum.guided < 3e-5
-        assert min(stratum.strong, stratum.weak) > 1 - 1e-9  # a cosine goes with the square of the distance
-    assert run_distance(pipe, walks) < 1e-4  # four steps of that
+        assert min(stratum.strong, stratum.weak) > 1 - 1e-9  # 1 - cosine is of the order of distance²
+    assert run_distance(pipe, walks) < 1e-4  # four steps with this difference
     assert [q.time for q in judge(pipe, walks, strata=[0, 2])] == [quality[0].time, quality[2].time]
 
 
@@ -92,7 +92,7 @@ def test_walk_is_the_run_that_the_pipeline_samples(pipe: Pipeline, guidance: Gui
     assert own.times == (1.0, 0.75, 0.5, 0.25)
     assert own.strong.shape == own.weak.shape == own.states.shape
     step = own.states[0] - 0.25 * guide(own.strong[0], own.weak[0], guidance.scale)
-    np.testing.assert_allclose(own.states[1], step, rtol=1e-5, atol=1e-5)  # one rounding of float32, two orders
+    np.testing.assert_allclose(own.states[1], step, rtol=1e-5, atol=1e-5)  # one float32 rounding, two orders
 
 
 def test_walk_has_mask_noise_where_tokens_are_left_out(

@@ -1,4 +1,4 @@
-"""FP32 graphs to quantized ones."""
+"""Conversion of FP32 graphs to quantized graphs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Quantized bundles: what is in them, which layers stay, and when they are refused."""
+"""Quantized bundles: their content, the layers that stay in FP32 or FP16, and failing gates."""
 
 import errno
 import json
@@ -18,12 +18,14 @@ from onnx import TensorProto, numpy_helper
 
 from sg_calibration.feeds import images_of
 from sg_calibration.settings import FeedSettings
+from sg_calibration.types import QUANTS
 from sg_export.compiler import compile
 from sg_export.graph.check import check_types
 from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
-from sg_export.options.quantize import DEFAULT_METHODS, QuantizeOptions
+from sg_export.options.quantize import QuantizeOptions
+from sg_export.options.types import BASES
 from sg_export.quantize import search as quantization
 from sg_export.quantize.search import _least, decide_quantization
 from sg_runtime.bundle import Bundle
@@ -48,7 +50,7 @@ def tiny_fp8_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path, quan
 
 @pytest.fixture(scope="module")
 def tiny_half_bundle(build_once: Callable[..., Path], tiny_checkpoint: Path, quantize_tiny: Quantize) -> Path:
-    """INT8 over FP16."""
+    """The tiny model in INT8 over FP16."""
     options = {"sparsity": (0.5,), "precision": "fp16", "quantize": quantize_tiny("int8")}
     return build_once("tiny-int8-fp16", tiny_checkpoint, **options)
 
@@ -59,7 +61,10 @@ def loaded(bundle: Bundle, kind: str) -> onnx.ModelProto:
 
 
 def layer_tensors(model: onnx.ModelProto) -> dict[str, list[bytes]]:
-    """Of every quantized layer its one-byte weight, the scales and zero points of it and of the activations."""
+    """Return the tensors of every quantized layer.
+
+    These are its one-byte weight, and the scales and zero points of the weight and the activations.
+    """
     made = {name: node for node in model.graph.node for name in node.output}
     values = {t.name: numpy_helper.to_array(t).tobytes() for t in model.graph.initializer}
     found = {}
@@ -77,7 +82,7 @@ def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.Fi
     bundle = Bundle.open(request.getfixturevalue(f"tiny_{kind}_bundle"))
     plan = bundle.manifest.quantization
     assert plan is not None
-    assert (plan.type, plan.method, plan.passed, plan.images) == (kind, DEFAULT_METHODS[kind], True, 4)  # type: ignore[index]
+    assert (plan.type, plan.method, plan.passed, plan.images) == (kind, QUANTS[kind].method, True, 4)  # type: ignore[index]
     assert bundle.manifest.precision_name == f"{kind} over fp32"
     layers = {layer.name: layer for layer in plan.layers}
     assert layers.keys() == {*STEP, *CONDITION}
@@ -88,7 +93,7 @@ def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.Fi
         assert layer.weight_only == (name in CONDITION)
         assert (layer.sensitivity is None) == (name in excluded)
     tokens, width = bundle.manifest.model.tokens, bundle.manifest.model.width
-    # qkv after the route: both branches, all tokens. adaLN: a row of the condition.
+    # qkv after the route has all tokens of both branches. adaLN has one row of the condition.
     assert layers["blocks.2.attn.qkv"].linear_macs == 2 * tokens * 3 * width**2
     assert layers["blocks.1.attn.qkv"].linear_macs == (tokens + 8) * 3 * width**2
     assert layers["blocks.0.adaLN_modulation.1"].linear_macs == 6 * width**2
@@ -117,7 +122,8 @@ def test_compile_stores_weights_of_layers_in_one_byte(
                 assert name not in {layer.name for layer in plan.layers if layer.quantized}, tensor.name
     saved = sum(layer.bytes_saved for layer in plan.layers)
     plain, found = ((path / "graphs/weights.bin").stat().st_size for path in (tiny_bundle, bundle.path))
-    # Scales and small tensors may be in the graphs' files; alignment of one-byte tensors adds less than a page each.
+    # Scales and small tensors may be in the graphs' files. Alignment adds less than a page for each
+    # one-byte tensor.
     assert abs(plain - saved - found) < 4096 * (len(plan.layers) + 1)
     assert found < 0.5 * plain
 
@@ -145,7 +151,8 @@ def test_quantized_bundle_runs_near_fp32(name: str, tiny_bundle: Path, request: 
     guidance = exact.guidance(sparsity=0.5, strong_sparsity=0.0)
     wanted = exact.sample([0, 1], [5, 6], steps=25, guidance=guidance)
     found = Pipeline.load(bundle.path, "cpu").sample([0, 1], [5, 6], steps=25)
-    # What the build measured on images of its own, threefold for others, and FP16's own rounding.
+    # The build measured `runs` on its own images. The bound for other images is three times that,
+    # plus FP16 rounding.
     assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 3 * plan.runs + 0.01
 
 
@@ -154,7 +161,7 @@ def test_compile_over_fp16_has_scales_and_products_in_it(tiny_half_bundle: Path)
     assert (bundle.manifest.precision, bundle.manifest.precision_name) == ("fp16", "int8 over fp16")
     assert bundle.manifest.fp32_layers == ENDS
     assert bundle.manifest.quantization is not None
-    assert bundle.manifest.quantization.time_ratio is None, "the CPU does not run it as it is"
+    assert bundle.manifest.quantization.time_ratio is None, "the CPU does not run it in FP16"
     model = loaded(bundle, "guided")
     types = {t.name: t.data_type for t in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
@@ -165,7 +172,7 @@ def test_compile_over_fp16_has_scales_and_products_in_it(tiny_half_bundle: Path)
 def test_pipeline_warns_of_a_bundle_that_is_not_faster(
     tiny_int8_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As docs/quantization.md says."""
+    """docs/quantization.md documents this warning."""
     remark = "not faster on this machine's CPU: a guided step takes 1.50 times as long as in FP32"
     content = json.loads((tiny_int8_bundle / "manifest.json").read_text())
     content["quantization"] |= {"time_ratio": 1.5, "remarks": [remark]}
@@ -209,7 +216,7 @@ def test_least_is_the_first_that_passes(first: int, most: int) -> None:
 
     assert _least(passes, most) == min(first, most)
     assert len(asked) <= most.bit_length() + 1
-    assert len(set(asked)) == len(asked), "none is tried twice"
+    assert len(set(asked)) == len(asked), "no number is tried twice"
 
 
 IMPOSSIBLE = QualityGates(1.0, 0.0)
@@ -219,7 +226,7 @@ IMPOSSIBLE = QualityGates(1.0, 0.0)
 def test_compile_that_fails_its_gates_writes_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
-    """Returned layers cannot help where nothing may differ but those of a search on other images."""
+    """The search is replaced by one that returns no layer, and the gates allow no difference."""
     quantize = quantize_tiny("int8", gates=QualityGates(1.0, 0.0), exclude=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "_least", lambda passes, most: 0)
@@ -247,14 +254,14 @@ def test_compile_with_allow_quality_loss_writes_it_and_every_load_warns(
 
 @pytest.mark.slow
 def test_compile_with_no_layer_that_may_be_quantized_returns_all(reference: Bundle, quantize_tiny: Quantize) -> None:
-    # FP32 itself is within the rounding of a cosine in float64; no quantized layer is.
+    # FP32 itself passes, within the rounding of a cosine in float64. No quantized layer passes.
     options = quantize_tiny("int8", gates=QualityGates(1 - 1e-9, 1e-9))
     plan, ranges = decide_quantization(reference, options, "fp32", (), silent)
     assert ranges == {}
     assert {layer.reason for layer in plan.layers} == {"returned by the search"}
     assert plan.passed
     assert "not smaller: no layer is quantized" in plan.remarks
-    assert plan.runs < 1e-5, "the branches' own rounding, along a run"
+    assert plan.runs < 1e-5, "only the rounding of the branches along a run"
 
 
 def test_plan_with_an_unknown_layer_names_near_ones(reference: Bundle, quantize_tiny: Quantize) -> None:
@@ -296,7 +303,7 @@ def test_plan_that_does_not_fit_is_refused(
 def test_compile_holds_the_fp32_reference_to_the_limit_of_fp32(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sg_export.graph.check.MAX_BUILD_ERROR", {"fp32": 0.0})
+    monkeypatch.setitem(BASES, "fp32", replace(BASES["fp32"], build_limit=0.0))
     with pytest.raises(ExportError, match="relative L2"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", (0.5,), quantize=quantize_tiny("int8")))
     assert not list(tmp_path.iterdir())
@@ -369,7 +376,10 @@ def test_options_of_engines_for_gpus_without_the_type_are_refused(
 
 @pytest.fixture(scope="module")
 def wide_checkpoint(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block, the route, of 800 thousand weights in its products: more than an engine's code."""
+    """Checkpoint with one block, which is the route.
+
+    Its layers have 800 thousand weights, which is more than the code of an engine.
+    """
     config = replace(tiny.config, depth=1, width=256, mlp_width=1024)
     wide = replace(tiny, config=config, facts={**tiny.facts, "route": "0-0"})
     path: Path = wide.save(tmp_path_factory.mktemp("wide") / "wide.safetensors")
@@ -378,7 +388,7 @@ def wide_checkpoint(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def plain_engine_size(wide_checkpoint: Path) -> int:
-    """Bytes of the FP16 engine for SM 8.9."""
+    """Size in bytes of the guided FP16 engine for SM 8.9."""
     bundle = compile(wide_checkpoint, engine_options(wide_checkpoint.parent / "fp16", "int8", (89,), None))
     return guided_engine_size(bundle)
 
@@ -388,7 +398,7 @@ def guided_engine_size(bundle: Bundle) -> int:
     return bundle.manifest.files[engine.file].size
 
 
-# INT8 for each GPU that has it, FP8 for those that do.
+# INT8 and FP8, each for GPUs that support it.
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sms"), [("int8", (86, 89, 120)), ("fp8", (89, 120))])
 def test_compile_builds_engines_of_one_byte_weights(
@@ -404,7 +414,8 @@ def test_compile_builds_engines_of_one_byte_weights(
         plan = bundle.manifest.quantization
         assert plan is not None
         assert all(layer.quantized for layer in plan.layers)
-        # 786432 weights of the block's products lose a byte each; kernels of the two may differ by some 100 kB.
+        # The 786432 weights of the block's layers lose a byte each. The kernels of the two engines
+        # may differ by some 100 kB.
         assert guided_engine_size(bundle) < plain_engine_size - 500_000, sm
 
 
@@ -412,7 +423,7 @@ def test_compile_builds_engines_of_one_byte_weights(
 def test_compile_on_a_full_disk_leaves_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the quantized graphs are written, after the FP32 ones have been."""
+    """The disk is full when the quantized graphs are written, after the FP32 graphs."""
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""The page that shows bundles side by side, and what a browser makes of it."""
+"""The page that shows bundles side by side, and its display in a browser."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ VOID = {"meta", "link", "img"}
 
 @pytest.fixture(scope="module")
 def bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The tiny model in FP32, and in INT8 whatever its quality."""
+    """Bundles of the tiny model in FP32, and in INT8 with gates that accept any quality."""
     folder = tmp_path_factory.mktemp("report")
     options = CompileOptions(folder / "fp32", (0.5,))
     loose = QuantizeOptions(gates=QualityGates(0.0, 100.0), search_images=1, gate_images=1)
@@ -49,7 +49,7 @@ def test_collect_of_two_bundles_compares_the_second_with_the_first(page: Page) -
     assert 0 < max(q.guided for q in second.quality) < 1
     assert second.bytes < first.bytes
     assert page.mask_noise > 0
-    assert first.samples == {}, "latents have no pictures"
+    assert first.samples == {}, "latents have no images to show"
 
 
 def test_collect_of_bundles_of_two_models_is_refused(bundles: list[Path], tiny_edm_bundle: Path) -> None:
@@ -66,7 +66,7 @@ def test_collect_of_pixels_samples_every_mode_that_was_built(glyphs_bundle: Path
 
 
 class Reader(HTMLParser):
-    """Notes what a page would load, and whether its elements are closed in order."""
+    """Parser that records what a page loads and checks that its elements are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Reader(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Of SVG."""
+        """Ignore self-closing elements, which are part of SVG."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -113,7 +113,7 @@ def test_render_of_a_page_shows_what_was_measured(page: Page) -> None:
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian's package chromium)")
 @pytest.mark.parametrize("width", [1100, 400])
 def test_page_in_a_browser_has_no_errors_and_fits_the_screen(page: Page, tmp_path: Path, width: int) -> None:
-    """On a wide and a narrow screen; tables and the plot scroll by themselves."""
+    """The screen is wide or narrow; tables and the plot scroll separately."""
     assert BROWSER is not None
     text = render(page).replace(
         "</body>",

@@ -107,7 +107,7 @@ def some_run(pipe: Pipeline, number: int) -> Array:
 def test_lease_by_many_threads_gives_each_a_lane_of_its_own(
     pipe: Pipeline, turns: Turns, lanes: int | None, tiny_bundle: Path
 ) -> None:
-    """With one lane the threads take turns.
+    """If the backend has only one lane, the threads take turns.
 
     The samples equal those of one thread, bit for bit.
     """

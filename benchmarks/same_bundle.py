@@ -1,4 +1,4 @@
-"""Compare two bundles of one model: graphs node for node up to names, weights, costs, and images bit for bit.
+"""Compare two bundles of one model: graphs node for node up to names, costs, and images bit for bit.
 
     python -m benchmarks.same_bundle BEFORE AFTER --output benchmarks/results/same_bundle.json
 
@@ -67,9 +67,9 @@ def compared(before: Bundle, after: Bundle) -> dict[str, Any]:
 
 
 def described(graph: ir.Graph) -> Counter[tuple[Hashable, ...]]:
-    """The nodes of a graph, each as operator, attributes, and a hash of everything above its inputs.
+    """Describe the nodes of a graph by operator, attributes, and a hash of all that they depend on.
 
-    A weight is described by its content, a graph input by its name, the outputs as nodes of their own.
+    A weight is described by its content, a graph input by its name. Outputs count as nodes.
     """
     known: dict[ir.Value | None, Hashable] = {None: None}
     for value in graph.inputs:

@@ -220,7 +220,7 @@ def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
         longest = max(longest, prefix, key=len)
         short = name[len(prefix) :]
         if short in plain:
-            raise CheckpointError(f"{path}: two tensors are named {short} after their wrapper prefixes are removed")
+            raise CheckpointError(f"{path}: two tensors are named {short} without wrapper prefixes")
         plain[short] = tensor
     return plain, longest
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import OptionError
 
 Method = Literal["min-max", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -30,8 +30,8 @@ class FeedSettings:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise UsageError(f"--calib-samples: expected at least 1, found {self.samples}")
+            raise OptionError(f"samples: expected at least 1, found {self.samples}", "samples")
         if self.steps < LEAST_STRATA:
-            raise UsageError(f"--calib-steps: expected at least {LEAST_STRATA}, found {self.steps}")
+            raise OptionError(f"steps: expected at least {LEAST_STRATA}, found {self.steps}", "steps")
         if not 0 <= self.seed < SEEDS:
-            raise UsageError(f"--calib-seed: expected 0 to {SEEDS - 1}, found {self.seed}")
+            raise OptionError(f"seed: expected 0 to {SEEDS - 1}, found {self.seed}", "seed")

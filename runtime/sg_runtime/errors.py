@@ -16,6 +16,18 @@ class UsageError(SgError):
     exit_code = 2
 
 
+class OptionError(UsageError):
+    """An option cannot be served.
+
+    fields: names of the options in the message, as the Python API spells them. The command line
+    replaces each by the spelling of its option.
+    """
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is not installed."""
 

@@ -129,11 +129,11 @@ def _check_tensors(file: str, family: str, tensors: Mapping[str, Tensor], networ
         if tensor.shape != wanted.shape or not tensor.is_floating_point() or tensor.layout != torch.strided:
             layout = "" if tensor.layout == torch.strided else f"{tensor.layout} "
             raise CheckpointError(
-                f"{file}: {name}: expected a floating-point tensor of shape {tuple(wanted.shape)}, "
+                f"{file}: {name}: expected a float tensor of shape {tuple(wanted.shape)}, "
                 f"found {layout}{tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         if not tensor.float().isfinite().all():
             raise CheckpointError(
                 f"{file}: {name}: expected finite values, found NaN or infinity: the training diverged, or the file is "
-                f"damaged; use an earlier checkpoint"
+                f"damaged; take an earlier checkpoint"
             )

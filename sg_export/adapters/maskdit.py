@@ -59,13 +59,13 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(
-                f"{file}: {name}: expected none, found one: {meaning}, which is not supported; use a checkpoint that "
+                f"{file}: {name}: expected none, found one: {meaning}, which is not supported; take a checkpoint that "
                 f"was trained without it"
             )
     if dit.LABELS not in tensors:
         raise CheckpointError(
             f"{file}: {dit.LABELS}: expected (D, classes), found none: a model without classes, which is not "
-            f"supported; use a checkpoint that was trained with num_classes above 0"
+            f"supported; take a checkpoint that was trained with num_classes above 0"
         )
     decoder_width = dit.shape_of(checkpoint, DECODER, str(DECODER_WIDTH), "D")[0]
     if decoder_width != DECODER_WIDTH:

@@ -1,8 +1,9 @@
 """Errors of commands: each ends as one message with the exit code of its kind."""
 
 import errno
+import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from sg_export.cli.output import log_messages
-from sg_runtime.errors import SgError
+from sg_runtime.errors import OptionError, SgError
 from sg_runtime.extras import install_command
 
 
@@ -23,7 +24,7 @@ class Failure(click.ClickException):
 
 
 class Command(click.Command):
-    """A command whose errors end as one message and the right exit code. `--debug` shows the traceback."""
+    """A command whose errors end as one message with an exit code. `--debug` shows the traceback."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -46,6 +47,8 @@ class Command(click.Command):
 
 def failure(error: Exception) -> Failure:
     """Return the message and the exit code of an error."""
+    if isinstance(error, OptionError):
+        return Failure(with_options(str(error), error.fields), error.exit_code)
     if isinstance(error, SgError):
         return Failure(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")) is not None:
@@ -57,9 +60,28 @@ def failure(error: Exception) -> Failure:
     return Failure(f"unexpected {type(error).__name__}: {error}; run again with --debug, and please report it", 1)
 
 
+OPTIONS = {
+    "compute_capabilities": "--sm",
+    "table": "--calibration",
+    "data": "--calib-data",
+    "samples": "--calib-samples",
+    "steps": "--calib-steps",
+    "seed": "--calib-seed",
+}
+"""Options whose names differ from the fields of the Python API."""
+
+
+def with_options(message: str, fields: Collection[str]) -> str:
+    """Return a message with the command line's options in place of these fields."""
+    for field in fields:
+        option = OPTIONS.get(field, f"--{field.replace('_', '-')}")
+        message = re.sub(rf"(?<![\w-]){field}(?=[ :,])", option, message)
+    return message
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error on a temporary file next to `path` into a message about `path`, which the user gave."""
+    """Turn an error on a temporary file next to `path` into a message about `path` itself."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Half precision, decided in the graph: which products run in it, and where a graph goes back to FP32.
+"""Half precision, decided in the graph: which products run in it, and where a graph returns to FP32.
 
-A value is in half precision where it comes from a product that is, and stays so until it meets one in FP32: a gate, the
-residual stream, a LayerNorm. So attention is in half precision as a whole between the products around it, and
-modulation, residuals, guidance and update are in FP32 without being named.
+The output of a half-precision product stays in half precision until an operator combines it with an
+FP32 value: a gate, the residual stream, a LayerNorm. So attention runs in half precision between
+its projections. Modulation, residuals, guidance and the update stay in FP32 without being named.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,18 +23,18 @@ STATISTICS = ("LayerNormalization", "RMSNormalization")
 
 _PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 HALF: Mapping[HalfPrecision, ir.DataType] = {name: ir.DataType(BASES[name].onnx) for name in _PRECISIONS}
-"""The types by the names that users give them."""
+"""Half-precision types by the names that users give them."""
 
 _FP32 = ir.DataType.FLOAT
 _SUFFIX = {_FP32: "fp32"} | {dtype: name for name, dtype in HALF.items()}
 
 
 def fp32_layers(model: SparseModel, precision: Precision, *, half_only: bool = False) -> tuple[str, ...]:
-    """The modules whose products stay in FP32 in a graph of this precision.
+    """Return the modules whose products stay in FP32 in a graph of this precision.
 
-    The embedders and the head; in BF16 the layer right after the route, too, where kept tokens meet those that were
-    left out. `benchmarks/precision_policies.py` measured what each is worth. half_only: none, for GPUs without FP32
-    products.
+    These are the embedders and the head. In BF16 the first layer after the route is added, where
+    kept tokens meet the dropped ones. `benchmarks/precision_policies.py` measured the effect of
+    each. half_only: return none, for GPUs without FP32 products.
     """
     if precision == "fp32" or half_only:
         return ()
@@ -50,10 +50,11 @@ def to_half(
     fp32_layers: Iterable[str],
     fp32_operators: Iterable[str] = STATISTICS,
 ) -> None:
-    """Type a graph in half precision, in place, but for the products of `fp32_layers`, and `fp32_operators`.
+    """Type a graph in half precision, in place, except `fp32_operators` and products of `fp32_layers`.
 
-    fp32_layers: modules by the names that their weights begin with. Inputs and outputs of the graph keep their types.
-    Weights become half precision when they are read, which raises ExportError for one that is out of range.
+    fp32_layers: modules, as the prefixes of their weights' names. Inputs and outputs of the graph
+    keep their types. Weights are converted when they are read. Reading raises ExportError if a
+    weight is out of range.
     """
     half, layers = HALF[precision], tuple(fp32_layers)
     weighted = {node: name for name, node in weighted_products(graph)}
@@ -98,12 +99,12 @@ def to_half(
 
 
 def half_attentions(graph: ir.Graph) -> int:
-    """Attentions whose products are in half precision: those for which a backend can have a fused kernel."""
+    """Count the attentions in half precision. A backend can have a fused kernel for these."""
     return sum(node.op_type == "Softmax" and node.outputs[0].dtype in HALF.values() for node in graph)
 
 
 def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """An initializer of the same name and content in `dtype`, converted when it is read."""
+    """Return an initializer of the same name and content in `dtype`, converted when it is read."""
     tensor = value.const_value
     assert tensor is not None
 
@@ -122,7 +123,10 @@ def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A computed value of `graph`, or one of its inputs, in another type, by a new node right after its own."""
+    """Insert a Cast of a computed value or an input of `graph`; return its output.
+
+    The node comes right after the node that makes the value.
+    """
     node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}.{_SUFFIX[dtype]}")
     output = node.outputs[0]
     output.name, output.type, output.shape = node.name, ir.TensorType(dtype), value.shape

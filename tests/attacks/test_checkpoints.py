@@ -106,19 +106,19 @@ def test_checkpoint_of_another_suffix_is_refused(name: str, write: Callable[...,
 )
 def test_checkpoint_of_no_pickle_is_refused(content: bytes, suffix: str, write: Callable[..., Path]) -> None:
     message = refusal(write(content, f"model{suffix}"))
-    assert message.startswith(("damaged or no PyTorch file (", "refused, since it holds more than tensors"))
+    assert message.startswith(("damaged, or not a PyTorch file (", "refused: it is damaged"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world\n" * 100, b"\xff" * 99], ids=["empty", "text", "ones"])
 def test_checkpoint_of_no_safetensors_is_refused(content: bytes, write: Callable[..., Path]) -> None:
     message = refusal(write(content, "model.safetensors"))
-    assert message.startswith("damaged or no safetensors file (")
+    assert message.startswith("damaged, or not a safetensors file (")
     assert message.endswith("); copy it again")
 
 
 def test_checkpoint_of_the_other_format_is_refused(write: Callable[..., Path], state: Any) -> None:
     assert refusal(write(save(state), "model.pt"))
-    assert refusal(write(pickled(state), "other.safetensors")).startswith("damaged or no safetensors file (")
+    assert refusal(write(pickled(state), "other.safetensors")).startswith("damaged, or not a safetensors file (")
 
 
 # Damage in transit.
@@ -131,7 +131,7 @@ def test_checkpoint_that_is_truncated_is_refused(
 ) -> None:
     whole = save(state) if form == "safetensors" else pickled(state, zipped=form == "zip")
     path = write(whole[: int(len(whole) * share)], f"model.{'safetensors' if form == 'safetensors' else 'pt'}")
-    assert refusal(path).startswith(("damaged or no ", "refused, since it holds more than tensors"))
+    assert refusal(path).startswith(("damaged, or not a ", "refused: it is damaged"))
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
@@ -152,7 +152,7 @@ def test_checkpoint_that_the_system_cannot_read_is_refused(suffix: str, tmp_path
     # The kind is a regular file, but no process may read its first bytes.
     path = tmp_path / f"model{suffix}"
     path.symlink_to("/proc/self/mem")
-    assert refusal(path).startswith("damaged or no ")
+    assert refusal(path).startswith("damaged, or not a ")
 
 
 @pytest.mark.parametrize(
@@ -173,12 +173,12 @@ def test_checkpoint_with_a_wrong_safetensors_header_is_refused(
     header: bytes, data: bytes, write: Callable[..., Path]
 ) -> None:
     path = write(safetensors(header, data), "model.safetensors")
-    assert refusal(path).startswith("damaged or no safetensors file (")
+    assert refusal(path).startswith("damaged, or not a safetensors file (")
 
 
 def test_checkpoint_with_a_huge_safetensors_header_is_refused(write: Callable[..., Path]) -> None:
     path = write(struct.pack("<Q", 2**62) + b"{}", "model.safetensors")
-    assert refusal(path).startswith("damaged or no safetensors file (")
+    assert refusal(path).startswith("damaged, or not a safetensors file (")
 
 
 # Code.
@@ -213,8 +213,8 @@ def test_checkpoint_with_code_in_it_is_refused_and_runs_none(
     }[place]
     message = refusal(write(pickled(content, zipped=zipped)))
     assert message == (
-        "refused, since it holds more than tensors and plain values and reading it would run its code, or since it is "
-        "damaged (it asks for posix.mkdir); save its state dict alone, with torch.save or as safetensors"
+        "refused: it is damaged, or holds more than tensors and plain values, so that reading it would run its code "
+        "(it asks for posix.mkdir); save only its state dict, with torch.save or as safetensors"
     )
     assert not (tmp_path / "marker").exists()
 
@@ -224,12 +224,14 @@ def test_checkpoint_of_plain_pickle_with_code_is_refused_and_runs_none(
     protocol: int, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write(pickle.dumps({"a": Harm(tmp_path / "marker")}, protocol=protocol))
-    assert refusal(path).startswith(("refused, since ", "damaged or no PyTorch file ("))
+    assert refusal(path).startswith(("refused: ", "damaged, or not a PyTorch file ("))
     assert not (tmp_path / "marker").exists()
 
 
 def test_checkpoint_with_a_whole_module_in_it_is_refused(write: Callable[..., Path]) -> None:
-    assert "(it asks for torch.nn.modules.linear.Linear); save its state dict" in refusal(write(torch.nn.Linear(2, 2)))
+    assert "(it asks for torch.nn.modules.linear.Linear); save only its state dict" in refusal(
+        write(torch.nn.Linear(2, 2))
+    )
 
 
 # Contents that are not a state dict.
@@ -250,7 +252,7 @@ def test_checkpoint_with_a_whole_module_in_it_is_refused(write: Callable[..., Pa
         ({f"k{i}": i for i in range(12)}, "found other values: k0, k1, k2, k3, k4, k5, k6, k7 and 4 more"),
         (
             {"a": torch.zeros(1), "module.a": torch.zeros(1)},
-            "two tensors are named a once wrapper prefixes are taken off",
+            "two tensors are named a without wrapper prefixes",
         ),
     ],
 )
@@ -261,10 +263,10 @@ def test_checkpoint_of_other_content_is_refused(content: Any, found: str, write:
 def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> None:
     message = refusal(write({"conv_in.weight": torch.zeros(1), "pos_embed": torch.zeros(1)}))
     assert message == (
-        "of no family that is supported: maskdit needs decoder_layer.linear.weight; tread needs "
+        "expected a checkpoint of a supported family (maskdit needs decoder_layer.linear.weight; tread needs "
         "x_embedder.proj.weight, t_embedder.mlp.0.weight, y_embedder.embedding_table.weight, "
-        "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight; "
-        "it starts with conv_in.weight, pos_embed"
+        "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight), "
+        "found conv_in.weight, pos_embed"
     )
 
 
@@ -292,34 +294,37 @@ def test_checkpoint_that_names_its_family_but_is_another_is_refused(write: Calla
         ),
         (
             {"pos_embed": torch.zeros(1, 16, 31)},
-            "pos_embed: expected floating point of shape (1, 16, 32), found torch.float32 of shape (1, 16, 31)",
+            "pos_embed: expected a float tensor of shape (1, 16, 32), found torch.float32 of shape (1, 16, 31)",
         ),
         ({"pos_embed": torch.zeros(1, 15, 32)}, "pos_embed: expected (1, N, D) with N a square, found N = 15"),
         ({"pos_embed": torch.zeros(16, 32)}, "pos_embed: expected (1, N, D), found (16, 32)"),
         ({"pos_embed": torch.zeros(1, 0, 32)}, "pos_embed: expected (1, N, D), found (1, 0, 32)"),
         (
             {"pos_embed": torch.zeros(1, 16, 32, dtype=torch.int32)},
-            "pos_embed: expected floating point of shape (1, 16, 32), found torch.int32 of shape (1, 16, 32)",
+            "pos_embed: expected a float tensor of shape (1, 16, 32), found torch.int32 of shape (1, 16, 32)",
         ),
         (
             {"pos_embed": torch.zeros(1, 16, 32, dtype=torch.complex64)},
-            "pos_embed: expected floating point of shape (1, 16, 32), found torch.complex64 of shape (1, 16, 32)",
+            "pos_embed: expected a float tensor of shape (1, 16, 32), found torch.complex64 of shape (1, 16, 32)",
         ),
         (
             {"blocks.2.attn.proj.bias": torch.zeros(32).to_sparse()},
-            "expected floating point of shape (32,), found torch.sparse_coo torch.float32 of shape (32,)",
+            "expected a float tensor of shape (32,), found torch.sparse_coo torch.float32 of shape (32,)",
         ),
         ({"x_embedder.proj.weight": torch.zeros(32, 8)}, "expected (D, C, P, P), found (32, 8)"),
         ({"x_embedder.proj.weight": torch.zeros(32, 2, 2, 4)}, "expected square patches, found 2×4"),
         ({"x_embedder.proj.weight": torch.zeros(32, 2, 0, 0)}, "expected (D, C, P, P), found (32, 2, 0, 0)"),
         ({"y_embedder.embedding_table.weight": torch.tensor(1.0)}, "expected (classes + 1, D), found ()"),
         ({"y_embedder.embedding_table.weight": torch.zeros(0, 32)}, "expected (classes + 1, D), found (0, 32)"),
-        ({"y_embedder.embedding_table.weight": torch.zeros(1, 32)}, "expected a class and the null, found one row"),
+        (
+            {"y_embedder.embedding_table.weight": torch.zeros(1, 32)},
+            "expected rows for a class and for no class, found one row",
+        ),
         ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "expected (hidden, D), found ()"),
         ({"final_layer.linear.weight": torch.tensor(1.0)}, "expected (rows, D), found ()"),
         (
             {"final_layer.linear.weight": torch.zeros(16, 32)},
-            "expected 8 rows, found 16: a learn_sigma head, which is not supported; upstream's own samplers do not "
+            "expected 8 rows, found 16: a learn_sigma head, which is not supported; upstream's samplers do not "
             "split it either",
         ),
         (
@@ -359,8 +364,8 @@ def zeros(*shape: int) -> Tensor:
 
 
 NO_DECODER = (
-    "y_embedder.embedding_table.weight: expected (classes + 1, 32), found (32, 5), the form of a MaskDiT; one without "
-    "decoder_layer.linear.weight, so without a decoder, is not supported"
+    "y_embedder.embedding_table.weight: expected (classes + 1, 32), found (32, 5), the shape in a MaskDiT; a "
+    "MaskDiT without a decoder (decoder_layer.linear.weight) is not supported"
 )
 
 
@@ -390,16 +395,16 @@ NO_DECODER = (
         (
             {"final_layer.linear.weight": zeros(16, 512), "final_layer.linear.bias": zeros(16)},
             "final_layer.linear.weight: expected 8 rows, found 16: a learn_sigma head, which is not supported; "
-            "upstream's own samplers do not split it either",
+            "upstream's samplers do not split it either",
         ),
         (
             {"y_embedder.embedding_table.weight": None},
             "y_embedder.embedding_table.weight: expected (D, classes), found none: a model without classes, which is "
-            "not supported; take one that was trained with num_classes above 0",
+            "not supported; take a checkpoint that was trained with num_classes above 0",
         ),
         (
             {"decoder_layer.linear.weight": zeros(256, 32)},
-            "decoder_layer.linear.weight: expected 512 rows, found 256: a decoder of another width than upstream's, "
+            "decoder_layer.linear.weight: expected 512 rows, found 256: a decoder width other than upstream's, "
             "which is not supported",
         ),
         ({"decoder_layer.linear.weight": zeros(512)}, "decoder_layer.linear.weight: expected (512, D), found (512,)"),
@@ -408,16 +413,16 @@ NO_DECODER = (
         ({"decoder_blocks.8.attn.qkv.bias": zeros(3)}, "found unknown decoder_blocks.8.attn.qkv.bias (1)"),
         (
             {"decoder_blocks.7.mlp.fc1.bias": zeros(2048)},
-            "decoder_blocks.7.mlp.fc1.bias: expected floating point of shape (512,), found torch.float32 of shape "
+            "decoder_blocks.7.mlp.fc1.bias: expected a float tensor of shape (512,), found torch.float32 of shape "
             "(2048,)",
         ),
         (
             {"mask_token": zeros(1, 1, 32)},
-            "mask_token: expected floating point of shape (1, 1, 512), found torch.float32 of shape (1, 1, 32)",
+            "mask_token: expected a float tensor of shape (1, 1, 512), found torch.float32 of shape (1, 1, 32)",
         ),
         (
             {"y_embedder.embedding_table.weight": zeros(33, 5)},
-            "y_embedder.embedding_table.weight: expected floating point of shape (32, 5), found torch.float32 of "
+            "y_embedder.embedding_table.weight: expected a float tensor of shape (32, 5), found torch.float32 of "
             "shape (33, 5)",
         ),
     ],
@@ -441,9 +446,9 @@ def test_checkpoint_of_maskdit_without_decoder_is_refused(write: Callable[..., P
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"route": "1-2"}, "route 1-2: expected 0-2, the whole encoder, as masking has it: leave out the route"),
-        ({"prediction": "flow"}, "prediction flow: expected edm, as all of this family: leave out the prediction"),
-        ({"heads": None}, "width 32 is none of upstream's (384, 768, 1024, 1152, 1280): give --heads"),
+        ({"route": "1-2"}, "route 1-2: expected 0-2, the entire encoder: leave out the route"),
+        ({"prediction": "flow"}, "prediction flow: expected edm, as in all MaskDiT models: leave out the prediction"),
+        ({"heads": None}, "width 32 is not one of upstream's (384, 768, 1024, 1152, 1280): give --heads"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -515,4 +520,4 @@ def test_checkpoint_with_a_sidecar_that_is_no_json_is_refused(
 def test_checkpoint_with_a_sidecar_that_cannot_be_read_is_refused(write: Callable[..., Path], state: Any) -> None:
     path = write(state)
     path.with_suffix(".json").symlink_to("/proc/self/mem")
-    assert refusal(path).startswith("expected facts on the checkpoint as JSON, cannot read it (")
+    assert refusal(path).startswith("expected checkpoint facts as JSON, cannot read the file (")

@@ -41,22 +41,42 @@ def test_check_targets_without_gpus_passes_for_tensorrt(products: list[str]) -> 
 @pytest.mark.parametrize(
     ("numbers", "products", "message"),
     [
-        ((75,), ["fp32"], "--sm 75: expected matrix products in fp16, found fp32: {}: 80, 86, 89, 120, 121"),
-        ((75,), ["bf16"], "--sm 75: expected matrix products in fp16, found bf16: {}: 80, 86, 89, 120, 121"),
+        (
+            (75,),
+            ["fp32"],
+            "compute_capabilities 75: expected matrix products in fp16, found fp32: {}: 80, 86, 89, 120, 121",
+        ),
+        (
+            (75,),
+            ["bf16"],
+            "compute_capabilities 75: expected matrix products in fp16, found bf16: {}: 80, 86, 89, 120, 121",
+        ),
         (
             (75,),
             ["fp32", "bf16"],
-            "--sm 75: expected matrix products in fp16, found bf16, fp32: {}: 80, 86, 89, 120, 121",
+            "compute_capabilities 75: expected matrix products in fp16, found bf16, fp32: {}: 80, 86, 89, 120, 121",
         ),
-        ((75,), ["int8"], "--sm 75: expected matrix products in fp16, found int8: {}: 80, 86, 89, 120, 121"),
-        ((75,), ["fp8"], "--sm 75: expected matrix products in fp16, found fp8: {}: 89, 120, 121"),
-        ((80,), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121"),
+        (
+            (75,),
+            ["int8"],
+            "compute_capabilities 75: expected matrix products in fp16, found int8: {}: 80, 86, 89, 120, 121",
+        ),
+        ((75,), ["fp8"], "compute_capabilities 75: expected matrix products in fp16, found fp8: {}: 89, 120, 121"),
+        (
+            (80,),
+            ["fp8"],
+            "compute_capabilities 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121",
+        ),
         (
             (86,),
             ["fp32", "fp8"],
-            "--sm 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121",
+            "compute_capabilities 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121",
         ),
-        ((89, 80), ["fp8"], "--sm 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121"),
+        (
+            (89, 80),
+            ["fp8"],
+            "compute_capabilities 80: expected matrix products in bf16, fp16, fp32, int8, found fp8: {}: 89, 120, 121",
+        ),
     ],
 )
 def test_check_targets_of_a_type_that_a_gpu_has_not_names_those_that_have(
@@ -64,7 +84,7 @@ def test_check_targets_of_a_type_that_a_gpu_has_not_names_those_that_have(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         check_targets("tensorrt_rtx", numbers, products)
-    assert str(caught.value) == message.format("give another --precision, or GPUs that support it")
+    assert str(caught.value) == message.format("give another precision, or GPUs that support it")
     assert caught.value.exit_code == 2
 
 
@@ -73,8 +93,8 @@ def test_check_targets_of_a_gpu_without_rtx_names_other_targets(number: int) -> 
     with pytest.raises(UsageError) as caught:
         check_targets("tensorrt_rtx", (86, number), ["fp16"])
     assert str(caught.value) == (
-        f"--sm {number}: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a datacenter GPU such as H100 (90) use "
-        f"--target tensorrt on that GPU, or --target onnxruntime"
+        f"compute_capabilities {number}: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a datacenter GPU such "
+        f"as H100 (90) build with TensorRT on that GPU, or build ONNX graphs"
     )
 
 
@@ -83,5 +103,6 @@ def test_check_targets_of_a_gpu_for_tensorrt_is_refused(number: int) -> None:
     with pytest.raises(UsageError) as caught:
         check_targets("tensorrt", (number,), ["fp16"])
     assert str(caught.value) == (
-        f"--sm {number}: TensorRT builds for the GPU that it runs on: leave out --sm, or give --target tensorrt-rtx"
+        f"compute_capabilities {number}: TensorRT builds for the GPU that it runs on: leave out compute_capabilities, "
+        f"or build with TensorRT-RTX"
     )

@@ -50,8 +50,8 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
     with pytest.raises(CheckpointError) as caught:
         find_adapter(checkpoint(tensors))
     assert str(caught.value) == (
-        "model.pt: of no family that is supported: maskdit needs decoder_layer.linear.weight; tread needs pos_embed; "
-        "it starts with a.conv_in.weight, "
+        "model.pt: expected a checkpoint of a supported family (maskdit needs decoder_layer.linear.weight; tread needs "
+        "pos_embed), found a.conv_in.weight, "
         "blocks.0.adaLN_modulation.1.bias, blocks.0.adaLN_modulation.1.weight, blocks.0.attn.proj.bias, "
         "blocks.0.attn.proj.weight, blocks.0.attn.qkv.bias"
     )
@@ -121,7 +121,7 @@ def test_infer_config_of_upstreams_sizes_gives_their_shape(width: int, depth: in
 
 
 def test_infer_config_of_unknown_width_asks_for_heads(tiny: Any) -> None:
-    with pytest.raises(UsageError, match=r"width 32 is none of upstream's \(384, 768, 1024, 1152\): give --heads"):
+    with pytest.raises(UsageError, match=r"width 32 is not one of upstream's \(384, 768, 1024, 1152\): give --heads"):
         tread.infer_config(checkpoint(tiny.state()), None)
 
 
@@ -239,7 +239,7 @@ def test_build_of_maskdit_with_its_own_facts_takes_them(
 
 @pytest.mark.parametrize("route", [Route(0, 3), Route(1, 2), Route(0, 1), Route(1, 1)])
 def test_build_of_maskdit_with_another_route_raises(route: Route, tiny_masked: Any) -> None:
-    message = f"model.pt: route {route}: expected 0-2, the whole encoder, as masking has it: leave out the route"
+    message = f"model.pt: route {route}: expected 0-2, the entire encoder: leave out the route"
     with pytest.raises(UsageError) as caught:
         maskdit.build(checkpoint(empty(tiny_masked.config), heads=2), Overrides(route))
     assert str(caught.value) == message
@@ -247,7 +247,7 @@ def test_build_of_maskdit_with_another_route_raises(route: Route, tiny_masked: A
 
 def test_build_of_maskdit_with_another_prediction_raises(tiny_masked: Any) -> None:
     with pytest.raises(
-        UsageError, match="prediction flow: expected edm, as all of this family: leave out the prediction"
+        UsageError, match="prediction flow: expected edm, as in all MaskDiT models: leave out the prediction"
     ):
         maskdit.build(checkpoint(empty(tiny_masked.config), heads=2), Overrides(prediction="flow"))
 
@@ -279,5 +279,5 @@ def test_build_of_maskdits_sizes_gives_their_shape(patch: int, width: int, depth
 
 def test_build_of_maskdit_of_unknown_width_asks_for_heads(tiny_masked: Any) -> None:
     known = r"\(384, 768, 1024, 1152, 1280\)"
-    with pytest.raises(UsageError, match=rf"width 32 is none of upstream's {known}: give --heads"):
+    with pytest.raises(UsageError, match=rf"width 32 is not one of upstream's {known}: give --heads"):
         maskdit.build(checkpoint(empty(tiny_masked.config)), Overrides())

@@ -104,7 +104,7 @@ def test_read_checkpoint_without_the_wanted_set_names_the_other(weights: Any, ot
 
 def test_read_checkpoint_of_bare_set_refuses_a_choice(tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", ONE)
-    with pytest.raises(UsageError, match="one bare set of weights: leave out --weights ema"):
+    with pytest.raises(UsageError, match="a single bare state dict: leave out --weights ema"):
         read_checkpoint(path, "ema")
 
 

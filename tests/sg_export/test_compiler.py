@@ -208,7 +208,7 @@ def test_compile_to_existing_output_says_how(kind: str, force: bool, tmp_path: P
         with pytest.raises(CheckpointError, match="found nothing there"):
             compile(tmp_path / "missing.pt", CompileOptions(output, force=True))
         return
-    message = "is no bundle, so --force does not replace it: give another" if force else "exists: give another"
+    message = "is not a bundle, so --force does not replace it: give another" if force else "exists: give another"
     with pytest.raises(UsageError, match=message):
         compile(tmp_path / "missing.pt", CompileOptions(output, force=force))
     assert output.is_file() == (kind == "file")

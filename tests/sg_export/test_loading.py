@@ -64,7 +64,7 @@ def test_load_model_with_weights_takes_that_set(tiny: Any, tmp_path: Path) -> No
 def test_level_keeps_by_the_familys_rounding_or_refuses(sparsity: float, loaded: LoadedModel) -> None:
     keep = 16 - int(16 * sparsity)
     if keep == 16 and sparsity > 0:
-        with pytest.raises(UsageError, match="keeps all tokens of 16: expected one that keeps some"):
+        with pytest.raises(UsageError, match="keeps all 16 tokens: use 0, or a higher sparsity"):
             loaded.level(sparsity)
     else:
         assert loaded.level(sparsity) == Level(sparsity, keep)
@@ -83,7 +83,7 @@ def test_level_of_whole_number_is_a_float(loaded: LoadedModel) -> None:
 def test_level_that_keeps_no_token_raises(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Upstream's rounding always keeps one token; the rounding of other families may not.
     monkeypatch.setattr(tread, "kept_count", lambda tokens, sparsity: 0)
-    with pytest.raises(UsageError, match="keeps no token of 16: expected one that keeps some"):
+    with pytest.raises(UsageError, match="keeps none of the 16 tokens: use a lower sparsity"):
         loaded.level(0.99)
 
 
@@ -95,7 +95,7 @@ def test_level_without_route_shows_upstreams_usual(depth: int, usual: str, loade
         unknown.level(0.5)
     assert str(caught.value) == (
         "tiny.safetensors: the route is unknown, so no branch can be sparse: give --route START-END, both blocks "
-        f"included; upstream's for {depth} blocks is {usual}"
+        f"included; upstream's route for {depth} blocks is {usual}"
     )
 
 

@@ -87,7 +87,7 @@ def choose_backend(
 
 
 def choose_onnx_backend() -> str | None:
-    """Return the backend that device "auto" takes here for a bundle of ONNX graphs; None without ONNX Runtime."""
+    """Return the backend that device "auto" takes here for ONNX graphs; None without ONNX Runtime."""
     for name in BACKENDS[:_AUTOMATIC]:
         if name not in _LIBRARIES:
             try:
@@ -178,7 +178,7 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
 
 
 def _check_provider(name: str, number: int) -> None:
-    """Raise unless ONNX Runtime here has the provider of the backend, and GPU `number` is there if it needs one."""
+    """Raise unless ONNX Runtime has the provider of this backend, and its GPU `number` exists."""
     from sg_runtime.backends.ort import PROVIDERS
 
     provider = PROVIDERS[name].name

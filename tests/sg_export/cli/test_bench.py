@@ -16,7 +16,7 @@ def test_bench_prints_a_table_with_reasons_and_the_share(cli: Callable[..., Any]
     for word in ("precision", "p50", "p99", "images/s", "onnxruntime-cpu", "pytorch", "fp32"):
         assert word in result.stdout
     assert "not tensorrt-rtx: the bundle has no engines of TensorRT-RTX" in result.stdout
-    assert "share of what the machine can do: " in result.stdout
+    assert "share of the machine's peak: " in result.stdout
     assert "timing pytorch" in result.stderr
 
 

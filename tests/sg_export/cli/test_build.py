@@ -103,8 +103,8 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--sparsity", "1"], "sparsity 1: expected at least 0 and less than 1"),
         (["--sparsity", "-0.5"], "sparsity -0.5: expected at least 0 and less than 1"),
         (["--sparsity", "nan"], "sparsity nan: expected at least 0 and less than 1"),
-        (["--sparsity", "0"], "sparsity 0: keeps all tokens: expected a weak branch that leaves some out"),
-        (["--sparsity", "0.01"], "sparsity 0.01: keeps all tokens of 16: expected one that keeps some"),
+        (["--sparsity", "0"], "sparsity 0 keeps all tokens: use a higher sparsity for the weak branch"),
+        (["--sparsity", "0.01"], "sparsity 0.01 keeps all 16 tokens: use 0, or a higher sparsity"),
         (["--sparsity", "0.5", "--sparsity", "0.51"], "sparsities 0.5 and 0.51 both keep 8 tokens: give one of them"),
         (["--strong-sparsity", "0.5", "--sparsity", "0.25"], "raise --sparsity or lower --strong-sparsity"),
         (["--guidance", "cfg", "--sparsity", "0.5"], "sparsity: cfg guidance has no sparser branch"),
@@ -116,7 +116,7 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--route", "1-3"], "tiny.safetensors: route 1-3: expected blocks 0 to 2"),
         (["--heads", "5"], "tiny.safetensors: heads: expected a divisor of the width 32, found 5"),
         (["--heads", "0"], "0 is not in the range x>=1"),
-        (["--weights", "ema"], "holds one bare set of weights: leave out --weights ema"),
+        (["--weights", "ema"], "holds a single bare state dict: leave out --weights ema"),
         (["--scale", "2:x"], "'2:x': expected a number, or two as FIRST:LAST"),
         (["--scale", "3:inf"], "scale: expected a finite float32 number, found inf"),
         (["--schedule", "linear"], "'linear' is not one of 'constant', 'cosine'"),
@@ -134,8 +134,8 @@ def test_build_without_onnxruntime_records_no_parity(
             "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a",
         ),
         (["--target", "tensorrt-rtx", "--sm", "7.5"], "--sm 75: expected matrix products in fp16, found fp32: give"),
-        (["--target", "tensorrt-rtx", "--sm", "ada"], "'ada': expected a compute capability, as 8.6 or 86"),
-        (["--target", "tensorrt-rtx", "--workspace", "much"], "'much': expected a size, as 512M or 4G"),
+        (["--target", "tensorrt-rtx", "--sm", "ada"], "'ada': expected a compute capability, for example 8.6 or 86"),
+        (["--target", "tensorrt-rtx", "--workspace", "much"], "'much': expected a size, for example 512M or 4G"),
         (["--sm", "86"], "--sm: only for engines: give --target tensorrt-rtx"),
         (["--keep-onnx"], "--keep-onnx: only for engines: give --target tensorrt-rtx or tensorrt"),
         (
@@ -195,14 +195,14 @@ def test_build_if_quiet_prints_the_error_alone(cli: Callable[..., Any]) -> None:
 def test_build_without_route_shows_upstreams_usual(refused: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "my.pt", facts={"heads": 2, "prediction": "flow"})
     message = refused(2, "build", path, "--sparsity", 0.5, "-o", tmp_path / "out")
-    assert message.endswith("give --route START-END, both blocks included; upstream's for 3 blocks is 2-2")
+    assert message.endswith("give --route START-END, both blocks included; upstream's route for 3 blocks is 2-2")
 
 
 @pytest.mark.parametrize(
     ("force", "message"),
     [
         ([], "exists: give another --output, or --force to replace it"),
-        (["--force"], "exists and is no bundle, so --force does not replace it: give another --output"),
+        (["--force"], "exists and is not a bundle, so --force does not replace it: give another --output"),
     ],
 )
 def test_build_to_a_folder_of_the_users_ends_with_2(

@@ -47,7 +47,7 @@ def test_build_of_engines_tells_phases_engines_and_how_to_verify(
     assert f": tensorrt_rtx {VERSION} for SM 89, " in second
     assert "profile batch 1 keeping 16/8 tokens, 2 fused attentions, built in " in second
     assert whole.startswith(f"{tmp_path / 'out'}: 2 graphs, 2 engines, ")
-    assert hint == "the engines hold the weights; verify needs the graphs, too: build with --keep-onnx for that"
+    assert hint == "the bundle holds engines without ONNX graphs; for verify, build with --keep-onnx"
     again = cli("build", quick_checkpoint, *RTX, "--explain-cache", "-o", tmp_path / "again", "--quiet")
     assert [line.partition(": ")[2] for line in again.stderr.splitlines()] == ["hit", "hit"]
 

@@ -78,7 +78,7 @@ def test_build_with_quantization_options_that_make_no_sense_is_refused(
     both = ("--calibration", tiny_ranges, "--calib-data", tmp_path)
     assert refused(2, *build, "--precision", "int8", *both).startswith("--calibration and --calib-data: expected one")
     assert refused(2, *build, "--precision", "fp8", "--target", "tensorrt-rtx").startswith(
-        "precision fp8: expected --sm"
+        "--precision fp8: expected --sm"
     )
     for option in ("--calib-data", "--like"):
         missing = refused(2, *build, "--precision", "int8", option, tmp_path / "none")
@@ -113,7 +113,7 @@ def test_inspect_of_a_quantized_bundle_shows_layers_and_times(
     assert "ranges by percentile of 392 evaluations of 4 images" in result.stdout
     assert "gates: cosine 0.5, guided 100%" in result.stdout
     assert sum(len(words) == 4 and words[3].endswith("%") for words in lines) == 25
-    assert "two FP32 runs with other token subsets" in result.stdout
+    assert "two FP32 runs with different kept tokens" in result.stdout
     content = json.loads(cli("inspect", tiny_int8_bundle, "--json").stdout)
     assert len(str(content)) > 1000
     assert "int8" in json.dumps(content)

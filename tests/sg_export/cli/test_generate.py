@@ -119,8 +119,14 @@ def test_generate_churn_options_reach_the_pipeline(
         (["--churn", "nan"], "churn: expected an amount and noise of at least 0 and low <= high, found amount nan"),
         (["--churn", "1", "--churn-range", "2", "1"], "amount 1, noise 1, 2 to 1"),
         (["--churn", "1", "--churn-noise", "-1"], "amount 1, noise -1, 0 to inf"),
-        (["--churn-range", "1", "2"], "--churn-range and --churn-noise are of the noise that --churn adds: give that"),
-        (["--churn-noise", "1.1"], "--churn-range and --churn-noise are of the noise that --churn adds: give that"),
+        (
+            ["--churn-range", "1", "2"],
+            "--churn-range and --churn-noise describe the noise that --churn adds",
+        ),
+        (
+            ["--churn-noise", "1.1"],
+            "--churn-range and --churn-noise describe the noise that --churn adds",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -159,7 +165,7 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
     assert np.load(tmp_path / "x.npy").shape == (5, 2, 8, 8)
     assert refused(2, "generate", tiny_bundle, *FAST, "-o", tmp_path / "x.png") == (
         f"{tmp_path}/x.png: expected .npy, since {tiny_bundle} samples latents and holds no decoder: "
-        f"give --output {tmp_path}/x.npy and decode that"
+        f"give --output {tmp_path}/x.npy and decode that file"
     )
 
 

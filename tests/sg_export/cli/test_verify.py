@@ -43,7 +43,7 @@ def test_verify_prints_a_table_and_writes_the_results(cli: Callable[..., Any], b
     # graph, in two graphs and without guidance. A row of the table shows the worst output.
     assert len(content["comparisons"]) == (1 + 3 * 2) * 8 + 2 * 3
     assert result.stdout.count("pass") == 4 * 8 + 2 * 3
-    assert "gates, relative L2: 1e-05 for a graph, 0.0001 for a whole run" in result.stdout
+    assert "gates, relative L2: 1e-05 for a graph, 0.0001 for a complete run" in result.stdout
     assert result.stdout.endswith(f"results: {bundle}/verify.json\n")
     for word in (
         "graph or run",
@@ -81,7 +81,7 @@ def test_verify_of_altered_weights_ends_with_5_and_names_the_worst(
     worst = max(failed, key=lambda comparison: comparison["relative_l2"] / comparison["gate"])
     assert message == (
         f"{bundle}: {len(failed)} of 62 comparisons fail; the worst, {worst['subject']}: expected relative L2 at most "
-        f"{worst['gate']:g}, found {worst['relative_l2']:g}; build the bundle anew"
+        f"{worst['gate']:g}, found {worst['relative_l2']:g}; build the bundle again"
     )
     rows = {(comparison["subject"], comparison["time"]) for comparison in failed}
     assert cli("verify", bundle).stdout.count("FAIL") == len(rows)
@@ -91,7 +91,7 @@ def test_verify_of_weights_that_are_no_numbers_ends_with_5(refused: Callable[...
     alter_weights(bundle, math.nan)
     message = refused(5, "verify", bundle)
     assert message.startswith(f"{bundle}: 62 of 62 comparisons fail; the worst, condition: ")
-    assert "found nan; build the bundle anew" in message
+    assert "found nan; build the bundle again" in message
 
 
 def test_verify_of_another_checkpoint_ends_with_6(refused: Callable[..., str], bundle: Path, tiny: Any) -> None:
@@ -102,8 +102,10 @@ def test_verify_of_another_checkpoint_ends_with_6(refused: Callable[..., str], b
 
 def test_verify_without_checkpoint_ends_with_6(refused: Callable[..., str], bundle: Path) -> None:
     (bundle.parent / "tiny.safetensors").unlink()
-    message = f"{bundle}: its checkpoint tiny.safetensors is neither beside the bundle nor here: give --checkpoint"
-    assert refused(6, "verify", bundle) == message
+    assert refused(6, "verify", bundle) == (
+        f"{bundle}: its checkpoint tiny.safetensors is neither next to the bundle nor in the current folder: "
+        f"give --checkpoint"
+    )
     missing = bundle.parent / "missing.pt"
     assert refused(6, "verify", bundle, "--checkpoint", missing) == (
         f"{missing}: expected the checkpoint of {bundle}, tiny.safetensors, found nothing there"
@@ -122,8 +124,8 @@ def test_verify_without_weak_checkpoint_ends_with_6(refused: Callable[..., str],
     moved = two_networks.with_name("elsewhere.safetensors")
     two_networks.with_name("tiny-weak.safetensors").rename(moved)
     assert refused(6, "verify", two_networks) == (
-        f"{two_networks}: its checkpoint tiny-weak.safetensors is neither beside the bundle nor here: "
-        f"give --weak-checkpoint"
+        f"{two_networks}: its checkpoint tiny-weak.safetensors is neither next to the bundle nor in the current "
+        f"folder: give --weak-checkpoint"
     )
     missing = two_networks.with_name("missing.pt")
     assert refused(6, "verify", two_networks, "--weak-checkpoint", missing) == (

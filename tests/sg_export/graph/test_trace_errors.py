@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from sg_export.graph.attention import translate_attention
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
-from sg_export.graph.attention import translate_attention
 from sg_export.graph.trace import trace
 from sg_export.loading import LoadedModel, load_model
 from sg_export.models.sparse import SparseModel

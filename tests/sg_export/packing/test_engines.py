@@ -213,7 +213,7 @@ def test_compile_with_a_timing_cache_warns_that_it_has_none(
     build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(timing_cache=tmp_path / "timing.cache")
-    assert told(caplog) == ["TensorRT-RTX has none, it is left as it is"]
+    assert told(caplog) == ["TensorRT-RTX has no timing cache; the file is not used"]
     assert not (tmp_path / "timing.cache").exists()
 
 
@@ -223,7 +223,7 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
     state["blocks.0.mlp.fc1.weight"] *= 1e5
     path = quick.save(tmp_path / "huge.safetensors", state)
     with pytest.raises(
-        ExportError, match=r"values that fp16 holds, found larger ones from blocks.0.mlp.fc1/(MatMul|Add) on"
+        ExportError, match=r"values in the range of fp16, found larger values from blocks.0.mlp.fc1/(MatMul|Add) on"
     ):
         compile(path, CompileOptions(tmp_path / "out", (0.5,), precision="fp16"))
     assert compile(
@@ -234,7 +234,7 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_gpus", lambda: ())
     with pytest.raises(
-        EngineError, match="none was found here: run the build there, or give --target tensorrt-rtx"
+        EngineError, match="found no GPU: build on the machine with that GPU, or give --target tensorrt-rtx"
     ) as e:
         check_libraries(("tensorrt",))
     assert e.value.exit_code == 4
@@ -254,7 +254,7 @@ def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch
         ({"precision": "fp8"}, "precision: expected one of fp32, fp16, bf16, found 'fp8'"),
         (
             {"engines": EngineOptions(("tensorrt",), compute_capabilities=(90,))},
-            "--sm 90: TensorRT builds for the GPU that it runs",
+            "compute_capabilities 90: TensorRT builds for the GPU that it runs",
         ),
         ({"batch": 2, "engines": EngineOptions()}, "batch: expected none next to engines, which have image counts"),
         ({"precision": "bf16"}, "precision bf16: ONNX Runtime's CPU"),

@@ -238,7 +238,9 @@ def test_reload_checkpoint_finds_the_file_in_the_working_folder(
     moved = Bundle.open(shutil.copytree(fixed_bundle, tmp_path / "bundle"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(CheckpointError, match=r"tiny.safetensors is neither beside the bundle nor here: give --chec"):
+    with pytest.raises(
+        CheckpointError, match=r"tiny.safetensors is neither next to the bundle nor in the current folder"
+    ):
         reload_checkpoint(moved, None)
     shutil.copy(tiny_checkpoint, tmp_path / "here")
     assert reload_checkpoint(moved, None).facts == moved.manifest.model
@@ -263,7 +265,7 @@ def test_reload_checkpoint_of_missing_file_raises(fixed_bundle: Path, tmp_path: 
 def test_reload_checkpoint_beside_another_manifest_raises(fixed_bundle: Path) -> None:
     bundle = Bundle.open(fixed_bundle)
     other = replace(bundle.manifest, model=replace(bundle.manifest.model, class_names=tuple("abcde")))
-    with pytest.raises(BundleError, match=r"its manifest describes another model than .*: build it anew"):
+    with pytest.raises(BundleError, match=r"its manifest describes another model than .*: build it again"):
         reload_checkpoint(replace(bundle, manifest=other), None)
 
 

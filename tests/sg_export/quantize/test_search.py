@@ -361,10 +361,14 @@ def engine_options(output: Path, kind: str, sms: Sequence[int], quantize: Quanti
 @pytest.mark.parametrize(
     ("kind", "sms", "message"),
     [
-        ("fp8", (), "precision fp8: expected --sm 8.9 or above for TensorRT-RTX"),
-        ("fp8", (86,), "--sm 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: .*: 89, 120, 121"),
-        ("fp8", (89, 86), "--sm 86: "),
-        ("int8", (75,), "--sm 75: expected matrix products in fp16, found int8"),
+        ("fp8", (), "precision fp8: expected compute_capabilities of 89 or above for TensorRT-RTX"),
+        (
+            "fp8",
+            (86,),
+            "compute_capabilities 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: .*: 89, 120, 121",
+        ),
+        ("fp8", (89, 86), "compute_capabilities 86: "),
+        ("int8", (75,), "compute_capabilities 75: expected matrix products in fp16, found int8"),
     ],
 )
 def test_options_of_engines_for_gpus_without_the_type_are_refused(

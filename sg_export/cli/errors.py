@@ -24,7 +24,7 @@ class Failure(click.ClickException):
 
 
 class Command(click.Command):
-    """A command whose errors end as one message with an exit code. `--debug` shows the traceback."""
+    """A command whose errors end as one message. `--debug` shows the traceback."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)

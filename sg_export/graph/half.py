@@ -1,4 +1,4 @@
-"""Half precision, decided in the graph: which products run in it, and where a graph returns to FP32.
+"""Half precision, decided in the graph: which products run in it, and where it returns to FP32.
 
 The output of a half-precision product stays in half precision until an operator combines it with an
 FP32 value: a gate, the residual stream, a LayerNorm. So attention runs in half precision between
@@ -50,7 +50,7 @@ def to_half(
     fp32_layers: Iterable[str],
     fp32_operators: Iterable[str] = STATISTICS,
 ) -> None:
-    """Type a graph in half precision, in place, except `fp32_operators` and products of `fp32_layers`.
+    """Type a graph in half precision, in place, except `fp32_operators` and `fp32_layers`.
 
     fp32_layers: modules, as the prefixes of their weights' names. Inputs and outputs of the graph
     keep their types. Weights are converted when they are read. Reading raises ExportError if a

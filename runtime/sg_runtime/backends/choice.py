@@ -87,7 +87,7 @@ def choose_backend(
 
 
 def choose_onnx_backend() -> str | None:
-    """Return the backend that device "auto" takes here for ONNX graphs; None without ONNX Runtime."""
+    """Return the backend that device "auto" takes here for ONNX graphs, if any."""
     for name in BACKENDS[:_AUTOMATIC]:
         if name not in _LIBRARIES:
             try:

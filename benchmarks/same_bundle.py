@@ -1,4 +1,4 @@
-"""Compare two bundles of one model: graphs node for node up to names, costs, and images bit for bit.
+"""Compare two bundles of one model: graphs node by node up to names, costs, images bit for bit.
 
     python -m benchmarks.same_bundle BEFORE AFTER --output benchmarks/results/same_bundle.json
 

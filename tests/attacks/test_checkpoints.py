@@ -229,9 +229,7 @@ def test_checkpoint_of_plain_pickle_with_code_is_refused_and_runs_none(
 
 
 def test_checkpoint_with_a_whole_module_in_it_is_refused(write: Callable[..., Path]) -> None:
-    assert "(it asks for torch.nn.modules.linear.Linear); save only its state dict" in refusal(
-        write(torch.nn.Linear(2, 2))
-    )
+    assert "(it asks for torch.nn.modules.linear.Linear); save only" in refusal(write(torch.nn.Linear(2, 2)))
 
 
 # Contents that are not a state dict.

@@ -288,7 +288,7 @@ def test_reload_weak_of_another_file_raises(
     with pytest.raises(CheckpointError, match=r"missing.pt: expected the checkpoint of .*, tiny-weak.safetensors, fou"):
         reload_weak(bundle, tmp_path / "missing.pt", strong)
     moved = Bundle.open(shutil.copytree(tiny_autoguidance_bundle, tmp_path / "bundle"))
-    with pytest.raises(CheckpointError, match=r"tiny-weak.safetensors is neither .* nor here: give --weak-checkpoint$"):
+    with pytest.raises(CheckpointError, match=r"tiny-weak.safetensors is neither .* nor in .*: give --weak-check"):
         reload_weak(moved, None, strong)
 
 

@@ -37,9 +37,9 @@ from onnxruntime import InferenceSession
 
 from benchmarks.guided_step import PAUSE, random_checkpoint
 from benchmarks.machine import machine
-from sg_calibration.feeds import collect, read_shard
+from sg_calibration.feeds import collect, identity_of, read_shard
 from sg_calibration.layers import layers_of
-from sg_calibration.ranges import RangeTable, identity_of, write_table
+from sg_calibration.ranges import RangeTable, write_table
 from sg_calibration.settings import METHODS, FeedSettings
 from sg_export import CompileOptions, Overrides, compile
 from sg_export.options.quantize import QuantizeOptions

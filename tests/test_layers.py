@@ -218,3 +218,23 @@ images = Pipeline.load(sys.argv[1])(classes=[0], seeds=[0], steps=2)
 print(images.shape, images.dtype)
 """
     assert run_python(code, str(glyphs_bundle), rooms=("sg_runtime",)).strip() == "(1, 16, 16, 1) uint8"
+
+
+def test_report_runs_on_a_machine_without_the_compiler(tiny_bundle: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+
+class Blocked:
+    names = {"torch", "onnx", "onnx_ir", "onnxscript", "polygraphy"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from sg_export.cli import main
+
+main(["report", sys.argv[1], "--quiet", "-o", sys.argv[2]], standalone_mode=False)
+"""
+    run_python(code, str(tiny_bundle), str(tmp_path / "report.html"))
+    assert "<h2>Bundles</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ shard is a NumPy archive with one batch of images along one guided run. Kept tok
 `sg_runtime.philox` draws them again from seed, step and evaluation.
 """
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from sg_calibration.settings import SEEDS, FeedSettings
 from sg_runtime.errors import CalibrationError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.manifest import GuidancePlan, ModelFacts
+from sg_runtime.manifest import GuidancePlan, Manifest, ModelFacts
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import integrate, run_times, updates
 
@@ -92,7 +93,7 @@ def collect(
     """Sample guided runs with the pipeline and write their states to `folder`; return the shards.
 
     Existing shards are kept, so an interrupted collection can be resumed. identity: identity of the
-    model, see `ranges.identity_of`. report: callback with (stage, shards done, shards in total).
+    model, see `identity_of`. report: callback with (stage, shards done, shards in total).
     Raises CalibrationError if the folder holds altered shards, or shards of another model or of
     other settings.
     """
@@ -229,3 +230,14 @@ def _check_hashes(folder: Path, shards: Mapping[str, str]) -> None:
 def _name(plan: GuidancePlan) -> str:
     """Return the part of a shard's file name that identifies its guidance, such as sg-256-128."""
     return f"{plan.mode}-{plan.strong.keep}-{plan.weak.keep}"
+
+
+def identity_of(manifest: Manifest) -> str:
+    """Return a SHA-256 of everything that the ranges depend on.
+
+    It covers the checkpoints, which of their weights are used, the route, the prediction type and
+    the number of heads.
+    """
+    sources = [(s.sha256, s.weights) for s in (manifest.source, manifest.weak_source) if s is not None]
+    facts = [sources, str(manifest.model.route), manifest.model.prediction, manifest.model.heads]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

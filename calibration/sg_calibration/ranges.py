@@ -1,6 +1,5 @@
 """Ranges of activations: measured on calibration data, stored in a table bound to the model."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 from pydantic import TypeAdapter, ValidationError
 
-from sg_calibration.feeds import Shard
+from sg_calibration.feeds import Shard, identity_of
 from sg_calibration.layers import Layer, layers_of
 from sg_calibration.settings import LEAST_STRATA, METHODS, Method
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing
-from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest
+from sg_runtime.manifest import GraphFacts, GuidancePlan
 from sg_runtime.manifest.base import Strict
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.evaluate import GraphRunner
@@ -70,17 +69,6 @@ class RangeTable(Strict):
     def ranges(self, method: Method) -> dict[str, float]:
         """Return each layer's range by `method`: the largest magnitude of its quantized input."""
         return {name: layer.thresholds[method] for name, layer in self.layers.items()}
-
-
-def identity_of(manifest: Manifest) -> str:
-    """Return a SHA-256 of everything that the ranges depend on.
-
-    It covers the checkpoints, which of their weights are used, the route, the prediction type and
-    the number of heads.
-    """
-    sources = [(s.sha256, s.weights) for s in (manifest.source, manifest.weak_source) if s is not None]
-    facts = [sources, str(manifest.model.route), manifest.model.prediction, manifest.model.heads]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def measure(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sg_calibration.feeds import Split, collect, given_shards, images_of, read_shard
+from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard
 from sg_calibration.layers import check_names
-from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
+from sg_calibration.ranges import RangeTable, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sg_calibration.feeds import images_of
-from sg_calibration.ranges import identity_of
+from sg_calibration.feeds import identity_of, images_of
 from sg_calibration.settings import LEAST_STRATA
 from sg_export.cost.step import StepCost, step_costs
 from sg_export.parity.walk import by_pipeline, judge, run_distance, walk

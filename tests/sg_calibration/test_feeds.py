@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from sg_calibration import feeds
-from sg_calibration.feeds import SHARDS_FILE, collect, given_shards, images_of, read_shard
-from sg_calibration.ranges import identity_of
+from sg_calibration.feeds import SHARDS_FILE, collect, given_shards, identity_of, images_of, read_shard
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, UsageError

@@ -17,9 +17,9 @@ from onnx import numpy_helper
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from sg_calibration import ranges
-from sg_calibration.feeds import Shard, given_shards, read_shard
+from sg_calibration.feeds import Shard, given_shards, identity_of, read_shard
 from sg_calibration.layers import layers_of
-from sg_calibration.ranges import RangeTable, identity_of, measure, read_table, write_table
+from sg_calibration.ranges import RangeTable, measure, read_table, write_table
 from sg_export.models.dit import ENDS
 from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle

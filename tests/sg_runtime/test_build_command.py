@@ -252,7 +252,7 @@ def test_build_command_of_a_quantized_bundle_asks_for_the_same_type_layers_and_b
     assert plan is not None
     quantize = asked(build_command(manifest, "out"))[1].quantize
     assert quantize is not None
-    assert (quantize.type, quantize.rule, quantize.exclude) == ("int8", "percentile", ("blocks.2.mlp.fc2",))
+    assert (quantize.type, quantize.effective_method, quantize.exclude) == ("int8", "percentile", ("blocks.2.mlp.fc2",))
     assert not quantize.allow_quality_loss
     failed = replace(manifest, quantization=replace(plan, passed=False, type="fp8", method="entropy"))
     _, options = asked(build_command(replace(failed, precision="fp16"), "out"))
@@ -266,4 +266,4 @@ def test_build_command_of_a_quantized_bundle_asks_for_the_same_gates(manifest: M
     assert manifest.quantization is not None
     quantize = asked(build_command(manifest, "out"))[1].quantize
     assert quantize is not None
-    assert quantize.limits == manifest.quantization.gates
+    assert quantize.effective_gates == manifest.quantization.gates

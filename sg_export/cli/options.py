@@ -132,7 +132,15 @@ device_options = group(
 
 @dataclass(frozen=True, slots=True)
 class GuidanceChoice:
-    """The guidance of a build, chosen by options; fields as in `CompileOptions`."""
+    """The guidance of a build, chosen by options.
+
+    sparsity, strong_sparsity: sparsities of the weak and the strong branch.
+    scale: guidance scale, or its first and last value.
+    guidance: guidance mode.
+    weak_checkpoint: checkpoint of the weak network.
+    schedule: constant or cosine.
+    interval: times between which guidance applies.
+    """
 
     sparsity: tuple[float, ...]
     strong_sparsity: tuple[float, ...]
@@ -250,7 +258,15 @@ feed_options = group("ranges", RangeSource, _FEEDS)
 
 @dataclass(frozen=True, slots=True)
 class QuantizationChoice(RangeSource):
-    """The quantization of a build, chosen by options; see `QuantizeOptions`."""
+    """The quantization of a build, chosen by options.
+
+    calibration: table of ranges.
+    method: rule that makes a range from observed values.
+    exclude: layers that stay in the base precision.
+    like: quantized bundle whose choice of layers to take over.
+    gate_cosine, gate_guided: gates, if they differ from those of the type.
+    allow_quality_loss: write the bundle even if its gates do not hold.
+    """
 
     calibration: Path | None
     method: Any
@@ -334,7 +350,16 @@ quantization_options = group(
 
 @dataclass(frozen=True, slots=True)
 class TargetChoice:
-    """The targets of a build, chosen by options; see `EngineOptions`."""
+    """The targets of a build, chosen by options.
+
+    target: targets by name.
+    batch: image counts.
+    sm: compute capabilities, 86 for 8.6.
+    workspace: most scratch memory of an engine, in bytes.
+    timing_cache: timing cache of TensorRT.
+    keep_onnx: keep the ONNX graphs of engines.
+    allow_unfused: accept attention without a fused kernel.
+    """
 
     target: tuple[str, ...]
     batch: tuple[int, ...]

@@ -124,7 +124,15 @@ class _Body:
 
 @dataclass
 class _Copy:
-    """The state of one graph's copy while it is made."""
+    """The state of one graph's copy while it is made.
+
+    program: the program that the graph is copied from.
+    name: name of the graph.
+    inputs: inputs of the copy by name.
+    nodes: nodes of the copy, in order.
+    weights: initializers of weights, by name.
+    constants: initializers of constants, by type, shape and content.
+    """
 
     program: Program
     name: str

@@ -1,6 +1,8 @@
 """Open a bundle: a directory with a manifest. All files are checked before any is used."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sg_runtime.errors import BundleError
@@ -10,10 +12,16 @@ from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle on disk whose files have been checked."""
+    """A bundle on disk whose files have been checked.
+
+    path: folder of the bundle.
+    manifest: its manifest.
+    checked: state of each checked file (device, inode, size, times), by its name.
+    """
 
     path: Path
     manifest: Manifest
+    checked: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
@@ -34,14 +42,44 @@ class Bundle:
         for present in sorted(path for folder in ("graphs", "engines") for path in (root / folder).glob("*")):
             if (name := present.relative_to(root).as_posix()) not in manifest.files:
                 raise BundleError(f"{root}: file {name} is not among the manifest's files; rebuild the bundle")
+        checked = {}
         for name, facts in manifest.files.items():
             try:
-                _check_file(root, name, facts, verify_hashes)
+                checked[name] = _check_file(root, name, facts, verify_hashes)
             except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a loop of links
                 raise BundleError(
                     f"{root}: file {name!r} cannot be read ({error}); copy the bundle again or rebuild it"
                 ) from None
-        return cls(root, manifest)
+        return cls(root, manifest, checked)
+
+    @contextmanager
+    def reading(self, *names: str) -> Iterator[None]:
+        """Check before and after the block, which reads these files, that they are those checked.
+
+        Raises BundleError if a file has other content than when the bundle was opened.
+        """
+        self.check_unchanged(*names)
+        try:
+            yield
+        finally:
+            self.check_unchanged(*names)
+
+    def check_unchanged(self, *names: str, mapped: bool = False) -> None:
+        """Raise BundleError if a file has other content than when the bundle was opened.
+
+        mapped: whether the files are mapped into memory. A mapped file outlives its replacement, so
+        only a file that was written in place counts as changed.
+        """
+        for name in names:
+            before, now = self.checked.get(name), _state(self.path / name)
+            if before is None or now == before or (mapped and now[:2] != before[:2]):
+                continue
+            try:
+                self.checked[name] = _check_file(self.path, name, self.manifest.files[name], True)
+            except (BundleError, OSError, RuntimeError):
+                raise BundleError(
+                    f"{self.path}: file {name} was changed after the bundle was loaded: load the bundle again"
+                ) from None
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the manifest lists."""
@@ -57,7 +95,17 @@ class Bundle:
         return self.path / graph.file
 
 
-def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> None:
+def _state(path: Path) -> tuple[int, ...]:
+    """Return device, inode, size and times of a file. It differs if the content differs."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> tuple[int, ...]:
+    """Return the state of a file that agrees with its facts. Raises BundleError if it does not."""
     relative = PurePosixPath(name)
     target = root / name
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name and "\0" not in name
@@ -65,7 +113,7 @@ def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> N
         raise BundleError(f"{root}: file {name!r} points outside the bundle; do not use this bundle")
     if not target.is_file():
         raise BundleError(f"{root}: file {name} is missing; copy the bundle again or rebuild it")
-    size = target.stat().st_size
+    state, size = _state(target), target.stat().st_size
     if size != facts.size:
         raise BundleError(
             f"{root}: file {name}: expected {facts.size} bytes, found {size}; copy the bundle again or rebuild it"
@@ -75,3 +123,6 @@ def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> N
             f"{root}: file {name}: expected SHA-256 {facts.sha256[:12]}…, found {found[:12]}…; "
             f"it was altered after the build: copy the bundle again or rebuild it"
         )
+    if _state(target) != state:
+        raise BundleError(f"{root}: file {name} changed while it was read: try again when the bundle is complete")
+    return state

@@ -50,7 +50,7 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        bundle: str | Path,
+        bundle: str | Path | Bundle,
         device: str = "auto",
         *,
         backend: str | None = None,
@@ -61,8 +61,12 @@ class Pipeline:
         threads: int | None = None,
         verify_hashes: bool = True,
     ) -> "Pipeline":
-        """Open the bundle at `bundle` on a device.
+        """Open a bundle on a device.
 
+        Files are read when they are first needed. A file that was changed since then raises
+        BundleError, in this call or in a later run.
+
+        bundle: path of the bundle, or a bundle that `Bundle.open` returned.
         device: "auto", "cpu", "cuda", or a GPU by number, such as "cuda:1".
         backend: one of `sg_runtime.BACKENDS`; by default the best one that works on this machine.
         `choose_backend` reports the reasons for the choice.
@@ -81,16 +85,16 @@ class Pipeline:
         MissingExtraError if a backend library is not installed, and UsageError if the device,
         backend or batch does not exist.
         """
-        opened = Bundle.open(bundle, verify_hashes=verify_hashes)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes=verify_hashes)
         for name, value in {"batch": batch, "chunk": chunk, "threads": threads}.items():
             if value is not None and value < 1:
                 raise UsageError(f"{name}: expected at least 1, found {value}")
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
-            raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
+            raise UsageError(f"batch: the graphs of {opened.path} are fixed to {fixed} images, found {batch}")
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
-            LOG.warning("%s: %s", bundle, "; ".join(plan.remarks))
+            LOG.warning("%s: %s", opened.path, "; ".join(plan.remarks))
         opened_backend = open_backend(
             opened, device, backend=backend, batch=batch, stream=stream, capture=capture, threads=threads
         )

@@ -144,14 +144,7 @@ def bench(
     choice = choose_backend(opened, device, backend=backend)
     on_cpu = choice.name == "onnxruntime-cpu"
     before = None if on_cpu else _free_gpu_bytes(choice.number)
-    pipe = Pipeline.load(
-        bundle,
-        device,
-        backend=backend,
-        batch=_batch(opened, images, on_cpu),
-        capture=capture,
-        verify_hashes=False,
-    )
+    pipe = Pipeline.load(opened, device, backend=backend, batch=_batch(opened, images, on_cpu), capture=capture)
     count = images or pipe.batch
     manifest = opened.manifest
     steps = steps or manifest.sampling.steps

@@ -1,5 +1,7 @@
 """Arrays that stay on the device: DLPack inputs, samples on the device, and warm pipelines."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.prepared import PreparedRun
 
@@ -258,3 +260,61 @@ def test_load_of_a_bundle_that_is_read_only_runs_the_same(read_only: Path, tiny_
     expected = Pipeline.load(tiny_bundle).sample(CLASSES, SEEDS, steps=2)
     np.testing.assert_array_equal(pipe.sample(CLASSES, SEEDS, steps=2), expected)
     assert sorted(read_only.rglob("*")) == before
+
+
+@pytest.fixture
+def copy(edited: Callable[[Callable[[Any], object]], Path]) -> Path:
+    """Return a copy of the tiny bundle."""
+    return edited(lambda content: None)
+
+
+CHANGED = "was changed after the bundle was loaded: load the bundle again"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_sample_from_a_bundle_that_was_replaced_after_load_is_refused(
+    copy: Path, tiny_cosine_bundle: Path, before: bool
+) -> None:
+    """Graphs of two bundles never run together, also if a run before opened some of them."""
+    pipe = Pipeline.load(copy)
+    if before:
+        pipe.sample([0], [0], steps=2, guidance=pipe.guidance("none"))
+    shutil.rmtree(copy)
+    shutil.copytree(tiny_cosine_bundle, copy)
+    flip(copy / "graphs/weights.bin")
+    with pytest.raises(BundleError, match=CHANGED):
+        pipe.sample([0], [0], steps=2)
+
+
+def test_sample_from_a_bundle_that_was_replaced_after_warmup_is_the_same(copy: Path) -> None:
+    """All graphs are open, and the replaced files live on in their mappings."""
+    pipe = Pipeline.load(copy)
+    pipe.warmup()
+    expected = pipe.sample([0], [0])
+    shutil.rmtree(copy)
+    np.testing.assert_array_equal(pipe.sample([0], [0]), expected)
+
+
+def test_sample_from_weights_that_were_written_in_place_is_refused(copy: Path) -> None:
+    pipe = Pipeline.load(copy)
+    pipe.warmup(steps=2)
+    flip(copy / "graphs/weights.bin")
+    with pytest.raises(BundleError, match=CHANGED):
+        pipe.sample([0], [0], steps=2)
+    flip(copy / "graphs/weights.bin")
+    pipe.sample([0], [0], steps=2)
+
+
+def flip(path: Path) -> None:
+    """Flip the last bit of a file in place."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        (byte,) = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_load_of_an_opened_bundle_reads_no_hash_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    monkeypatch.delattr("sg_runtime.bundle.sha256_of")
+    assert Pipeline.load(bundle).bundle is bundle

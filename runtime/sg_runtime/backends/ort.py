@@ -101,6 +101,9 @@ class OrtBackend:
         self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
         self._open = open_graph or self._open_session
+        graphs = {graph.file for graph in bundle.manifest.graphs}
+        engines = {engine.file for engine in bundle.manifest.engines}
+        self._weights = [name for name in bundle.manifest.files if name not in graphs | engines]
         self._sessions: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -111,13 +114,24 @@ class OrtBackend:
         pass  # providers that compile write their caches themselves
 
     def session(self, graph: GraphFacts) -> "InferenceSession":
-        """Return the session of a graph's file. Raises EngineError if the file cannot be opened."""
+        """Return the session of a graph's file.
+
+        Raises EngineError if the file cannot be opened, and BundleError if it was changed since the
+        bundle was opened.
+        """
         with self._lock:
             path = self._bundle.onnx(graph)
             session = self._sessions.get(path)
             if session is None:
-                session = self._sessions[path] = self._open(path)
+                with self._bundle.reading(path.relative_to(self._bundle.path).as_posix(), *self._weights):
+                    session = self._open(path)
+                self._sessions[path] = session
             return session
+
+    def check_weights(self) -> None:
+        """Raise BundleError if weights that sessions have mapped were written in place."""
+        if self._sessions:
+            self._bundle.check_unchanged(*self._weights, mapped=True)
 
     def _open_session(self, path: Path) -> "InferenceSession":
         provider, options = PROVIDERS[self.name], {}
@@ -148,6 +162,7 @@ class OrtLane:
         self._ids = itertools.count()
 
     def enter(self) -> None:
+        self._backend.check_weights()
         if self._backend.lanes is not None:
             self.memory.enter()
 

@@ -10,6 +10,7 @@ import numpy as np
 from sg_runtime.arrays import Array
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.manifest.base import choice, number, pair
 from sg_runtime.sampling import Update
 
 Ramp = float | tuple[float, float]
@@ -133,8 +134,7 @@ def choose(
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
-    if chosen not in MODES:
-        raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {chosen!r}")
+    choice("guidance", chosen, tuple(MODES))
     row = MODES[chosen]
     network = row.weak_network
     manifest.condition(network)  # raises if the bundle lacks the network
@@ -151,26 +151,32 @@ def choose(
         weak = (plan.weak, plan.weak_last)
     else:
         raise UsageError(_without_sparsity(manifest, chosen, strong[0], network))
-    first, last = (plan.scale, plan.scale_last) if scale is None else scale_ends(scale)
-    within = plan.interval if interval is None else interval
+    first, last = (plan.scale, plan.scale_last) if scale is None else ramp_ends("scale", scale)
+    within = plan.interval if interval is None else pair("interval", interval, "the lowest and the highest time")
     return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)
 
 
 def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:
     """Return the plan with another scale."""
-    first, last = scale_ends(scale)
+    first, last = ramp_ends("scale", scale)
     return replace(plan, scale=first, scale_last=last)
 
 
-def scale_ends(scale: Ramp) -> tuple[float, float | None]:
-    """Return the scale of the first step and, if the scale changes, of the last step, else None."""
-    return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), None)
+def ramp_ends(name: str, value: Ramp) -> tuple[float, float | None]:
+    """Return the value of the first step and, if it changes, of the last step, else None.
+
+    Raises UsageError with `name` if `value` is neither a number nor a sequence of two.
+    """
+    try:
+        return number(name, value), None
+    except UsageError:
+        return pair(name, value, "a number, or two (of the first and the last step)")
 
 
 def _ends(
     manifest: Manifest, sparsity: Ramp, network: NetworkName, mode: GuidanceMode, option: str
 ) -> tuple[Level, Level | None]:
-    first, last = sparsity if isinstance(sparsity, tuple) else (sparsity, None)
+    first, last = ramp_ends(option.removeprefix("--").replace("-", "_"), sparsity)
     level = _level(manifest, first, network, mode, option)
     return level, None if last is None else _level(manifest, last, network, mode, option)
 

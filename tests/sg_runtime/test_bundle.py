@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import read_manifest
+from sg_runtime.pipeline import Pipeline
 
 
 def test_open_of_a_whole_bundle_gives_its_manifest_and_files(tiny_bundle: Path) -> None:
@@ -43,6 +45,26 @@ def test_open_of_a_bundle_with_links_inside_succeeds(tiny_bundle: Path, tmp_path
     shutil.copytree(tiny_bundle, copy)
     (copy / "graphs/weights.bin").rename(copy / "shared.bin")
     (copy / "graphs/weights.bin").symlink_to("../shared.bin")
+    assert Bundle.open(copy).path == copy
+
+
+def test_load_of_a_hugging_face_cache_runs_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Every file is a link to a file named by its hash, outside of the bundle."""
+    snapshot, blobs = tmp_path / "snapshots/0123abc", tmp_path / "blobs"
+    blobs.mkdir()
+    for file in filter(Path.is_file, tiny_bundle.rglob("*")):
+        link, blob = snapshot / file.relative_to(tiny_bundle), blobs / sha256_of(file)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    found, expected = (Pipeline.load(path).sample([0], [0], steps=2) for path in (snapshot, tiny_bundle))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._weights.bin", "Thumbs.db", "desktop.ini", ".nfs0000000012ab"])
+def test_open_of_a_bundle_with_a_file_of_the_system_succeeds(copy: Path, name: str) -> None:
+    for folder in (copy, copy / "graphs"):
+        (folder / name).write_bytes(b"left by a desktop or a network mount")
     assert Bundle.open(copy).path == copy
 
 

@@ -21,7 +21,7 @@ from sg_runtime.guidance import (
     guidance_table,
     guide,
     levels,
-    scale_ends,
+    ramp_ends,
     with_scale,
 )
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, read_manifest
@@ -400,9 +400,9 @@ def test_with_scale_of_a_plan_replaces_the_scale_alone() -> None:
         with_scale(plan, (2, -math.inf))
 
 
-def test_scale_ends_of_any_numbers_are_floats() -> None:
+def test_ramp_ends_of_any_numbers_are_floats() -> None:
     """This includes NumPy numbers and integers, which a manifest could not hold."""
     pair: Any = (np.float32(1.5), 3)
-    for found, expected in ((scale_ends(2), (2.0, None)), (scale_ends(pair), (1.5, 3.0))):
+    for found, expected in ((ramp_ends("scale", 2), (2.0, None)), (ramp_ends("scale", pair), (1.5, 3.0))):
         assert found == expected
         assert all(type(end) is float for end in found if end is not None)

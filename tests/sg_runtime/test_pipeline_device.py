@@ -1,8 +1,11 @@
 """Arrays that stay on the device: DLPack inputs, samples on the device, and warm pipelines."""
 
+import multiprocessing
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +321,46 @@ def test_load_of_an_opened_bundle_reads_no_hash_again(tiny_bundle: Path, monkeyp
     bundle = Bundle.open(tiny_bundle)
     monkeypatch.delattr("sg_runtime.bundle.sha256_of")
     assert Pipeline.load(bundle).bundle is bundle
+
+
+@pytest.mark.parametrize(("usable", "expected"), [(3, 3), (4, 1)])
+def test_load_without_threads_takes_the_cores_that_the_process_may_use(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, usable: int, expected: int
+) -> None:
+    """If the process may use all cores, ONNX Runtime decides, in these tests for one thread."""
+    monkeypatch.setattr("sg_runtime.backends.ort.usable_cores", lambda: usable)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    session = open_session(tiny_bundle / "graphs/condition.onnx")
+    assert session.get_session_options().intra_op_num_threads == expected
+
+
+def test_pickle_of_a_pipeline_is_opened_again_in_another_process(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The path may be relative; the other process works in another folder."""
+    monkeypatch.chdir(copy.parent)
+    pipe = Pipeline.load(copy.name, "cpu", batch=2, chunk=3, threads=1)
+    monkeypatch.chdir(tmp_path.parent)
+    expected = pipe.sample([0], [0], steps=2)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found, settings = pool.submit(sampled, pipe).result()
+    np.testing.assert_array_equal(found, expected)
+    assert settings == (2, 3, {**(pipe._arguments or {}), "verify_hashes": True})
+
+
+def sampled(pipe: Pipeline) -> tuple[NDArray[np.float32], Any]:
+    """Sample with a pipeline that another process has pickled, and return its settings, too."""
+    return pipe.sample([0], [0], steps=2), (pipe.batch, pipe.chunk, pipe._arguments)
+
+
+def test_pickle_of_a_pipeline_whose_bundle_was_replaced_is_refused(copy: Path, tiny_cosine_bundle: Path) -> None:
+    content = pickle.dumps(Pipeline.load(copy))
+    shutil.rmtree(copy)
+    shutil.copytree(tiny_cosine_bundle, copy)
+    with pytest.raises(BundleError, match="expected the bundle that was pickled, found another one: load the bundle"):
+        pickle.loads(content)
+
+
+def test_pickle_of_a_pipeline_that_was_not_loaded_is_refused(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=r"^pickle: expected a pipeline of Pipeline\.load"):
+        pickle.dumps(pipe)

@@ -530,7 +530,10 @@ def test_churn_of_text_is_refused() -> None:
 
 
 def test_guidance_of_a_sparsity_not_built_names_the_build(pipe: Pipeline) -> None:
-    with pytest.raises(UsageError, match=r"build it with: sg-export build tiny.safetensors --sparsity 0\.9"):
+    with pytest.raises(
+        UsageError,
+        match=r"build it with: sg-export build tiny.safetensors .* --sparsity 0\.9",
+    ):
         pipe.guidance(sparsity=0.9)
 
 
@@ -551,7 +554,7 @@ def test_sample_of_a_branch_without_a_graph_names_the_build(
         pipe.sample([0], [0], steps=1, fused=False)
     assert str(caught.value) == (
         "sparsity 0.5 has no single-branch graph in this bundle; "
-        "build it with: sg-export build tiny.safetensors --sparsity 0.5"
+        "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --sparsity 0.5"
     )
 
 

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import sg_runtime  # noqa: F401  # turns the telemetry of ONNX Runtime off
+
 if TYPE_CHECKING:
     from sg_export.checkpoint import Overrides
     from sg_export.compiler import compile

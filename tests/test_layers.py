@@ -184,6 +184,22 @@ def test_import_sg_runtime_loads_no_backend() -> None:
     assert loaded.strip() == "[]"
 
 
+@pytest.mark.parametrize("package", ["sg_runtime", "sg_export", "sg_calibration"])
+@pytest.mark.parametrize("given", [None, "0"])
+def test_import_of_a_package_turns_telemetry_off_unless_told_otherwise(
+    package: str, given: str | None, tmp_path: Path
+) -> None:
+    """ONNX Runtime would leave an identifier of the device in the home folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    setting = {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+    environment = kept | setting | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    code = f"import {package}, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == (given or "1")
+    if given is None:
+        assert not [*tmp_path.rglob("*")]
+
+
 def test_help_loads_no_backend() -> None:
     code = f"""
 import sys

@@ -1,5 +1,10 @@
 """The torch-free runtime of sg-export: samples images from bundles with Sparse Guidance."""
 
+import os
+
+# ONNX Runtime has telemetry that is on by default. It reads this variable when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from sg_runtime.backends import BACKENDS, choose_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import SgError

@@ -8,17 +8,26 @@ USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
 
 
+def model_command(manifest: Manifest, *options: str) -> str:
+    """Return the `sg-export build …` command for the bundle's model with these options.
+
+    It states the facts of the model that its checkpoint may lack.
+    """
+    return shlex.join(["sg-export", "build", manifest.source.name, *_model_words(manifest), *options])
+
+
 def build_command(
     manifest: Manifest, output: str, *, target: str | None = None, sm: int | None = None, batch: int | None = None
 ) -> str:
     """Return the `sg-export build …` command for a bundle like this one.
 
-    The command overwrites an existing bundle at `output`.
+    The command overwrites an existing bundle at `output`. With other targets than the bundle's, it
+    writes a new bundle next to it, which has the name of the target at its end.
     target: build target; by default the bundle's targets.
     sm: compute capability to build engines for, 86 for 8.6; by default the bundle's.
     batch: batch size that gets an engine profile in addition to the bundle's.
     """
-    plan, source, model = manifest.guidance, manifest.source, manifest.model
+    plan, source = manifest.guidance, manifest.source
     guided = [graph.levels for graph in manifest.graphs if graph.kind == "guided"]
     singles = [graph.levels for graph in manifest.graphs if graph.kind in ("dense", "sparse")]
     words = ["sg-export", "build", source.name]
@@ -37,21 +46,36 @@ def build_command(
     for levels, last, option in ends[: 1 if plan.row.weak_level == "same" else 2]:
         rates = list(dict.fromkeys(level.sparsity for level in levels if level != last))
         rates += [last.sparsity] if last is not None else []
-        words += [word for rate in rates for word in (option, _text(rate))]
+        words += [word for rate in rates for word in (option, number_text(rate))]
     if plan.strong_last is not None or plan.weak_last is not None:
         words += ["--schedule", "cosine"]
-    words += ["--scale", _text(plan.scale) + ("" if plan.scale_last is None else f":{_text(plan.scale_last)}")]
+    scales = [scale for scale in (plan.scale, plan.scale_last) if scale is not None]
+    words += ["--scale", ":".join(map(number_text, scales))]
     if plan.interval is not None:
-        words += ["--interval", *map(_text, plan.interval)]
-    if source.reference is None:
-        words += ["--route", str(model.route)] if model.route is not None else []
-        words += ["--prediction", model.prediction, "--heads", str(model.heads)]
-        words += ["--weights", source.weights] if source.weights != "bare" else []
+        words += ["--interval", *map(number_text, plan.interval)]
+    words += _model_words(manifest)
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", *_precision_words(manifest, precision)]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
     words += _target_words(manifest, target, sm, batch)
-    return shlex.join([*words, "--output", output, "--force"])
+    if target is None or [target] == _targets(manifest):
+        return shlex.join([*words, "--output", output, "--force"])
+    return shlex.join([*words, "--output", f"{output.rstrip('/')}-{target}"])
+
+
+def _targets(manifest: Manifest) -> list[str]:
+    """Return the build targets of the bundle; ONNX graphs next to engines are none."""
+    return sorted({ENGINE_TARGETS[engine.library] for engine in manifest.engines}) or ["onnxruntime"]
+
+
+def _model_words(manifest: Manifest) -> list[str]:
+    """Return the facts of the model as options; none for a reference model."""
+    source, model = manifest.source, manifest.model
+    if source.reference is not None:
+        return []
+    route = [] if model.route is None else ["--route", str(model.route)]
+    weights = [] if source.weights == "bare" else ["--weights", source.weights]
+    return [*route, "--prediction", model.prediction, "--heads", str(model.heads), *weights]
 
 
 def _precision_words(manifest: Manifest, base: str) -> list[str]:
@@ -60,12 +84,12 @@ def _precision_words(manifest: Manifest, base: str) -> list[str]:
     if plan is None:
         return [base]
     excluded = [word for layer in plan.layers if layer.reason == "excluded" for word in ("--exclude", layer.name)]
-    gates = ["--gate-cosine", _text(plan.gates.cosine), "--gate-guided", _text(plan.gates.guided)]
+    gates = ["--gate-cosine", number_text(plan.gates.cosine), "--gate-guided", number_text(plan.gates.guided)]
     allowed = [] if plan.passed else ["--allow-quality-loss"]
     return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *gates, *allowed]
 
 
-def _text(number: float) -> str:
+def number_text(number: float) -> str:
     """Return the short form of a number, or all its digits if the short form changes the value."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)
@@ -76,7 +100,7 @@ def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch:
     engines = manifest.engines
     if target == "onnxruntime" or (target is None and not engines):
         return [] if manifest.batch is None else ["--batch", str(manifest.batch)]
-    targets = [target] if target else sorted({ENGINE_TARGETS[engine.library] for engine in engines})
+    targets = [target] if target else _targets(manifest)
     words = [word for name in targets for word in ("--target", name)]
     if "tensorrt-rtx" in targets:
         rtx = [engine for engine in engines if engine.library == "tensorrt_rtx"]

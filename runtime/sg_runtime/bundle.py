@@ -1,28 +1,50 @@
 """Open a bundle: a directory with a manifest. All files are checked before any is used."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from sg_runtime.errors import BundleError
+from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, read_manifest
+
+STRAYS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".directory", ".nfs*", ".fuse_hidden*", "@eaDir")
+"""Names of files that desktops and network mounts leave in any folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle on disk whose files have been checked."""
+    """A bundle on disk whose files have been checked.
+
+    path: folder of the bundle, as it was given.
+    manifest: its manifest.
+    checked: state of each checked file (device, inode, size, times), by its name.
+    root: absolute path of the folder. It holds if the process changes its working folder.
+    """
 
     path: Path
     manifest: Manifest
+    checked: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    root: Path = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.path.absolute())
 
     @classmethod
     def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
         """Read the manifest of the bundle at `path` and check its files.
 
         Sizes are always checked. `verify_hashes=False` skips the SHA-256 check, for large bundles
-        on trusted disks. Raises BundleError if a file is missing, altered, not listed in the
-        manifest, or outside the bundle.
+        on trusted disks. Files may be links, as in a cache of Hugging Face; the hash of a file
+        outside the bundle's folder is always checked. Files that systems leave in folders
+        (`STRAYS`) are ignored. Raises BundleError if a file is missing, altered or not listed in
+        the manifest, or if a name leads out of the bundle.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"bundle: expected the path of a folder, found {path!r}")
         root = Path(path)
         if not root.is_dir():
             found = "a file" if root.exists() else "nothing there"
@@ -32,20 +54,53 @@ class Bundle:
             if file is not None and file not in manifest.files:
                 raise BundleError(f"{root}: {file} is not among the manifest's files; rebuild the bundle")
         for present in sorted(path for folder in ("graphs", "engines") for path in (root / folder).glob("*")):
-            if (name := present.relative_to(root).as_posix()) not in manifest.files:
-                raise BundleError(f"{root}: file {name} is not among the manifest's files; rebuild the bundle")
+            name = present.relative_to(root).as_posix()
+            if name not in manifest.files and not any(fnmatchcase(present.name, form) for form in STRAYS):
+                raise BundleError(
+                    f"{root}: file {name} is not among the manifest's files: remove it, or copy the bundle again"
+                )
+        checked = {}
         for name, facts in manifest.files.items():
             try:
-                _check_file(root, name, facts, verify_hashes)
+                checked[name] = _check_file(root, name, facts, verify_hashes)
             except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a loop of links
                 raise BundleError(
                     f"{root}: file {name!r} cannot be read ({error}); copy the bundle again or rebuild it"
                 ) from None
-        return cls(root, manifest)
+        return cls(root, manifest, checked)
+
+    @contextmanager
+    def reading(self, *names: str) -> Iterator[None]:
+        """Check before and after the block, which reads these files, that they are those checked.
+
+        Raises BundleError if a file has other content than when the bundle was opened.
+        """
+        self.check_unchanged(*names)
+        try:
+            yield
+        finally:
+            self.check_unchanged(*names)
+
+    def check_unchanged(self, *names: str, mapped: bool = False) -> None:
+        """Raise BundleError if a file has other content than when the bundle was opened.
+
+        mapped: whether the files are mapped into memory. A mapped file outlives its replacement, so
+        only a file that was written in place counts as changed.
+        """
+        for name in names:
+            before, now = self.checked.get(name), _state(self.root / name)
+            if before is None or now == before or (mapped and now[:2] != before[:2]):
+                continue
+            try:
+                self.checked[name] = _check_file(self.root, name, self.manifest.files[name], True)
+            except (BundleError, OSError, RuntimeError):
+                raise BundleError(
+                    f"{self.path}: file {name} was changed after the bundle was loaded: load the bundle again"
+                ) from None
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the manifest lists."""
-        return self.path / name
+        return self.root / name
 
     def onnx(self, graph: GraphFacts) -> Path:
         """Return the path of a graph's ONNX file. Raises BundleError if the graph has none."""
@@ -54,24 +109,43 @@ class Bundle:
                 f"{self.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or "
                 f"--target onnxruntime"
             )
-        return self.path / graph.file
+        return self.root / graph.file
 
 
-def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> None:
+def _state(path: Path) -> tuple[int, ...]:
+    """Return device, inode, size and times of a file. It differs if the content differs."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> tuple[int, ...]:
+    """Return the state of a file that agrees with its facts. Raises BundleError if it does not."""
     relative = PurePosixPath(name)
     target = root / name
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name and "\0" not in name
-    if not inside or not target.resolve().is_relative_to(root.resolve()):
+    if not inside:
         raise BundleError(f"{root}: file {name!r} points outside the bundle; do not use this bundle")
     if not target.is_file():
+        if target.is_symlink():
+            raise BundleError(
+                f"{root}: file {name} is a link to {target.readlink()}, where no file is: copy the bundle with the "
+                f"files that its links lead to (cp -rL, or snapshot_download with local_dir=)"
+            )
         raise BundleError(f"{root}: file {name} is missing; copy the bundle again or rebuild it")
-    size = target.stat().st_size
+    state, size = _state(target), target.stat().st_size
     if size != facts.size:
         raise BundleError(
             f"{root}: file {name}: expected {facts.size} bytes, found {size}; copy the bundle again or rebuild it"
         )
+    verify_hash = verify_hash or not target.resolve().is_relative_to(root.resolve())
     if verify_hash and (found := sha256_of(target)) != facts.sha256:
         raise BundleError(
             f"{root}: file {name}: expected SHA-256 {facts.sha256[:12]}…, found {found[:12]}…; "
             f"it was altered after the build: copy the bundle again or rebuild it"
         )
+    if _state(target) != state:
+        raise BundleError(f"{root}: file {name} changed while it was read: try again when the bundle is complete")
+    return state

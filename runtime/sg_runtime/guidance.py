@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sg_runtime.arrays import Array
+from sg_runtime.build_command import model_command, number_text
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.manifest.base import choice, number, pair
+from sg_runtime.manifest.model import KEPT
 from sg_runtime.sampling import Update
 
 Ramp = float | tuple[float, float]
@@ -133,8 +136,7 @@ def choose(
     """
     plan = manifest.guidance
     chosen: GuidanceMode = plan.mode if mode is None else mode
-    if chosen not in MODES:
-        raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {chosen!r}")
+    choice("guidance", chosen, tuple(MODES))
     row = MODES[chosen]
     network = row.weak_network
     manifest.condition(network)  # raises if the bundle lacks the network
@@ -151,38 +153,48 @@ def choose(
         weak = (plan.weak, plan.weak_last)
     else:
         raise UsageError(_without_sparsity(manifest, chosen, strong[0], network))
-    first, last = (plan.scale, plan.scale_last) if scale is None else scale_ends(scale)
-    within = plan.interval if interval is None else interval
+    first, last = (plan.scale, plan.scale_last) if scale is None else ramp_ends("scale", scale)
+    within = plan.interval if interval is None else pair("interval", interval, "the lowest and the highest time")
     return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)
 
 
 def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:
     """Return the plan with another scale."""
-    first, last = scale_ends(scale)
+    first, last = ramp_ends("scale", scale)
     return replace(plan, scale=first, scale_last=last)
 
 
-def scale_ends(scale: Ramp) -> tuple[float, float | None]:
-    """Return the scale of the first step and, if the scale changes, of the last step, else None."""
-    return (float(scale[0]), float(scale[1])) if isinstance(scale, tuple) else (float(scale), None)
+def ramp_ends(name: str, value: Ramp) -> tuple[float, float | None]:
+    """Return the value of the first step and, if it changes, of the last step, else None.
+
+    Raises UsageError with `name` if `value` is neither a number nor a sequence of two.
+    """
+    try:
+        return number(name, value), None
+    except UsageError:
+        return pair(name, value, "a number, or two (of the first and the last step)")
 
 
 def _ends(
     manifest: Manifest, sparsity: Ramp, network: NetworkName, mode: GuidanceMode, option: str
 ) -> tuple[Level, Level | None]:
-    first, last = sparsity if isinstance(sparsity, tuple) else (sparsity, None)
+    first, last = ramp_ends(option.removeprefix("--").replace("-", "_"), sparsity)
     level = _level(manifest, first, network, mode, option)
     return level, None if last is None else _level(manifest, last, network, mode, option)
 
 
 def _level(manifest: Manifest, sparsity: float, network: NetworkName, mode: GuidanceMode, option: str) -> Level:
-    for level in levels(manifest, network):
-        if abs(level.sparsity - sparsity) < 1e-9:
+    built, model, text = levels(manifest, network), manifest.model, number_text(sparsity)
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {text}: expected at least 0 and less than 1")
+    kept = KEPT[model.family](model.tokens, sparsity) if model.family in KEPT else None
+    for level in built:
+        if level.keep == kept or abs(level.sparsity - sparsity) < 1e-9:
             return level
-    how = {"sg": "", "autoguidance": " --weak-checkpoint PATH"}.get(mode, f" --guidance {mode}")
+    how = {"sg": (), "autoguidance": ("--weak-checkpoint", "PATH")}.get(mode, ("--guidance", mode))
     raise UsageError(
-        f"sparsity {sparsity:g} is not in this bundle, which has {_names(manifest, network)}; "
-        f"build it with: sg-export build {manifest.source.name}{how} {option} {sparsity:g}"
+        f"sparsity {text} is not in this bundle, which has {_names(built)}; "
+        f"build it with: {model_command(manifest, *how, option, text)}"
     )
 
 
@@ -190,13 +202,16 @@ def _without_sparsity(manifest: Manifest, mode: GuidanceMode, strong: Level, net
     """Return the error message for a mode without a given or default weak sparsity."""
     usable = [level for level in levels(manifest, network) if network == "weak" or level.keep < strong.keep]
     if usable:
-        return f"{mode}: give the weak sparsity, one of {', '.join(f'{level.sparsity:g}' for level in usable)}"
-    how = "" if mode == "sg" else f" --guidance {mode}"
+        return f"{mode}: give the weak sparsity, one of {_names(usable)}"
+    how = () if mode == "sg" else ("--guidance", mode)
+    dense = strong.keep == manifest.model.tokens
+    levels_of_build = () if dense else ("--strong-sparsity", number_text(strong.sparsity))
+    sparser = number_text((1 + strong.sparsity) / 2)
     return (
-        f"{mode}: expected a branch sparser than {strong.sparsity:g}, found none in this bundle; "
-        f"build it with: sg-export build {manifest.source.name}{how} --sparsity G"
+        f"{mode}: expected a branch sparser than {number_text(strong.sparsity)}, found none in this bundle; "
+        f"build it with: {model_command(manifest, *how, *levels_of_build, '--sparsity', sparser)}"
     )
 
 
-def _names(manifest: Manifest, network: NetworkName) -> str:
-    return ", ".join(f"{level.sparsity:g}" for level in levels(manifest, network))
+def _names(built: Sequence[Level]) -> str:
+    return ", ".join(number_text(level.sparsity) for level in built)

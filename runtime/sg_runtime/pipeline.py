@@ -16,11 +16,19 @@ from sg_runtime.arrays import Array, Indices
 from sg_runtime.backends import Backend, open_backend
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.guidance import Ramp, choose, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, SamplerName
-from sg_runtime.requests import check_seeds, check_times, class_index, given_subset, whole_number
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName
+from sg_runtime.manifest.base import choice, flag, items, number, whole_number
+from sg_runtime.requests import (
+    check_times,
+    checked_seeds,
+    class_index,
+    expect,
+    expect_callable,
+    given_subset,
+)
 from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LanePool, LaneState
 from sg_runtime.run.prepared import Batch, PreparedRun, prepare
@@ -46,11 +54,12 @@ class Pipeline:
         self.chunk = chunk
         self._lanes = LanePool(bundle.manifest, backend)
         self._kept = False
+        self._arguments: dict[str, Any] | None = None
 
     @classmethod
     def load(
         cls,
-        bundle: str | Path,
+        bundle: str | Path | Bundle,
         device: str = "auto",
         *,
         backend: str | None = None,
@@ -61,8 +70,12 @@ class Pipeline:
         threads: int | None = None,
         verify_hashes: bool = True,
     ) -> "Pipeline":
-        """Open the bundle at `bundle` on a device.
+        """Open a bundle on a device.
 
+        Files are read when they are first needed. A file that was changed since then raises
+        BundleError, in this call or in a later run.
+
+        bundle: path of the bundle, or a bundle that `Bundle.open` returned.
         device: "auto", "cpu", "cuda", or a GPU by number, such as "cuda:1".
         backend: one of `sg_runtime.BACKENDS`; by default the best one that works on this machine.
         `choose_backend` reports the reasons for the choice.
@@ -73,29 +86,56 @@ class Pipeline:
         stream: CUDA stream for all runs, instead of streams of the pipeline: a handle, or a stream
         object of torch, CuPy or cuda.core.
         capture: whether to launch runs as CUDA graphs, if the backend supports it.
-        threads: number of CPU threads per run; by default all cores. A server with several
-        concurrent runs gives each run a share of the cores.
+        threads: number of CPU threads per run; by default one for each core that the process may
+        use. A server with several concurrent runs gives each run a share of the cores.
         verify_hashes: see `Bundle.open`.
 
         Raises BundleError if the bundle is damaged or no backend on this machine can run it,
         MissingExtraError if a backend library is not installed, and UsageError if the device,
         backend or batch does not exist.
         """
-        opened = Bundle.open(bundle, verify_hashes=verify_hashes)
+        flag("verify_hashes", verify_hashes)
+        flag("capture", capture)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes=verify_hashes)
         for name, value in {"batch": batch, "chunk": chunk, "threads": threads}.items():
-            if value is not None and value < 1:
+            if value is not None and whole_number(name, value) < 1:
                 raise UsageError(f"{name}: expected at least 1, found {value}")
         fixed = opened.manifest.batch
         if fixed is not None and batch not in (None, fixed):
-            raise UsageError(f"batch: the graphs of {bundle} are fixed to {fixed} images, found {batch}")
+            raise UsageError(f"batch: the graphs of {opened.path} are fixed to {fixed} images, found {batch}")
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
-            LOG.warning("%s: %s", bundle, "; ".join(plan.remarks))
+            LOG.warning("%s: %s", opened.path, "; ".join(plan.remarks))
         opened_backend = open_backend(
             opened, device, backend=backend, batch=batch, stream=stream, capture=capture, threads=threads
         )
         sizes = opened_backend.batches
-        return cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
+        pipe = cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
+        pipe._arguments = {
+            "device": device,
+            "backend": backend,
+            "batch": batch,
+            "chunk": chunk,
+            "stream": stream,
+            "capture": capture,
+            "threads": threads,
+            "verify_hashes": verify_hashes,
+        }
+        return pipe
+
+    def __reduce__(self) -> tuple[Callable[..., "Pipeline"], tuple[Any, ...]]:
+        """Pickle the pipeline as the arguments of `load`.
+
+        Unpickling opens the bundle again and raises BundleError if its manifest has changed.
+        Raises UsageError for a pipeline that `load` did not make, or that has a CUDA stream.
+        """
+        if self._arguments is None or self._arguments["stream"] is not None:
+            found = "one that load did not make" if self._arguments is None else "one with a stream"
+            raise UsageError(
+                f"pickle: expected a pipeline of Pipeline.load without a stream, found {found}: load the bundle in "
+                f"the other process"
+            )
+        return _load_again, (self.bundle.root, self.bundle.manifest, self._arguments)
 
     def warmup(self, images: int = 1, *, steps: int | None = None, guidance: GuidancePlan | None = None) -> None:
         """Sample `images` images and discard them, to set up later runs of the same size.
@@ -103,6 +143,7 @@ class Pipeline:
         Opens graphs and engines and allocates buffers. On a GPU it samples twice, to compile
         kernels and capture CUDA graphs. steps, guidance: see `sample`.
         """
+        whole_number("images", images)
         for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
             self.sample([None] * images, range(images), steps=steps, guidance=guidance)
         self.backend.keep()
@@ -156,6 +197,7 @@ class Pipeline:
         Returns the result of `decode` if given. Otherwise returns (B, H, W, C) uint8 for pixel
         models and latents (B, C, H, W) float32 for latent models.
         """
+        expect_callable("decode", decode)
         x = self.sample(
             classes,
             seeds,
@@ -237,14 +279,16 @@ class Pipeline:
         """Return the samples twice: on the device and on the CPU."""
         defaults = self.bundle.manifest.sampling
         steps = defaults.steps if steps is None else steps
-        sampler = sampler or defaults.sampler
-        if whole_number("steps", steps) < 1:
+        steps = whole_number("steps", steps)
+        if steps < 1:
             raise UsageError(f"steps: expected at least 1, found {steps}")
-        if sampler not in SAMPLERS:
-            raise UsageError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
+        sampler = choice("sampler", defaults.sampler if sampler is None else sampler, SAMPLERS)
+        flag("fused", fused)
+        expect_callable("progress", progress)
+        expect("churn", churn, Churn, "a Churn")
         chosen = self._scaled(guidance, scale)
         labels = self._labels(classes)
-        check_seeds(seeds, len(labels))
+        seeds = checked_seeds(seeds, len(labels))
         model = self.bundle.manifest.model
         if churn is not None and model.prediction != "edm":
             raise UsageError(f"churn: expected an edm model, found a {model.prediction} model")
@@ -278,7 +322,7 @@ class Pipeline:
 
         A flow run starts from this noise, an edm run from the noise times the highest sigma.
         """
-        return noise(self.bundle.manifest, seeds, philox.INITIAL_NOISE)
+        return noise(self.bundle.manifest, checked_seeds(seeds), philox.INITIAL_NOISE)
 
     def prepare(
         self,
@@ -297,15 +341,19 @@ class Pipeline:
         drawn; by default (i, 0).
         classes, seeds, guidance, scale: see `sample`.
         """
-        counters = [(i, 0) for i in range(len(times))] if counters is None else counters
-        if len(times) == 0:
+        at = [number("times", time) for time in items("times", times, "a sequence of numbers")]
+        counters = [(i, 0) for i in range(len(at))] if counters is None else counters
+        counters = items("counters", counters, "a sequence of (step, evaluation)")
+        if len(at) == 0:
             raise UsageError("times: expected at least one, found none")
-        if len(counters) != len(times):
-            raise UsageError(f"counters: expected one for each of the {len(times)} times, found {len(counters)}")
-        for counter in counters:
-            if min(whole_number("counter", number) for number in counter) < 0:
+        if len(counters) != len(at):
+            raise UsageError(f"counters: expected one for each of the {len(at)} times, found {len(counters)}")
+        places = []
+        for counter, time in zip(counters, at, strict=True):
+            found = [whole_number("counter", value) for value in items("counters", counter, "(step, evaluation)")]
+            if len(found) != 2 or min(found) < 0:
                 raise UsageError(f"counters: expected (step, evaluation), both at least 0, found {counter}")
-        places = [Update(*counter, float(time), 0.0, 1.0, 0.0) for counter, time in zip(counters, times, strict=True)]
+            places.append(Update(found[0], found[1], time, 0.0, 1.0, 0.0))
         return self._prepare(places, classes, seeds, self._scaled(guidance, scale))
 
     def prepare_once(
@@ -331,9 +379,9 @@ class Pipeline:
         if whole_number("step", step) < 0:
             raise UsageError(f"step: expected at least 0, found {step}")
         last_step = max(step, self.bundle.manifest.sampling.steps - 1)
-        seeds = range(len(classes)) if seeds is None else seeds
+        seeds = range(len(self._labels(classes))) if seeds is None else seeds
         chosen = self._scaled(guidance, scale)
-        run = self._prepare([Update(step, 0, float(t), 0.0, 1.0, 0.0)], classes, seeds, chosen, last_step)
+        run = self._prepare([Update(step, 0, number("t", t), 0.0, 1.0, 0.0)], classes, seeds, chosen, last_step)
         branches = []
         for name, given, branch in zip_longest(("keep_strong", "keep_weak"), (keep_strong, keep_weak), run.branches):
             drawn = None if branch is None else branch.keep[0]
@@ -374,17 +422,25 @@ class Pipeline:
                 f"{self.bundle.path}: expected a pixel model, found a latent model, and the bundle has no decoder; "
                 f"pass decode= or use the latents"
             )
+        shape = self.bundle.manifest.model.latent
+        expect("x", x, np.ndarray, f"an array of floats of shape (B, {', '.join(map(str, shape))})")
+        if x.ndim != 4 or x.shape[1:] != shape or x.dtype.kind != "f":
+            raise UsageError(
+                f"x: expected floats of shape (B, {', '.join(map(str, shape))}), found {x.dtype} of shape {x.shape}"
+            )
         return to_pixels(x)
 
     def _scaled(self, guidance: GuidancePlan | None, scale: Ramp | None) -> GuidancePlan:
+        expect("guidance", guidance, GuidancePlan, "a GuidancePlan, which `Pipeline.guidance(…)` returns")
         plan = self.bundle.manifest.guidance if guidance is None else guidance
         return plan if scale is None else with_scale(plan, scale)
 
     def _labels(self, classes: Classes) -> Indices:
         """Return the class indices, (B,) int64."""
-        if len(classes) == 0:
+        names = items("classes", classes, "a sequence with a class for each image")
+        if not names:
             raise UsageError("classes: expected at least one, found none")
-        return np.array([class_index(self.bundle.manifest.model, name) for name in classes], dtype=np.int64)
+        return np.array([class_index(self.bundle.manifest.model, name) for name in names], dtype=np.int64)
 
     @contextmanager
     def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
@@ -400,6 +456,8 @@ class Pipeline:
 
         Raises UsageError if x or `index` does not fit the run.
         """
+        if not isinstance(run, PreparedRun):
+            raise UsageError(f"run: expected a PreparedRun, which `prepare` or `prepare_once` returns, found {run!r}")
         if not 0 <= whole_number("evaluation", index) < len(run.times):
             raise UsageError(f"evaluation {index}: expected 0 to {len(run.times) - 1} in the prepared run")
         with self._running() as (leased, runner):
@@ -417,11 +475,19 @@ class Pipeline:
         guidance: GuidancePlan,
         last_step: int | None = None,
     ) -> PreparedRun:
-        batch = Batch(self._labels(classes), seeds)
-        check_seeds(seeds, len(batch.labels))
+        labels = self._labels(classes)
+        batch = Batch(labels, checked_seeds(seeds, len(labels)))
         manifest = self.bundle.manifest
         check_times(manifest.model, [update.time for update in places])
         with self._running() as (leased, runner):
             run = prepare(manifest, runner.condition, guidance, places, batch, last_step)
             leased.lane.memory.wait()  # another lane may use the prepared run
             return run
+
+
+def _load_again(path: Path, manifest: Manifest, arguments: dict[str, Any]) -> Pipeline:
+    """Load the bundle of a pickled pipeline. Raises BundleError if its manifest has changed."""
+    opened = Bundle.open(path, verify_hashes=arguments["verify_hashes"])
+    if opened.manifest != manifest:
+        raise BundleError(f"{path}: expected the bundle that was pickled, found another one: load the bundle again")
+    return Pipeline.load(opened, **arguments)

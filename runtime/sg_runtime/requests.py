@@ -1,14 +1,13 @@
 """Checks of pipeline arguments. Each raises UsageError with the value and the expected range."""
 
 from collections.abc import Sequence
-from operator import index as as_index
-from typing import Any
 
 import numpy as np
 
 from sg_runtime.arrays import Indices
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import FLOAT32_MAX, ModelFacts
+from sg_runtime.manifest.base import items, whole_number
 
 
 def class_index(model: ModelFacts, name: int | str | None) -> int:
@@ -40,6 +39,7 @@ def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens
         return drawn
     if drawn is None:
         raise UsageError(f"{name}: the branch keeps all {tokens} tokens or does not run: expected None")
+    expect(name, given, np.ndarray, f"an int64 array of shape {drawn.shape}")
     if given.dtype != np.int64 or given.shape != drawn.shape:
         raise UsageError(f"{name}: expected int64 of shape {drawn.shape}, found {given.dtype} of {given.shape}")
     if (np.diff(given, axis=1) <= 0).any() or given.min() < 0 or given.max() >= tokens:
@@ -52,22 +52,34 @@ def check_times(model: ModelFacts, times: Sequence[float]) -> None:
     for time in times:
         if not abs(time) <= FLOAT32_MAX:
             raise UsageError(f"time {time:g}: expected a finite float32 number")
+        if model.prediction == "flow" and not 0 <= time <= 1:
+            raise UsageError(f"time {time:g}: expected 0 (image) to 1 (noise) for a flow model")
         if model.prediction == "edm" and time <= 0:
             raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
 
 
-def check_seeds(seeds: Sequence[int], images: int) -> None:
-    """Raise UsageError unless there is one valid seed for each of `images` images."""
-    if len(seeds) != images:
-        raise UsageError(f"seeds: expected {images}, one per class, found {len(seeds)}")
-    for seed in seeds:
-        if not 0 <= whole_number("seed", seed) < 2**64:
+def checked_seeds(seeds: Sequence[int], images: int | None = None) -> list[int]:
+    """Return valid seeds as a list of int. Raises UsageError unless there is one for each image.
+
+    images: number of images; None for any.
+    """
+    found = [whole_number("seed", seed) for seed in items("seeds", seeds, "a sequence of whole numbers")]
+    if not found or images not in (None, len(found)):
+        wanted = "at least one" if images is None else f"{images}, one per class"
+        raise UsageError(f"seeds: expected {wanted}, found {len(found)}")
+    for seed in found:
+        if not 0 <= seed < 2**64:
             raise UsageError(f"seed {seed}: expected 0 to 2**64 - 1")
+    return found
 
 
-def whole_number(what: str, value: Any) -> int:
-    """Return `value`, an integer of any library, as an int. Raises UsageError for other types."""
-    try:
-        return as_index(value)
-    except TypeError:
-        raise UsageError(f"{what}: expected a whole number, found {value!r}") from None
+def expect(name: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
+    """Raise UsageError unless an argument is None or of this kind, which `words` describe."""
+    if value is not None and not isinstance(value, kind):
+        raise UsageError(f"{name}: expected {words}, found {value!r}")
+
+
+def expect_callable(name: str, value: object) -> None:
+    """Raise UsageError unless an argument is None or a function."""
+    if value is not None and not callable(value):
+        raise UsageError(f"{name}: expected a function, found {value!r}")

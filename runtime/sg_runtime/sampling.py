@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import Karras, Prediction, SamplerName
+from sg_runtime.manifest.base import number
 
 Array = NDArray[np.floating[Any]]
 
@@ -82,6 +83,8 @@ class Churn:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("amount", "low", "high", "noise"):
+            number(f"churn: {name}", getattr(self, name))
         if not (0 <= self.amount < math.inf and 0 <= self.noise < math.inf and 0 <= self.low <= self.high):
             raise UsageError(
                 f"churn: expected an amount and noise of at least 0 and low <= high, found amount {self.amount:g}, "

@@ -22,6 +22,7 @@ from sg_export.models.maskdit import DECODER_WIDTH, MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "maskdit"
 DECODER = "decoder_layer.linear.weight"
@@ -40,7 +41,7 @@ VARIANTS = {
 
 def kept_count(tokens: int, sparsity: float) -> int:
     """Return the number of tokens that a branch keeps: int(N * (1 - sparsity))."""
-    return int(tokens * (1 - sparsity))
+    return KEPT[FAMILY](tokens, sparsity)
 
 
 def usual_route(depth: int) -> Route:

@@ -18,6 +18,7 @@ from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "tread"
 KEYS: tuple[str, ...] = (
@@ -32,7 +33,7 @@ KEYS: tuple[str, ...] = (
 
 def kept_count(tokens: int, sparsity: float) -> int:
     """Return the number of tokens that a branch keeps: N - int(N * sparsity)."""
-    return tokens - int(tokens * sparsity)
+    return KEPT[FAMILY](tokens, sparsity)
 
 
 def usual_route(depth: int) -> Route:

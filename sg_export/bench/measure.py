@@ -123,6 +123,7 @@ def bench(
     steps: int | None = None,
     runs: int = 10,
     capture: bool = True,
+    threads: int | None = None,
     baselines: Sequence[Baseline] = (),
     checkpoint: str | Path | None = None,
     weak_checkpoint: str | Path | None = None,
@@ -133,7 +134,7 @@ def bench(
     A first run of each is not counted.
     images: number of images in a run; by default the largest batch of an engine run, or 1 on a CPU.
     steps: number of sampling steps; by default the bundle's.
-    capture: whether runs are captured as CUDA graphs, see `Pipeline.load`.
+    capture, threads: see `Pipeline.load`; the baselines have threads of their own.
     checkpoint, weak_checkpoint: checkpoints that the baselines load, see `verify`.
     Raises UsageError if `images`, `steps` or `runs` is below 1.
     """
@@ -144,14 +145,8 @@ def bench(
     choice = choose_backend(opened, device, backend=backend)
     on_cpu = choice.name == "onnxruntime-cpu"
     before = None if on_cpu else _free_gpu_bytes(choice.number)
-    pipe = Pipeline.load(
-        bundle,
-        device,
-        backend=backend,
-        batch=_batch(opened, images, on_cpu),
-        capture=capture,
-        verify_hashes=False,
-    )
+    batch = _batch(opened, images, on_cpu)
+    pipe = Pipeline.load(opened, device, backend=backend, batch=batch, capture=capture, threads=threads)
     count = images or pipe.batch
     manifest = opened.manifest
     steps = steps or manifest.sampling.steps

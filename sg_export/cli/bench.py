@@ -66,6 +66,7 @@ def bench(
             bundle,
             device=on.device,
             backend=on.backend,
+            threads=on.threads,
             images=images,
             steps=steps,
             runs=runs,

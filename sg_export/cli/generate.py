@@ -127,7 +127,7 @@ def generate(
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
     if not output.parent.is_dir():
         raise Failure(f"{output}: expected an existing folder, found no {output.parent}: make it first", 2)
-    pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch)
+    pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch, threads=on.threads)
     model = pipe.bundle.manifest.model
     if output.suffix == ".png" and model.space == "latent":
         raise Failure(

@@ -109,6 +109,7 @@ class DeviceChoice:
 
     device: str
     backend: str | None
+    threads: int | None
 
 
 device_options = group(
@@ -125,6 +126,11 @@ device_options = group(
             "--backend",
             type=click.Choice(BACKENDS),
             help="Library that runs the bundle.  [default: the fastest that works here]",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Threads of a run on the CPU.  [default: one for each core that the process may use]",
         ),
     ),
 )

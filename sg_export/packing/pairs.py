@@ -7,7 +7,7 @@ from sg_export.graph.spec import GraphSpec, graphs_for
 from sg_export.loading import LoadedModel
 from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
 from sg_runtime.errors import UsageError
-from sg_runtime.guidance import scale_ends
+from sg_runtime.guidance import ramp_ends
 from sg_runtime.manifest import (
     MODES,
     GuidancePlan,
@@ -39,7 +39,7 @@ def choose_graphs(
     def last(levels: Sequence[Level]) -> Level | None:
         return levels[-1] if options.schedule == "cosine" and len(levels) > 1 else None
 
-    scale, scale_last = scale_ends(options.scale)
+    scale, scale_last = ramp_ends("scale", options.scale)
     plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
     return plan, graphs_for(mode, strong, weak)
 

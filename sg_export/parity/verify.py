@@ -73,7 +73,7 @@ def verify(
         pipeline = _emulated(opened)
         lane = None
     else:
-        pipeline = Pipeline.load(bundle, device or "auto", backend=backend, verify_hashes=False)
+        pipeline = Pipeline.load(opened, device or "auto", backend=backend)
         lane = pipeline.backend.lane()
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)

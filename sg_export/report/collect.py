@@ -88,7 +88,7 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
             raise UsageError(
                 f"{other.path}: expected a bundle of the same checkpoint as {first.path}, found one of another model"
             )
-    pipes = [Pipeline.load(path, device, verify_hashes=False) for path in bundles]
+    pipes = [Pipeline.load(bundle, device) for bundle in opened]
     classes, seeds = images_of("gate", first.manifest.model, JUDGED)
     shared = _shared(opened)
     report("sampling guided runs of the first bundle", 0, 2 + len(pipes))

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from sg_runtime.errors import BundleError
+from sg_runtime.pipeline import Pipeline
+
 Edit = Callable[[Callable[[Any], object]], None]
 Refused = Callable[..., None]
 
@@ -123,33 +126,51 @@ def test_load_of_a_name_longer_than_any_file_is_refused(edit: Edit, refused: Ref
     refused(f"file {name!r} cannot be read", "copy the bundle again or rebuild it")
 
 
-def test_load_of_a_link_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
-    """The bytes are right, but they lie outside of the bundle.
-
-    They could change, and the bundle cannot be copied.
-    """
+@pytest.mark.parametrize("verify_hashes", [True, False])
+def test_load_of_a_link_out_to_altered_bytes_is_refused(bundle: Path, verify_hashes: bool) -> None:
+    """The hash of a file outside of the bundle is always checked."""
     outside = bundle.parent / "weights.bin"
-    (bundle / WEIGHTS).rename(outside)
+    content = bytearray((bundle / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    outside.write_bytes(content)
+    (bundle / WEIGHTS).unlink()
     (bundle / WEIGHTS).symlink_to(outside)
-    refused(f"file {WEIGHTS!r} points outside the bundle")
+    with pytest.raises(BundleError, match=f"file {WEIGHTS}: expected SHA-256"):
+        Pipeline.load(bundle, verify_hashes=verify_hashes)
 
 
-def test_load_of_a_folder_that_links_out_of_the_bundle_is_refused(bundle: Path, refused: Refused) -> None:
+def test_load_of_a_folder_that_links_out_to_altered_bytes_is_refused(bundle: Path, refused: Refused) -> None:
     (bundle / "graphs").rename(bundle.parent / "elsewhere")
     (bundle / "graphs").symlink_to("../elsewhere")
-    refused("points outside the bundle")
+    with (bundle / WEIGHTS).open("ab") as stream:
+        stream.write(b"more")
+    refused(f"file {WEIGHTS}: expected ", " bytes, found ")
+
+
+def test_run_of_weights_that_link_out_of_their_folder_names_the_way_out(bundle: Path) -> None:
+    """ONNX Runtime does not follow such a link from a graph that is no link."""
+    (bundle / WEIGHTS).rename(bundle.parent / "weights.bin")
+    (bundle / WEIGHTS).symlink_to("../../weights.bin")
+    with pytest.raises(BundleError, match=r"which ONNX Runtime does not follow: copy the bundle .*cp -rL"):
+        Pipeline.load(bundle).sample([0], [0], steps=1)
+
+
+@pytest.mark.parametrize("name", ["other.bin", ".hidden", "graph.onnx.part"])
+def test_load_of_a_file_that_nothing_lists_is_refused(bundle: Path, refused: Refused, name: str) -> None:
+    (bundle / "graphs" / name).touch()
+    refused(f"file graphs/{name} is not among the manifest's files: remove it, or copy the bundle again")
 
 
 def test_load_of_a_link_to_nothing_is_refused(bundle: Path, refused: Refused) -> None:
     (bundle / WEIGHTS).unlink()
     (bundle / WEIGHTS).symlink_to("none")
-    refused(f"file {WEIGHTS} is missing")
+    refused(f"file {WEIGHTS} is a link to none, where no file is: copy the bundle", "cp -rL", "local_dir=")
 
 
 def test_load_of_a_link_to_itself_is_refused(bundle: Path, refused: Refused) -> None:
     (bundle / WEIGHTS).unlink()
     (bundle / WEIGHTS).symlink_to("weights.bin")
-    refused(WEIGHTS, "copy the bundle again or rebuild it")
+    refused(WEIGHTS, "copy the bundle")
 
 
 def test_load_of_a_graph_that_is_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
@@ -160,7 +181,7 @@ def test_load_of_a_graph_that_is_not_listed_is_refused(edit: Edit, refused: Refu
 
 def test_load_of_weights_that_are_not_listed_is_refused(edit: Edit, refused: Refused) -> None:
     edit(lambda content: content["files"].pop(WEIGHTS))
-    refused(f"file {WEIGHTS} is not among the manifest's files; rebuild the bundle")
+    refused(f"file {WEIGHTS} is not among the manifest's files: remove it, or copy the bundle again")
 
 
 def test_load_of_a_graph_outside_the_bundle_is_refused(edit: Edit, refused: Refused) -> None:

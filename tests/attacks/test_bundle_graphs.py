@@ -157,7 +157,8 @@ def test_run_of_a_level_without_a_graph_names_the_build(bundle: Path, edit: Edit
     (bundle / f"graphs/{missing}.onnx").unlink()
     with pytest.raises(UsageError) as caught:
         Pipeline.load(bundle).sample([0], [0], steps=2)
-    assert str(caught.value).endswith(f"build it with: sg-export build tiny.safetensors {message}")
+    command = "sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2"
+    assert str(caught.value).endswith(f"build it with: {command} {message}")
     assert caught.value.exit_code == 2
 
 

@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from sg_export.checkpoint import Overrides
 from sg_export.cli import main
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.loading import load_model, load_weak
@@ -18,7 +19,8 @@ from sg_export.packing.pairs import choose_graphs
 from sg_runtime.build_command import USUAL_OPSET, build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import Level, Manifest, Profile, read_manifest
+from sg_runtime.guidance import choose
+from sg_runtime.manifest import EngineFacts, Level, Manifest, Profile, read_manifest
 
 BUNDLES = (
     "tiny_bundle",
@@ -267,3 +269,40 @@ def test_build_command_of_a_quantized_bundle_asks_for_the_same_gates(manifest: M
     quantize = asked(build_command(manifest, "out"))[1].quantize
     assert quantize is not None
     assert quantize.effective_gates == manifest.quantization.gates
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_build_command_for_another_target_replaces_no_bundle(manifest: Manifest, target: str) -> None:
+    end = " --output out/ --force" if target == "onnxruntime" else f" --output out-{target}"
+    assert build_command(manifest, "out/", target=target).endswith(end)
+    profiles = (Profile(1, (16,)),)
+    engine = EngineFacts("dense", "main", False, "engines/e", "tensorrt_rtx", "1.7", (86,), profiles, None, 0.0, 0)
+    command = build_command(replace(manifest, engines=(engine,)), "out", target=target)
+    assert ("--force" in command) == (target == "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("tiny_bundle", {"sparsity": 0.9}),
+        ("tiny_bundle", {"sparsity": 1 / 3}),
+        ("tiny_bundle", {"strong_sparsity": 0.1}),
+        ("tiny_bundle", {"mode": "cfg", "strong_sparsity": 0.9}),
+        ("tiny_bundle", {"mode": "autoguidance"}),
+        ("tiny_edm_bundle", {"sparsity": 0.9}),
+        ("tiny_autoguidance_bundle", {"sparsity": 0.9}),
+        ("plain_bundle", {"mode": "sg"}),
+    ],
+)
+def test_command_in_a_message_of_guidance_parses_and_states_the_model(
+    name: str, arguments: dict[str, Any], asked: Asked, request: pytest.FixtureRequest
+) -> None:
+    manifest = Bundle.open(request.getfixturevalue(name)).manifest
+    with pytest.raises(UsageError) as caught:
+        choose(manifest, **arguments)
+    model, options = asked(str(caught.value).partition("build it with: ")[2])
+    assert model == manifest.source.name
+    facts = manifest.model
+    assert options.overrides == Overrides(facts.route, facts.heads, facts.prediction)
+    wanted = {value for option, value in arguments.items() if option != "mode"}
+    assert wanted <= {*options.sparsity, *options.strong_sparsity}

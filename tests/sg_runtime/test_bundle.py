@@ -1,15 +1,19 @@
 """Opening complete bundles, and paths that are not bundles. Damaged bundles: `tests/attacks`."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError
+from sg_runtime.files import sha256_of
 from sg_runtime.manifest import read_manifest
+from sg_runtime.pipeline import Pipeline
 
 
 def test_open_of_a_whole_bundle_gives_its_manifest_and_files(tiny_bundle: Path) -> None:
@@ -41,6 +45,26 @@ def test_open_of_a_bundle_with_links_inside_succeeds(tiny_bundle: Path, tmp_path
     shutil.copytree(tiny_bundle, copy)
     (copy / "graphs/weights.bin").rename(copy / "shared.bin")
     (copy / "graphs/weights.bin").symlink_to("../shared.bin")
+    assert Bundle.open(copy).path == copy
+
+
+def test_load_of_a_hugging_face_cache_runs_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Every file is a link to a file named by its hash, outside of the bundle."""
+    snapshot, blobs = tmp_path / "snapshots/0123abc", tmp_path / "blobs"
+    blobs.mkdir()
+    for file in filter(Path.is_file, tiny_bundle.rglob("*")):
+        link, blob = snapshot / file.relative_to(tiny_bundle), blobs / sha256_of(file)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    found, expected = (Pipeline.load(path).sample([0], [0], steps=2) for path in (snapshot, tiny_bundle))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._weights.bin", "Thumbs.db", "desktop.ini", ".nfs0000000012ab"])
+def test_open_of_a_bundle_with_a_file_of_the_system_succeeds(copy: Path, name: str) -> None:
+    for folder in (copy, copy / "graphs"):
+        (folder / name).write_bytes(b"left by a desktop or a network mount")
     assert Bundle.open(copy).path == copy
 
 
@@ -81,3 +105,83 @@ def test_open_without_hashes_passes_a_flipped_byte_and_checks_sizes(
         stream.write(b"\0")
     with pytest.raises(BundleError, match=r"weights\.bin: expected \d+ bytes, found \d+"):
         Bundle.open(copy, verify_hashes=False)
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """Return a copy of the bundle for a test to change."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+def replace_file(path: Path) -> None:
+    """Put a file of the same size, times and other content in the place of `path`."""
+    times = path.stat()
+    new = path.with_suffix(".new")
+    shutil.copy(path, new)
+    flip_a_byte(new)
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(path)
+
+
+WEIGHTS = "graphs/weights.bin"
+
+
+@pytest.mark.parametrize("change", [flip_a_byte, replace_file, Path.unlink])
+@pytest.mark.parametrize("verify_hashes", [True, False])
+def test_reading_of_a_changed_file_is_refused(
+    copy: Path, change: Callable[[Path], object], verify_hashes: bool
+) -> None:
+    bundle = Bundle.open(copy, verify_hashes=verify_hashes)
+    change(copy / WEIGHTS)
+    with pytest.raises(BundleError) as caught, bundle.reading(WEIGHTS):
+        raise AssertionError("the block must not run")
+    assert str(caught.value) == (
+        f"{copy}: file {WEIGHTS} was changed after the bundle was loaded: load the bundle again"
+    )
+
+
+def test_reading_of_a_file_that_changes_meanwhile_is_refused(copy: Path) -> None:
+    """The change is reported, not the error that it caused."""
+    bundle = Bundle.open(copy)
+
+    def read() -> None:
+        with bundle.reading(WEIGHTS):
+            replace_file(copy / WEIGHTS)
+            raise ValueError("damaged")
+
+    with pytest.raises(BundleError, match="was changed after the bundle was loaded"):
+        read()
+
+
+def test_reading_of_a_copy_with_the_same_content_succeeds(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    shutil.copy(copy / WEIGHTS, copy / "new")
+    (copy / "new").replace(copy / WEIGHTS)
+    (copy / "graphs/dense.onnx").chmod(0o600)
+    with bundle.reading(WEIGHTS, "graphs/dense.onnx"):
+        pass
+
+
+def test_check_unchanged_of_a_mapped_file_refuses_only_a_change_in_place(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    (copy / WEIGHTS).rename(copy.parent / "kept")  # as a mapping keeps it
+    bundle.check_unchanged(WEIGHTS, mapped=True)
+    shutil.copy(copy.parent / "kept", copy / WEIGHTS)
+    flip_a_byte(copy / WEIGHTS)
+    bundle.check_unchanged(WEIGHTS, mapped=True)
+    (copy / WEIGHTS).unlink()
+    (copy.parent / "kept").rename(copy / WEIGHTS)
+    flip_a_byte(copy / WEIGHTS)
+    with pytest.raises(BundleError, match="was changed after the bundle was loaded"):
+        bundle.check_unchanged(WEIGHTS, mapped=True)
+
+
+def test_open_of_a_file_that_changes_while_it_is_read_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(path: Path) -> str:
+        found = sha256_of(path)
+        replace_file(path)
+        return found
+
+    monkeypatch.setattr("sg_runtime.bundle.sha256_of", slowly)
+    with pytest.raises(BundleError, match="changed while it was read: try again"):
+        Bundle.open(copy)

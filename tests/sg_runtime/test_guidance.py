@@ -21,7 +21,7 @@ from sg_runtime.guidance import (
     guidance_table,
     guide,
     levels,
-    scale_ends,
+    ramp_ends,
     with_scale,
 )
 from sg_runtime.manifest import GuidanceMode, GuidancePlan, Level, Manifest, read_manifest
@@ -290,6 +290,28 @@ def test_choose_of_a_sparsity_with_rounding_in_it_finds_the_level(manifest: Mani
     assert choose(manifest, sparsity=0.1 + 0.4 + 1e-12).weak == HALF
 
 
+@pytest.mark.parametrize(("family", "count"), [("tread", 11), ("maskdit", 10)])
+def test_choose_of_a_third_finds_the_level_by_the_tokens_it_keeps(
+    two_networks: Manifest, family: str, count: int
+) -> None:
+    """However many digits are given, they keep the same tokens: of 16 two thirds, rounded."""
+    third = Level(1 / 3, count)
+    graph = next(graph for graph in two_networks.graphs if graph.kind == "sparse" and graph.network == "weak")
+    graphs = (*(other for other in two_networks.graphs if other != graph), replace(graph, levels=(third,)))
+    manifest = replace(two_networks, graphs=graphs, model=replace(two_networks.model, family=family))
+    for sparsity in (0.333, 0.3333333, 1 / 3):
+        assert choose(manifest, sparsity=sparsity).weak == third
+    with pytest.raises(UsageError) as caught:
+        choose(manifest, sparsity=0.4)
+    assert "sparsity 0.4 is not in this bundle, which has 0, 0.3333333333333333; " in str(caught.value)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
+def test_choose_of_a_sparsity_out_of_range_names_no_build(manifest: Manifest, sparsity: float) -> None:
+    with pytest.raises(UsageError, match=r"sparsity .*: expected at least 0 and less than 1$"):
+        choose(manifest, sparsity=sparsity)
+
+
 BUILD = "build it with: sg-export build glyphs"
 
 
@@ -309,11 +331,11 @@ def test_choose_of_sg_where_the_weak_branch_is_another_network_needs_a_sparsity(
         choose(two_networks, mode="sg")
     assert str(caught.value) == (
         "sg: expected a branch sparser than 0, found none in this bundle; "
-        "build it with: sg-export build tiny.safetensors --sparsity G"
+        "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --sparsity 0.5"
     )
     with pytest.raises(UsageError) as caught:
         choose(two_networks, mode="cfg+sg")
-    assert str(caught.value).endswith("build tiny.safetensors --guidance cfg+sg --sparsity G")
+    assert str(caught.value).endswith("--heads 2 --guidance cfg+sg --sparsity 0.5")
 
 
 def test_choose_of_autoguidance_where_it_is_not_the_default_needs_a_sparsity(two_networks: Manifest) -> None:
@@ -388,7 +410,7 @@ def test_choose_of_a_sparsity_that_a_network_was_not_built_for_names_the_build(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         choose(two_networks, **arguments)
-    build = "build it with: sg-export build tiny.safetensors"
+    build = "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2"
     assert str(caught.value) == f"sparsity 0.25 is not in this bundle, {message.format(build)}"
 
 
@@ -400,9 +422,9 @@ def test_with_scale_of_a_plan_replaces_the_scale_alone() -> None:
         with_scale(plan, (2, -math.inf))
 
 
-def test_scale_ends_of_any_numbers_are_floats() -> None:
+def test_ramp_ends_of_any_numbers_are_floats() -> None:
     """This includes NumPy numbers and integers, which a manifest could not hold."""
     pair: Any = (np.float32(1.5), 3)
-    for found, expected in ((scale_ends(2), (2.0, None)), (scale_ends(pair), (1.5, 3.0))):
+    for found, expected in ((ramp_ends("scale", 2), (2.0, None)), (ramp_ends("scale", pair), (1.5, 3.0))):
         assert found == expected
         assert all(type(end) is float for end in found if end is not None)

@@ -425,7 +425,7 @@ def test_condition_of_a_network_that_is_not_there_names_the_build(tiny_bundle: P
         read_manifest(tiny_bundle / "manifest.json").condition("weak")
     assert str(caught.value) == (
         "autoguidance: this bundle has no weak checkpoint; "
-        "build it with: sg-export build tiny.safetensors --weak-checkpoint PATH"
+        "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --weak-checkpoint PATH"
     )
 
 

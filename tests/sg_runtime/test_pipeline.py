@@ -427,6 +427,27 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"scale": float("-inf")}, "scale: expected a finite float32 number, found -inf"),
         ({"scale": (1.0, float("inf"))}, "scale: expected a finite float32 number, found inf"),
         ({"churn": Churn(1.0)}, "churn: expected an edm model, found a flow model"),
+        ({"churn": 1.0}, r"churn: expected a Churn, found 1\.0"),
+        ({"classes": 0}, "classes: expected a sequence with a class for each image, found 0"),
+        ({"classes": "A"}, "classes: expected a sequence with a class for each image, found 'A'"),
+        ({"classes": {"A"}}, "classes: expected a sequence with a class for each image, found {'A'}"),
+        ({"classes": [True]}, "class: expected a whole number, found True"),
+        ({"seeds": 0}, "seeds: expected a sequence of whole numbers, found 0"),
+        ({"seeds": "0"}, "seeds: expected a sequence of whole numbers, found '0'"),
+        ({"seeds": ["0"]}, "seed: expected a whole number, found '0'"),
+        ({"steps": "4"}, "steps: expected a whole number, found '4'"),
+        ({"steps": True}, "steps: expected a whole number, found True"),
+        ({"sampler": ""}, "sampler: expected one of euler, heun, found ''"),
+        ({"sampler": ["heun"]}, r"sampler: expected one of euler, heun, found \['heun'\]"),
+        (
+            {"scale": (1.0, 2.0, 3.0)},
+            r"scale: expected a number, or two \(of the first and the last step\), found 3",
+        ),
+        ({"scale": "4"}, "scale: expected a number, or two .* found '4'"),
+        ({"scale": ("1", "4")}, "scale: expected a number, found '1'"),
+        ({"scale": True}, "scale: expected a number, or two .* found True"),
+        ({"guidance": "cfg"}, "guidance: expected a GuidancePlan, which `Pipeline.guidance.*` returns, found 'cfg'"),
+        ({"fused": "no"}, "fused: expected True or False, found 'no'"),
     ],
 )
 def test_sample_of_a_wrong_request_is_refused_before_any_work(
@@ -440,8 +461,79 @@ def test_sample_of_a_wrong_request_is_refused_before_any_work(
     assert not done
 
 
+def test_sample_of_numpy_and_list_arguments_is_that_of_pythons(pipe: Pipeline) -> None:
+    expected = pipe.sample([1, 2], [3, 4], steps=2, scale=(3.0, 1.5))
+    asked: dict[str, Any] = {"classes": np.array([1, 2], np.int32), "seeds": np.array([3, 4], np.uint64)}
+    for scale in ([3.0, 1.5], np.array([3.0, 1.5], np.float32)):
+        np.testing.assert_array_equal(pipe.sample(**asked, steps=np.int8(2), scale=scale), expected)
+    one = pipe.sample([1, 2], [3, 4], steps=2, scale=3.0)
+    np.testing.assert_array_equal(pipe.sample([1, 2], (3, 4), steps=2, scale=np.float32(3)), one)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": (0.5, 0.5, 0.0)}, "^sparsity: expected a number, or two .* found 3 values"),
+        ({"strong_sparsity": "0"}, "^strong_sparsity: expected a number, or two .* found '0'"),
+        ({"scale": "2"}, "^scale: expected a number, or two"),
+        ({"interval": 0.5}, r"^interval: expected the lowest and the highest time, found 0\.5"),
+        ({"interval": (0.1, 0.5, 0.9)}, "^interval: expected the lowest and the highest time, found 3 values"),
+        ({"interval": "01"}, "^interval: expected the lowest and the highest time, found '01'"),
+        ({"interval": (0.9, 0.1)}, "^interval: expected 0 <= lowest time <= highest time"),
+        ({"mode": ["sg"]}, r"^guidance: expected one of none, cfg, .* found \['sg'\]"),
+    ],
+)
+def test_guidance_of_a_wrong_request_is_refused(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipe.guidance(**arguments)
+
+
+@pytest.mark.parametrize("seeds", [0, "12", [], [0.5], [-1]])
+def test_initial_noise_of_wrong_seeds_is_refused(pipe: Pipeline, seeds: Any) -> None:
+    with pytest.raises(UsageError, match=r"^seeds?"):
+        pipe.initial_noise(seeds)
+
+
+@pytest.mark.parametrize("x", [[0.0], np.zeros((1, 2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.float32)])
+def test_decode_of_no_samples_is_refused(pipe: Pipeline, x: Any) -> None:
+    with pytest.raises(UsageError, match=r"^x: expected .*floats of shape \(B, 2, 8, 8\), found "):
+        pipe.decode(x)
+
+
+def test_call_of_a_decoder_that_is_no_function_is_refused(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=r"^decode: expected a function, found 'png'"):
+        pipe([0], [0], decode="png")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bundle": None}, "^bundle: expected the path of a folder, found None"),
+        ({"bundle": 7}, "^bundle: expected the path of a folder, found 7"),
+        ({"device": 0}, "^device: expected auto, cpu, cuda, or cuda:NUMBER, found 0"),
+        ({"backend": ["onnxruntime-cpu"]}, "^backend: expected one of "),
+        ({"batch": "4"}, "^batch: expected a whole number, found '4'"),
+        ({"chunk": 1.5}, r"^chunk: expected a whole number, found 1\.5"),
+        ({"threads": "all"}, "^threads: expected a whole number, found 'all'"),
+        ({"capture": "no"}, "^capture: expected True or False, found 'no'"),
+        ({"verify_hashes": 0}, "^verify_hashes: expected True or False, found 0"),
+    ],
+)
+def test_load_of_a_wrong_request_is_refused(pixel_bundle: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Pipeline.load(**{"bundle": pixel_bundle, **arguments})
+
+
+def test_churn_of_text_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^churn: amount: expected a number, found '40'"):
+        Churn("40")  # type: ignore[arg-type]
+
+
 def test_guidance_of_a_sparsity_not_built_names_the_build(pipe: Pipeline) -> None:
-    with pytest.raises(UsageError, match=r"build it with: sg-export build tiny.safetensors --sparsity 0\.9"):
+    with pytest.raises(
+        UsageError,
+        match=r"build it with: sg-export build tiny.safetensors .* --sparsity 0\.9",
+    ):
         pipe.guidance(sparsity=0.9)
 
 
@@ -462,7 +554,7 @@ def test_sample_of_a_branch_without_a_graph_names_the_build(
         pipe.sample([0], [0], steps=1, fused=False)
     assert str(caught.value) == (
         "sparsity 0.5 has no single-branch graph in this bundle; "
-        "build it with: sg-export build tiny.safetensors --sparsity 0.5"
+        "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --sparsity 0.5"
     )
 
 

@@ -1,6 +1,11 @@
 """Arrays that stay on the device: DLPack inputs, samples on the device, and warm pipelines."""
 
+import multiprocessing
+import os
+import pickle
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from numpy.typing import NDArray
 
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.prepared import PreparedRun
 
@@ -258,3 +263,104 @@ def test_load_of_a_bundle_that_is_read_only_runs_the_same(read_only: Path, tiny_
     expected = Pipeline.load(tiny_bundle).sample(CLASSES, SEEDS, steps=2)
     np.testing.assert_array_equal(pipe.sample(CLASSES, SEEDS, steps=2), expected)
     assert sorted(read_only.rglob("*")) == before
+
+
+@pytest.fixture
+def copy(edited: Callable[[Callable[[Any], object]], Path]) -> Path:
+    """Return a copy of the tiny bundle."""
+    return edited(lambda content: None)
+
+
+CHANGED = "was changed after the bundle was loaded: load the bundle again"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_sample_from_a_bundle_that_was_replaced_after_load_is_refused(
+    copy: Path, tiny_cosine_bundle: Path, before: bool
+) -> None:
+    """Graphs of two bundles never run together, also if a run before opened some of them."""
+    pipe = Pipeline.load(copy)
+    if before:
+        pipe.sample([0], [0], steps=2, guidance=pipe.guidance("none"))
+    shutil.rmtree(copy)
+    shutil.copytree(tiny_cosine_bundle, copy)
+    flip(copy / "graphs/weights.bin")
+    with pytest.raises(BundleError, match=CHANGED):
+        pipe.sample([0], [0], steps=2)
+
+
+def test_sample_from_a_bundle_that_was_replaced_after_warmup_is_the_same(copy: Path) -> None:
+    """All graphs are open, and the replaced files live on in their mappings."""
+    pipe = Pipeline.load(copy)
+    pipe.warmup()
+    expected = pipe.sample([0], [0])
+    shutil.rmtree(copy)
+    np.testing.assert_array_equal(pipe.sample([0], [0]), expected)
+
+
+def test_sample_from_weights_that_were_written_in_place_is_refused(copy: Path) -> None:
+    pipe = Pipeline.load(copy)
+    pipe.warmup(steps=2)
+    flip(copy / "graphs/weights.bin")
+    with pytest.raises(BundleError, match=CHANGED):
+        pipe.sample([0], [0], steps=2)
+    flip(copy / "graphs/weights.bin")
+    pipe.sample([0], [0], steps=2)
+
+
+def flip(path: Path) -> None:
+    """Flip the last bit of a file in place."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        (byte,) = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_load_of_an_opened_bundle_reads_no_hash_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    monkeypatch.delattr("sg_runtime.bundle.sha256_of")
+    assert Pipeline.load(bundle).bundle is bundle
+
+
+@pytest.mark.parametrize(("usable", "expected"), [(3, 3), (4, 1)])
+def test_load_without_threads_takes_the_cores_that_the_process_may_use(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, usable: int, expected: int
+) -> None:
+    """If the process may use all cores, ONNX Runtime decides, in these tests for one thread."""
+    monkeypatch.setattr("sg_runtime.backends.ort.usable_cores", lambda: usable)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    session = open_session(tiny_bundle / "graphs/condition.onnx")
+    assert session.get_session_options().intra_op_num_threads == expected
+
+
+def test_pickle_of_a_pipeline_is_opened_again_in_another_process(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The path may be relative; the other process works in another folder."""
+    monkeypatch.chdir(copy.parent)
+    pipe = Pipeline.load(copy.name, "cpu", batch=2, chunk=3, threads=1)
+    monkeypatch.chdir(tmp_path.parent)
+    expected = pipe.sample([0], [0], steps=2)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found, settings = pool.submit(sampled, pipe).result()
+    np.testing.assert_array_equal(found, expected)
+    assert settings == (2, 3, {**(pipe._arguments or {}), "verify_hashes": True})
+
+
+def sampled(pipe: Pipeline) -> tuple[NDArray[np.float32], Any]:
+    """Sample with a pipeline that another process has pickled, and return its settings, too."""
+    return pipe.sample([0], [0], steps=2), (pipe.batch, pipe.chunk, pipe._arguments)
+
+
+def test_pickle_of_a_pipeline_whose_bundle_was_replaced_is_refused(copy: Path, tiny_cosine_bundle: Path) -> None:
+    content = pickle.dumps(Pipeline.load(copy))
+    shutil.rmtree(copy)
+    shutil.copytree(tiny_cosine_bundle, copy)
+    with pytest.raises(BundleError, match="expected the bundle that was pickled, found another one: load the bundle"):
+        pickle.loads(content)
+
+
+def test_pickle_of_a_pipeline_that_was_not_loaded_is_refused(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=r"^pickle: expected a pipeline of Pipeline\.load"):
+        pickle.dumps(pipe)

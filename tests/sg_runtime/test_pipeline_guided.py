@@ -112,6 +112,18 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
         ({"times": [1.0, math.nan]}, "time nan: expected a finite float32 number"),
         ({"times": [1.0, math.inf]}, "time inf: expected a finite float32 number"),
         ({"times": [1.0, 1e39]}, r"time 1e\+39: expected a finite float32 number"),
+        ({"times": [999.0, 500.0]}, r"time 999: expected 0 \(image\) to 1 \(noise\) for a flow model"),
+        ({"times": [1.0, -0.1]}, r"time -0\.1: expected 0 \(image\)"),
+        ({"times": 0.5}, r"times: expected a sequence of numbers, found 0\.5"),
+        ({"times": "1.0"}, "times: expected a sequence of numbers, found '1.0'"),
+        ({"times": [1.0, "0.5"]}, "times: expected a number, found '0.5'"),
+        ({"counters": 3}, r"counters: expected a sequence of \(step, evaluation\), found 3"),
+        ({"counters": [0, 1]}, r"counters: expected \(step, evaluation\), found 0"),
+        (
+            {"counters": [(0, 0), (1, 0, 0)]},
+            r"counters: expected .* both at least 0, found \(1, 0, 0\)",
+        ),
+        ({"guidance": "cfg"}, "guidance: expected a GuidancePlan, which .* returns, found 'cfg'"),
         ({"counters": [(0, 0)]}, "counters: expected one for each of the 2 times, found 1"),
         ({"counters": [(0, 0), (-1, 0)]}, r"counters: expected \(step, evaluation\), both at least 0, found \(-1, 0\)"),
         ({"counters": [(0, 0), (0.5, 0)]}, r"counter: expected a whole number, found 0\.5"),
@@ -124,6 +136,34 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
 def test_prepare_of_a_wrong_request_is_refused(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         pipe.prepare(**{"times": [1.0, 0.5], "classes": CLASSES, "seeds": SEEDS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"t": 999.0}, "time 999: expected 0"),
+        ({"t": -1.0}, "time -1: expected 0"),
+        ({"t": "0.5"}, "t: expected a number, found '0.5'"),
+        ({"t": [0.5]}, r"t: expected a number, found \[0\.5\]"),
+        ({"classes": 7}, "classes: expected a sequence with a class for each image, found 7"),
+        ({"step": "1"}, "step: expected a whole number, found '1'"),
+        ({"keep_weak": [[0, 1]]}, "keep_weak: expected an int64 array of shape "),
+    ],
+)
+def test_prepare_once_of_a_wrong_request_is_refused(
+    pipe: Pipeline, sparse: GuidancePlan, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipe.prepare_once(**{"t": 0.5, "classes": CLASSES, "guidance": sparse, **arguments})
+
+
+@pytest.mark.parametrize("run", [0.5, None, ["A"]])
+def test_guided_of_no_prepared_run_is_refused(pipe: Pipeline, run: Any) -> None:
+    x = pipe.initial_noise([0])
+    with pytest.raises(UsageError, match="run: expected a PreparedRun, which `prepare` or `prepare_once` returns"):
+        pipe.guided(x, run)
+    with pytest.raises(UsageError, match="run: expected a PreparedRun"):
+        pipe.branches(x, run)
 
 
 @pytest.mark.parametrize("time", [0.0, -1.0, -0.0])

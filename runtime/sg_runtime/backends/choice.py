@@ -9,8 +9,10 @@ from sg_runtime.backends.base import Backend
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import find_gpus
-from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
+from sg_runtime.errors import BundleError, EngineError, OptionError, SgError, UsageError
 from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
+from sg_runtime.manifest.base import whole_number
+from sg_runtime.requests import expect
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -61,9 +63,13 @@ def choose_backend(
     Raises UsageError for an unknown device, backend or batch. If no backend can run the bundle,
     raises the error of the backend it was built for.
     """
+    expect("bundle", bundle, Bundle, "a Bundle, which `Bundle.open(path)` returns")
     kind, number = _parse(device)
+    expect("backend", backend, str, f"one of {', '.join(BACKENDS)}")
     if backend is not None and backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if batch is not None:
+        whole_number("batch", batch)
     names = BACKENDS[:_AUTOMATIC] if backend is None else (backend,)
     names = tuple(name for name in names if kind == "auto" or (name == "onnxruntime-cpu") == (kind == "cpu"))
     if not names:
@@ -112,7 +118,7 @@ def open_backend(
 
     stream: CUDA stream to run in; see `cuda.stream_handle`.
     capture: whether runs are captured as CUDA graphs if the backend supports it.
-    threads: number of threads of a run on the CPU; None for all cores.
+    threads: number of threads of a run on the CPU; None for those that the process may use.
 
     Raises UsageError if `stream` is given on the CPU or `threads` on a GPU.
     """
@@ -120,7 +126,7 @@ def open_backend(
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
-        raise UsageError(f"threads: expected none on a GPU, which was chosen: {choice}")
+        raise OptionError(f"threads: expected none on a GPU, which was chosen: {choice}", "threads")
     if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
 
@@ -139,6 +145,7 @@ class _NothingForItError(BundleError):
 
 def _parse(device: str) -> tuple[str, int]:
     """Split a device name into its kind and number."""
+    expect("device", device, str, "auto, cpu, cuda, or cuda:NUMBER")
     match = re.fullmatch(r"(auto|cpu|cuda)(?::([0-9]{1,3}))?", device)
     if match is None or (match[2] and match[1] != "cuda"):
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda, or cuda:NUMBER")

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray, HostMemory
-from sg_runtime.errors import DeviceMemoryError, EngineError, SgError
+from sg_runtime.errors import BundleError, DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
 from sg_runtime.files import cache_folder
+from sg_runtime.host import usable_cores
 from sg_runtime.manifest import GraphFacts
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class OrtBackend:
         number: number of the GPU.
         stream: CUDA stream to run in; see `cuda.stream_handle`.
         capture: whether runs are captured as CUDA graphs if the provider supports it.
-        threads: number of threads of a run on the CPU; None for all cores.
+        threads: number of threads of a run on the CPU; see `open_session`.
         open_graph: replacement of `open_session` on the CPU.
         """
         require("onnxruntime")
@@ -101,6 +103,9 @@ class OrtBackend:
         self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
         self._open = open_graph or self._open_session
+        graphs = {graph.file for graph in bundle.manifest.graphs}
+        engines = {engine.file for engine in bundle.manifest.engines}
+        self._weights = [name for name in bundle.manifest.files if name not in graphs | engines]
         self._sessions: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -111,13 +116,24 @@ class OrtBackend:
         pass  # providers that compile write their caches themselves
 
     def session(self, graph: GraphFacts) -> "InferenceSession":
-        """Return the session of a graph's file. Raises EngineError if the file cannot be opened."""
+        """Return the session of a graph's file.
+
+        Raises EngineError if the file cannot be opened, and BundleError if it was changed since the
+        bundle was opened.
+        """
         with self._lock:
             path = self._bundle.onnx(graph)
             session = self._sessions.get(path)
             if session is None:
-                session = self._sessions[path] = self._open(path)
+                with self._bundle.reading(path.relative_to(self._bundle.root).as_posix(), *self._weights):
+                    session = self._open(path)
+                self._sessions[path] = session
             return session
+
+    def check_weights(self) -> None:
+        """Raise BundleError if weights that sessions have mapped were written in place."""
+        if self._sessions:
+            self._bundle.check_unchanged(*self._weights, mapped=True)
 
     def _open_session(self, path: Path) -> "InferenceSession":
         provider, options = PROVIDERS[self.name], {}
@@ -148,6 +164,7 @@ class OrtLane:
         self._ids = itertools.count()
 
     def enter(self) -> None:
+        self._backend.check_weights()
         if self._backend.lanes is not None:
             self.memory.enter()
 
@@ -210,14 +227,20 @@ def open_session(
 ) -> "InferenceSession":
     """Open a session of the graph at `path`, or of the model `content` with weights next to `path`.
 
-    threads: number of threads of a run on the CPU; None for all cores.
+    threads: number of threads of a run on the CPU. By default ONNX Runtime decides: one for each
+    physical core. It knows of no limits, so if the process may not use all cores, the default is
+    the number that it may use.
 
     Warns about nodes that the provider does not run. Raises EngineError if ONNX Runtime cannot open
-    the graph or cannot load the provider.
+    the graph or cannot load the provider, and BundleError if the weights are a link that it does
+    not follow.
     """
     ort = require("onnxruntime")
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # log errors only
+    usable = usable_cores()
+    if threads is None and usable < (os.cpu_count() or 1):
+        threads = usable
     if threads is not None:
         settings.intra_op_num_threads = threads
     if content is not None:
@@ -233,6 +256,11 @@ def open_session(
             disabled_optimizers=provider.disabled_optimizers,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
+        if "escapes model directory" in str(error):
+            raise BundleError(
+                f"{path}: its weights are a link out of their folder, which ONNX Runtime does not follow: copy the "
+                f"bundle with the files that its links lead to (cp -rL, or snapshot_download with local_dir=)"
+            ) from error
         raise EngineError(f"{path.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
     if provider.name not in session.get_providers():
         raise EngineError(

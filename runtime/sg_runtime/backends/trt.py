@@ -109,7 +109,9 @@ class TrtBackend:
         return cache_folder() / "tensorrt-rtx" / f"{self.bundle.manifest.files[file].sha256}.cache"
 
     def _deserialize(self, engine: EngineFacts) -> Any:
-        found = self._runtime.deserialize_cuda_engine(self.bundle.file(engine.file).read_bytes())
+        with self.bundle.reading(engine.file):
+            content = self.bundle.file(engine.file).read_bytes()
+        found = self._runtime.deserialize_cuda_engine(content)
         if found is None:
             raise EngineError(
                 f"{self.bundle.path}: {engine.file}: {ENGINE_NAMES[self.library]} cannot open it; see its log "

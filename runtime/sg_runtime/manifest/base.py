@@ -1,7 +1,10 @@
 """Shared by all manifest records: literal types, strict parsing, and checks of numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from operator import index as as_index
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from sg_runtime.errors import UsageError
 
@@ -48,6 +51,68 @@ class Strict:
 
     __slots__ = ()
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+def whole_number(what: str, value: Any) -> int:
+    """Return an integer of any library as an int. Raises UsageError for other types."""
+    try:
+        return as_index(_not_bool(value))
+    except TypeError:
+        raise UsageError(f"{what}: expected a whole number, found {value!r}") from None
+
+
+def number(what: str, value: Any) -> float:
+    """Return a real number of any library as a float. Raises UsageError for other types."""
+    try:
+        if not isinstance(value, (str, bytes)) and not getattr(value, "ndim", 0):
+            return float(_not_bool(value))
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"{what}: expected a number, found {value!r}")
+
+
+def pair(what: str, value: Any, of: str) -> tuple[float, float]:
+    """Return a sequence of two numbers as a tuple. Raises UsageError for anything else.
+
+    of: the pair in words, for the message.
+    """
+    values = items(what, value, of)
+    if len(values) != 2:
+        raise UsageError(f"{what}: expected {of}, found {len(values)} values: {value!r}")
+    return number(what, values[0]), number(what, values[1])
+
+
+def items(what: str, value: Any, of: str) -> list[Any]:
+    """Return the items of a sequence of any library. Raises UsageError for anything else.
+
+    of: the sequence in words, for the message. Text, sets and mappings are no sequences.
+    """
+    try:
+        if not isinstance(value, (str, bytes, Mapping, Set)) and len(value) >= 0:
+            return list(value)
+    except TypeError:
+        pass
+    raise UsageError(f"{what}: expected {of}, found {value!r}")
+
+
+def flag(what: str, value: Any) -> bool:
+    """Return a truth value as a bool. Raises UsageError for other types, such as the text "no"."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise UsageError(f"{what}: expected True or False, found {value!r}")
+    return bool(value)
+
+
+def choice(what: str, value: Any, known: Sequence[str]) -> Any:
+    """Return `value` if it is one of the names `known`. Raises UsageError if it is not."""
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{what}: expected one of {', '.join(known)}, found {value!r}")
+    return value
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a truth value is no number")
+    return value
 
 
 def check_counts(owner: object, least: int, *names: str) -> None:

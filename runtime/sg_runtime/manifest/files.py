@@ -154,9 +154,11 @@ class Manifest(Strict):
         """Return the condition graph of a network. Raises UsageError if the bundle has none."""
         graph = self.graph("condition", network=network)
         if graph is None:
+            from sg_runtime.build_command import model_command
+
             raise UsageError(
-                f"autoguidance: this bundle has no weak checkpoint; build it with: sg-export build {self.source.name} "
-                f"--weak-checkpoint PATH"
+                f"autoguidance: this bundle has no weak checkpoint; "
+                f"build it with: {model_command(self, '--weak-checkpoint', 'PATH')}"
             )
         return graph
 

@@ -13,6 +13,9 @@ from sg_runtime.manifest.base import (
     SamplerName,
     Strict,
     check_counts,
+    choice,
+    number,
+    pair,
 )
 from sg_runtime.manifest.model import Level
 
@@ -88,16 +91,17 @@ class GuidancePlan(Strict):
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UsageError(f"guidance: expected one of {', '.join(MODES)}, found {self.mode!r}")
+        choice("guidance", self.mode, tuple(MODES))
         for scale in (self.scale, self.scale_last):
-            if scale is not None and not abs(scale) <= FLOAT32_MAX:
+            if scale is not None and not abs(number("scale", scale)) <= FLOAT32_MAX:
                 raise UsageError(f"scale: expected a finite float32 number, found {scale}")
-        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1] <= FLOAT32_MAX:
-            raise UsageError(
-                f"interval: expected 0 <= lowest time <= highest time, found {self.interval[0]:g} to "
-                f"{self.interval[1]:g}"
-            )
+        if self.interval is not None:
+            low, high = pair("interval", self.interval, "the lowest and the highest time")
+            if not 0 <= low <= high <= FLOAT32_MAX:
+                raise UsageError(f"interval: expected 0 <= lowest time <= highest time, found {low:g} to {high:g}")
+        for level in (self.strong, self.weak, self.strong_last, self.weak_last):
+            if level is not None and not isinstance(level, Level):
+                raise UsageError(f"sparsity: expected a Level of the bundle's graphs, found {level!r}")
         strong, weak = self.strong.sparsity, self.weak.sparsity
         constant = self.strong_last is None and self.weak_last is None
         if self.row.weak_level == "sparser" and constant and self.weak.keep >= self.strong.keep:

@@ -1,11 +1,18 @@
 """Facts about a network."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest.base import Prediction, Strict, check_counts
+from sg_runtime.manifest.base import Prediction, Strict, check_counts, number, whole_number
+
+KEPT: Mapping[str, Callable[[int, float], int]] = {
+    "tread": lambda tokens, sparsity: tokens - int(tokens * sparsity),
+    "maskdit": lambda tokens, sparsity: int(tokens * (1 - sparsity)),
+}
+"""Number of tokens that a branch keeps, from all tokens and the sparsity, by family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,8 @@ class Level(Strict):
     keep: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        whole_number("keep", self.keep)
+        if not 0 <= number("sparsity", self.sparsity) < 1:
             raise UsageError(f"sparsity {self.sparsity:g}: expected at least 0 and less than 1")
         check_counts(self, 1, "keep")
 

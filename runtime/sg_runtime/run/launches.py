@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.arrays import Indices
+from sg_runtime.build_command import model_command, number_text
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GraphFacts, Manifest, Prediction
@@ -105,11 +106,11 @@ def _single(
     assert level is not None
     graph = manifest.graph("dense" if keep is None else "sparse", level.keep, network=branch.network)
     if graph is None:
-        how = " --weak-checkpoint PATH" * (branch.network == "weak")
-        option = "--strong-sparsity" if branch is run.strong else "--sparsity"
+        how = ("--weak-checkpoint", "PATH") if branch.network == "weak" else ()
+        option, text = "--strong-sparsity" if branch is run.strong else "--sparsity", number_text(level.sparsity)
         raise UsageError(
-            f"sparsity {level.sparsity:g} has no single-branch graph in this bundle; "
-            f"build it with: sg-export build {manifest.source.name}{how} {option} {level.sparsity:g}"
+            f"sparsity {text} has no single-branch graph in this bundle; "
+            f"build it with: {model_command(manifest, *how, option, text)}"
         )
     return Launch(graph, _inputs(graph, run, (branch,), index), run.times[index], a, b, e, adds=adds)
 

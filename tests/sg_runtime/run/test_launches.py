@@ -509,7 +509,8 @@ def test_branches_without_a_graph_name_the_build(
     runner = own.run_of(replace(own.manifest, graphs=graphs))
     with pytest.raises(UsageError) as caught:
         runner.branches(own.x, own.plan, 0)
-    assert str(caught.value) == f"sparsity {remedy.format('build it with: sg-export build tiny.safetensors')}"
+    build = "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2"
+    assert str(caught.value) == f"sparsity {remedy.format(build)}"
 
 
 def test_condition_of_a_network_that_is_not_there_names_the_build(
@@ -521,7 +522,7 @@ def test_condition_of_a_network_that_is_not_there_names_the_build(
         Setup(tiny_bundle, record, GuidancePlan("autoguidance", dense, dense, 2.0))
     assert str(caught.value) == (
         "autoguidance: this bundle has no weak checkpoint; "
-        "build it with: sg-export build tiny.safetensors --weak-checkpoint PATH"
+        "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --weak-checkpoint PATH"
     )
 
 

@@ -20,6 +20,7 @@ from sg_export.packing.folder import check_output, new_folder
 from sg_export.packing.pack import Networks, add_engines, engine_source, files_of, manifest_of, pack, trace_all
 from sg_export.packing.pairs import choose_graphs
 from sg_export.progress import Counted, Report, silent
+from sg_export.reference import REFERENCES
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import (
     MANIFEST_FILE,
@@ -38,7 +39,8 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     checkpoint, ExportError if a graph cannot be made or does not agree with PyTorch. A failed
     compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
-    check_output(options.output, options.force)
+    inputs = _inputs(checkpoint, options)
+    check_output(options.output, options.force, inputs)
     check_libraries(options.libraries)
     if options.quantize is not None:
         options.quantize.check_files()
@@ -62,7 +64,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     passes = 1 if options.quantize is None else 2
     tracings = len({spec.network for spec in specs})
     counted = Counted(report, tracings + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
-    with new_folder(options.output, options.force) as folder:
+    with new_folder(options.output, options.force, inputs) as folder:
         traced = trace_all(networks, files, options, counted)
         quantization = None
         if options.quantize is not None:
@@ -83,6 +85,15 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         manifest = manifest_of(loaded, weak, plan, options, layers, quantization, written, engines, folder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
+
+
+def _inputs(checkpoint: str | Path, options: CompileOptions) -> list[Path]:
+    """Return the files and folders that a compilation reads, whether or not they exist."""
+    inputs = [Path(name) for name in (checkpoint, options.weak_checkpoint) if name and str(name) not in REFERENCES]
+    inputs += [path.with_suffix(".json") for path in inputs]  # facts about a checkpoint
+    if options.quantize is not None:
+        inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
+    return inputs
 
 
 def _reference_bundle(

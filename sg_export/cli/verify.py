@@ -71,6 +71,7 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
+    from sg_export.packing.folder import VERIFY_FILE
     from sg_export.parity.compare import write_parity
     from sg_export.parity.verify import verify as compare
     from sg_runtime.bundle import Bundle
@@ -85,7 +86,7 @@ def verify(
             save_polygraphy=save_polygraphy,
             report=report,
         )
-    target = output or bundle / "verify.json"
+    target = output or bundle / VERIFY_FILE
     quantized = any(c.output == "guided" for c in parity.comparisons)
     if not quiet:
         (_print_strata if quantized else _print_worst)(bundle, parity.comparisons)

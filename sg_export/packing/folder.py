@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,34 +11,73 @@ from sg_runtime.errors import ExportError, UsageError
 from sg_runtime.files import temporary_beside
 from sg_runtime.manifest import MANIFEST_FILE
 
+VERIFY_FILE = "verify.json"
+"""Name of the file in a bundle that holds the results of `sg-export verify`."""
 
-def check_output(output: Path, force: bool) -> None:
+
+LISTED = 8
+"""Number of files that a message lists by name."""
+
+
+def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Raise UsageError if `output` exists and may not be replaced.
 
-    It may be replaced only with `force`, and only if it is a bundle or an empty folder.
+    It may be replaced only with `force`, and only if it is an empty folder, or a bundle that holds
+    nothing but its own files. It may not hold one of `inputs`, the files and folders that the build
+    reads.
     """
     target = output.resolve()  # "new/.." is a folder that exists
     if not target.exists():
         return
     if not force:
         raise UsageError(f"{output}: exists: give another --output, or --force to replace it")
+    for path in inputs:
+        if path.resolve().is_relative_to(target):
+            raise UsageError(f"{output}: holds {path}, which this build reads: give another --output")
     empty = target.is_dir() and not any(target.iterdir())
-    if not empty and not _is_bundle(target):
+    own = own_files(target)
+    if not empty and not own:
         raise UsageError(f"{output}: exists and is not a bundle, so --force does not replace it: give another --output")
+    if foreign := _foreign(target, own):
+        names = ", ".join(foreign[:LISTED]) + (f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else "")
+        raise UsageError(
+            f"{output}: expected only files of the bundle, found {names}: --force would delete them: move them, or "
+            f"give another --output"
+        )
 
 
-def _is_bundle(folder: Path) -> bool:
-    """Whether the folder has a manifest of any schema version that sg-export wrote."""
+def own_files(folder: Path) -> set[str]:
+    """Return the files of a bundle that sg-export wrote, relative to `folder`; empty if it is none.
+
+    They are the manifest, of any schema version, the files that it lists, and verify's results.
+    """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and str(content.get("created_by")).startswith("sg-export")
+        return set()
+    if not isinstance(content, dict) or not str(content.get("created_by")).startswith("sg-export"):
+        return set()
+    listed = content.get("files")
+    return {MANIFEST_FILE, VERIFY_FILE, *(listed if isinstance(listed, dict) else ())}
+
+
+def _foreign(folder: Path, own: set[str]) -> list[str]:
+    """Return the files in `folder` that are not `own`. A subfolder with none of them is one."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        within = {name.partition("/")[2] for name in own if name.partition("/")[0] == path.name}
+        if not within:
+            found.append(path.name)
+        elif path.is_dir() and not path.is_symlink():
+            found += [f"{path.name}/{name}" for name in _foreign(path, within)]
+    return found
 
 
 @contextmanager
-def new_folder(output: Path, force: bool) -> Iterator[Path]:
+def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `output` if the block succeeds.
+
+    force, inputs: see `check_output`.
 
     The temporary folder is next to `output`. If the block fails, it is removed. An existing bundle
     is kept, or restored, unless the new one is in place. Raises UsageError if the folder cannot be
@@ -55,7 +94,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
         raise UsageError(f"{output}: cannot be written ({error.strerror}): give another --output") from None
     try:
         yield temporary
-        check_output(output, force)  # again: another build may have written it in the meantime
+        check_output(output, force, inputs)  # again: another build may have written it in the meantime
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -8,7 +8,9 @@ replaced atomically. Two processes that build the same engine write the same ent
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from sg_runtime.files import replacing, sha256_of
 
 SCHEMA = 1
 """Version of the key. Increase it when the same parts of a key come to mean another engine."""
+
+STALE = 3600.0
+"""Seconds without a write after which a partial copy belongs to a process that was killed."""
 
 _FACTS = {"key": dict, "sha256": str, "seconds": float, "memory_bytes": int}
 """Fields of an entry's JSON file, with their types."""
@@ -83,9 +88,16 @@ class EngineCache:
         return BuildFigures(known["seconds"], known["memory_bytes"])
 
     def store(self, key: EngineKey, engine: Path, figures: BuildFigures) -> None:
-        """Store a copy of the engine at `engine` under `key`."""
+        """Store a copy of the engine at `engine` under `key`.
+
+        Partial copies that killed processes left are removed.
+        """
         target, facts = self._files(key)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.partial"):
+            with suppress(OSError):  # another process removed it
+                if time.time() - leftover.stat().st_mtime > STALE:
+                    leftover.unlink()
         with replacing(target) as temporary:
             shutil.copyfile(engine, temporary)
         content = asdict(figures) | {"sha256": sha256_of(engine), "key": asdict(key)}

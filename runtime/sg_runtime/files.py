@@ -1,5 +1,6 @@
 """Atomic file replacement, file hashes, and the cache folder."""
 
+import glob
 import hashlib
 import os
 import secrets
@@ -24,6 +25,11 @@ def cache_folder() -> Path:
 def temporary_beside(path: Path) -> Path:
     """Return a new unique hidden name next to `path`, for a file that is later renamed to it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def leftovers_of(path: Path) -> str:
+    """Return the pattern of the names that `temporary_beside` gives, in any process."""
+    return f".{glob.escape(path.name)}.*-{'[0-9a-f]' * 8}.partial"
 
 
 @contextmanager

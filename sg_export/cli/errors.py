@@ -2,11 +2,13 @@
 
 import errno
 import re
+import signal
+import threading
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -22,6 +24,46 @@ class Failure(click.ClickException):
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click documents it per class, and reads it per instance
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        with suppress(OSError):  # the terminal is gone
+            super().show(file)
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends the process politely. It unwinds a command as Ctrl-C does.
+
+    number: number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def ending_politely() -> Iterator[None]:
+    """Raise Ended in the block for SIGTERM and SIGHUP, so that temporary files are removed.
+
+    A signal that the process ignores, as under nohup, stays ignored. Further signals do not disturb
+    the removal.
+    """
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []  # only the main thread may handle signals
+
+    def end(number: int, frame: object) -> None:
+        for other in taken:
+            signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
 
 class Command(click.Command):
     """A command whose errors end as one message. `--debug` shows the traceback."""
@@ -33,12 +75,15 @@ class Command(click.Command):
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")
         try:
-            with log_messages():
+            with ending_politely(), log_messages():
                 return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            raise Failure("interrupted; nothing was left half-written", 130) from None
+        except KeyboardInterrupt as error:
+            name, number = "interrupted", signal.SIGINT.value
+            if isinstance(error, Ended):
+                name, number = f"ended by {signal.Signals(error.number).name}", error.number
+            raise Failure(f"{name}; nothing was left half-written", 128 + number) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()

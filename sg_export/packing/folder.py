@@ -1,14 +1,16 @@
 """The folder of a bundle. A failed build leaves no files and does not change an existing bundle."""
 
 import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sg_runtime.errors import ExportError, UsageError
-from sg_runtime.files import temporary_beside
+from sg_runtime.files import leftovers_of, temporary_beside
 from sg_runtime.manifest import MANIFEST_FILE
 
 VERIFY_FILE = "verify.json"
@@ -79,15 +81,18 @@ def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterat
 
     force, inputs: see `check_output`.
 
-    The temporary folder is next to `output`. If the block fails, it is removed. An existing bundle
-    is kept, or restored, unless the new one is in place. Raises UsageError if the folder cannot be
-    created, and ExportError if the disk is full or another system error stops the block.
+    The temporary folder is next to `output`. If the block fails, it is removed. If the process is
+    killed, the next build of `output` removes it. An existing bundle is kept, or restored, unless
+    the new one is in place. Raises UsageError if the folder cannot be created, and ExportError if
+    the disk is full or another system error stops the block.
     """
     target = output.resolve()  # "." has no name, and a link is not what gets replaced
     temporary, old = temporary_beside(target), temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         temporary.mkdir()
+        lock = _lock(temporary)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ExportError(_disk_message(output, error)) from None
@@ -105,6 +110,41 @@ def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterat
             old.rename(target)
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary folders beside `target` that killed builds left.
+
+    A complete bundle stays if `target` is missing: it is the new one, or the one that was about to
+    be replaced.
+    """
+    for folder in target.parent.glob(leftovers_of(target)):
+        lock = _lock(folder)
+        if lock is not None:
+            if target.exists() or not (folder / MANIFEST_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for this process and return the descriptor that holds the lock.
+
+    The system releases the lock when the process ends, however it ends. Unlike a process number, it
+    is also seen in other containers. Returns None if another process holds the lock, or if there
+    are no locks here.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _disk_message(output: Path, error: OSError) -> str:

@@ -1,6 +1,7 @@
 """The engine cache: hits, misses, and two processes that use it at the same time."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def test_fetch_of_a_known_key_gives_the_same_bytes_and_figures(cache: EngineCach
     assert cache.fetch(KEY, output) == FIGURES
     assert output.read_bytes() == b"the engine"
     assert {path.suffix for path in cache.folder.iterdir()} == {".engine", ".json"}, "no temporary file is left"
+
+
+def test_store_removes_the_partial_copies_of_killed_processes(cache: EngineCache, tmp_path: Path) -> None:
+    stale, fresh = (cache.folder / f".{name}.engine.7-01234567.partial" for name in ("stale", "fresh"))
+    for path in (stale, fresh):
+        path.write_bytes(b"the eng")
+    os.utime(stale, (0, 0))
+    cache.store(KEY, tmp_path / "built", FIGURES)
+    assert (stale.exists(), fresh.exists()) == (False, True)
 
 
 def test_fetch_replaces_what_was_there(cache: EngineCache, tmp_path: Path) -> None:

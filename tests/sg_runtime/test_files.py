@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sg_runtime.files import cache_folder, replacing, sha256_of
+from sg_runtime.files import cache_folder, leftovers_of, replacing, sha256_of, temporary_beside
 
 
 def test_replacing_of_a_block_that_succeeds_puts_the_file_in_place(tmp_path: Path) -> None:
@@ -39,6 +39,14 @@ def test_replacing_of_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "a [1] b", "*"])
+def test_leftovers_of_a_path_are_its_temporary_names_alone(name: str, tmp_path: Path) -> None:
+    left = {temporary_beside(tmp_path / name) for _ in range(2)}
+    for path in (*left, temporary_beside(tmp_path / "other"), tmp_path / f".{name}.partial"):
+        path.touch()
+    assert set(tmp_path.glob(leftovers_of(tmp_path / name))) == left
 
 
 @pytest.mark.parametrize("size", [0, 3, 2**20, 2**20 + 1])

@@ -1,14 +1,17 @@
 """Parts that the commands share: messages and exit codes of errors, progress, and tables."""
 
 import errno
+import io
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from sg_export.cli.errors import Command, Failure, failure, writing
+from sg_export.cli.errors import Command, Ended, Failure, ending_politely, failure, writing
 from sg_runtime import errors
 
 
@@ -56,6 +59,8 @@ def command_that_raises(error: BaseException) -> click.Command:
     ("error", "exit_code", "output"),
     [
         (KeyboardInterrupt(), 130, "Error: interrupted; nothing was left half-written\n"),
+        (Ended(signal.SIGTERM), 143, "Error: ended by SIGTERM; nothing was left half-written\n"),
+        (Ended(signal.SIGHUP), 129, "Error: ended by SIGHUP; nothing was left half-written\n"),
         (ValueError("a"), 1, "Error: unexpected ValueError: a; run again with --debug, and please report it\n"),
         (Failure("a", 5), 5, "Error: a\n"),
         (click.Abort(), 1, "Aborted!\n"),
@@ -69,6 +74,37 @@ def test_invoke_of_a_command_that_fails_ends_with_one_message(
         monkeypatch.setattr(sys, name, getattr(sys, name))
     result = CliRunner().invoke(command_that_raises(error))
     assert (result.exit_code, result.output) == (exit_code, output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ending_politely_raises_once(number: int) -> None:
+    """The second signal comes while the block cleans up after the first."""
+    with ExitStack() as cleaning:
+        cleaning.enter_context(ending_politely())
+        cleaned = cleaning.enter_context(pytest.raises(Ended))
+        for other in (signal.SIGTERM, signal.SIGHUP):
+            cleaning.callback(signal.raise_signal, other)
+        signal.raise_signal(number)
+    assert cleaned.value.number == number
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_ending_politely_leaves_an_ignored_signal_ignored() -> None:
+    """Programs under nohup start so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_politely():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_show_on_a_terminal_that_is_gone_raises_nothing() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    Failure("a", 1).show(Gone())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The folder of a bundle: what may be replaced, and what a build leaves."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from sg_export.packing.folder import check_output
+from sg_export.packing.folder import check_output, new_folder
 from sg_runtime.errors import UsageError
 
 
@@ -65,3 +68,61 @@ def test_check_output_that_holds_an_input_raises(name: str, bundle: Path) -> Non
     with pytest.raises(UsageError, match=r"bundle: holds .*, which this build reads: give another --output"):
         check_output(bundle, force=True, inputs=[bundle / name])
     check_output(bundle, force=True, inputs=[bundle.parent / "last.pt"])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sg_export.packing.folder import new_folder
+
+rename = Path.rename
+
+def kill_before_the_second(path, target):
+    Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+
+with new_folder(Path("out"), force=True) as folder:
+    (folder / "weights.bin").write_text("new")
+    if sys.argv[1] == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "manifest.json").write_text('{"created_by": "sg-export 1"}')
+    Path.rename = kill_before_the_second
+"""
+"""A build that is killed while it writes, or after it moved the old bundle away."""
+
+
+def run_killed(when: str, folder: Path) -> list[Path]:
+    """Run KILLED in `folder` and return the hidden folders that it leaves."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", KILLED, when], cwd=folder, env=environment, check=False, timeout=60)
+    return sorted(folder.glob(".out.*.partial"))
+
+
+def test_new_folder_removes_what_a_killed_build_left(tmp_path: Path) -> None:
+    assert len(run_killed("writing", tmp_path)) == 1
+    with new_folder(tmp_path / "other", force=False):
+        assert len(list(tmp_path.glob(".out.*.partial"))) == 1, "only builds of the same name"
+    with new_folder(tmp_path / "out", force=False) as folder:
+        assert list(tmp_path.glob(".out.*.partial")) == [folder]
+
+
+def test_new_folder_leaves_the_folder_of_a_living_build(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", force=False) as first:
+        (first / "weights.bin").write_text("")
+        with pytest.raises(ValueError, match="stop"), new_folder(tmp_path / "out", force=False):
+            raise ValueError("stop")
+        assert (first / "weights.bin").exists()
+
+
+def test_new_folder_keeps_whole_bundles_until_there_is_a_newer_one(tmp_path: Path) -> None:
+    """A build that was killed between its two last steps leaves two bundles under hidden names."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text('{"created_by": "sg-export 0"}')
+    left = run_killed("renaming", tmp_path)
+    assert len(left) == 2
+    assert not (tmp_path / "out").exists()
+    for _ in range(2):
+        with new_folder(tmp_path / "out", force=True) as folder:
+            (folder / "manifest.json").write_text('{"created_by": "sg-export 2"}')
+            remaining = set(left) & set(tmp_path.iterdir())
+            assert len(remaining) == (0 if (tmp_path / "out").exists() else 2)

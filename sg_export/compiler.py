@@ -16,7 +16,7 @@ from sg_export.graph.spec import GraphSpec, guided_alone
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import check_libraries
-from sg_export.packing.folder import check_output, new_folder
+from sg_export.packing.folder import check_output, check_place, new_folder
 from sg_export.packing.pack import Networks, add_engines, engine_source, files_of, manifest_of, pack, trace_all
 from sg_export.packing.pairs import choose_graphs
 from sg_export.progress import Counted, Report, silent
@@ -39,8 +39,11 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     checkpoint, ExportError if a graph cannot be made or does not agree with PyTorch. A failed
     compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
-    inputs = _inputs(checkpoint, options)
+    inputs = [*inputs_of(checkpoint, options.weak_checkpoint)]
+    if options.quantize is not None:
+        inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
     check_output(options.output, options.force, inputs)
+    check_place(options.output)
     check_libraries(options.libraries)
     if options.quantize is not None:
         options.quantize.check_files()
@@ -87,13 +90,10 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     return Bundle(options.output, manifest)
 
 
-def _inputs(checkpoint: str | Path, options: CompileOptions) -> list[Path]:
-    """Return the files and folders that a compilation reads, whether or not they exist."""
-    inputs = [Path(name) for name in (checkpoint, options.weak_checkpoint) if name and str(name) not in REFERENCES]
-    inputs += [path.with_suffix(".json") for path in inputs]  # facts about a checkpoint
-    if options.quantize is not None:
-        inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
-    return inputs
+def inputs_of(*checkpoints: str | Path | None) -> list[Path]:
+    """Return the files that are read for these checkpoints, whether or not they exist."""
+    files = [Path(name) for name in checkpoints if name is not None and str(name) not in REFERENCES]
+    return files + [path.with_suffix(".json") for path in files]  # facts about a checkpoint
 
 
 def _reference_bundle(

@@ -1,15 +1,20 @@
 """Atomic file replacement, file hashes, and the cache folder."""
 
+import errno
 import glob
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = "SG_EXPORT_CACHE"
 """Environment variable with the path of the cache folder."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the system's errors that mean a full disk."""
 
 
 def cache_folder() -> Path:
@@ -30,6 +35,27 @@ def temporary_beside(path: Path) -> Path:
 def leftovers_of(path: Path) -> str:
     """Return the pattern of the names that `temporary_beside` gives, in any process."""
     return f".{glob.escape(path.name)}.*-{'[0-9a-f]' * 8}.partial"
+
+
+def check_room(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`, or in its first parent that exists.
+
+    Nothing is left, also if the process is killed.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of `folder` is full, or the user's share of it: it has no room for 1 MiB."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(1 << 20))
+    except OSError as error:
+        return error.errno in FULL
+    return False
 
 
 @contextmanager

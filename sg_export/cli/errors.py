@@ -1,11 +1,12 @@
 """Errors of commands: each ends as one message with the exit code of its kind."""
 
 import errno
+import os
 import re
 import signal
 import threading
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,7 @@ import click
 from sg_export.cli.output import log_messages
 from sg_runtime.errors import OptionError, SgError
 from sg_runtime.extras import install_command
+from sg_runtime.files import FULL, check_room, is_full
 
 
 class Failure(click.ClickException):
@@ -98,8 +100,9 @@ def failure(error: Exception) -> Failure:
         return Failure(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")) is not None:
         return Failure(f"{error.name} is not installed: {command}", 2)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return Failure("the disk is full; free some space, or write to another disk", 1)
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return Failure(f"{where}the disk is full; free some space, or write to another disk", 1)
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(f"{error.filename}: {error.strerror}", 2)
     return Failure(f"unexpected {type(error).__name__}: {error}; run again with --debug, and please report it", 1)
@@ -125,13 +128,50 @@ def with_options(message: str, fields: Collection[str]) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error on a temporary file next to `path` into a message about `path` itself."""
+def writing(path: Path, option: str = "--output") -> Iterator[None]:
+    """Turn an error on `path`, or on a temporary file next to it, into a message about `path`.
+
+    option: the option that chooses `path`. An error of another file names that file.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise Failure(
-                f"{path}: the disk is full; free some space, or give an --output on another disk", 1
-            ) from error
-        raise Failure(f"{path}: cannot be written ({error.strerror or error}): give another --output", 2) from error
+        if not _concerns(error, path.absolute()):
+            raise
+        if error.errno in FULL or (error.errno is None and is_full(path.absolute().parent)):
+            raise Failure(f"{path}: the disk is full; free some space, or give {option} on another disk", 1) from error
+        raise Failure(f"{path}: cannot be written ({error.strerror or error}): give another {option}", 2) from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is of a file next to `path`, or in a folder that `path` would be in."""
+    if not isinstance(error.filename, str):
+        return True
+    named = Path(error.filename).absolute()
+    return named.is_relative_to(path.parent) or path.is_relative_to(named.parent)
+
+
+def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise Failure if a command cannot write its results to `path`, before it does any work.
+
+    inputs: files that the command reads, which `path` may not replace.
+    """
+    if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+        raise Failure(f"{path}: is an input of this command: give another --output", 2)
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.exists() and not path.is_file():
+            raise Failure(f"{path}: expected a file, found a device: give another --output", 2)
+        if not path.absolute().parent.is_dir():
+            raise Failure(f"{path}: cannot be written: found no folder {path.absolute().parent}: make it first", 2)
+        check_room(path.absolute().parent)
+
+
+def check_output_folder(path: Path, option: str) -> None:
+    """Raise Failure if a command cannot write to the folder `path`, before it does any work.
+
+    option: the option that chooses `path`.
+    """
+    with writing(path, option):
+        check_room(path)

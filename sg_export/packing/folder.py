@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sg_runtime.errors import ExportError, UsageError
-from sg_runtime.files import leftovers_of, temporary_beside
+from sg_runtime.errors import ExportError, SgError, UsageError
+from sg_runtime.files import FULL, check_room, is_full, leftovers_of, temporary_beside
 from sg_runtime.manifest import MANIFEST_FILE
 
 VERIFY_FILE = "verify.json"
@@ -25,8 +26,8 @@ def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     """Raise UsageError if `output` exists and may not be replaced.
 
     It may be replaced only with `force`, and only if it is an empty folder, or a bundle that holds
-    nothing but its own files. It may not hold one of `inputs`, the files and folders that the build
-    reads.
+    nothing but its own files and verify's results. It may not hold one of `inputs`, the files and
+    folders that the build reads.
     """
     target = output.resolve()  # "new/.." is a folder that exists
     if not target.exists():
@@ -40,7 +41,7 @@ def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     own = own_files(target)
     if not empty and not own:
         raise UsageError(f"{output}: exists and is not a bundle, so --force does not replace it: give another --output")
-    if foreign := _foreign(target, own):
+    if own and (foreign := _foreign(target, own | {VERIFY_FILE})):
         names = ", ".join(foreign[:LISTED]) + (f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else "")
         raise UsageError(
             f"{output}: expected only files of the bundle, found {names}: --force would delete them: move them, or "
@@ -48,10 +49,23 @@ def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         )
 
 
+def check_place(output: Path) -> None:
+    """Raise UsageError if no folder can be made at `output`, ExportError if the disk is full."""
+    target = output.resolve()
+    if target.is_mount():
+        raise UsageError(
+            f"{output}: is a mount point, which cannot be replaced: give a folder in it, --output {output / 'bundle'}"
+        )
+    try:
+        check_room(target.parent)
+    except OSError as error:
+        raise _unwritable(output, error) from None
+
+
 def own_files(folder: Path) -> set[str]:
     """Return the files of a bundle that sg-export wrote, relative to `folder`; empty if it is none.
 
-    They are the manifest, of any schema version, the files that it lists, and verify's results.
+    They are the manifest, of any schema version, and the files that it lists.
     """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_bytes())
@@ -60,7 +74,12 @@ def own_files(folder: Path) -> set[str]:
     if not isinstance(content, dict) or not str(content.get("created_by")).startswith("sg-export"):
         return set()
     listed = content.get("files")
-    return {MANIFEST_FILE, VERIFY_FILE, *(listed if isinstance(listed, dict) else ())}
+    return {MANIFEST_FILE, *(listed if isinstance(listed, dict) else ())}
+
+
+def own_paths(bundles: Iterable[Path]) -> list[Path]:
+    """Return the paths of the files that sg-export wrote to these bundles."""
+    return [bundle / name for bundle in bundles for name in own_files(bundle)]
 
 
 def _foreign(folder: Path, own: set[str]) -> list[str]:
@@ -84,7 +103,7 @@ def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterat
     The temporary folder is next to `output`. If the block fails, it is removed. If the process is
     killed, the next build of `output` removes it. An existing bundle is kept, or restored, unless
     the new one is in place. Raises UsageError if the folder cannot be created, and ExportError if
-    the disk is full or another system error stops the block.
+    the disk is full or `output` cannot be written. An error of another file names that file.
     """
     target = output.resolve()  # "." has no name, and a link is not what gets replaced
     temporary, old = temporary_beside(target), temporary_beside(target)
@@ -94,17 +113,18 @@ def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterat
         temporary.mkdir()
         lock = _lock(temporary)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ExportError(_disk_message(output, error)) from None
-        raise UsageError(f"{output}: cannot be written ({error.strerror}): give another --output") from None
+        raise _unwritable(output, error) from None
     try:
         yield temporary
         check_output(output, force, inputs)  # again: another build may have written it in the meantime
         if target.exists():
             target.rename(old)
         temporary.rename(target)
-    except OSError as error:
-        raise ExportError(_disk_message(output, error)) from error
+    except Exception as error:
+        explained = _explained(error, output, target, temporary)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -147,7 +167,35 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _disk_message(output: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"{output}: the disk is full; free some space, or give an --output on another disk"
-    return f"{output}: cannot be written ({error.strerror or error})"
+def _unwritable(output: Path, error: OSError) -> SgError:
+    if error.errno in FULL:
+        return ExportError(_full_message(output))
+    return UsageError(f"{output}: cannot be written ({error.strerror or error}): give another --output")
+
+
+def _explained(error: Exception, output: Path, target: Path, temporary: Path) -> Exception:
+    """Return the error of a block of `new_folder` as an error about `output`, if it is one.
+
+    Libraries that write by themselves lose the system's reason (NumPy's "problem writing element",
+    ONNX Runtime's exceptions), and no write error has a path. So the disks tell which is full.
+    """
+    path, number = (error.filename, error.errno) if isinstance(error, OSError) else (None, None)
+    if isinstance(path, str) and not any(Path(path).absolute().is_relative_to(own) for own in (temporary, target)):
+        return error
+    full = number in FULL or os.strerror(errno.ENOSPC) in str(error)
+    if full or (number is None and not isinstance(error, SgError)):
+        scratch = Path(tempfile.gettempdir())
+        if not is_full(temporary) and is_full(scratch):
+            return ExportError(
+                f"{scratch}: the disk of temporary files is full; free some space, or set TMPDIR to a folder on "
+                f"another disk"
+            )
+        if full or is_full(temporary):
+            return ExportError(_full_message(output))
+    if isinstance(error, OSError):
+        return ExportError(f"{output}: cannot be written ({error.strerror or error})")
+    return error
+
+
+def _full_message(output: Path) -> str:
+    return f"{output}: the disk is full; free some space, or give --output on another disk"

@@ -259,7 +259,7 @@ def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any
     result = mounted(f"-t tmpfs -o {limit} none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
     assert result.returncode == 3, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "Error: disk/out: the disk is full; free some space, or give an --output on another disk"
+        "Error: disk/out: the disk is full; free some space, or give --output on another disk"
     )
     assert result.stdout == "left:\n"
 

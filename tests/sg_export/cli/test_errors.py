@@ -2,8 +2,10 @@
 
 import errno
 import io
+import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,7 +32,12 @@ from sg_runtime import errors
             2,
             "onnx is not installed: pip install 'sg-export[export]'",
         ),
-        (OSError(errno.ENOSPC, "full", "a.png"), 1, "the disk is full; free some space, or write to another disk"),
+        (OSError(errno.ENOSPC, "full"), 1, "the disk is full; free some space, or write to another disk"),
+        (
+            OSError(errno.EDQUOT, "quota", "a.png"),
+            1,
+            "a.png: the disk is full; free some space, or write to another disk",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "a.png"), 2, "a.png: Permission denied"),
         (ValueError("a"), 1, "unexpected ValueError: a; run again with --debug, and please report it"),
         (
@@ -112,6 +119,7 @@ def test_show_on_a_terminal_that_is_gone_raises_nothing() -> None:
     [
         (OSError(errno.ENOSPC, "full", ".out.partial"), 1, "out: the disk is full; free some space, or "),
         (OSError(errno.EROFS, "read-only", ".out.partial"), 2, "out: cannot be written (read-only): give another"),
+        (OSError(errno.EDQUOT, "quota"), 1, "out: the disk is full; free some space, or "),
         (OSError("encoder error -2"), 2, "out: cannot be written (encoder error -2): give another --output"),
     ],
 )
@@ -120,3 +128,35 @@ def test_writing_that_fails_names_the_users_path(error: OSError, exit_code: int,
         raise error
     assert caught.value.exit_code == exit_code
     assert caught.value.message.startswith(message)
+
+
+def test_writing_that_fails_without_a_reason_asks_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sg_export.cli.errors.is_full", lambda folder: folder == Path("out").absolute().parent)
+    with pytest.raises(Failure, match="out: the disk is full; free some space"), writing(Path("out")):
+        raise OSError("problem writing element 23552 to file")
+
+
+def test_writing_of_an_error_elsewhere_leaves_it(tmp_path: Path) -> None:
+    """An error about another file must not be blamed on the output."""
+    with pytest.raises(PermissionError), writing(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/last.pt")
+
+
+@pytest.mark.parametrize("words", [("generate",), ("report",), ("verify",), ("calibrate", "--calib-samples", 1)])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("folder.png", "cannot be written (Is a directory): give another --output"),
+        ("none/a.png", "cannot be written: found no folder {}/none: make it first"),
+        ("file/a.png", "cannot be written: found no folder {}/file: make it first"),
+        ("pipe.png", "expected a file, found a device: give another --output"),
+    ],
+)
+def test_commands_refuse_an_impossible_output_before_they_read_anything(
+    words: tuple[str, ...], output: str, message: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = refused(2, words[0], tmp_path / "missing", *words[1:], "-o", tmp_path / output)
+    assert found == f"{tmp_path / output}: {message.format(tmp_path)}"

@@ -1,5 +1,6 @@
 """The folder of a bundle: what may be replaced, and what a build leaves."""
 
+import errno
 import json
 import os
 import subprocess
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sg_export.packing.folder import check_output, new_folder
-from sg_runtime.errors import UsageError
+from sg_export.packing.folder import check_output, check_place, new_folder
+from sg_runtime.errors import EngineError, UsageError
 
 
 @pytest.fixture
@@ -126,3 +127,44 @@ def test_new_folder_keeps_whole_bundles_until_there_is_a_newer_one(tmp_path: Pat
             (folder / "manifest.json").write_text('{"created_by": "sg-export 2"}')
             remaining = set(left) & set(tmp_path.iterdir())
             assert len(remaining) == (0 if (tmp_path / "out").exists() else 2)
+
+
+def test_check_place_of_a_mount_point_raises() -> None:
+    with pytest.raises(UsageError, match=r"/proc: is a mount point, which cannot be replaced: give .* /proc/bundle"):
+        check_place(Path("/proc"))
+
+
+def test_check_place_leaves_nothing(tmp_path: Path) -> None:
+    check_place(tmp_path / "new/out")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+VAGUE = OSError("problem writing element 23552 to file")
+
+
+@pytest.mark.parametrize(
+    ("error", "disk", "message"),
+    [
+        (FULL, "out", "out: the disk is full; free some space, or give --output on another disk"),
+        (FULL, "", "out: the disk is full; free"),  # the partial file is gone again
+        (FULL, "scratch", "the disk of temporary files is full; free some space, or set TMPDIR to a folder on"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "out", "out: the disk is full; free"),
+        (VAGUE, "out", "out: the disk is full; free"),
+        (VAGUE, "scratch", "the disk of temporary files is full"),
+        (VAGUE, "", r"out: cannot be written \(problem writing element"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "out", "out: the disk is full; free"),
+        (RuntimeError("a bug"), "", "a bug"),
+        (EngineError(f"guided: {FULL}"), "", "out: the disk is full; free"),
+        (EngineError("guided: a bug"), "out", "guided: a bug"),
+        (PermissionError(errno.EACCES, "denied", "/elsewhere/last.pt"), "", "denied: '/elsewhere/last.pt'"),
+    ],
+)
+def test_new_folder_tells_a_full_disk_from_other_errors(
+    error: Exception, disk: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {"out": lambda folder: folder.parent == tmp_path, "scratch": lambda folder: folder.parent != tmp_path}
+    monkeypatch.setattr("sg_export.packing.folder.is_full", full.get(disk, lambda folder: False))
+    with pytest.raises(Exception, match=message), new_folder(tmp_path / "out", force=False):
+        raise error
+    assert list(tmp_path.iterdir()) == []

@@ -48,11 +48,12 @@ def check_room(folder: Path) -> None:
         pass
 
 
-def is_full(folder: Path) -> bool:
-    """Whether the disk of `folder` is full, or the user's share of it: it has no room for 1 MiB."""
+def is_full(folder: Path, size: int = 1 << 20) -> bool:
+    """Whether the disk of `folder`, or the user's share of it, has no room for `size` bytes."""
     try:
         with tempfile.TemporaryFile(dir=folder) as stream:
-            stream.write(bytes(1 << 20))
+            for written in range(0, size, 1 << 20):
+                stream.write(bytes(min(1 << 20, size - written)))
     except OSError as error:
         return error.errno in FULL
     return False

@@ -80,6 +80,15 @@ def test_is_full_tells_a_full_disk_and_a_full_quota(
     assert is_full(tmp_path) == full
 
 
+def test_is_full_asks_for_the_given_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(io.BytesIO):
+        def close(self) -> None:
+            assert len(self.getvalue()) == 3 * 2**20 + 5
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Disk())
+    assert not is_full(tmp_path, 3 * 2**20 + 5)
+
+
 @pytest.mark.parametrize("size", [0, 3, 2**20, 2**20 + 1])
 def test_sha256_of_a_file_of_any_length_is_the_hash_of_its_bytes(tmp_path: Path, size: int) -> None:
     """The lengths are around the size of the chunks that are read."""

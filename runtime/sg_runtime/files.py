@@ -20,11 +20,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def cache_folder() -> Path:
     """Return the cache folder. Its content can be made again.
 
-    $SG_EXPORT_CACHE, or `sg-export` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    $SG_EXPORT_CACHE, or `sg-export` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache). Raises
+    FileNotFoundError if the user has no home folder.
     """
     if given := os.environ.get(CACHE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, f"no home folder; set {CACHE}", "~/.cache/sg-export") from None
 
 
 def temporary_beside(path: Path) -> Path:

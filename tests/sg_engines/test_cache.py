@@ -79,6 +79,32 @@ def test_fetch_replaces_what_was_there(cache: EngineCache, tmp_path: Path) -> No
     assert output.read_bytes() == b"the engine"
 
 
+@pytest.mark.parametrize("name", ["open", "unlink"])
+def test_fetch_from_a_cache_that_denies_it_gives_none(
+    name: str, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine cannot be read, or an altered entry cannot be removed."""
+    real = getattr(Path, name)
+
+    def deny(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path == entry(cache, "engine"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **settings)
+
+    if name == "unlink":
+        entry(cache, "engine").write_bytes(b"altered")
+    monkeypatch.setattr(Path, name, deny)
+    assert cache.fetch(KEY, tmp_path / "engine") is None
+    assert entry(cache, "engine").exists()
+
+
+def test_fetch_to_a_folder_that_cannot_be_written_blames_the_output(cache: EngineCache, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        cache.fetch(KEY, tmp_path / "none/engine")
+    assert Path(caught.value.filename).parent == tmp_path / "none"
+    assert cache.fetch(KEY, tmp_path / "engine") == FIGURES
+
+
 def test_fetch_from_a_folder_that_is_not_there_gives_none(tmp_path: Path) -> None:
     assert EngineCache(tmp_path / "none").fetch(KEY, tmp_path / "engine") is None
     assert list(tmp_path.iterdir()) == []

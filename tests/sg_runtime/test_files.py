@@ -116,3 +116,12 @@ def test_cache_folder_is_the_first_that_the_environment_names(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+def test_cache_folder_of_a_user_without_a_home_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers run so under a number that is no user."""
+    for name in ("SG_EXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(FileNotFoundError, match=r"no home folder; set SG_EXPORT_CACHE: '~/.cache/sg-export'"):
+        cache_folder()

@@ -7,6 +7,12 @@ from sg_runtime.errors import BundleError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, read_manifest
 
+PARTS = (MANIFEST_FILE, "graphs", "engines")
+"""Names in the folder of a bundle."""
+
+CHECKPOINTS = (".pt", ".pth", ".safetensors")
+"""Ends of the names of checkpoints."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -24,9 +30,12 @@ class Bundle:
         manifest, or outside the bundle.
         """
         root = Path(path)
-        if not root.is_dir():
-            found = "a file" if root.exists() else "nothing there"
-            raise BundleError(f"{root}: expected a bundle (a directory), found {found}; make one with sg-export build")
+        try:
+            found = _something_else(root)
+        except OSError:
+            found = None  # the manifest cannot be read either, for the same reason
+        if found is not None:
+            raise BundleError(f"{root}: expected a bundle (a directory), found {found}")
         manifest = read_manifest(root / MANIFEST_FILE)
         for file in (*(graph.file for graph in manifest.graphs), *(engine.file for engine in manifest.engines)):
             if file is not None and file not in manifest.files:
@@ -55,6 +64,29 @@ class Bundle:
                 f"--target onnxruntime"
             )
         return self.path / graph.file
+
+
+def _something_else(root: Path) -> str | None:
+    """Return what is at `root` and what to give instead; None if it may be a bundle."""
+    if (root / MANIFEST_FILE).is_file():
+        return None
+    inside = next((parent for parent in root.absolute().parents if (parent / MANIFEST_FILE).is_file()), None)
+    if inside is not None and root.exists() and root.absolute().relative_to(inside).parts[0] in PARTS:
+        return f"a part of one; give {inside}"
+    make = "make one with sg-export build"
+    if not root.is_dir():
+        if root.suffix in CHECKPOINTS and root.exists():
+            return f"a checkpoint; {make} {root}"
+        return f"a file; {make}" if root.exists() else f"nothing there; {make}"
+    for name, owner in (("model_index.json", "a Diffusers pipeline"), ("config.json", "a model of another library")):
+        if (root / name).is_file():
+            return f"{owner} ({name}); {make} from a checkpoint of tread or MaskDiT"
+    held = sorted(root.iterdir())
+    bundles = [str(path) for path in held if (path / MANIFEST_FILE).is_file()]
+    if bundles:
+        return f"a folder of bundles; give {' or '.join(bundles[:3])}"
+    checkpoints = [path for path in held if path.suffix in CHECKPOINTS]
+    return f"a folder of checkpoints; {make} {checkpoints[0]}" if checkpoints else None
 
 
 def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> None:

@@ -16,10 +16,11 @@ from sg_export.graph.spec import GraphSpec, guided_alone
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import check_libraries
-from sg_export.packing.folder import check_output, new_folder
+from sg_export.packing.folder import check_output, check_place, new_folder
 from sg_export.packing.pack import Networks, add_engines, engine_source, files_of, manifest_of, pack, trace_all
 from sg_export.packing.pairs import choose_graphs
 from sg_export.progress import Counted, Report, silent
+from sg_export.reference import REFERENCES
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import (
     MANIFEST_FILE,
@@ -38,7 +39,11 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     checkpoint, ExportError if a graph cannot be made or does not agree with PyTorch. A failed
     compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
-    check_output(options.output, options.force)
+    inputs = [*inputs_of(checkpoint, options.weak_checkpoint)]
+    if options.quantize is not None:
+        inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
+    check_output(options.output, options.force, inputs)
+    check_place(options.output)
     check_libraries(options.libraries)
     if options.quantize is not None:
         options.quantize.check_files()
@@ -62,7 +67,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     passes = 1 if options.quantize is None else 2
     tracings = len({spec.network for spec in specs})
     counted = Counted(report, tracings + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
-    with new_folder(options.output, options.force) as folder:
+    with new_folder(options.output, options.force, inputs) as folder:
         traced = trace_all(networks, files, options, counted)
         quantization = None
         if options.quantize is not None:
@@ -83,6 +88,12 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         manifest = manifest_of(loaded, weak, plan, options, layers, quantization, written, engines, folder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
+
+
+def inputs_of(*checkpoints: str | Path | None) -> list[Path]:
+    """Return the files that are read for these checkpoints, whether or not they exist."""
+    files = [Path(name) for name in checkpoints if name is not None and str(name) not in REFERENCES]
+    return files + [path.with_suffix(".json") for path in files]  # facts about a checkpoint
 
 
 def _reference_bundle(

@@ -8,16 +8,21 @@ replaced atomically. Two processes that build the same engine write the same ent
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sg_engines.child import BuildFigures
-from sg_runtime.files import replacing, sha256_of
+from sg_runtime.files import replacing, sha256_of, temporary_beside
 
 SCHEMA = 1
 """Version of the key. Increase it when the same parts of a key come to mean another engine."""
+
+STALE = 3600.0
+"""Seconds without a write after which a partial copy belongs to a process that was killed."""
 
 _FACTS = {"key": dict, "sha256": str, "seconds": float, "memory_bytes": int}
 """Fields of an entry's JSON file, with their types."""
@@ -65,27 +70,44 @@ class EngineCache:
     def fetch(self, key: EngineKey, output: Path) -> BuildFigures | None:
         """Copy the engine of `key` to `output` and return the figures of its build.
 
-        Returns None if the cache has no such entry. An entry that was altered is removed, and None
-        is returned.
+        Returns None if the cache has no such entry, or one that cannot be read. An entry that was
+        altered is removed, and None is returned. Raises OSError if `output` cannot be written.
         """
         engine, facts = self._files(key)
         known = _read(facts)
         if known is None:
             return None
         try:
-            with replacing(output) as temporary:
-                shutil.copyfile(engine, temporary)
-                if sha256_of(temporary) != known["sha256"]:
-                    raise FileNotFoundError(f"{engine}: not the engine that was stored")
+            source = engine.open("rb")
         except FileNotFoundError:
             self._remove(key)
             return None
+        except OSError:
+            return None
+        temporary = temporary_beside(output)
+        try:
+            with source, temporary.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+            if sha256_of(temporary) != known["sha256"]:
+                self._remove(key)
+                return None
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
         return BuildFigures(known["seconds"], known["memory_bytes"])
 
     def store(self, key: EngineKey, engine: Path, figures: BuildFigures) -> None:
-        """Store a copy of the engine at `engine` under `key`."""
+        """Store a copy of the engine at `engine` under `key`.
+
+        Partial copies that killed processes left are removed. Raises OSError if the cache cannot be
+        written.
+        """
         target, facts = self._files(key)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.partial"):
+            with suppress(OSError):  # another process removed it
+                if time.time() - leftover.stat().st_mtime > STALE:
+                    leftover.unlink()
         with replacing(target) as temporary:
             shutil.copyfile(engine, temporary)
         content = asdict(figures) | {"sha256": sha256_of(engine), "key": asdict(key)}
@@ -118,15 +140,16 @@ class EngineCache:
         return self.folder / f"{key.digest}.engine", self.folder / f"{key.digest}.json"
 
     def _remove(self, key: EngineKey) -> None:
-        for path in self._files(key):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # the cache may be read-only
+            for path in self._files(key):
+                path.unlink(missing_ok=True)
 
 
 def _sha256(engine: Path) -> str | None:
-    """Return the SHA-256 of an engine; None if the file does not exist (any more)."""
+    """Return the SHA-256 of an engine; None if the file does not exist or cannot be read."""
     try:
         return sha256_of(engine)
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

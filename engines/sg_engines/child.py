@@ -167,7 +167,8 @@ def _plan(content: dict[str, Any]) -> EngineRecipe:
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which kills this process
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal also tells the parent, which kills this process
+        signal.signal(number, signal.SIG_IGN)
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output that the library prints must not mix with the events
     request = json.load(sys.stdin)

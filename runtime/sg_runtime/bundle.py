@@ -14,6 +14,12 @@ from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, 
 STRAYS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".directory", ".nfs*", ".fuse_hidden*", "@eaDir")
 """Names of files that desktops and network mounts leave in any folder."""
 
+PARTS = (MANIFEST_FILE, "graphs", "engines")
+"""Names in the folder of a bundle."""
+
+CHECKPOINTS = (".pt", ".pth", ".safetensors")
+"""Ends of the names of checkpoints."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -46,9 +52,12 @@ class Bundle:
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(f"bundle: expected the path of a folder, found {path!r}")
         root = Path(path)
-        if not root.is_dir():
-            found = "a file" if root.exists() else "nothing there"
-            raise BundleError(f"{root}: expected a bundle (a directory), found {found}; make one with sg-export build")
+        try:
+            found = _something_else(root)
+        except OSError:
+            found = None  # the manifest cannot be read either, for the same reason
+        if found is not None:
+            raise BundleError(f"{root}: expected a bundle (a directory), found {found}")
         manifest = read_manifest(root / MANIFEST_FILE)
         for file in (*(graph.file for graph in manifest.graphs), *(engine.file for engine in manifest.engines)):
             if file is not None and file not in manifest.files:
@@ -119,6 +128,29 @@ def _state(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _something_else(root: Path) -> str | None:
+    """Return what is at `root` and what to give instead; None if it may be a bundle."""
+    if (root / MANIFEST_FILE).is_file():
+        return None
+    inside = next((parent for parent in root.absolute().parents if (parent / MANIFEST_FILE).is_file()), None)
+    if inside is not None and root.exists() and root.absolute().relative_to(inside).parts[0] in PARTS:
+        return f"a part of one; give {inside}"
+    make = "make one with sg-export build"
+    if not root.is_dir():
+        if root.suffix in CHECKPOINTS and root.exists():
+            return f"a checkpoint; {make} {root}"
+        return f"a file; {make}" if root.exists() else f"nothing there; {make}"
+    for name, owner in (("model_index.json", "a Diffusers pipeline"), ("config.json", "a model of another library")):
+        if (root / name).is_file():
+            return f"{owner} ({name}); {make} from a checkpoint of tread or MaskDiT"
+    held = sorted(root.iterdir())
+    bundles = [str(path) for path in held if (path / MANIFEST_FILE).is_file()]
+    if bundles:
+        return f"a folder of bundles; give {' or '.join(bundles[:3])}"
+    checkpoints = [path for path in held if path.suffix in CHECKPOINTS]
+    return f"a folder of checkpoints; {make} {checkpoints[0]}" if checkpoints else None
 
 
 def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> tuple[int, ...]:

@@ -1,8 +1,11 @@
 """Atomic file replacement, file hashes, and the cache folder."""
 
+import errno
+import glob
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,20 +13,54 @@ from pathlib import Path
 CACHE = "SG_EXPORT_CACHE"
 """Environment variable with the path of the cache folder."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the system's errors that mean a full disk."""
+
 
 def cache_folder() -> Path:
     """Return the cache folder. Its content can be made again.
 
-    $SG_EXPORT_CACHE, or `sg-export` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    $SG_EXPORT_CACHE, or `sg-export` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache). Raises
+    FileNotFoundError if the user has no home folder.
     """
     if given := os.environ.get(CACHE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sg-export"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, f"no home folder; set {CACHE}", "~/.cache/sg-export") from None
 
 
 def temporary_beside(path: Path) -> Path:
     """Return a new unique hidden name next to `path`, for a file that is later renamed to it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def leftovers_of(path: Path) -> str:
+    """Return the pattern of the names that `temporary_beside` gives, in any process."""
+    return f".{glob.escape(path.name)}.*-{'[0-9a-f]' * 8}.partial"
+
+
+def check_room(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`, or in its first parent that exists.
+
+    Nothing is left, also if the process is killed.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def is_full(folder: Path, size: int = 1 << 20) -> bool:
+    """Whether the disk of `folder`, or the user's share of it, has no room for `size` bytes."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            for written in range(0, size, 1 << 20):
+                stream.write(bytes(min(1 << 20, size - written)))
+    except OSError as error:
+        return error.errno in FULL
+    return False
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def main() -> None:
 
     Exit codes: 0 done, 2 wrong or unsupported request, 3 export failed, 4 engine failed, 5 a parity
     gate failed or samples are not finite, 6 bundle, checkpoint or device unusable here, 130
-    interrupted.
+    interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
     """
 
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--opset", type=click.IntRange(min=20, max=22), default=20, show_default=True, help="ONNX opset.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL-bundle]")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle that holds only its own files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def build(

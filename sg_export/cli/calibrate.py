@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sg_export.cli.errors import Command, writing
+from sg_export.cli.errors import Command, check_output_file, check_output_folder, writing
 from sg_export.cli.options import (
     GUIDANCE,
     RUNS,
@@ -15,7 +15,6 @@ from sg_export.cli.options import (
     WEAK_CHECKPOINT,
     ModelSource,
     RangeSource,
-    check_parent,
     feed_options,
     model_options,
     refuse_given,
@@ -67,12 +66,14 @@ def calibrate(
     """
     from sg_calibration.feeds import given_shards
     from sg_calibration.ranges import write_table
-    from sg_export.compiler import compile
+    from sg_export.compiler import compile, inputs_of
     from sg_export.options.compile import CompileOptions
     from sg_export.quantize.search import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
 
-    check_parent(output)
+    check_output_file(output, inputs_of(model or DEFAULT_REFERENCE, weak_checkpoint))
+    if folder is not None:
+        check_output_folder(folder, "--folder")
     if ranges.calib_data is not None:
         refuse_given((*RUNS, "folder"), "only if ranges are measured on runs, without --calib-data")
         given_shards(ranges.calib_data)  # raises before anything is traced

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from sg_export.cli.errors import Command, Failure, writing
+from sg_export.cli.errors import Command, Failure, check_output_file, writing
 from sg_export.cli.options import INTERVAL, DeviceChoice, device_options
 from sg_export.cli.output import progress
 from sg_export.cli.types import RampType
@@ -125,8 +125,7 @@ def generate(
 
     if output.suffix not in (".png", ".npy"):
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
-    if not output.parent.is_dir():
-        raise Failure(f"{output}: expected an existing folder, found no {output.parent}: make it first", 2)
+    check_output_file(output)
     pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch, threads=on.threads)
     model = pipe.bundle.manifest.model
     if output.suffix == ".png" and model.space == "latent":

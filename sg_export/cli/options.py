@@ -456,9 +456,3 @@ def refuse_given(names: Collection[str], why: str) -> None:
     for option in context.command.params:
         if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"{option.opts[0]}: {why}")
-
-
-def check_parent(path: Path) -> None:
-    """Raise UsageError if the folder of a file to write does not exist."""
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path}: cannot be written: found no folder {path.absolute().parent}")

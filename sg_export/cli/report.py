@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from sg_export.cli.errors import Command, writing
-from sg_export.cli.options import check_parent
+from sg_export.cli.errors import Command, check_output_file, writing
 from sg_export.cli.output import progress
 
 
@@ -29,11 +28,12 @@ def report(bundles: tuple[Path, ...], device: str, output: Path, quiet: bool) ->
     Examples:
       sg-export report glyphs-bundle glyphs-fp16 glyphs-int8 -o report.html
     """
+    from sg_export.packing.folder import own_paths
     from sg_export.report.collect import collect
     from sg_export.report.page import render
     from sg_runtime.files import replacing
 
-    check_parent(output)
+    check_output_file(output, own_paths(bundles))
     with progress(quiet) as tell:
         page = render(collect(bundles, device=device, report=tell))
     with writing(output), replacing(output) as temporary:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sg_export.cli.errors import Command, Failure, writing
+from sg_export.cli.errors import Command, Failure, check_output_file, check_output_folder, writing
 from sg_export.cli.output import print_table, progress
 from sg_runtime.backends import BACKENDS
 
@@ -39,7 +39,10 @@ EPSILON = 1e-12
     help="Library that runs the bundle.  [default: the fastest that works on the device]",
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="File of the results.  [default: BUNDLE/verify.json]"
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="File of the results.  [default: BUNDLE/verify.json, if it can be written]",
 )
 @click.option(
     "--save-polygraphy",
@@ -71,10 +74,21 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --save-polygraphy parity
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
+    from sg_export.compiler import inputs_of
+    from sg_export.packing.folder import VERIFY_FILE, own_paths
     from sg_export.parity.compare import write_parity
     from sg_export.parity.verify import verify as compare
     from sg_runtime.bundle import Bundle
 
+    target, unwritable = output or bundle / VERIFY_FILE, None
+    try:
+        check_output_file(target, [*own_paths([bundle]), *inputs_of(checkpoint, weak_checkpoint)])
+    except Failure as failure:
+        if output is not None:
+            raise
+        unwritable = failure.message  # a bundle may be on a read-only disk
+    if save_polygraphy is not None:
+        check_output_folder(save_polygraphy, "--save-polygraphy")
     with progress(quiet) as report:
         parity = compare(
             bundle,
@@ -85,16 +99,16 @@ def verify(
             save_polygraphy=save_polygraphy,
             report=report,
         )
-    target = output or bundle / "verify.json"
     quantized = any(c.output == "guided" for c in parity.comparisons)
     if not quiet:
         (_print_strata if quantized else _print_worst)(bundle, parity.comparisons)
         for command in parity.commands:
             click.echo(command)
-    with writing(target):
-        write_parity(parity, Bundle.open(bundle, verify_hashes=False), target)
+    if unwritable is None:
+        with writing(target):
+            write_parity(parity, Bundle.open(bundle, verify_hashes=False), target)
     if not quiet:
-        click.echo(f"results: {target}")
+        click.echo(f"results: {target}" if unwritable is None else f"results are not written: {unwritable}")
     failed = [c for c in parity.comparisons if not c.passed]
     if failed:
         worst = max(failed, key=_excess)

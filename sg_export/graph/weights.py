@@ -1,11 +1,14 @@
 """Writer of graphs that share one file of weights."""
 
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from sg_runtime.errors import ExportError
+from sg_runtime.files import is_full
 
 
 def write_graphs(
@@ -17,7 +20,8 @@ def write_graphs(
 
     Initializers of one name must be the same tensor in every graph, as `trace` makes them. Each is
     written once. Returns the paths of the graphs. Raises ExportError for an initializer without a
-    value, and for one whose shape or type differs between graphs.
+    value, and for one whose shape or type differs between graphs. Raises OSError if the disk is
+    full, with the system's number of that error.
     """
     models = list(models)
     tensors: dict[str, ir.TensorProtocol] = {}
@@ -32,7 +36,12 @@ def write_graphs(
                 if known.shape != tensor.shape or known.dtype != tensor.dtype:
                     raise ExportError(f"graph {model.graph.name}: initializer {name} differs between graphs")
                 values.append(value)
-    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights_file)
+    try:
+        external = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights_file)
+    except OSError as error:  # NumPy hides the system's reason, and the partial file is gone
+        if error.errno is None and is_full(folder, sum(tensor.nbytes for tensor in tensors.values())):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / weights_file)) from error
+        raise
     by_name = dict(zip(tensors, external, strict=True))
     paths = []
     for value in values:

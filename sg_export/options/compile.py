@@ -40,7 +40,7 @@ class CompileOptions:
     quantize: how to quantize layers to INT8 or FP8; None for no quantization.
     opset: ONNX opset.
     weights, overrides: see `load_model`.
-    force: replace an existing bundle.
+    force: replace an existing bundle that holds only its own files.
     """
 
     output: Path

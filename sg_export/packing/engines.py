@@ -87,7 +87,7 @@ def build_engines(
     Raises EngineError if an engine cannot be built or fails a check.
     """
     folder.mkdir(exist_ok=True)
-    cache = EngineCache(options.cache or cache_folder())
+    cache = _open_cache(options.cache)
     engines: list[EngineFacts] = []
     total = len(options.libraries) * len(sources)
     weights = {path: sha256_of(path) for path in {source.weights for source in sources}}
@@ -106,19 +106,36 @@ def build_engines(
             )
             key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
-            if LOG.isEnabledFor(logging.INFO):  # `explain` reads the entire engine
+            if cache is not None and LOG.isEnabledFor(logging.INFO):  # `explain` reads the entire engine
                 LOG.info("%s: %s", path.name, cache.explain(key))
             report(f"building {source.path.stem}", len(engines), total)
-            figures = cache.fetch(key, path)
+            figures = None if cache is None else cache.fetch(key, path)
             cached = figures is not None
             if figures is None:
                 stage = f"building {source.path.stem}"
                 phases = functools.partial(_report_phase, report, stage, len(engines), total)
                 figures = build_in_child(library, source.path, plan, path, phases)
             engines.append(_facts(source, library, trt.__version__, profiles, plan, path, figures, gpu, options))
-            if not cached:
-                cache.store(key, path, figures)
+            if cache is not None and not cached:
+                _store(cache, key, path, figures)
     return tuple(engines)
+
+
+def _open_cache(folder: Path | None) -> EngineCache | None:
+    """Return the cache in `folder`, by default the user's. A user without a home has none."""
+    try:
+        return EngineCache(folder or cache_folder())
+    except OSError as error:
+        LOG.warning("engine cache %s: not used (%s)", error.filename, error.strerror)
+        return None
+
+
+def _store(cache: EngineCache, key: EngineKey, engine: Path, figures: BuildFigures) -> None:
+    """Store an engine. A cache is not worth a build, so an error is only a warning."""
+    try:
+        cache.store(key, engine, figures)
+    except OSError as error:
+        LOG.warning("engine cache %s: %s is not kept (%s)", cache.folder, key.name, error.strerror or error)
 
 
 def _report_phase(report: Report, stage: str, number: int, total: int, phase: str, done: int, steps: int) -> None:

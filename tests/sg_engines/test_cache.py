@@ -1,6 +1,7 @@
 """The engine cache: hits, misses, and two processes that use it at the same time."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,11 +63,46 @@ def test_fetch_of_a_known_key_gives_the_same_bytes_and_figures(cache: EngineCach
     assert {path.suffix for path in cache.folder.iterdir()} == {".engine", ".json"}, "no temporary file is left"
 
 
+def test_store_removes_the_partial_copies_of_killed_processes(cache: EngineCache, tmp_path: Path) -> None:
+    stale, fresh = (cache.folder / f".{name}.engine.7-01234567.partial" for name in ("stale", "fresh"))
+    for path in (stale, fresh):
+        path.write_bytes(b"the eng")
+    os.utime(stale, (0, 0))
+    cache.store(KEY, tmp_path / "built", FIGURES)
+    assert (stale.exists(), fresh.exists()) == (False, True)
+
+
 def test_fetch_replaces_what_was_there(cache: EngineCache, tmp_path: Path) -> None:
     output = tmp_path / "engine"
     output.write_bytes(b"an older one")
     cache.fetch(KEY, output)
     assert output.read_bytes() == b"the engine"
+
+
+@pytest.mark.parametrize("name", ["open", "unlink"])
+def test_fetch_from_a_cache_that_denies_it_gives_none(
+    name: str, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine cannot be read, or an altered entry cannot be removed."""
+    real = getattr(Path, name)
+
+    def deny(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path == entry(cache, "engine"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **settings)
+
+    if name == "unlink":
+        entry(cache, "engine").write_bytes(b"altered")
+    monkeypatch.setattr(Path, name, deny)
+    assert cache.fetch(KEY, tmp_path / "engine") is None
+    assert entry(cache, "engine").exists()
+
+
+def test_fetch_to_a_folder_that_cannot_be_written_blames_the_output(cache: EngineCache, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        cache.fetch(KEY, tmp_path / "none/engine")
+    assert Path(caught.value.filename).parent == tmp_path / "none"
+    assert cache.fetch(KEY, tmp_path / "engine") == FIGURES
 
 
 def test_fetch_from_a_folder_that_is_not_there_gives_none(tmp_path: Path) -> None:

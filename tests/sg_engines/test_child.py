@@ -206,13 +206,12 @@ def test_build_in_child_that_is_interrupted_ends_the_child_and_leaves_nothing(
     assert list(output.parent.iterdir()) == []
 
 
-def test_child_leaves_interrupts_to_its_parent(
-    products: Products, plan: EngineRecipe, engine: Path, output: Path, children: Children
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_child_leaves_signals_of_the_terminal_to_its_parent(
+    number: int, products: Products, plan: EngineRecipe, engine: Path, output: Path, children: Children
 ) -> None:
-    """A terminal sends Ctrl-C to both processes; the parent is the one that ends the child."""
-    build_in_child(
-        "tensorrt_rtx", products["fp16"], plan, output, lambda *event: children[0].send_signal(signal.SIGINT)
-    )
+    """A terminal sends both signals to both processes; the parent ends the child."""
+    build_in_child("tensorrt_rtx", products["fp16"], plan, output, lambda *event: children[0].send_signal(number))
     assert output.read_bytes() == engine.read_bytes()
 
 
@@ -244,7 +243,7 @@ def test_build_in_child_takes_nothing_that_the_library_prints_for_an_event(
 @pytest.fixture
 def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
     """Return a function that runs the child's program in this process and returns its events."""
-    handler, standard_output = signal.getsignal(signal.SIGINT), os.dup(1)
+    handlers, standard_output = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP)}, os.dup(1)
     opened = ExitStack()  # a process that ends closes its output
 
     def fdopen(number: int, mode: str) -> Any:
@@ -262,7 +261,8 @@ def events_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     yield events_of
     os.dup2(standard_output, 1)
     os.close(standard_output)
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from sg_export.compiler import compile
 from sg_export.loading import LoadedModel, load_model
 from sg_export.options.compile import CompileOptions
+from sg_export.options.quantize import QuantizeOptions
 from sg_export.options.types import BASES
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
@@ -176,7 +177,7 @@ def test_compile_with_force_replaces_the_bundle_behind_a_link(quick_checkpoint: 
     old.mkdir()
     link.symlink_to(old)
     (old / "manifest.json").write_text('{"created_by": "sg-export 0"}')
-    (old / "more").write_text("")
+    (old / "verify.json").write_text("")
     compile(quick_checkpoint, smallest(link, force=True))
     assert link.is_symlink()
     assert sorted(path.name for path in old.iterdir()) == ["graphs", "manifest.json"]
@@ -212,6 +213,19 @@ def test_compile_to_existing_output_says_how(kind: str, force: bool, tmp_path: P
     with pytest.raises(UsageError, match=message):
         compile(tmp_path / "missing.pt", CompileOptions(output, force=force))
     assert output.is_file() == (kind == "file")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "weak checkpoint", "table", "like"])
+def test_compile_to_a_bundle_that_holds_an_input_raises(name: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"created_by": "sg-export 0"}')
+    given: dict[str, Any] = {
+        "weak checkpoint": {"weak_checkpoint": tmp_path / "old.pt"},
+        "table": {"quantize": QuantizeOptions(table=tmp_path / "ranges.json")},
+        "like": {"quantize": QuantizeOptions(like=tmp_path)},
+    }
+    options = CompileOptions(tmp_path, force=True, **given.get(name, {}))
+    with pytest.raises(UsageError, match="which this build reads: give another --output"):
+        compile(tmp_path / "new.pt" if name == "checkpoint" else "elsewhere.pt", options)
 
 
 @pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/sg-export/out"])

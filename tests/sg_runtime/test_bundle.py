@@ -76,9 +76,45 @@ def test_open_of_a_path_without_anything_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_open_of_a_file_says_so(tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"manifest\.json: expected a bundle \(a directory\), found a file"):
-        Bundle.open(tiny_bundle / "manifest.json")
+@pytest.mark.parametrize("name", ["manifest.json", "graphs", "graphs/weights.bin"])
+def test_open_of_a_part_of_a_bundle_names_the_bundle(name: str, tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tiny_bundle / name)
+    assert str(caught.value) == (
+        f"{tiny_bundle / name}: expected a bundle (a directory), found a part of one; give {tiny_bundle}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "found"),
+    [
+        (["notes.txt"], "notes.txt", "a file; make one with sg-export build"),
+        (["last.pt"], "last.pt", "a checkpoint; make one with sg-export build {}/last.pt"),
+        (["b.safetensors", "a.pth"], ".", "a folder of checkpoints; make one with sg-export build {}/a.pth"),
+        (["x/manifest.json", "y/manifest.json", "a.pt"], ".", "a folder of bundles; give {0}/x or {0}/y"),
+        (
+            ["model_index.json", "vae/config.json"],
+            ".",
+            "a Diffusers pipeline (model_index.json); make one with sg-export build from a checkpoint of tread or "
+            "MaskDiT",
+        ),
+        (
+            ["config.json", "diffusion_pytorch_model.safetensors"],
+            ".",
+            "a model of another library (config.json); make one with sg-export build from a checkpoint of tread or "
+            "MaskDiT",
+        ),
+    ],
+)
+def test_open_of_something_else_says_what_it_is_and_what_to_give(
+    files: list[str], given: str, found: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tmp_path / given)
+    assert str(caught.value) == (f"{tmp_path / given}: expected a bundle (a directory), found {found.format(tmp_path)}")
 
 
 def test_open_of_an_empty_folder_misses_the_manifest(tmp_path: Path) -> None:

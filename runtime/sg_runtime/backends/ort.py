@@ -141,9 +141,13 @@ class OrtBackend:
             options = {**provider.options, "device_id": str(self._number)}
             options["user_compute_stream"] = str(self._memory.stream)
         if provider.cache_option is not None:
-            folder = cache_folder() / "onnxruntime"
-            folder.mkdir(parents=True, exist_ok=True)
-            options[provider.cache_option] = str(folder)
+            try:
+                folder = cache_folder() / "onnxruntime"
+                folder.mkdir(parents=True, exist_ok=True)
+                options[provider.cache_option] = str(folder)
+            except OSError as error:
+                LOG.warning("cache %s: not used (%s)", error.filename, error.strerror)
+                options.pop("trt_engine_cache_enable", None)  # it would write to the current folder
         if not self.captures or provider.graph_option is None:
             return open_session(path, provider=provider, options=options, threads=self._threads)
         try:

@@ -93,8 +93,8 @@ class TrtBackend:
         for file, config in self._configs.items():
             if config is None:
                 continue
-            path = self._cache_file(file)
             with contextlib.suppress(OSError):  # a cache that cannot be written must not end a run
+                path = self._cache_file(file)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = bytes(config.get_runtime_cache().serialize())
                 if not path.exists() or path.stat().st_size != len(content):
@@ -128,8 +128,9 @@ class TrtBackend:
             return None
         config = self._engines[engine.file].create_runtime_config()
         config.set_execution_context_allocation_strategy(self._user_managed)
-        cache, path = config.create_runtime_cache(), self._cache_file(engine.file)
+        cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):
+            path = self._cache_file(engine.file)
             if not cache.deserialize(path.read_bytes()):
                 LOG.info("%s: made for another driver or GPU; kernels are compiled again", path)
         config.set_runtime_cache(cache)

@@ -227,8 +227,16 @@ def test_build_that_fails_to_export_ends_with_3(refused: Callable[..., str], qui
 
 
 @pytest.mark.slow
-def test_build_that_is_interrupted_ends_with_130(
-    start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "exit_code", "message"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGHUP, 129, "ended by SIGHUP"),
+    ],
+)
+def test_build_that_is_ended_by_a_signal_leaves_nothing(
+    number: int, exit_code: int, message: str, start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     with start("build", quick_checkpoint, "-o", "out") as building:
         for line in building.stderr:
@@ -237,10 +245,10 @@ def test_build_that_is_interrupted_ends_with_130(
         time.sleep(0.1)  # let it enter PyTorch's exporter
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith(f".out.{building.pid}-")
-        building.send_signal(signal.SIGINT)
+        building.send_signal(number)
         rest = building.stderr.read()
-    assert building.returncode == 130, rest
-    assert rest == "Error: interrupted; nothing was left half-written\n"
+    assert building.returncode == exit_code, rest
+    assert rest == f"Error: {message}; nothing was left half-written\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +259,7 @@ def test_build_on_a_full_disk_ends_with_3(limit: str, mounted: Callable[..., Any
     result = mounted(f"-t tmpfs -o {limit} none", "build", quick_checkpoint, *SMALLEST, "-o", "disk/out")
     assert result.returncode == 3, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "Error: disk/out: the disk is full; free some space, or give an --output on another disk"
+        "Error: disk/out: the disk is full; free some space, or give --output on another disk"
     )
     assert result.stdout == "left:\n"
 

@@ -53,18 +53,25 @@ def test_build_of_engines_tells_phases_engines_and_how_to_verify(
 
 
 @pytest.mark.slow
-def test_build_of_engines_that_is_interrupted_leaves_nothing(
-    start: Callable[..., Any], tiny_checkpoint: Path, cache: Path, tmp_path: Path
+@pytest.mark.parametrize(("number", "exit_code", "space"), [(signal.SIGINT, 130, "3G"), (signal.SIGTERM, 143, "4G")])
+def test_build_of_engines_that_is_ended_by_a_signal_leaves_nothing(
+    number: int,
+    exit_code: int,
+    space: str,  # another one, so that no engine is in the cache
+    start: Callable[..., Any],
+    tiny_checkpoint: Path,
+    cache: Path,
+    tmp_path: Path,
 ) -> None:
     before = set(cache.iterdir())
-    with start("build", tiny_checkpoint, *RTX, "--batch", 7, "-o", "out") as building:
+    with start("build", tiny_checkpoint, *RTX, "--batch", 7, "--workspace", space, "-o", "out") as building:
         for line in building.stderr:
             if "building guided-16-K: Building engine" in line:
                 break
-        building.send_signal(signal.SIGINT)
+        building.send_signal(number)
         rest = building.stderr.read()  # to the end: a living child would keep the pipe open
-    assert building.returncode == 130, rest
-    assert rest.endswith("Error: interrupted; nothing was left half-written\n")
+    assert building.returncode == exit_code, rest
+    assert rest.endswith("; nothing was left half-written\n")
     assert not list(tmp_path.iterdir())
     kept = set(cache.iterdir()) - before
     assert {path.suffix for path in kept} == {".engine", ".json"}  # the condition's engine was complete

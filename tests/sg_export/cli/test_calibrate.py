@@ -63,6 +63,19 @@ def test_calibrate_into_a_folder_that_is_not_there_says_so(
     assert message.startswith(f"{tmp_path / 'missing/ranges.json'}: cannot be written")
 
 
+def test_calibrate_to_the_facts_of_its_checkpoint_is_refused(refused: Run, quick: Any, tmp_path: Path) -> None:
+    checkpoint = quick.save(tmp_path / "last.pt")
+    message = refused(2, "calibrate", checkpoint, *LEAST, "-o", tmp_path / "last.json")
+    assert message == f"{tmp_path}/last.json: is an input of this command: give another --output"
+
+
+def test_calibrate_with_a_folder_that_cannot_be_made_is_refused(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ("--folder", tmp_path / "file/states", "-o", tmp_path / "ranges.json")
+    message = refused(2, "calibrate", tmp_path / "missing.pt", *LEAST, *words)
+    assert message == f"{tmp_path}/file/states: cannot be written (Not a directory): give another --folder"
+
+
 def test_build_with_quantization_options_that_make_no_sense_is_refused(
     refused: Run, quick_checkpoint: Path, tiny_ranges: Path, tmp_path: Path
 ) -> None:

@@ -213,7 +213,7 @@ def test_generate_of_a_wrong_request_ends_with_2(
     [
         ("a.jpg", "a.jpg: expected a name that ends in .png or .npy"),
         ("grid", "grid: expected a name that ends in .png or .npy"),
-        ("none/a.png", "none/a.png: expected an existing folder, found no "),
+        ("none/a.png", "none/a.png: cannot be written: found no folder "),
         ("folder.png", "folder.png: cannot be written (Is a directory): give another --output"),
         ("folder.npy", "folder.npy: cannot be written (Is a directory): give another --output"),
     ],
@@ -233,7 +233,7 @@ def test_generate_on_a_full_disk_says_so(name: str, mounted: Callable[..., Any],
     result = mounted(size, "generate", glyphs_bundle, *FAST, "--zoom", 4, "-o", f"disk/{name}")
     assert result.returncode == 1, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"Error: disk/{name}: the disk is full; free some space, or give an --output on another disk"
+        f"Error: disk/{name}: the disk is full; free some space, or give --output on another disk"
     )
     assert result.stdout == "left:\n"
 

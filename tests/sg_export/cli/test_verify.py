@@ -155,22 +155,41 @@ def test_verify_of_a_damaged_bundle_ends_with_6(refused: Callable[..., str], bun
     assert "file graphs/weights.bin: expected SHA-256" in refused(6, "verify", bundle)
 
 
-def test_verify_to_an_impossible_output_shows_the_table_and_ends_with_2(cli: Callable[..., Any], bundle: Path) -> None:
-    target = bundle.parent / "none/verify.json"
-    result = cli("verify", bundle, "-o", target)
-    assert result.exit_code == 2
-    assert "guided-12-8" in result.stdout
-    assert f"Error: {target}: cannot be written (No such file or directory): give another --output" in result.stderr
+def test_verify_to_a_file_that_it_reads_is_refused(
+    refused: Callable[..., str], bundle: Path, tiny_checkpoint: Path
+) -> None:
+    for path in (bundle / "manifest.json", bundle / "graphs/weights.bin", tiny_checkpoint):
+        message = refused(2, "verify", bundle, "--checkpoint", tiny_checkpoint, "-o", path)
+        assert message == f"{path}: is an input of this command: give another --output"
+
+
+def test_verify_without_room_for_its_folder_of_data_is_refused(
+    refused: Callable[..., str], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file/parity"
+    assert refused(2, "verify", bundle, "--save-polygraphy", folder) == (
+        f"{folder}: cannot be written (Not a directory): give another --save-polygraphy"
+    )
+
+
+def test_verify_of_a_bundle_that_takes_no_file_passes_and_says_so(cli: Callable[..., Any], bundle: Path) -> None:
+    (bundle / "verify.json").mkdir()  # stands for a read-only disk
+    result = cli("verify", bundle)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(
+        f"results are not written: {bundle}/verify.json: cannot be written (Is a directory): give another --output\n"
+    )
 
 
 @pytest.mark.slow
-def test_verify_of_a_read_only_bundle_asks_for_another_output(
+def test_verify_of_a_read_only_bundle_writes_its_results_where_output_says(
     mounted: Callable[..., Any], bundle: Path, tmp_path: Path
 ) -> None:
     result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle")
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1] == (
-        "Error: disk/bundle/verify.json: cannot be written (Read-only file system): give another --output"
+    assert result.returncode == 0, result.stderr
+    assert (
+        "results are not written: disk/bundle/verify.json: cannot be written (Read-only file system)" in result.stdout
     )
     result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle", "-o", "verify.json")
     assert result.returncode == 0, result.stderr

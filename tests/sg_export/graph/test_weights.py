@@ -1,5 +1,6 @@
 """A weights file shared by several graphs."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,19 @@ def test_write_graphs_of_initializer_without_value_raises(tmp_path: Path) -> Non
     broken.graph.initializers["w"].const_value = None
     with pytest.raises(ExportError, match="graph one: initializer w has no value"):
         write_graphs([broken], tmp_path, FILE)
+
+
+@pytest.mark.parametrize(("room", "number"), [(4000, None), (3999, errno.ENOSPC)])
+def test_write_graphs_to_a_full_disk_raises_the_systems_error(
+    room: int, number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy's error has no number. Then the partial file is removed, and the disk has room."""
+
+    def fail(*_: object) -> None:
+        raise OSError("problem writing element 23552 to file")
+
+    monkeypatch.setattr(ir.external_data, "convert_tensors_to_external", fail)
+    monkeypatch.setattr("sg_export.graph.weights.is_full", lambda folder, size: size > room)
+    with pytest.raises(OSError, match="writing element" if number is None else "No space left on device") as caught:
+        write_graphs([model("one", "Add", w=np.ones(1000, np.float32))], tmp_path, FILE)
+    assert caught.value.errno == number

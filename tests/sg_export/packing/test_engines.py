@@ -169,6 +169,27 @@ def test_compile_again_takes_engines_from_the_cache(
     assert second.manifest == first.manifest
 
 
+def test_compile_with_a_cache_that_cannot_be_written_warns_and_builds(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    bundle = build(cache=tmp_path / "file/cache")
+    assert engines_of(bundle).keys() == GUIDED
+    assert caplog.messages == [
+        f"engine cache {tmp_path}/file/cache: {name} is not kept (Not a directory)" for name in sorted(GUIDED)
+    ]
+
+
+def test_open_cache_without_a_home_warns_and_gives_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("SG_EXPORT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert engines._open_cache(None) is None
+    assert caplog.messages == ["engine cache ~/.cache/sg-export: not used (no home folder; set SG_EXPORT_CACHE)"]
+
+
 def test_compile_with_another_batch_says_what_differs(
     build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

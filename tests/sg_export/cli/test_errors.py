@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -84,3 +85,11 @@ def test_writing_that_fails_names_the_users_path(error: OSError, exit_code: int,
         raise error
     assert caught.value.exit_code == exit_code
     assert caught.value.message.startswith(message)
+
+
+def test_command_that_fails_beside_an_old_library_names_its_version(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sg_export.cli.errors.outdated", lambda: ["onnx-ir 0.1.9 is older than 0.1.16"])
+    message = refused(6, "inspect", tmp_path / "missing.pt")
+    assert message.splitlines()[1:] == ["onnx-ir 0.1.9 is older than 0.1.16"]

@@ -44,14 +44,19 @@ LIBRARIES = (
 """All libraries, in the order of `sg-export doctor`."""
 
 
+def install_extra(extra: str) -> str:
+    """Return how to install an extra of sg-export. sg-export is on no registry."""
+    return f"pip install -e '.[{extra}]' in a checkout of sg-export"
+
+
 def install_command(module: str, extra: str | None = None) -> str | None:
-    """Return the pip command that installs `module`, or None if no extra installs it.
+    """Return how to install `module`, see `install_extra`, or None if no extra installs it.
 
     extra: extra to install; by default the first one in LIBRARIES that contains `module`.
     """
     extras = [library.extra for library in LIBRARIES if library.module == module.partition(".")[0]]
     chosen = extra or next(iter(extras), None)
-    return None if chosen is None else f"pip install 'sg-export[{chosen}]'"
+    return None if chosen is None else install_extra(chosen)
 
 
 def outdated() -> list[str]:

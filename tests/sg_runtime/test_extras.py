@@ -17,7 +17,8 @@ def test_require_of_a_module_that_is_there_returns_it() -> None:
 def test_require_of_a_module_that_is_missing_names_the_extra(module: str) -> None:
     with pytest.raises(MissingExtraError) as caught:
         require(module, "tensorrt")
-    assert str(caught.value) == "sg_no_such_module is not installed: pip install 'sg-export[tensorrt]'"
+    told = "sg_no_such_module is not installed: pip install -e '.[tensorrt]' in a checkout of sg-export"
+    assert str(caught.value) == told
     assert isinstance(caught.value, UsageError)
 
 

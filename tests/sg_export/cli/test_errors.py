@@ -26,7 +26,7 @@ from sg_runtime import errors
         (
             ModuleNotFoundError("no", name="onnx"),
             2,
-            "onnx is not installed: pip install 'sg-export[export]'",
+            "onnx is not installed: pip install -e '.[export]' in a checkout of sg-export",
         ),
         (OSError(errno.ENOSPC, "full", "a.png"), 1, "the disk is full; free some space, or write to another disk"),
         (PermissionError(errno.EACCES, "Permission denied", "a.png"), 2, "a.png: Permission denied"),

@@ -12,6 +12,7 @@ import pytest
 
 from sg_export.cli import main
 from sg_runtime import __version__
+from sg_runtime.extras import install_extra
 
 COMMANDS = ["build", "calibrate", "generate", "inspect", "verify", "bench", "report", "doctor"]
 
@@ -123,7 +124,7 @@ def test_main_without_a_library_names_the_extra(
     words = [str(glyphs_bundle) if word == "BUNDLE" else word for word in arguments]
     result = process(*words, blocked=[blocked])
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1] == f"Error: {blocked} is not installed: pip install 'sg-export[{extra}]'"
+    assert result.stderr.splitlines()[-1] == f"Error: {blocked} is not installed: {install_extra(extra)}"
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 

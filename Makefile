@@ -1,5 +1,6 @@
 # make demo    a bundle of the reference model and a grid of its images, in demo/
 # make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
+# make wheel   a wheel of sg-export, in dist/: `pip install 'WHEEL[ort]'` installs it on a machine that serves
 # make check   the tests for every change: all but the slow ones
 # make test    all tests that need no GPU
 # make coverage  the same with coverage, and lint: what CI runs
@@ -22,7 +23,7 @@ BUNDLE := demo/glyphs-bundle
 GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
-.PHONY: help demo report check test coverage lint check-gpu clean
+.PHONY: help demo report wheel check test coverage lint check-gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -33,6 +34,9 @@ demo: $(GRID)
 
 report: demo/report.html
 	@echo "FP32, FP16 and INT8 side by side: $(CURDIR)/demo/report.html"
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/python -m build --wheel
 
 check: $(VENV)/installed-dev
 	$(PYTEST) -m "not gpu and not slow"

@@ -1,7 +1,8 @@
 """The libraries that sg-export uses: the purpose of each, and the extra that installs it."""
 
+import re
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from types import ModuleType
 
 from sg_runtime.errors import MissingExtraError
@@ -43,14 +44,53 @@ LIBRARIES = (
 """All libraries, in the order of `sg-export doctor`."""
 
 
+def install_extra(extra: str) -> str:
+    """Return how to install an extra of sg-export. sg-export is on no registry."""
+    return f"pip install -e '.[{extra}]' in a checkout of sg-export"
+
+
 def install_command(module: str, extra: str | None = None) -> str | None:
-    """Return the pip command that installs `module`, or None if no extra installs it.
+    """Return how to install `module`, see `install_extra`, or None if no extra installs it.
 
     extra: extra to install; by default the first one in LIBRARIES that contains `module`.
     """
     extras = [library.extra for library in LIBRARIES if library.module == module.partition(".")[0]]
     chosen = extra or next(iter(extras), None)
-    return None if chosen is None else f"pip install 'sg-export[{chosen}]'"
+    return None if chosen is None else install_extra(chosen)
+
+
+def outdated() -> list[str]:
+    """Return a message for each installed library that is older than sg-export's metadata allows.
+
+    It names the version found and the one to install.
+    """
+    try:
+        claims = metadata.requires("sg-export") or []
+    except metadata.PackageNotFoundError:  # run from a folder
+        return []
+    messages = []
+    for claim in claims:
+        bound = re.match(r"([\w.-]+)(?:\[.*?\])? *>= *([\d.]+)", claim)
+        if bound is None or "dev" in claim.partition(";")[2]:
+            continue
+        name, least = bound.groups()
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if _numbers(found) < _numbers(least):
+            messages.append(
+                f"{name} {found} is older than {least}, which sg-export needs: pip install '{name}>={least}'"
+            )
+    return messages
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the release numbers of a version, without zeros at the end."""
+    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]  # type: ignore[index]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers
 
 
 def require(module: str, extra: str | None = None) -> ModuleType:

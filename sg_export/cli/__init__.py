@@ -3,6 +3,10 @@
 Heavy libraries are imported inside the commands.
 """
 
+import sys
+from contextlib import suppress
+from typing import Any
+
 import click
 
 from sg_export.cli.bench import bench
@@ -11,6 +15,7 @@ from sg_export.cli.calibrate import calibrate
 from sg_export.cli.doctor import doctor
 from sg_export.cli.generate import generate
 from sg_export.cli.inspect import inspect
+from sg_export.cli.output import prepare_streams
 from sg_export.cli.report import report
 from sg_export.cli.verify import verify
 from sg_runtime import __version__
@@ -18,7 +23,21 @@ from sg_runtime import __version__
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Main(click.Group):
+    """The command line as a whole. No stream ends it in a traceback, whatever its encoding."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run a command; standard output that cannot be written ends it with exit code 1."""
+        prepare_streams()
+        try:
+            return super().main(*arguments, **settings)
+        except OSError as error:
+            with suppress(OSError):
+                click.echo(f"Error: standard output or error: {error.strerror}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="sg-export")
 def main() -> None:
     """Compile token-sparse diffusion transformers, and run them with Sparse Guidance.

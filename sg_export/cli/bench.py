@@ -90,7 +90,8 @@ def bench(
         )
         for side in result.sides
     ]
-    columns = ("", "precision", "step p50", "p90", "p99", "image p50", "p90", "p99", "images/s", "time", "peak GB")
+    times = [f"{of} {share}" for of in ("step", "image") for share in ("p50", "p90", "p99")]
+    columns = ("", "precision", *times, "images/s", "time", "peak GB")
     plan = f"images at once: {result.images}, {result.steps} {result.sampler} steps, {result.runs} runs"
     print_table(f"{bundle}: {plan}, on {result.device}", columns, rows)
     for reason in result.rejected:

@@ -12,7 +12,7 @@ from sg_export.cli.errors import Command
 from sg_export.cli.output import print_table
 from sg_runtime import __version__
 from sg_runtime.backends import choose_onnx_backend
-from sg_runtime.extras import LIBRARIES
+from sg_runtime.extras import LIBRARIES, install_extra
 
 
 @click.command(cls=Command)
@@ -57,7 +57,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     rows = [
         (
             library.distribution,
-            versions[library.distribution] or f"missing: pip install 'sg-export[{library.extra}]'",
+            versions[library.distribution] or f"missing: {install_extra(library.extra or '')}",
             library.use,
         )
         for library in LIBRARIES
@@ -68,7 +68,8 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     click.echo(f"ONNX Runtime providers: {', '.join(providers) or 'none'}")
     found = ", ".join(gpus) if gpus else "none found" if gpus is not None else "unknown without cuda-bindings"
     click.echo(f"NVIDIA GPUs: {found}")
-    click.echo(f"device auto: {backend or 'none; pip install ' + repr('sg-export[ort]')}, for bundles with ONNX graphs")
+    auto = backend or f"none; {install_extra('ort')}"
+    click.echo(f"device auto: {auto}, for bundles with ONNX graphs")
     click.echo("sg-export doctor BUNDLE says what would run a bundle here, and why nothing faster")
 
 

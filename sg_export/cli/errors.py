@@ -15,7 +15,7 @@ import click
 
 from sg_export.cli.output import log_messages
 from sg_runtime.errors import OptionError, SgError
-from sg_runtime.extras import install_command
+from sg_runtime.extras import install_command, outdated
 from sg_runtime.files import FULL, check_room, is_full
 
 
@@ -89,7 +89,9 @@ class Command(click.Command):
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            raise failure(error) from error
+            ended = failure(error)
+            # A library that is too old is the likely cause, whatever it led to.
+            raise Failure("\n".join([ended.message, *outdated()]), ended.exit_code) from error
 
 
 def failure(error: Exception) -> Failure:

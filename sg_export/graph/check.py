@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -19,8 +20,9 @@ from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.loading import LoadedModel
 from sg_export.options.compile import CompileOptions
 from sg_export.options.types import BASES
+from sg_export.parity.distances import relative_l2
 from sg_runtime.backends.ort import open_session
-from sg_runtime.errors import EngineError, ExportError, MissingExtraError
+from sg_runtime.errors import CheckpointError, EngineError, ExportError, MissingExtraError
 from sg_runtime.manifest import (
     Precision,
 )
@@ -80,11 +82,20 @@ def check_graph(path: Path) -> None:
             raise ExportError(f"graph {path.name}: ONNX {onnx.__version__} refuses it: {error}") from error
 
 
+def check_reference(loaded: LoadedModel, subject: str, *outputs: NDArray[Any]) -> None:
+    """Raise CheckpointError if a value that PyTorch computed for `subject` is not finite."""
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise CheckpointError(
+            f"{loaded.source.file}: expected finite values from the checkpoint in PyTorch, found NaN or infinity for "
+            f"{subject}: its weights overflow FP32 before any export; take another checkpoint"
+        )
+
+
 def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: CompileOptions) -> float | None:
     """Return the relative L2 distance of the graph to PyTorch on one random input.
 
-    Returns None if ONNX Runtime is not installed. Raises ExportError if the distance is above the
-    limit for the precision.
+    Returns None if ONNX Runtime is not installed. Raises CheckpointError if PyTorch's output is not
+    finite, and ExportError if the distance is above the limit for the precision.
     """
     precision = options.precision
     most = BASES[precision].build_limit if options.quantize is None else MAX_QUANTIZED_ERROR
@@ -99,10 +110,8 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     with torch.no_grad():
         wanted = GraphModule(loaded.model, spec, [t.name for t in inputs])(*values)
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-    # An untrained network's output is zero.
-    distance = max(
-        float((torch.from_numpy(f) - w).norm() / w.norm().clamp(min=1e-12)) for f, w in zip(found, wanted, strict=True)
-    )
+    check_reference(loaded, path.name, *(w.numpy() for w in wanted))
+    distance = max(relative_l2(f, w.numpy()) for f, w in zip(found, wanted, strict=True))
     if not math.isfinite(distance) and precision != "fp32" and (operator := first_overflow(path, feeds)) is not None:
         raise ExportError(
             f"graph {path.name}: expected values in the range of {precision}, found larger values from {operator} on: "

@@ -13,6 +13,7 @@ import polygraphy
 import torch
 from numpy.typing import NDArray
 
+from sg_export.parity.distances import cosine, relative_l2
 from sg_runtime.bundle import Bundle
 from sg_runtime.files import replacing
 from sg_runtime.manifest import GuidancePlan
@@ -77,15 +78,16 @@ def compare_arrays(
     gate: float | None,
     least_cosine: float | None,
 ) -> Comparison:
-    """Compare `found` with `wanted` in float64. Any NaN or infinity fails the comparison."""
+    """Compare `found` with `wanted` in float64. Any NaN or infinity fails the comparison.
+
+    Arrays of zeros are equal, see `distances`.
+    """
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    norm = float(np.linalg.norm(a))
-    relative = float(np.linalg.norm(b - a)) / max(norm, 1e-12)
-    cosine = float(a @ b) / max(norm * float(np.linalg.norm(b)), 1e-12)
+    relative, similarity = relative_l2(found, wanted), cosine(found, wanted)
     passed = np.isfinite(relative) and (gate is None or relative <= gate)
-    passed = passed and (least_cosine is None or cosine >= least_cosine)
+    passed = passed and (least_cosine is None or similarity >= least_cosine)
     most = float(np.abs(b - a).max())
-    return Comparison(subject, output, t, most, relative, cosine, gate, least_cosine, bool(passed))
+    return Comparison(subject, output, t, most, relative, similarity, gate, least_cosine, bool(passed))
 
 
 def write_parity(parity: Parity, bundle: Bundle, path: Path) -> None:

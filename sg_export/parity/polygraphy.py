@@ -14,6 +14,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
+from sg_export.graph.check import check_reference
 from sg_export.loading import LoadedModel
 from sg_export.options.types import BASES
 from sg_export.parity.compare import Feed
@@ -27,7 +28,8 @@ from sg_runtime.run.evaluate import run_once
 class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
     """A Polygraphy runner that computes one graph of the bundle with the PyTorch model.
 
-    A guided graph is computed in two separate, complete passes.
+    A guided graph is computed in two separate, complete passes. Raises CheckpointError if a value
+    is not finite.
     """
 
     def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
@@ -44,7 +46,9 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         self.inference_time = 0.0
         with torch.no_grad():
             if self.graph.kind == "condition":
-                return OrderedDict(modulations=model.condition(given["t"], given["class"]).numpy())
+                condition = model.condition(given["t"], given["class"]).numpy()
+                check_reference(self.loaded, self.graph.name, condition)
+                return OrderedDict(modulations=condition)
             scaled, modulations = given["c_in"] * given["x"], given["modulations"]
             if self.graph.kind == "guided":
                 other = given.get("modulations_weak", modulations)
@@ -55,6 +59,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
                 output = model.predict(scaled, modulations, given.get("keep"))
             prediction = given["c_skip"] * given["x"] + given["c_out"] * output
             following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
+        check_reference(self.loaded, self.graph.name, prediction.numpy(), following.numpy())
         return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sg_export.graph.check import check_reference
 from sg_export.loading import LoadedModel
 from sg_export.parity.walk import BranchPredictor
 from sg_runtime.arrays import Array
@@ -12,7 +13,10 @@ from sg_runtime.sampling import precondition
 
 
 def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[int]) -> BranchPredictor:
-    """Return a predictor of both branches in PyTorch, for images of these classes."""
+    """Return a predictor of both branches in PyTorch, for images of these classes.
+
+    It raises CheckpointError if a value is not finite.
+    """
     facts = loaded.facts
 
     def predict(
@@ -28,6 +32,7 @@ def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, classes: Sequence[
                 None if keep is None else torch.from_numpy(keep),
             )
         found: Array = (scaling.c_skip * state + scaling.c_out * output).numpy()
+        check_reference(network, f"time {plan.times[k]:.3g} of a run", found)
         return found
 
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:

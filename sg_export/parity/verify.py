@@ -18,6 +18,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
+from sg_export.graph.check import check_reference
 from sg_export.graph.emulate import emulated
 from sg_export.graph.module import example
 from sg_export.graph.overflow import first_overflow
@@ -64,8 +65,9 @@ def verify(
     its run. A quantized bundle is compared at all times of a guided run instead.
     save_polygraphy: folder for inputs and PyTorch's outputs in Polygraphy's format.
 
-    Raises CheckpointError if the checkpoint is missing or is not the one that the bundle was built
-    from. Raises BundleError if the bundle is damaged.
+    Raises CheckpointError if the checkpoint is missing, is not the one that the bundle was built
+    from, or gives values in PyTorch that are not finite. Raises BundleError if the bundle is
+    damaged.
     """
     opened = Bundle.open(bundle)
     if device is None and backend is None:
@@ -281,8 +283,9 @@ def _compare_run(
         weak_levels=levels(manifest, guidance.row.weak_network),
         karras=manifest.sampling.karras,
     )
-    found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     gates, name = BASES[manifest.precision].gates, _run_name(guidance, sampler, fused)
+    check_reference(loaded, name, wanted)
+    found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
+
 from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard
 from sg_calibration.layers import check_names
 from sg_calibration.ranges import RangeTable, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
+from sg_export.graph.products import belongs
 from sg_export.options.quantize import QuantizeOptions
+from sg_export.options.types import BASES
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize.gates import gates_failure, gates_hold, gates_remedy, time_ratio
 from sg_export.quantize.layers import quantizable_layers
@@ -101,7 +105,8 @@ def decide_quantization(
     layers = []
     for name, facts in known.items():
         own = choice[name]
-        saved = facts.weight_bytes - facts.weight_bytes // 4 if own.quantized else 0
+        bits = 32 if belongs(f"{name}.weight", tuple(fp32_layers)) else ir.DataType(BASES[base].onnx).bitwidth
+        saved = facts.weight_bytes // 32 * (bits - 8) if own.quantized else 0
         weight_only = name not in ranges
         layers.append(
             LayerChoice(name, own.quantized, weight_only, own.reason, own.sensitivity, saved, facts.linear_macs)

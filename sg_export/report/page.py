@@ -119,7 +119,7 @@ def _key(names: Sequence[str]) -> str:
 
 def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float]) -> str:
     """Return an SVG chart of `lines` over time. Time falls from left to right."""
-    width, height, left, bottom = 640, 240, 52, 26
+    width, height, left, bottom = 640, 256, 66, 42
     top = max([value for line in lines for _, value in line] + list(gates)) * 1.08 or 1.0
     times = [time for line in lines for time, _ in line]
     first, last = max(times), min(times)
@@ -136,10 +136,16 @@ def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float
     for time in (first, (first + last) / 2, last):
         x = float(place(time, 0).partition(",")[0])
         anchor = "start" if time == first else "end" if time == last else "middle"
-        marks.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">t = {time:.3g}</text>')
+        marks.append(f'<text x="{x}" y="{height - 24}" text-anchor="{anchor}">{time:.3g}</text>')
+    across, middle = (left + width - 8) / 2, (height - bottom + 8) / 2
+    marks.append(f'<text x="{across}" y="{height - 6}" text-anchor="middle">time t, or sigma</text>')
+    marks.append(
+        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">relative L2 distance</text>'
+    )
     for gate in gates:
         start, end = place(first, gate).split(","), place(last, gate).split(",")
         marks.append(f'<line class="gate" x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>')
+        marks.append(f'<text x="{end[0]}" y="{float(end[1]) - 4:.1f}" text-anchor="end">gate {gate:.1%}</text>')
     for k, line in enumerate(lines):
         points = " ".join(place(time, value) for time, value in line)
         marks.append(f'<polyline fill="none" stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="2" points="{points}"/>')

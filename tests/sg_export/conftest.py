@@ -44,6 +44,19 @@ def quick_checkpoint(quick: Any, once: Callable[..., Path]) -> Path:
     return once("quick.safetensors", quick.save)
 
 
+@pytest.fixture(scope="session")
+def untrained(quick: Any, once: Callable[..., Path]) -> Path:
+    """A checkpoint of the quick network as its own initialisation leaves it.
+
+    Upstream initialises adaLN and the head to zero, so all outputs are zero.
+    """
+    state = {
+        name: torch.zeros_like(tensor) if "adaLN" in name or name.startswith("final_layer") else tensor
+        for name, tensor in quick.state().items()
+    }
+    return once("untrained.safetensors", lambda path: quick.save(path, state))
+
+
 def shrink_decoder(patch: pytest.MonkeyPatch) -> None:
     """Give MaskDiT a decoder of 2 blocks of width 24 with 3 heads.
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from sg_calibration.settings import FeedSettings
 from sg_export.compiler import compile
 from sg_export.loading import LoadedModel, load_model
 from sg_export.options.compile import CompileOptions
@@ -162,14 +163,18 @@ def test_compile_reports_every_stage_once(quick_checkpoint: Path, tmp_path: Path
     assert Pipeline.load(bundle.path).sample([0], [0], steps=1).shape == (1, 2, 8, 8)
 
 
-def test_compile_of_an_untrained_network_succeeds(quick: Any, tmp_path: Path) -> None:
-    # Upstream initializes adaLN and the head to zero, so all outputs are zero.
-    state = quick.state()
-    for name, tensor in state.items():
-        if "adaLN" in name or name.startswith("final_layer"):
-            tensor.zero_()
-    bundle = compile(quick.save(tmp_path / "start.safetensors", state), smallest(tmp_path / "out"))
+def test_compile_of_an_untrained_network_succeeds(untrained: Path, tmp_path: Path) -> None:
+    bundle = compile(untrained, smallest(tmp_path / "out"))
     assert [graph.parity for graph in bundle.manifest.graphs] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_compile_of_an_untrained_network_to_int8_holds_its_gates(untrained: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions("int8", feeds=FeedSettings(1, 25, 0), search_images=1, gate_images=1)
+    plan = compile(untrained, CompileOptions(tmp_path / "out", (0.5,), quantize=options)).manifest.quantization
+    assert plan is not None
+    assert plan.passed
+    assert {(q.strong, q.weak, q.guided) for q in plan.quality} == {(1.0, 1.0, 0.0)}
 
 
 def test_compile_with_force_replaces_the_bundle_behind_a_link(quick_checkpoint: Path, tmp_path: Path) -> None:
@@ -308,12 +313,13 @@ def test_compile_of_a_graph_that_differs_from_pytorch_raises(
     assert not list(tmp_path.iterdir())
 
 
-def test_compile_of_a_network_that_overflows_raises(quick: Any, tmp_path: Path) -> None:
+def test_compile_of_a_network_that_overflows_in_pytorch_blames_the_checkpoint(quick: Any, tmp_path: Path) -> None:
     state = quick.state()
     state["t_embedder.mlp.2.weight"] *= 1e38
     state["final_layer.adaLN_modulation.1.weight"] *= 1e10
     path = quick.save(tmp_path / "huge.safetensors", state)
-    with pytest.raises(ExportError, match=r"graph condition.onnx: .* found nan"):
+    told = r"^huge.safetensors: expected finite values .* in PyTorch, found NaN or infinity for condition.onnx: "
+    with pytest.raises(CheckpointError, match=told):
         compile(path, smallest(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
 

@@ -65,7 +65,7 @@ def test_open_backend_without_the_library_names_the_extra(bundle: Bundle, monkey
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # makes the import fail
     with pytest.raises(MissingExtraError) as caught:
         open_backend(bundle, "cpu")
-    assert str(caught.value) == "onnxruntime is not installed: pip install 'sg-export[ort]'"
+    assert str(caught.value) == "onnxruntime is not installed: pip install -e '.[ort]' in a checkout of sg-export"
 
 
 def test_run_of_a_graph_opens_it_once(bundle: Bundle) -> None:

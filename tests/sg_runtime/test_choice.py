@@ -81,8 +81,9 @@ def test_choose_backend_of_graphs_without_a_gpu_is_the_cpu(
     with caplog.at_level(logging.INFO, "sg_runtime"):
         choice = choose_backend(graphs, device)
     lacking = (
-        f"onnxruntime-cuda: ONNX Runtime here has no {CUDA}: pip uninstall onnxruntime, then pip install "
-        f"'sg-export[ort-gpu]'"
+        f"onnxruntime-cuda: ONNX Runtime here has no {CUDA}; for an NVIDIA GPU: pip uninstall "
+        f"onnxruntime, then pip install "
+        f"-e '.[ort-gpu]' in a checkout of sg-export"
     )
     reasons = (*NO_ENGINES, lacking) if device == "auto" else ()
     assert choice == Choice("onnxruntime-cpu", 0, reasons)
@@ -102,7 +103,7 @@ def test_choose_backend_of_graphs_for_a_gpu_without_the_provider_names_the_extra
     graphs: Bundle, machine: Callable[..., None]
 ) -> None:
     machine(ADA)
-    assert "pip install 'sg-export[ort-gpu]'" in refused(EngineError, graphs, "cuda")
+    assert "pip install -e '.[ort-gpu]' in a checkout of sg-export" in refused(EngineError, graphs, "cuda")
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", ()), ("cuda:1", (ADA,)), ("cuda:999", (ADA, HOPPER))])
@@ -225,7 +226,7 @@ def test_choose_backend_by_name_takes_it_or_its_own_error(
     if backend == "onnxruntime-cpu":
         assert choose_backend(graphs, backend=backend) == Choice(backend, 0, ())
     elif backend.startswith("onnxruntime"):
-        assert f"ONNX Runtime here has no {PROVIDERS[backend].name}: " in refused(EngineError, graphs, backend=backend)
+        assert f"ONNX Runtime here has no {PROVIDERS[backend].name}; " in refused(EngineError, graphs, backend=backend)
     else:
         assert "the bundle has no engines of TensorRT" in refused(BundleError, graphs, backend=backend)
 

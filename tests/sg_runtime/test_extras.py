@@ -1,11 +1,12 @@
 """Optional dependencies that are installed, missing or broken."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from sg_runtime.errors import MissingExtraError, UsageError
-from sg_runtime.extras import require
+from sg_runtime.extras import outdated, require
 
 
 def test_require_of_a_module_that_is_there_returns_it() -> None:
@@ -16,7 +17,8 @@ def test_require_of_a_module_that_is_there_returns_it() -> None:
 def test_require_of_a_module_that_is_missing_names_the_extra(module: str) -> None:
     with pytest.raises(MissingExtraError) as caught:
         require(module, "tensorrt")
-    assert str(caught.value) == "sg_no_such_module is not installed: pip install 'sg-export[tensorrt]'"
+    told = "sg_no_such_module is not installed: pip install -e '.[tensorrt]' in a checkout of sg-export"
+    assert str(caught.value) == told
     assert isinstance(caught.value, UsageError)
 
 
@@ -43,3 +45,36 @@ def test_require_of_a_module_that_gives_no_name_passes_its_error_on(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no driver"):
         require("sg_nameless", "ort")
+
+
+def test_outdated_names_the_version_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [
+        "click>=8.4",
+        "onnx-ir>=0.1.16; extra == 'export'",
+        "onnxruntime-gpu[cuda,cudnn]>=1.31.1; extra == 'ort-gpu'",
+        "onnxscript>=0.6; extra == 'export'",
+        "pytest>=9; extra == 'dev'",
+        "sg-export[export]; extra == 'dev'",
+        "tensorrt>=11; extra == 'tensorrt'",
+    ]
+    found = {"click": "8.4.0", "onnx-ir": "0.1.9", "onnxruntime-gpu": "1.31", "onnxscript": "0.10.dev3", "pytest": "8"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise metadata.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(metadata, "requires", lambda _: claims)
+    monkeypatch.setattr(metadata, "version", version)
+    assert outdated() == [
+        "onnx-ir 0.1.9 is older than 0.1.16, which sg-export needs: pip install 'onnx-ir>=0.1.16'",
+        "onnxruntime-gpu 1.31 is older than 1.31.1, which sg-export needs: pip install 'onnxruntime-gpu>=1.31.1'",
+    ]
+
+
+def test_outdated_of_what_is_not_installed_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert outdated() == []

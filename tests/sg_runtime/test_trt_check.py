@@ -215,7 +215,8 @@ def test_check_engines_without_the_library_names_the_extra(
     built = engines(bundle, library=library)
     name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[library]
     assert refused(lambda: check_engines(built, library), MissingExtraError) == (
-        f"{bundle.path}: its engines need {name}, which is not installed: pip install 'sg-export[{extra}]'"
+        f"{bundle.path}: its engines need {name}, which is not installed: "
+        f"pip install -e '.[{extra}]' in a checkout of sg-export"
     )
     assert MissingExtraError.exit_code == 2
 

@@ -10,6 +10,7 @@ from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import BundleError, EngineError, OptionError, SgError, UsageError
+from sg_runtime.extras import install_extra
 from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
 from sg_runtime.manifest.base import whole_number
 from sg_runtime.requests import expect
@@ -195,7 +196,8 @@ def _check_provider(name: str, number: int) -> None:
         available = []
     if provider not in available:
         raise EngineError(
-            f"ONNX Runtime here has no {provider}: pip uninstall onnxruntime, then pip install 'sg-export[ort-gpu]'"
+            f"ONNX Runtime here has no {provider}; for an NVIDIA GPU: pip uninstall onnxruntime, then "
+            f"{install_extra('ort-gpu')}"
         )
     if name != "onnxruntime-cpu" and number >= (gpus := len(find_gpus())):
         raise BundleError(f"cuda:{number}: expected a GPU of this number, found {gpus}")

@@ -15,7 +15,7 @@ class LayerChoice(Strict):
     reason: reason of the choice, as shown by `sg-export inspect`.
     sensitivity: relative L2 distance of the guided prediction to FP32 if only this layer is
     quantized; None if not measured.
-    bytes_saved: weight bytes saved by the quantization; 0 if the layer is not quantized.
+    bytes_saved: weight bytes saved against the base precision; 0 if the layer is not quantized.
     linear_macs: multiply-adds of the layer for one image in one guided step.
     """
 

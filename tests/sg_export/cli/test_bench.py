@@ -36,8 +36,8 @@ def test_a_device_that_is_not_there_ends_with_what_is(
     more = ["-o", tmp_path / "x.npy"] if command == "generate" else []
     assert "expected auto, cpu, cuda, or cuda:NUMBER" in refused(2, command, tiny_bundle, "--device", "gpu", *more)
     message = refused(4, command, tiny_bundle, "--device", "cuda", *more)
-    assert message.startswith("ONNX Runtime here has no CUDAExecutionProvider: ")
-    assert "pip install 'sg-export[ort-gpu]'" in message
+    assert message.startswith("ONNX Runtime here has no CUDAExecutionProvider; for an NVIDIA GPU: ")
+    assert "pip install -e '.[ort-gpu]' in a checkout of sg-export" in message
 
 
 def test_generate_on_a_named_backend_gives_what_auto_does(

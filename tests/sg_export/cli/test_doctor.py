@@ -40,7 +40,7 @@ def test_doctor_without_libraries_says_how_to_get_them(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     result = cli("doctor")
     assert result.exit_code == 0
-    assert "missing: pip install 'sg-export[export]'" in result.stdout
+    assert "missing: pip install -e '.[export]' in a checkout of sg-export" in result.stdout
     assert "ONNX Runtime providers: none" in result.stdout
-    assert "device auto: none; pip install 'sg-export[ort]'" in result.stdout
+    assert "device auto: none; pip install -e '.[ort]' in a checkout of sg-export" in result.stdout
     assert json.loads(cli("doctor", "--json").stdout)["device auto"] is None

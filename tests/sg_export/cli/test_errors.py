@@ -30,7 +30,7 @@ from sg_runtime import errors
         (
             ModuleNotFoundError("no", name="onnx"),
             2,
-            "onnx is not installed: pip install 'sg-export[export]'",
+            "onnx is not installed: pip install -e '.[export]' in a checkout of sg-export",
         ),
         (OSError(errno.ENOSPC, "full"), 1, "the disk is full; free some space, or write to another disk"),
         (
@@ -160,3 +160,11 @@ def test_commands_refuse_an_impossible_output_before_they_read_anything(
     os.mkfifo(tmp_path / "pipe.png")
     found = refused(2, words[0], tmp_path / "missing", *words[1:], "-o", tmp_path / output)
     assert found == f"{tmp_path / output}: {message.format(tmp_path)}"
+
+
+def test_command_that_fails_beside_an_old_library_names_its_version(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sg_export.cli.errors.outdated", lambda: ["onnx-ir 0.1.9 is older than 0.1.16"])
+    message = refused(6, "inspect", tmp_path / "missing.pt")
+    assert message.splitlines()[1:] == ["onnx-ir 0.1.9 is older than 0.1.16"]

@@ -1,5 +1,6 @@
 """The entire command line: help, exit codes, tracebacks, and libraries that are not installed."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from sg_export.cli import main
 from sg_runtime import __version__
+from sg_runtime.extras import install_extra
 
 COMMANDS = ["build", "calibrate", "generate", "inspect", "verify", "bench", "report", "doctor"]
 
@@ -44,6 +46,35 @@ def test_main_as_a_module_shows_help(environment: dict[str, str], tmp_path: Path
     result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Usage: sg-export [OPTIONS] COMMAND [ARGS]...")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_main_prints_in_every_encoding(
+    encoding: str, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "sg_export", "inspect", str(tiny_bundle)]
+    own = environment | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert "16 tokens, patch 2" in result.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("streams", "exit_code", "told"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 1, "Error: standard output or error: No space left on device\n"),
+        (">/dev/full 2>/dev/full", 1, ""),
+    ],
+)
+def test_main_without_a_stream_ends_without_a_traceback(
+    streams: str, exit_code: int, told: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = f"{shlex.quote(sys.executable)} -m sg_export --help {streams}"
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (exit_code, told)
 
 
 def test_main_version_is_that_of_the_package(cli: Callable[..., Any]) -> None:
@@ -93,7 +124,7 @@ def test_main_without_a_library_names_the_extra(
     words = [str(glyphs_bundle) if word == "BUNDLE" else word for word in arguments]
     result = process(*words, blocked=[blocked])
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1] == f"Error: {blocked} is not installed: pip install 'sg-export[{extra}]'"
+    assert result.stderr.splitlines()[-1] == f"Error: {blocked} is not installed: {install_extra(extra)}"
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -1,13 +1,16 @@
 """What commands print."""
 
+import errno
 import io
+import logging
 import math
 import sys
 from typing import Any
 
+import click
 import pytest
 
-from sg_export.cli.output import cell, print_table, progress
+from sg_export.cli.output import cell, log_messages, print_table, progress
 
 
 class Terminal(io.StringIO):
@@ -67,3 +70,59 @@ def test_print_table_shows_values_as_they_are(rows: list[Any], capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "name" in shown
     assert all("[bold]x" in shown for _ in rows)
+
+
+WIDE = ("graph", "linear\nGMAC", "attention\nGMAC", "weights\nMB", "activations\nMB", "L2 to PyTorch")
+VALUES = (0.0002181, 1.475e-05, 1234567.25, 0.06492, 1.5e-07)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_print_table_on_a_narrow_terminal_breaks_no_number_or_name(
+    width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table("Layers", WIDE, [(f"blocks.{k}.adaLN_modulation.1", *VALUES) for k in range(rows)])
+    shown = click.unstyle(terminal.getvalue())
+    words = shown.replace(",", " ").split()
+    for word in ("0.0002181", "1.475e-05", "1.235e+06", "1.5e-07", "activations"):
+        assert word in words
+    assert {f"blocks.{k}.adaLN_modulation.1" for k in range(rows)} <= set(words)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_print_table_that_does_not_fit_has_rows_as_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table("", WIDE, [("sg", *VALUES), ("cfg", *VALUES)])
+    lines = [line.split() for line in click.unstyle(terminal.getvalue()).splitlines()]
+    assert ["graph", "sg", "cfg"] in lines
+    assert ["weights", "MB", "1.235e+06", "1.235e+06"] in lines
+
+
+def test_print_table_on_a_narrow_terminal_folds_a_long_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table("", ("", "x" * 100), [("family", "tread")])
+    shown = click.unstyle(terminal.getvalue())
+    assert shown.count("x") == 100
+    assert max(map(len, shown.splitlines())) <= 40
+    assert ["family", "tread"] in [line.split() for line in shown.splitlines()]
+
+
+class Broken(io.StringIO):
+    """A stream on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_progress_on_a_stream_that_is_full_lets_the_work_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Broken())
+    report_twice(quiet=False)
+    with log_messages():
+        logging.getLogger("sg_export").warning("not heard")

@@ -57,5 +57,5 @@ def test_run_onnx_of_a_graph_whose_weights_are_missing_raises(tiny_bundle: Path,
 
 def test_run_onnx_without_onnxruntime_names_the_extra(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
-    with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed: pip install 'sg-export\[ort\]'"):
+    with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed: pip install -e '\.\[ort\]'"):
         run_onnx(graph, {"x": np.zeros(2, np.float32)})

@@ -265,7 +265,7 @@ def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch
     monkeypatch.setattr(engines, "find_gpus", lambda: (Gpu("NVIDIA H100", 90),))
     for library, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
         monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
-        with pytest.raises(MissingExtraError, match=rf"{library} is not installed: pip install 'sg-export\[{extra}\]'"):
+        with pytest.raises(MissingExtraError, match=rf"{library} is not installed: pip install -e '\.\[{extra}\]'"):
             check_libraries((library,))  # type: ignore[arg-type]
 
 

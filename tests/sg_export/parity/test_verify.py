@@ -139,6 +139,36 @@ def test_verify_of_a_plan_without_guidance_runs_it_once(quick_checkpoint: Path, 
     assert runs(parity) == ["none 0"]
 
 
+def test_verify_of_an_untrained_network_passes(untrained: Path, tmp_path: Path) -> None:
+    bundle = compile(untrained, CompileOptions(tmp_path / "out", (0.5,), batch=1)).path
+    parity = verify(bundle, untrained, times=(0.5,))
+    assert parity.passed
+    assert {(c.relative_l2, c.cosine) for c in parity.comparisons if c.subject == "condition"} == {(0.0, 1.0)}
+
+
+def test_verify_of_a_network_that_overflows_in_pytorch_blames_the_checkpoint(
+    fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*arguments: Any) -> Any:
+        loaded = reload_checkpoint(*arguments)
+        loaded.model.network.x_embedder.proj.weight.fill_(math.inf)
+        return loaded
+
+    monkeypatch.setattr("sg_export.parity.verify.reload_checkpoint", overflowing)
+    monkeypatch.setattr("sg_export.parity.two_pass.sample", lambda *_, **__: pytest.fail("the graphs come first"))
+    with pytest.raises(CheckpointError, match=r"^tiny.safetensors: expected finite values .* in PyTorch, found NaN or"):
+        verify(fixed_bundle, times=(0.5,))
+
+
+def test_verify_of_runs_that_overflow_in_pytorch_blames_the_checkpoint(
+    fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = np.full((2, 2, 8, 8), np.inf, np.float32)
+    monkeypatch.setattr("sg_export.parity.two_pass.sample", lambda *_, **__: lost)
+    with pytest.raises(CheckpointError, match=r"^tiny.safetensors: .* for 10 euler steps, sg 0.25/0.5"):
+        verify(fixed_bundle, times=(0.5,))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_decoder")
 def test_verify_of_masked_bundle_passes(tiny_masked: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sg_export.parity.torch_branches import by_pytorch
 from sg_export.parity.walk import by_pipeline, judge, run_distance, walk
 from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
+from sg_runtime.errors import CheckpointError
 from sg_runtime.guidance import built_guidances, guide
 from sg_runtime.manifest import GuidancePlan
 from sg_runtime.pipeline import Pipeline
@@ -82,6 +83,14 @@ def test_judge_of_the_fp32_bundle_beside_pytorch_is_exact(pipe: Pipeline, loaded
         assert min(stratum.strong, stratum.weak) > 1 - 1e-9  # 1 - cosine is of the order of distance²
     assert run_distance(pipe, walks) < 1e-4  # four steps with this difference
     assert [q.time for q in judge(pipe, walks, strata=[0, 2])] == [quality[0].time, quality[2].time]
+
+
+def test_by_pytorch_of_a_network_that_overflows_blames_the_checkpoint(
+    pipe: Pipeline, loaded: LoadedModel, guidance: GuidancePlan
+) -> None:
+    plan, x = pipe.prepare([0.7], *IMAGES, guidance=guidance), pipe.initial_noise(IMAGES[1])
+    with pytest.raises(CheckpointError, match=r"for time 0\.7 of a run: its weights overflow"):
+        by_pytorch(loaded, None, IMAGES[0])(np.float32(np.inf) * x, plan, 0)
 
 
 def test_walk_is_the_run_that_the_pipeline_samples(pipe: Pipeline, guidance: GuidancePlan) -> None:

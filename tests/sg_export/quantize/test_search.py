@@ -162,6 +162,9 @@ def test_compile_over_fp16_has_scales_and_products_in_it(tiny_half_bundle: Path)
     assert bundle.manifest.fp32_layers == ENDS
     assert bundle.manifest.quantization is not None
     assert bundle.manifest.quantization.time_ratio is None, "the CPU does not run it in FP16"
+    saved = {layer.name: layer.bytes_saved for layer in bundle.manifest.quantization.layers}
+    width = bundle.manifest.model.width
+    assert saved["blocks.1.attn.qkv"] == 3 * width**2, "one byte of two in FP16"
     model = loaded(bundle, "guided")
     types = {t.name: t.data_type for t in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]

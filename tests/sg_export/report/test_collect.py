@@ -14,7 +14,7 @@ from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.report.collect import Page, collect
-from sg_export.report.page import render
+from sg_export.report.page import _lines, render
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import QualityGates, write_manifest
@@ -139,3 +139,9 @@ def test_render_of_a_bundle_that_fails_its_gates_says_so(page: Page, bundles: li
     write_manifest(replace(manifest, quantization=failing), copy / "manifest.json")
     worse = replace(page.bundles[1], manifest=Bundle.open(copy).manifest)
     assert "its gates do not hold: by a little" in render(replace(page, bundles=(page.bundles[0], worse)))
+
+
+def test_lines_name_both_axes_and_the_gates() -> None:
+    chart = _lines([[(1.0, 0.02), (0.1, 0.04)]], [0.1])
+    for text in ("time t, or sigma", "relative L2 distance", "gate 10.0%"):
+        assert f">{text}</text>" in chart

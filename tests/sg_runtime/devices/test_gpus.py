@@ -133,4 +133,5 @@ def test_find_gpus_without_cuda_bindings_names_the_extra(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)  # as if it were not installed
     with pytest.raises(MissingExtraError) as caught:
         find_gpus()
-    assert str(caught.value) == "cuda.bindings.driver is not installed: pip install 'sg-export[tensorrt-rtx]'"
+    told = "cuda.bindings.driver is not installed: pip install -e '.[tensorrt-rtx]' in a checkout of sg-export"
+    assert str(caught.value) == told

@@ -46,7 +46,8 @@ def build_command(
     if source.reference is None:
         words += ["--route", str(model.route)] if model.route is not None else []
         words += ["--prediction", model.prediction, "--heads", str(model.heads)]
-        words += ["--weights", source.weights] if source.weights != "bare" else []
+        option = "--weights" if source.weights in ("ema", "model") else "--key"
+        words += [option, source.weights] if source.weights != "bare" else []
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", *_precision_words(manifest, precision)]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []

@@ -117,7 +117,7 @@ def build(
         engines=engines,
         quantize=quantize,
         opset=opset,
-        weights=source.weights,
+        weights=source.weight_set,
         overrides=source.overrides,
         force=force,
     )

@@ -31,7 +31,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
     \b
     Examples:
       sg-export inspect glyphs-bundle
-      sg-export inspect latest.pt --route 2-24 --prediction flow --json
+      sg-export inspect latest.pt --route 2-24 --json
     """
     if Path(path).is_dir():
         from sg_runtime.bundle import Bundle

@@ -57,6 +57,12 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
     )
 
 
+def test_find_adapter_of_a_network_among_others_names_its_key(tiny: Any) -> None:
+    tensors = {**{f"net.{name}": tensor for name, tensor in tiny.state().items()}, "loss.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"; there is one under net: give --key net$"):
+        find_adapter(checkpoint(tensors))
+
+
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_adapters_have_the_parts_that_callers_use(family: str) -> None:
     adapter = ADAPTERS[family]

@@ -4,14 +4,19 @@ A checkpoint is read as one flat dict of tensors, and the facts that tensor shap
 """
 
 import argparse
+import ctypes
+import json
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,18 +25,12 @@ from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Prediction, Route, Source
 
-Weights = Literal["ema", "model"]
-WeightSet = Literal["ema", "model", "bare"]
 METADATA_KEY = "sg_export"
 
-_SETS: dict[str, Weights] = {
-    "ema_state_dict": "ema",
-    "ema": "ema",
-    "model_state_dict": "model",
-    "model": "model",
-    "state_dict": "model",
-}
-_PREFIXES = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
+_MODEL_KEYS = ("model_state_dict", "model", "state_dict", "params", "module", "net", "network")
+_WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+_PREFIX = re.compile(rf"^(({_WRAPPERS}|model)\.)+")
+_INSIDE = re.compile(rf"(?<=\.)({_WRAPPERS})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Checkpoint:
     """The content of a checkpoint file.
 
     source: file name and hash.
-    tensors: tensors by their names without wrapper prefixes.
+    tensors: tensors by their names without wrappers. They are in memory, not in the file.
     facts: facts that the author states.
     prefix: longest wrapper prefix that was removed from a name.
     """
@@ -88,37 +87,98 @@ class Checkpoint:
     prefix: str
 
 
-def read_checkpoint(checkpoint: str | Path, weights: Weights | None = None) -> Checkpoint:
-    """Read a .pt, .pth or .safetensors file, or a reference model by its name.
+def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: str | None = None) -> Checkpoint:
+    """Read a file of torch.save or safetensors, an index of shards, or a reference model by name.
 
-    weights: the set of weights to read if the file holds several. The default is the EMA set if
-    there is one.
+    The content tells the format, not the suffix. Pickles are read only with `weights_only=True`.
 
-    Pickles are read only with `weights_only=True`. Raises CheckpointError for a file that is
-    missing, damaged, or not safe to read. Raises UsageError if the file does not hold `weights`.
+    weights: the set of weights to read: "ema", "model", or the key of a dict of tensors or of a
+    prefix of their names, with dots between nested keys. The default is the EMA set if there is
+    one.
+    sha256: hash of the file, if it was just taken.
+
+    Raises CheckpointError for a file that is missing, damaged, not safe to read, or that changes
+    while it is read. Raises UsageError if the file does not hold `weights`.
     """
     reference = str(checkpoint) if str(checkpoint) in REFERENCES else None
     path = reference_path(reference) if reference else Path(checkpoint)
     if not path.is_file():
-        found = "a directory" if path.is_dir() else "nothing there"
         raise CheckpointError(
-            f"{path}: expected a checkpoint (.pt, .pth, .safetensors) or the name of a reference model "
-            f"({', '.join(REFERENCES)}), found {found}"
+            f"{path}: expected a checkpoint file or the name of a reference model ({', '.join(REFERENCES)}), "
+            f"found {_folder(path) if path.is_dir() else 'nothing there'}"
         )
-    if path.suffix == ".safetensors":
-        content, facts = _read_safetensors(path)
-    elif path.suffix in (".pt", ".pth"):
-        content, facts = _read_pickle(path), CheckpointFacts()
-    else:
-        raise CheckpointError(f"{path}: expected a file name that ends in .pt, .pth or .safetensors")
-    sidecar = path.with_suffix(".json")
+    try:
+        files = checkpoint_files(path)
+        with _unchanged(files, sha256_of(*files) if sha256 is None else sha256) as digest:
+            content: Mapping[Any, Any] = {}
+            facts = CheckpointFacts()
+            for file in files[1:] or files:
+                part, stated = _read(file)
+                content, facts = {**content, **part}, _over(stated, facts)
+            chosen, tensors = _choose_set(path, content, weights)
+            tensors = _in_memory(tensors)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    sidecar = path.with_name(path.name.removesuffix(".index.json")).with_suffix(".json")
     if sidecar.is_file():
-        stated = parse_facts(_read_text(sidecar), str(sidecar))
-        values = {field.name: getattr(stated, field.name) for field in fields(CheckpointFacts)}
-        facts = replace(facts, **{name: value for name, value in values.items() if value is not None})
-    chosen, tensors = _choose_set(path, content, weights)
-    plain, prefix = _without_prefixes(path, tensors)
-    return Checkpoint(Source(path.name, sha256_of(path), chosen, reference), plain, facts, prefix)
+        facts = _over(parse_facts(_read_text(sidecar), str(sidecar)), facts)
+    plain, prefix = _without_wrappers(path, tensors)
+    return Checkpoint(Source(path.name, digest, chosen, reference), plain, facts, prefix)
+
+
+def checkpoint_files(path: Path) -> tuple[Path, ...]:
+    """Return the files of a checkpoint: `path`, and after an index the shards that it lists.
+
+    Raises CheckpointError if `path` is a shard, or an index of shards that are not there.
+    """
+    if (shard := re.search(r"-[0-9]{5}-of-([0-9]{5})\.", path.name)) and int(shard[1]) > 1:
+        raise CheckpointError(
+            f"{path}: one of {int(shard[1])} shards: give the index that lists them, a file that ends in .index.json"
+        )
+    with path.open("rb") as stream:
+        if stream.read(64).lstrip()[:1] != b"{":
+            return (path,)
+    try:
+        names = set(json.loads(path.read_bytes())["weight_map"].values())
+        shards = [path.parent / name for name in sorted(names) if Path(name).name == name]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return (path,)
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise CheckpointError(f"{path}: expected its shards in the same folder, found no {_listed(absent)}")
+    return (path, *shards)
+
+
+def _folder(path: Path) -> str:
+    """Return what the folder `path` is, with the file or the step that helps."""
+    if indexes := sorted(path.glob("*.index.json")):
+        return f"a folder: give the index in it, {indexes[0]}"
+    if (path / ".metadata").is_file():
+        return (
+            "a folder of torch.distributed.checkpoint: turn it into a file with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+        )
+    return "a directory"
+
+
+@contextmanager
+def _unchanged(files: Sequence[Path], sha256: str) -> Iterator[str]:
+    """Yield `sha256`, the hash of the files, and take the hash again after the block.
+
+    Raises CheckpointError if it differs. This error replaces any error of the block.
+    """
+    try:
+        yield sha256
+    finally:
+        if sha256_of(*files) != sha256:
+            raise CheckpointError(
+                f"{files[0]}: changed while it was read: wait until it is complete, or give a copy of it"
+            ) from None
+
+
+def _over(first: CheckpointFacts, second: CheckpointFacts) -> CheckpointFacts:
+    """Return the facts of `first`, completed by those of `second`."""
+    values = {field.name: getattr(first, field.name) for field in fields(CheckpointFacts)}
+    return replace(second, **{name: value for name, value in values.items() if value is not None})
 
 
 def parse_facts(text: str, where: str) -> CheckpointFacts:
@@ -144,7 +204,39 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: expected checkpoint facts as JSON, cannot read the file ({error})") from None
 
 
-def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
+_DOWNLOAD = "the download failed: fetch it again"
+_UNPACK = "unpack it first"
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (rb"\s*(<!doctype html|<html|<head)", f"a web page: {_DOWNLOAD}, from the address of the file itself"),
+    (rb"\s*<\?xml", f"an XML message: {_DOWNLOAD}"),
+    (rb"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
+    (rb"\s*[\[{]\s*[\"\[{}\]]", f"JSON that is no index of shards; if it is a server's message, {_DOWNLOAD}"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|.{257}ustar", f"an archive: {_UNPACK}"),
+    (rb"GGUF", "a GGUF file: take the checkpoint that it was made from"),
+    (rb"\x89HDF", "an HDF5 file: save its tensors with torch.save or as safetensors"),
+    (rb"\x93NUMPY", "a NumPy array: save the tensors with torch.save or as safetensors"),
+    (rb"[\t\n\r -~]{16,}\Z", f"a text; if a server wrote it, {_DOWNLOAD}"),
+)
+"""What other files are, by the pattern of their first bytes."""
+
+
+def _read(path: Path) -> tuple[Mapping[Any, Any], CheckpointFacts]:
+    """Read one file by the reader for its first bytes, or else for its suffix."""
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if not start:
+        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file: {_DOWNLOAD}")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return _read_safetensors(path)
+    for pattern, found in _OTHERS:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            raise CheckpointError(f"{path}: expected a checkpoint, found {found}")
+    if path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80")):
+        return _read_safetensors(path)
+    return _read_pickle(path), CheckpointFacts()
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[Any, Any], CheckpointFacts]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -157,13 +249,26 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], CheckpointFacts]:
     return tensors, CheckpointFacts() if text is None else parse_facts(text, f"{path}, metadata {METADATA_KEY}")
 
 
-def _read_pickle(path: Path) -> Mapping[str, Any]:
+def _plain_values() -> list[Any]:
+    """Return what trainers store beside weights: parsed options, and NumPy's scalars and arrays.
 
+    They only hold values: making one runs no code of the file.
+    """
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    old = [(scalar, "numpy.core.multiarray.scalar"), (rebuild, "numpy.core.multiarray._reconstruct")]
+    types = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    return [argparse.Namespace, scalar, rebuild, *old, np.ndarray, np.dtype, *types]
+
+
+def _read_pickle(path: Path) -> Mapping[Any, Any]:
+    mapped = zipfile.is_zipfile(path)
+    if mapped and not any(name.endswith("data.pkl") for name in _zip_names(path)):
+        raise CheckpointError(f"{path}: expected a checkpoint, found a zip archive of {_listed(_zip_names(path))}")
+    if path.suffix == ".safetensors":  # PyTorch's reader would go by this suffix
+        raise CheckpointError(f"{path}: expected safetensors, found a file of torch.save: name it .pt")
     try:
-        # MaskDiT's training script stores its parsed options with the weights, in a Namespace.
-        # A Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_plain_values()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # PyTorch's own message advises to read the file without this check, so it is not shown.
         asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -180,49 +285,169 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _choose_set(
-    path: Path, content: Mapping[str, Any], weights: Weights | None
-) -> tuple[WeightSet, Mapping[str, Tensor]]:
-    """Return the requested set of tensors with its name.
+def _zip_names(path: Path) -> list[str]:
+    try:
+        return zipfile.ZipFile(path).namelist()
+    except Exception:  # a damaged archive is left to PyTorch's reader
+        return ["data.pkl"]
 
-    If the content is a bare state dict, return the content itself as the set "bare".
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with storages of their own in place of maps of the file.
+
+    If the file is cut, a process that touches its map dies. So the kernel copies the map, through a
+    pipe: it reports an error instead. Raises OSError.
     """
-    sets: dict[WeightSet, Mapping[Any, Any]] = {}
-    for key, kind in _SETS.items():
-        if isinstance(content.get(key), Mapping):
-            sets.setdefault(kind, content[key])
-    if not sets:
-        if weights is not None:
-            raise UsageError(f"{path}: holds a single bare state dict: leave out --weights {weights}")
-        sets["bare"] = content
-    default: WeightSet = "ema" if "ema" in sets else next(iter(sets))
-    chosen: WeightSet = weights if weights is not None else default
-    if chosen not in sets:
-        raise UsageError(
-            f"{path}: expected {chosen} weights, found {' and '.join(sets)}: give --weights {next(iter(sets))}"
-        )
-    tensors = sets[chosen]
-    strangers = [
-        str(name) for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if strangers or not tensors:
-        found = f"other values: {_listed(strangers)}" if strangers else "nothing"
-        raise CheckpointError(f"{path}: expected tensors, or dicts of tensors under {', '.join(_SETS)}; found {found}")
-    return chosen, tensors
-
-
-def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    plain: dict[str, Tensor] = {}
-    longest = ""
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+    copied = {}
     for name, tensor in tensors.items():
-        match = _PREFIXES.match(name)
-        prefix = match[0] if match else ""
-        longest = max(longest, prefix, key=len)
-        short = name[len(prefix) :]
+        if tensor.layout != torch.strided or (mapped := tensor.untyped_storage()).resizable():
+            copied[name] = tensor  # not a map, or of a layout that no adapter takes
+            continue
+        key = mapped.data_ptr(), mapped.nbytes()
+        if key not in storages:
+            storages[key] = _copy(mapped)
+        own = torch.empty(0, dtype=tensor.dtype)
+        copied[name] = own.set_(storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())
+    return copied
+
+
+def _copy(mapped: torch.UntypedStorage) -> torch.UntypedStorage:
+    size = mapped.nbytes()
+    own = torch.empty(size, dtype=torch.uint8).untyped_storage()
+    if size == 0:
+        return own
+    source, target = (
+        memoryview((ctypes.c_char * size).from_address(storage.data_ptr())).cast("B") for storage in (mapped, own)
+    )
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        done = 0
+        while done < size:
+            sent = os.write(writing, source[done : done + (1 << 16)])
+            end = done + sent
+            while done < end:
+                done += os.readv(reading, [target[done:end]])
+    finally:
+        os.close(reading)
+        os.close(writing)
+    return own
+
+
+def _flat(content: Any, depth: int = 8) -> dict[str, Tensor]:
+    """Return the tensors of nested dicts by their keys, joined with dots."""
+    found = {}
+    if isinstance(content, Mapping) and depth:
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                found[str(key)] = value
+            else:
+                found.update({f"{key}.{name}": tensor for name, tensor in _flat(value, depth - 1).items()})
+    return found
+
+
+def _state_of(content: Any) -> dict[str, Tensor]:
+    """Return the tensors of a dict, and of dicts in it unless it is a state dict itself."""
+    if not isinstance(content, Mapping):
+        return {}
+    direct = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return direct if any("." in name for name in direct) else _flat(content)
+
+
+def _under(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `key` and a dot, by the rest of their names."""
+    return {name[len(key) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+
+
+def _sets_of(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return the sets of a file by their names "ema" and "model", or all its tensors as "bare"."""
+    sets: dict[str, dict[str, Tensor]] = {}
+    for key in ("ema_state_dict", "ema", *(key for key in content if _is_ema(key)), *_MODEL_KEYS):
+        state = _state_of(content.get(key))
+        if key == "state_dict" and all(name.startswith("model.") for name in state):
+            state = _under("model", state)  # Lightning names the attribute that holds the network
+        if state:
+            sets = {**_split(state, "ema" if _is_ema(key) else "model"), **sets}
+    return sets or _split(_state_of(content), "bare")
+
+
+def _split(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    """Return the sets that the first words of names tell apart, or the single set `name`."""
+    words = dict.fromkeys(tensor.partition(".")[0] for tensor in state if "." in tensor)
+    averaged = next(filter(_is_ema, words), None)
+    if averaged is None:
+        return {name: dict(state)}
+    plain = {n: tensor for n, tensor in state.items() if not _is_ema(n.partition(".")[0])}
+    others = {} if name == "ema" else {"model": _under("model", plain) or plain}
+    return {"ema": _under(averaged, state), **{kind: found for kind, found in others.items() if found}}
+
+
+def _is_ema(key: Any) -> bool:
+    """Return whether `key` names averaged weights, such as "ema", "model_ema" and "ema_0.9999"."""
+    words = re.split("[^a-z]+", str(key).lower())
+    return "ema" in words and not {"optimizer", "opt", "scheduler"} & {*words}
+
+
+def _is_nameless(value: Any) -> bool:
+    """Return whether `value` is a list of tensors, or a dict of such a list without named ones."""
+    if isinstance(value, Mapping):
+        return not _flat(value) and any(_is_nameless(item) for item in value.values() if not isinstance(item, Mapping))
+    return isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value)
+
+
+def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the requested set of tensors with its name."""
+    sets = _sets_of(content)
+    default = "ema" if "ema" in sets else next(iter(sets))
+    if weights is None or weights in sets:
+        chosen = weights or default
+        nameless = [str(key) for key, value in content.items() if _is_ema(key) and _is_nameless(value)]
+        if nameless and weights is None and chosen != "ema":
+            raise UsageError(
+                f"{path}: {nameless[0]}: expected tensors by their names, found a list: save the averaged model's "
+                f"state dict, or give --weights model for the weights that are not averaged"
+            )
+        if not sets[chosen]:
+            found = f"other values: {_listed([str(key) for key in content])}" if content else "nothing"
+            raise CheckpointError(f"{path}: expected tensors by their names, found {found}")
+        return chosen, sets[chosen]
+    flat = _flat(content)
+    if named := _under(weights, flat) or _under(weights, sets[default]):
+        return weights, named
+    if weights not in ("ema", "model"):
+        keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))
+        raise UsageError(
+            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give such a --key"
+        )
+    if "bare" in sets:
+        raise UsageError(f"{path}: holds a single bare state dict: leave out --weights {weights}")
+    raise UsageError(f"{path}: expected {weights} weights, found {' and '.join(sets)}: give --weights {default}")
+
+
+def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors by their names in the network, and the longest prefix that was removed.
+
+    Wrappers are removed wherever they stand, and a first word that all names share. Single numbers
+    without a module, such as a step, are not weights, and are left out.
+    """
+    shorts: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        short = _INSIDE.sub("", _PREFIX.sub("", name))
+        if tensor.ndim or "." in short:
+            shorts[name] = short
+    while (
+        len(shorts) > 1
+        and all("." in short for short in shorts.values())
+        and len({short.partition(".")[0] for short in shorts.values()}) == 1
+    ):
+        shorts = {name: _PREFIX.sub("", short.partition(".")[2]) for name, short in shorts.items()}
+    plain: dict[str, Tensor] = {}
+    for name, short in shorts.items():
         if short in plain:
-            raise CheckpointError(f"{path}: two tensors are named {short} without wrapper prefixes")
-        plain[short] = tensor
-    return plain, longest
+            raise CheckpointError(f"{path}: two tensors are named {short} without wrappers: give one set by --key")
+        plain[short] = tensors[name]
+    return plain, max((match[0] for name in shorts if (match := _PREFIX.match(name))), key=len, default="")
 
 
 def _listed(names: list[str], most: int = 8) -> str:

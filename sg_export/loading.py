@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sg_export.adapters import ADAPTERS, find_adapter
-from sg_export.checkpoint import Overrides, Weights, merge_facts, read_checkpoint
+from sg_export.checkpoint import Checkpoint, Overrides, checkpoint_files, merge_facts, read_checkpoint
 from sg_export.models.sparse import SparseModel
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
@@ -54,21 +54,24 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: str | Path, *, weights: Weights | None = None, overrides: Overrides | None = None
+    checkpoint: str | Path, *, weights: str | None = None, overrides: Overrides | None = None
 ) -> LoadedModel:
     """Load a checkpoint file, or a reference model by name.
 
-    weights: "ema" or "model", if the file holds both; EMA by default.
+    weights: "ema", "model", or the key of another set of weights in the file; EMA by default.
 
     Raises CheckpointError for an unusable file, and UsageError for facts that do not fit it.
     """
-    read = read_checkpoint(checkpoint, weights)
-    model, facts = find_adapter(read).build(read, overrides or Overrides())
+    return _model_of(read_checkpoint(checkpoint, weights), overrides or Overrides())
+
+
+def _model_of(read: Checkpoint, overrides: Overrides) -> LoadedModel:
+    model, facts = find_adapter(read).build(read, overrides)
     return LoadedModel(model, facts, read.source)
 
 
 def load_weak(
-    checkpoint: str | Path, strong: LoadedModel, weights: Weights | None, overrides: Overrides | None = None
+    checkpoint: str | Path, strong: LoadedModel, weights: str | None, overrides: Overrides | None = None
 ) -> LoadedModel:
     """Load the weak network of autoguidance.
 
@@ -78,8 +81,11 @@ def load_weak(
 
     Raises UsageError if the checkpoint is of another network than `strong`.
     """
-    facts, read = strong.facts, read_checkpoint(checkpoint, weights)
-    given = merge_facts(read, overrides or Overrides())
+    return _weak_of(read_checkpoint(checkpoint, weights), strong, overrides or Overrides())
+
+
+def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> LoadedModel:
+    facts, given = strong.facts, merge_facts(read, overrides)
     heads = facts.heads if given.heads is None else given.heads
     completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
     model, weak_facts = find_adapter(read).build(read, completed)
@@ -102,10 +108,12 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     model does not have the facts of the manifest.
     """
     source, model = bundle.manifest.source, bundle.manifest.model
-    path = _checkpoint_of(bundle, source, checkpoint, "--checkpoint")
-    loaded = load_model(path, weights=_weights_of(source), overrides=_overrides_of(bundle))
+    read = _read_of(bundle, source, checkpoint, "--checkpoint")
+    loaded = _model_of(read, _overrides_of(bundle))
     if loaded.facts != model:
-        raise BundleError(f"{bundle.path}: its manifest describes another model than {path}: build it again")
+        raise BundleError(
+            f"{bundle.path}: its manifest describes another model than {read.source.file}: build it again"
+        )
     return loaded
 
 
@@ -120,8 +128,7 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
         if checkpoint is not None:
             raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
         return None
-    path = _checkpoint_of(bundle, source, checkpoint, "--weak-checkpoint")
-    return load_weak(path, strong, _weights_of(source), _overrides_of(bundle))
+    return _weak_of(_read_of(bundle, source, checkpoint, "--weak-checkpoint"), strong, _overrides_of(bundle))
 
 
 def _overrides_of(bundle: Bundle) -> Overrides:
@@ -130,12 +137,8 @@ def _overrides_of(bundle: Bundle) -> Overrides:
     return Overrides(model.route, model.heads, model.prediction)
 
 
-def _weights_of(source: Source) -> Weights | None:
-    return None if source.weights == "bare" else source.weights
-
-
-def _checkpoint_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> str | Path:
-    """Return the file of `source`, or its name if it is a reference model.
+def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> Checkpoint:
+    """Read the file of `source`, or the reference model.
 
     Raises CheckpointError if the file is missing, or if its hash differs from that in the manifest.
     """
@@ -151,9 +154,9 @@ def _checkpoint_of(bundle: Bundle, source: Source, checkpoint: str | Path | None
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
-    if (found_hash := sha256_of(path)) != source.sha256:
+    if (found_hash := sha256_of(*checkpoint_files(path))) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
             f"found {found_hash[:12]}…: give that checkpoint, or build a new bundle from this one"
         )
-    return checkpoint
+    return read_checkpoint(checkpoint, None if source.weights == "bare" else source.weights, found_hash)

@@ -74,7 +74,8 @@ def _model_words(manifest: Manifest) -> list[str]:
     if source.reference is not None:
         return []
     route = [] if model.route is None else ["--route", str(model.route)]
-    weights = [] if source.weights == "bare" else ["--weights", source.weights]
+    option = "--weights" if source.weights in ("ema", "model") else "--key"
+    weights = [] if source.weights == "bare" else [option, source.weights]
     return [*route, "--prediction", model.prediction, "--heads", str(model.heads), *weights]
 
 

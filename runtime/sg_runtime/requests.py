@@ -13,7 +13,7 @@ from sg_runtime.manifest.base import items, whole_number
 def class_index(model: ModelFacts, name: int | str | None) -> int:
     """Return the index of a class given by index or name; None is "no class", index `num_classes`.
 
-    Raises UsageError if the model has no such name or the index is out of range.
+    Raises UsageError if no class or several have this name, or if the index is out of range.
     """
     if name is None:
         return model.num_classes
@@ -23,7 +23,13 @@ def class_index(model: ModelFacts, name: int | str | None) -> int:
             raise UsageError(
                 f"class {name!r}: expected one of the model's class names, found no match; the model has {known}"
             )
-        return model.class_names.index(name)
+        indices = [index for index, known_name in enumerate(model.class_names) if known_name == name]
+        if len(indices) > 1:
+            raise UsageError(
+                f"class {name!r}: expected the name of one class, found it at {', '.join(map(str, indices))}: "
+                f"give the index"
+            )
+        return indices[0]
     index = whole_number("class", name)
     if not 0 <= index < model.num_classes:
         raise UsageError(f"class {index}: expected 0 to {model.num_classes - 1}")

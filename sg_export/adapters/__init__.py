@@ -41,7 +41,8 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
     """Return the adapter of the checkpoint's family.
 
     It is the family that the checkpoint's facts name, or else the first whose keys it has. Raises
-    CheckpointError with the missing keys of each family if there is none.
+    CheckpointError with the missing keys of each family if there is none, and with the prefix that
+    hides one.
     """
     path, named = checkpoint.source.file, checkpoint.facts.family
     if named is not None:
@@ -54,4 +55,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
             return ADAPTERS[family]
     reasons = "; ".join(f"{family} needs {', '.join(keys)}" for family, keys in missing.items())
     found = ", ".join(sorted(checkpoint.tensors)[:6])
-    raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}")
+    ends = tuple(f".{adapter.KEYS[0]}" for adapter in ADAPTERS.values())
+    prefix = next((name.removesuffix(end) for name in checkpoint.tensors for end in ends if name.endswith(end)), None)
+    remedy = f"; there is one under {prefix}: give --key {prefix}" if prefix else ""
+    raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}{remedy}")

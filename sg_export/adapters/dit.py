@@ -56,7 +56,8 @@ def infer_config(
     if rows == 2 * patch**2 * channels:
         raise CheckpointError(
             f"{file}: final_layer.linear.weight: expected {patch**2 * channels} rows, found {rows}: "
-            f"a learn_sigma head, which is not supported; upstream's samplers do not split it either"
+            f"a learn_sigma head, as in the published weights of DiT and SiT, which is not supported; take a "
+            f"checkpoint that was trained with learn_sigma=False"
         )
     heads = known_heads.get(width) if heads is None else heads
     if heads is None:

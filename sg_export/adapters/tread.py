@@ -8,7 +8,11 @@ upstream's code:
 * "No class" is the last row of the label embedding.
 * Times are embedded without scaling: t in [0, 1] for rectified flow (`rf.py`), ln(sigma) / 4 for
   EDM (`edm.py`).
+* `train.py` trains EDM only: it wraps the network by `edm.py`, and so writes the prefix "model." in
+  front of every name. `rf.py` has no wrapper.
 """
+
+import logging
 
 import torch
 
@@ -19,6 +23,8 @@ from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import ModelFacts, Route
 from sg_runtime.manifest.model import KEPT
+
+LOG = logging.getLogger(__name__)
 
 FAMILY: str = "tread"
 KEYS: tuple[str, ...] = (
@@ -47,18 +53,31 @@ def usual_route(depth: int) -> Route:
 def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
     """Build the network of a checkpoint, in evaluation mode, and return it with its facts.
 
+    The prefix of upstream's EDM wrapper decides the prediction, unless the user or the author
+    states it; a stated flow is then logged as a warning.
+
     Raises CheckpointError for tensors that are missing, unknown or of another shape. Raises
     UsageError for a route outside of the network, and for facts that neither the tensors nor the
     user nor the author state.
     """
     file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
     config = infer_config(checkpoint, given.heads)
-    route, prediction = given.route, given.prediction
+    wrapped = "model" in checkpoint.prefix.split(".")
+    route, prediction = given.route, given.prediction or ("edm" if wrapped else None)
     if route is not None and route.end >= config.depth:
         raise UsageError(f"{file}: route {route}: expected blocks 0 to {config.depth - 1}")
     if prediction is None:
-        hint = " (its names carry the prefix of upstream's EDM wrapper)" if "model." in checkpoint.prefix else ""
-        raise UsageError(f"{file}: the prediction type is unknown{hint}: give --prediction flow or --prediction edm")
+        raise UsageError(
+            f"{file}: the prediction type is unknown: give --prediction flow (velocity noise - data, noise at t = 1) "
+            f"or --prediction edm; SiT's files are neither"
+        )
+    if wrapped and prediction == "flow":
+        LOG.warning(
+            "%s: its names have the prefix of EDM's wrapper, %s, which CompVis/tread's training writes, but its "
+            "prediction is stated as flow: if its samples are noise, give --prediction edm",
+            file,
+            checkpoint.prefix,
+        )
     with torch.device("meta"):
         network = DiT(config)
     return dit.assemble(checkpoint, FAMILY, network, prediction, route, route or Route(0, config.depth - 1))

@@ -75,7 +75,7 @@ def build(
 ) -> None:
     """Compile MODEL into a bundle.
 
-    MODEL is a checkpoint (.pt, .pth, .safetensors) or the name of a reference model. The default is
+    MODEL is a checkpoint (PyTorch, safetensors) or the name of a reference model. The default is
     the reference model glyphs. ONNX checks every graph, and ONNX Runtime runs it once for a
     comparison with PyTorch. Engines of earlier builds come from a cache, $SG_EXPORT_CACHE or
     sg-export in the user's cache folder.
@@ -83,7 +83,7 @@ def build(
     \b
     Examples:
       sg-export build --sparsity 0.5
-      sg-export build latest.pt --route 2-24 --prediction flow --sparsity 0.9 --strong-sparsity 0.5
+      sg-export build latest.pt --route 2-24 --sparsity 0.9 --strong-sparsity 0.5
       sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
       sg-export build --sparsity 0.5 --precision int8
       sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 \\
@@ -117,7 +117,7 @@ def build(
         engines=engines,
         quantize=quantize,
         opset=opset,
-        weights=source.weights,
+        weights=source.weight_set,
         overrides=source.overrides,
         force=force,
     )

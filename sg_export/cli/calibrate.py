@@ -90,7 +90,7 @@ def calibrate(
             scale,
             guidance,
             weak_checkpoint,
-            weights=source.weights,
+            weights=source.weight_set,
             overrides=source.overrides,
         )
         reference = compile(model or DEFAULT_REFERENCE, options, report)

@@ -31,7 +31,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
     \b
     Examples:
       sg-export inspect glyphs-bundle
-      sg-export inspect latest.pt --route 2-24 --prediction flow --json
+      sg-export inspect latest.pt --route 2-24 --json
     """
     if Path(path).is_dir():
         from sg_runtime.bundle import Bundle
@@ -52,7 +52,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
     else:
         from sg_export.loading import load_model
 
-        loaded = load_model(path, weights=source.weights, overrides=source.overrides)
+        loaded = load_model(path, weights=source.weight_set, overrides=source.overrides)
         if as_json:
             click.echo(json.dumps({"model": asdict(loaded.facts), "source": asdict(loaded.source)}, indent=1))
         else:

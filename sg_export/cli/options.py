@@ -18,7 +18,7 @@ from sg_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from sg_calibration.settings import FeedSettings
-    from sg_export.checkpoint import Overrides, Weights
+    from sg_export.checkpoint import Overrides
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
@@ -68,10 +68,18 @@ def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
 class ModelSource:
     """Facts about a checkpoint that the user states by options."""
 
-    weights: "Weights | None"
+    weights: str | None
+    key: str | None
     route: Any
     prediction: Any
     heads: int | None
+
+    @property
+    def weight_set(self) -> str | None:
+        """The set of weights to read; see `load_model`."""
+        if self.key is not None:
+            refuse_given(("weights",), f"found with --key {self.key}: leave out one of them")
+        return self.key or self.weights
 
     @property
     def overrides(self) -> "Overrides":
@@ -89,6 +97,12 @@ model_options = group(
             "--weights",
             type=click.Choice(["ema", "model"]),
             help="Weights to take from the checkpoint.  [default: ema]",
+        ),
+        click.option(
+            "--key",
+            metavar="KEY",
+            help="Key of the dict of weights in the checkpoint, or prefix of their names; a.b is b in a.  [default: "
+            "the keys that trainers use]",
         ),
         click.option("--route", type=RouteType(), help="Blocks that run on the kept tokens, both included: 2-24."),
         click.option(

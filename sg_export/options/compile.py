@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from sg_export.checkpoint import Overrides, Weights
+from sg_export.checkpoint import Overrides
 from sg_export.graph.opset import DEFAULT_OPSET, OPSETS
 from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
@@ -57,7 +57,7 @@ class CompileOptions:
     engines: EngineOptions | None = None
     quantize: QuantizeOptions | None = None
     opset: int = DEFAULT_OPSET
-    weights: Weights | None = None
+    weights: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
     force: bool = False
 

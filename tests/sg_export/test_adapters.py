@@ -57,6 +57,12 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
     )
 
 
+def test_find_adapter_of_a_network_among_others_names_its_key(tiny: Any) -> None:
+    tensors = {**{f"net.{name}": tensor for name, tensor in tiny.state().items()}, "loss.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"; there is one under net: give --key net$"):
+        find_adapter(checkpoint(tensors))
+
+
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_adapters_have_the_parts_that_callers_use(family: str) -> None:
     adapter = ADAPTERS[family]
@@ -179,14 +185,27 @@ def test_build_with_route_beyond_the_network_raises(end: int, tiny: Any) -> None
         tread.build(checkpoint(tiny.state(), heads=2, prediction="flow"), Overrides(Route(1, end)))
 
 
+def test_build_of_unknown_prediction_names_the_option(tiny: Any) -> None:
+    message = r"unknown: give --prediction flow \(velocity noise - data, noise at t = 1\) or --prediction edm; SiT's"
+    with pytest.raises(UsageError, match=message):
+        tread.build(checkpoint(tiny.state(), "module.", heads=2), Overrides())
+
+
 @pytest.mark.parametrize(
-    ("prefix", "hint"), [("", ""), ("module.model.", r" \(its names carry the prefix of upstream's EDM wrapper\)")]
+    ("stated", "given", "prediction", "warned"),
+    [
+        (None, None, "edm", False),
+        ("edm", None, "edm", False),
+        ("flow", None, "flow", True),
+        (None, "flow", "flow", True),
+    ],
 )
-def test_build_of_unknown_prediction_names_the_option(prefix: str, hint: str, tiny: Any) -> None:
-    with pytest.raises(
-        UsageError, match=f"the prediction type is unknown{hint}: give --prediction flow or --prediction edm"
-    ):
-        tread.build(checkpoint(tiny.state(), prefix, heads=2), Overrides())
+def test_build_of_the_edm_wrappers_names_is_edm_unless_stated(
+    stated: Any, given: Any, prediction: str, warned: bool, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = checkpoint(tiny.state(), "module.model.", heads=2, prediction=stated)
+    assert tread.build(read, Overrides(prediction=given))[1].prediction == prediction
+    assert ("model.pt: its names have the prefix of EDM's wrapper, module.model., which" in caplog.text) == warned
 
 
 def test_build_of_half_precision_is_its_values_in_fp32(tiny: Any, tmp_path: Path) -> None:

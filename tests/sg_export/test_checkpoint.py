@@ -3,14 +3,18 @@
 import argparse
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sg_export import checkpoint
 from sg_export.checkpoint import CheckpointFacts, parse_facts, read_checkpoint
 from sg_runtime.errors import CheckpointError, UsageError
 
@@ -133,6 +137,181 @@ def test_read_checkpoint_with_prefix_on_some_names_takes_it_off_those(tmp_path: 
     read = read_checkpoint(save(tmp_path / "model.pt", state))
     assert list(read.tensors) == ["a", "b", "c.model.d"]
     assert read.prefix == "module."
+
+
+def named(prefix: str, value: float = 1) -> dict[str, Tensor]:
+    """Return two tensors, as a state dict has several, under a prefix."""
+    return {f"{prefix}layer.weight": torch.tensor([value]), f"{prefix}pos_embed": torch.zeros(1)}
+
+
+BOOKS = {"initted": torch.tensor(True), "step": torch.tensor(7)}
+
+
+@pytest.mark.parametrize(
+    ("content", "taken", "prefix"),
+    [
+        ({"blocks.0._checkpoint_wrapped_module.layer.weight": torch.ones(1)}, "bare", ""),
+        ({"blocks.0._orig_mod.layer.weight": torch.ones(1), "module.b": torch.ones(1)}, "bare", "module."),
+        (named("_fsdp_wrapped_module."), "bare", "_fsdp_wrapped_module."),
+        (named("dit.backbone._orig_mod."), "bare", ""),
+        ({"n_averaged": torch.tensor(3), **named("module.")}, "bare", "module."),
+        ({"state_dict": named("net."), "epoch": 1}, "model", ""),
+        ({"state_dict": named("model.")}, "model", ""),
+        ({"state_dict": named("model.model.")}, "model", "model."),
+        ({"state_dict": {**named("model.", 2), **named("ema_model.")}}, "ema", ""),
+        ({"model": named("", 2), "ema": {**BOOKS, **named("ema_model."), **named("online_model.", 3)}}, "ema", ""),
+        ({"model": named("", 2), "ema": {"decay": 0.9, "shadow": named("")}}, "ema", ""),
+        ({"model": named("", 2), "ema_0.9999": named("")}, "ema", ""),
+        ({"ema_model": named(""), "step": 4}, "ema", ""),
+        ({"state_dict_ema": named(""), "state_dict": named("", 2), "ema_optimizer": named("", 3)}, "ema", ""),
+        ({"module": named(""), "global_steps": 3}, "model", ""),
+        ({**named("ema."), **named("model.", 2)}, "ema", ""),
+        (
+            {"ema": named(""), "step": np.int64(5), "loss": np.float32(1), "rng": np.arange(3), "on": np.bool_(1)},
+            "ema",
+            "",
+        ),
+    ],
+    ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_read_checkpoint_of_common_trainers_takes_the_weights(
+    content: Any, taken: str, prefix: str, tmp_path: Path
+) -> None:
+    read = read_checkpoint(save(tmp_path / "last.ckpt", content))
+    weight = next(tensor for name, tensor in read.tensors.items() if name.endswith("layer.weight"))
+    assert (read.source.weights, read.prefix, float(weight)) == (taken, prefix, 1)
+    assert set(read.tensors) <= {"layer.weight", "pos_embed", "blocks.0.layer.weight", "b"}
+
+
+@pytest.mark.parametrize("name", ["model.pth.tar", "model.bin", "model", "model.PT", "model.onnx"])
+def test_read_checkpoint_of_any_suffix_reads_by_content(name: str, tmp_path: Path) -> None:
+    assert value(save(tmp_path / name, ONE)) == 1
+    save_file(TWO, tmp_path / name)
+    assert value(tmp_path / name) == 2
+
+
+@pytest.mark.parametrize("key", ["generator", "nets.generator", "student", "generator.student"])
+def test_read_checkpoint_with_key_takes_the_tensors_under_it(key: str, tmp_path: Path) -> None:
+    content: Any = {"step": 3, "model": TWO}
+    for word in reversed(key.split(".")):
+        content = {word: content if word != key.split(".")[-1] else {"layer.weight": torch.ones(1)}, "other": TWO}
+    path = save(tmp_path / "model.pt", content)
+    assert value(path, key) == 1
+    assert read_checkpoint(path, key).source.weights == key
+    save_file({f"{key}.layer.weight": torch.ones(1), "other.layer.weight": torch.zeros(1)}, path)
+    assert value(path, key) == 1
+
+
+def test_read_checkpoint_with_key_in_the_default_set_takes_the_tensors_under_it(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.ckpt", {"state_dict": {**named("net."), "loss.weight": torch.zeros(2)}})
+    assert value(path, "net") == value(path, "state_dict.net") == 1
+
+
+def test_read_checkpoint_with_unknown_key_names_the_others(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.pt", {"generator": ONE, "critic": TWO, "step": 3})
+    with pytest.raises(UsageError, match="expected tensors under gen, found them under generator, critic: give such a"):
+        read_checkpoint(path, "gen")
+
+
+@pytest.mark.parametrize("average", [{"decay": 0.999, "shadow_params": [torch.ones(1)]}, [torch.ones(1)]])
+def test_read_checkpoint_of_nameless_average_says_what_helps(average: Any, tmp_path: Path) -> None:
+    path = save(tmp_path / "model.pt", {"model": ONE, "ema": average})
+    with pytest.raises(UsageError, match=r"ema: expected tensors by their names, found a list: .*give --weights model"):
+        read_checkpoint(path)
+    assert value(path, "model") == 1
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """Return the index of two shards."""
+    shards = {f"model-0000{n}-of-00002.safetensors": {f"{n}.weight": torch.tensor([float(n)])} for n in (1, 2)}
+    for name, tensors in shards.items():
+        save_file(tensors, tmp_path / name)
+    names = {key: name for name, tensors in shards.items() for key in tensors}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": names}))
+    return path
+
+
+def test_read_checkpoint_of_index_joins_the_shards(index: Path) -> None:
+    index.with_name("model.json").write_text('{"route": "1-2"}')
+    read = read_checkpoint(index)
+    assert {name: float(tensor) for name, tensor in read.tensors.items()} == {"1.weight": 1, "2.weight": 2}
+    files = [index, *sorted(index.parent.glob("*.safetensors"))]
+    assert read.source.sha256 == hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+    assert read.facts.route == "1-2"
+
+
+def test_read_checkpoint_of_shards_without_their_index_names_it(index: Path) -> None:
+    first, second = sorted(index.parent.glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="one of 2 shards: give the index that lists them"):
+        read_checkpoint(first)
+    with pytest.raises(CheckpointError, match=f"found a folder: give the index in it, {index}$"):
+        read_checkpoint(index.parent)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"expected its shards in the same folder, found no {second.name}"):
+        read_checkpoint(index)
+
+
+CHANGED = "changed while it was read: wait until it is complete, or give a copy of it"
+BIG = {"layer.weight": torch.zeros(100_000)}
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object], before: str) -> None:
+    """Do `work` right before a function of the reader is called."""
+    function = getattr(checkpoint, before)
+
+    def late(*arguments: Any) -> Any:
+        work()
+        return function(*arguments)
+
+    monkeypatch.setattr(checkpoint, before, late)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".legacy"])
+@pytest.mark.parametrize("before", ["_read", "_in_memory"])
+@pytest.mark.parametrize("change", ["rewritten", "cut", "damaged", "replaced"])
+def test_read_checkpoint_that_changes_meanwhile_raises(
+    change: str, before: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / f"model{suffix}", tmp_path / "other"
+    for file, state in ((path, BIG), (other, {"layer.weight": torch.ones(100_000)})):
+        if suffix == ".safetensors":
+            save_file(state, file)
+        else:
+            torch.save(state, file, _use_new_zipfile_serialization=suffix == ".pt")
+    work: dict[str, Callable[[], object]] = {
+        "rewritten": lambda: path.write_bytes(other.read_bytes()),
+        "cut": lambda: os.truncate(path, 100),
+        "damaged": lambda: path.write_bytes(b"\xff" * path.stat().st_size),
+        "replaced": lambda: other.replace(path),
+    }
+    meanwhile(monkeypatch, work[change], before)
+    with pytest.raises(CheckpointError, match=f"^{path}: {CHANGED}$"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".legacy"])
+def test_read_checkpoint_that_changes_later_keeps_its_values(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".safetensors":
+        save_file(BIG, path)
+    else:
+        torch.save(BIG, path, _use_new_zipfile_serialization=suffix == ".pt")
+    read = read_checkpoint(path)
+    size = path.stat().st_size
+    path.write_bytes(b"\1" * size)
+    assert not read.tensors["layer.weight"].any()
+    path.write_bytes(b"")
+    assert not read.tensors["layer.weight"].any()
+
+
+def test_read_checkpoint_of_shared_storage_keeps_each_view(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"a.t": whole.T, "a.row": whole[1], "a.one": torch.ones(()).expand(5, 5), "a.none": torch.zeros(0, 3)}
+    tensors = read_checkpoint(save(tmp_path / "model.pt", state)).tensors
+    assert all(torch.equal(tensors[name.removeprefix("a.")], tensor) for name, tensor in state.items())
+    assert tensors["t"].untyped_storage().data_ptr() == tensors["row"].untyped_storage().data_ptr()
 
 
 def test_read_checkpoint_metadata_gives_facts(tmp_path: Path) -> None:

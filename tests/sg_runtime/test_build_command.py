@@ -149,7 +149,7 @@ def test_build_command_of_a_reference_model_names_it_alone(manifest: Manifest, a
     assert options.weights is None
 
 
-@pytest.mark.parametrize("weights", ["ema", "model"])
+@pytest.mark.parametrize("weights", ["ema", "model", "nets.generator"])
 def test_build_command_names_the_weights_of_a_file_that_has_two(manifest: Manifest, asked: Asked, weights: Any) -> None:
     _, options = asked(build_command(replace(manifest, source=replace(manifest.source, weights=weights)), "out"))
     assert options.weights == weights

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,15 @@ def test_sample_of_names_is_that_of_indices(pipe: Pipeline) -> None:
     assert [class_index(model, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
     named, indexed = (pipe.sample(classes, [5, 6], steps=2) for classes in (["0", "A"], [3, 0]))
     np.testing.assert_array_equal(named, indexed)
+
+
+def test_sample_of_a_name_of_two_classes_names_their_indices(pipe: Pipeline) -> None:
+    """ImageNet has two cranes and two maillots. Their indices, and all other names, are clear."""
+    model = replace(pipe.bundle.manifest.model, class_names=("crane", "b", "c", "d", "crane"))
+    message = "class 'crane': expected the name of one class, found it at 0, 4: give the index"
+    with pytest.raises(UsageError, match=message):
+        class_index(model, "crane")
+    assert [class_index(model, name) for name in ("b", 4)] == [1, 4]
 
 
 def test_sample_of_numpy_numbers_is_that_of_pythons(pipe: Pipeline, five: Array) -> None:

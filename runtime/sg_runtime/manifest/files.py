@@ -32,14 +32,15 @@ class Source(Strict):
     """The checkpoint a bundle was built from.
 
     file: name of the checkpoint file.
-    sha256: SHA-256 of the file in lower-case hex.
-    weights: set of weights in the file; "bare" if the file has only one set.
+    sha256: SHA-256 of the file in lower-case hex. The shards that an index lists are joined to
+    it, in the order of their names.
+    weights: set of weights in the file: "ema", "model" or a key; "bare" if the file has only one.
     reference: name of the model if it ships with sg-export, else None.
     """
 
     file: str
     sha256: str
-    weights: Literal["ema", "model", "bare"]
+    weights: str
     reference: str | None
 
     @property

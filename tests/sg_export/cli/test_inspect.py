@@ -46,6 +46,17 @@ def test_inspect_of_checkpoint_without_route_asks_for_it(cli: Callable[..., Any]
     assert "blocks 0 to 2" in shown(cli("inspect", path, "--route", "0-2"))
 
 
+def test_inspect_with_key_reads_the_weights_under_it(cli: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "tiny.pt", {"generator": tiny.state(), "critic": tiny.state(2)})
+    result = cli("inspect", path, "--key", "generator", "--json")
+    assert json.loads(result.stdout)["source"]["weights"] == "generator"
+    result = cli("inspect", path, "--key", "generator", "--weights", "ema")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "Error: --weights: found with --key generator: leave out one of them\n",
+    )
+
+
 def test_inspect_json_of_checkpoint_is_json(cli: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "tiny.pt", {"model_state_dict": tiny.state(), "ema_state_dict": tiny.state()}, {})
     given = ("--route", "0-2", "--heads", 4, "--prediction", "flow", "--weights", "model")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import polygraphy
 import pytest
 import torch
 
+from sg_export import checkpoint
 from sg_export.compiler import compile
-from sg_export.loading import reload_checkpoint, reload_weak
+from sg_export.loading import load_model, reload_checkpoint, reload_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.options.types import BASES
 from sg_export.parity.compare import Comparison, Parity, compare_arrays, write_parity
@@ -285,6 +287,33 @@ def test_reload_checkpoint_of_another_file_raises(other: str, fixed_bundle: Path
     checkpoint = other if other == "glyphs" else tiny.save(tmp_path / "tiny.safetensors", tiny.state(seed=2))
     with pytest.raises(CheckpointError, match=r"expected SHA-256 \w{12}…, from which .* was built, found"):
         reload_checkpoint(Bundle.open(fixed_bundle), checkpoint)
+
+
+def test_reload_checkpoint_that_changes_meanwhile_raises(
+    fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copy(tiny_checkpoint, tmp_path)
+    read = checkpoint._in_memory
+
+    def late(*arguments: Any) -> Any:
+        os.truncate(path, 0)
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_in_memory", late)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        reload_checkpoint(Bundle.open(fixed_bundle), path)
+
+
+def test_reload_checkpoint_takes_the_weights_of_the_key_in_the_manifest(
+    fixed_bundle: Path, tiny: Any, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(fixed_bundle)
+    path = tiny.save(tmp_path / "tiny.pt", {"nets": {"g": tiny.state(3), "h": tiny.state(4)}})
+    source = load_model(path, weights="nets.g").source
+    again = reload_checkpoint(replace(bundle, manifest=replace(bundle.manifest, source=source)), path)
+    bias = "network.final_layer.linear.bias"
+    assert again.source == source
+    assert torch.equal(again.model.state_dict()[bias], tiny.state(3)["final_layer.linear.bias"])
 
 
 def test_reload_checkpoint_of_missing_file_raises(fixed_bundle: Path, tmp_path: Path) -> None:

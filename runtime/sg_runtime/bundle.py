@@ -37,7 +37,11 @@ class Bundle:
     root: Path = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", self.path.absolute())
+        try:
+            root = self.path.absolute()
+        except FileNotFoundError:  # the working folder was replaced, by a build for example
+            root = self.path
+        object.__setattr__(self, "root", root)
 
     @classmethod
     def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":

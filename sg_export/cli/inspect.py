@@ -159,7 +159,8 @@ def _print_quantization(manifest: "Manifest") -> None:
     print_table(f"Layers; {seen}", columns, rows)
     quality = [(f"{q.time:.3g}", f"{q.strong:.5f}", f"{q.weak:.5f}", f"{q.guided:.2%}") for q in plan.quality]
     gates = f"gates: cosine {plan.gates.cosine:g}, guided {plan.gates.guided:.0%}"
-    print_table(f"Distance to FP32; {gates}", ("t", "strong, cosine", "weak, cosine", "guided"), quality)
+    click.echo(gates)
+    print_table("Distance to FP32", ("t", "strong, cosine", "weak, cosine", "guided"), quality)
     click.echo(
         f"complete runs: {plan.runs:.2%} from FP32; two FP32 runs with different kept tokens: {plan.mask_noise:.2%}"
     )

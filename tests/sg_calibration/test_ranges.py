@@ -174,7 +174,7 @@ def altered(reference: Bundle, tmp_path: Path) -> Callable[..., Pipeline]:
                         filled = np.full_like(numpy_helper.to_array(tensor), value)
                         tensor.CopyFrom(numpy_helper.from_array(filled, tensor.name))
             onnx.save(model, tmp_path / "graphs" / file.name)
-        return reference_pipeline(replace(reference, path=tmp_path))
+        return reference_pipeline(Bundle(tmp_path, reference.manifest))
 
     return alter
 

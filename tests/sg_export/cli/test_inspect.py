@@ -141,7 +141,7 @@ def test_inspect_of_few_tokens_shows_a_sparsity_that_keeps_none(
 
 def test_inspect_of_nothing_ends_with_6(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused(6, "inspect", tmp_path / "missing.pt") == (
-        f"{tmp_path}/missing.pt: expected a checkpoint (.pt, .pth, .safetensors) or the name of a reference model "
+        f"{tmp_path}/missing.pt: expected a checkpoint file or the name of a reference model "
         f"(glyphs, glyphs-early), found nothing there"
     )
 

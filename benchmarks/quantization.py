@@ -205,7 +205,7 @@ def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> lis
         for index, x in enumerate(shard.x):
             (launch,) = launches(manifest, plan, index, 0.0, 1.0, 0.0)
             for group in runner.groups(len(x)):
-                own = runner.feeds(launch, x, x, group)
+                own = runner.feeds(plan, launch, x, x, group)
                 feeds.append({name: np.asarray(value) for name, value in own.items()})
     return feeds
 

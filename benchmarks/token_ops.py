@@ -3,7 +3,8 @@
     python -m benchmarks.token_ops --output benchmarks/results/token_ops.json
 
 All forms of a direction compute the same result. Gather takes K of N rows of (B, N, D) by (B, K)
-indices, and scatter puts them back. All forms are timed in turn in one run. The figures are medians
+indices, and scatter puts them back. The forms "given" read row numbers that were computed before,
+as the graphs of a bundle do. All forms are timed in turn in one run. The figures are medians
 over the rounds, with quartiles, and ratios to the elementwise form.
 """
 
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from sg_export.models.subset import Subset
+
 SHAPES = {"glyphs": (16, 64, 128), "S/2": (4, 256, 384), "XL/2": (1, 256, 1152)}
 FORMS = {
-    "gather": ("GatherElements", "GatherND batch_dims", "GatherND pairs", "Gather flat"),
-    "scatter": ("ScatterElements", "ScatterND pairs", "ScatterND flat", "Gather inverse"),
+    "gather": ("GatherElements", "GatherND batch_dims", "GatherND pairs", "Gather flat", "Gather given"),
+    "scatter": ("ScatterElements", "ScatterND pairs", "ScatterND flat", "Gather inverse", "Gather given back"),
 }
 ROUNDS = 60
 
@@ -49,15 +53,20 @@ def measure(direction: str, shape: str) -> list[dict[str, Any]]:
         "x": rng.standard_normal((batch, tokens, width), dtype=np.float32),
         "keep": np.sort(rng.permuted(np.tile(np.arange(tokens), (batch, 1)), axis=1)[:, :keep], axis=1),
     }
+    subset = Subset.of(torch.from_numpy(feeds["keep"]), tokens, masked=False)
+    feeds |= {"given": subset.rows.numpy(), "given back": subset.restore.numpy()}
     if direction == "scatter":
         feeds["rows"] = rng.standard_normal((batch, keep, width), dtype=np.float32)
     sessions = {form: session(form, batch, tokens, width, keep) for form in FORMS[direction]}
-    results = {form: runner.run(None, feeds)[0] for form, runner in sessions.items()}
+    own = {
+        form: {tensor.name: feeds[tensor.name] for tensor in runner.get_inputs()} for form, runner in sessions.items()
+    }
+    results = {form: runner.run(None, own[form])[0] for form, runner in sessions.items()}
     times: dict[str, list[float]] = {form: [] for form in sessions}
     for _ in range(ROUNDS):
         for form, runner in sessions.items():
             began = time.perf_counter()
-            runner.run(None, feeds)
+            runner.run(None, own[form])
             times[form].append((time.perf_counter() - began) * 1e6)
     reference = FORMS[direction][0]
     for form, result in results.items():
@@ -114,6 +123,16 @@ def session(form: str, batch: int, tokens: int, width: int, keep: int) -> ort.In
         "GatherND batch_dims": [expand[0], node("GatherND", ["x", "column"], "y", batch_dims=1)],
         "GatherND pairs": [*pairs, node("GatherND", ["x", "pairs"], "y")],
         "Gather flat": [*flat, node("Gather", ["flat_x", "flat_index"], "y", axis=0)],
+        "Gather given": [
+            node("Reshape", ["x", const("flat_shape", [-1, width])], "flat_x"),
+            node("Gather", ["flat_x", "given"], "y", axis=0),
+        ],
+        "Gather given back": [
+            node("Reshape", ["x", const("flat_shape", [-1, width])], "flat_x"),
+            node("Reshape", ["rows", "flat_shape"], "flat_rows"),
+            node("Concat", ["flat_x", "flat_rows"], "both", axis=0),
+            node("Gather", ["both", "given back"], "y", axis=0),
+        ],
         "ScatterElements": [*expand, node("ScatterElements", ["x", "index", "rows"], "y", axis=1)],
         "ScatterND pairs": [*pairs, node("ScatterND", ["x", "pairs", "rows"], "y")],
         "ScatterND flat": [
@@ -135,8 +154,10 @@ def session(form: str, batch: int, tokens: int, width: int, keep: int) -> ort.In
         ],
     }
     shapes: dict[str, list[str | int]] = {"x": ["B", tokens, width], "keep": ["B", keep], "rows": ["B", keep, width]}
-    names = ["x", "keep"] + (["rows"] if form in FORMS["scatter"] else [])
-    kinds = {"x": TensorProto.FLOAT, "keep": TensorProto.INT64, "rows": TensorProto.FLOAT}
+    shapes |= {"given": ["B", keep], "given back": ["B", tokens]}
+    used = {name for own in graphs[form] for name in own.input}
+    names = [name for name in shapes if name in used]
+    kinds = {name: TensorProto.FLOAT if name in ("x", "rows") else TensorProto.INT64 for name in names}
     inputs = [helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in names]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]

@@ -106,7 +106,7 @@ def measure(
                     if launch.graph.name not in observers:
                         observers[launch.graph.name] = _Observer(pipe, launch.graph)
                     for group in runner.groups(len(x)):
-                        seen = observers[launch.graph.name](runner.feeds(launch, x, x, group))
+                        seen = observers[launch.graph.name](runner.feeds(plan, launch, x, x, group))
                         _check(seen)
                         for name, value in seen.items():
                             highest = histograms.setdefault(name, _Histogram()).add(value)

@@ -7,6 +7,8 @@ image depends neither on its batch nor on earlier images. Test vectors:
 `tests/sg_runtime/test_philox.py`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,3 +52,21 @@ def subset(seed: int, tokens: int, keep: int, *, step: int, evaluation: int, bra
     """
     words = raw_words(seed, SUBSET, tokens, step=step, evaluation=evaluation, branch=branch)
     return np.sort(np.argsort(words, kind="stable")[:keep])
+
+
+def subsets(seed: int, tokens: int, keep: int, places: Sequence[tuple[int, int]], *, branch: int) -> NDArray[np.int64]:
+    """Return `subset` for each (step, evaluation) of `places`, (E, K) int64."""
+    rows = np.empty((len(places), tokens), np.uint64)
+    blocks, position = -(-tokens // 4), branch << 192
+    generator = np.random.Philox(
+        key=np.array([seed, SUBSET], np.uint64), counter=np.array([0, 0, 0, branch], np.uint64)
+    )
+    for row, (step, evaluation) in zip(rows, places, strict=True):
+        wanted = step << 64 | evaluation << 128 | branch << 192
+        generator.advance((wanted - position) % (1 << 256))
+        row[:] = generator.random_raw(tokens)
+        position = wanted + blocks
+    least = rows <= np.partition(rows, keep - 1, axis=1)[:, keep - 1 :][:, :1]
+    if np.count_nonzero(least) != keep * len(rows):  # equal words
+        return np.sort(np.argsort(rows, axis=1, kind="stable")[:, :keep], axis=1)
+    return np.flatnonzero(least).reshape(-1, keep) % tokens

@@ -7,17 +7,20 @@ A step graph computes
 F is the network's output for one branch, or weak + scale * (strong - weak) for two branches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["state", "held", "keep", "scalar"]
+Role = Literal["state", "held", "rows", "restore", "keep", "scalar"]
 
 COEFFICIENTS = ("c_in", "c_skip", "c_out", "a", "b", "e")
 SCALARS = ("scale", *COEFFICIENTS)
 
 HELD = ("modulations",)
 """Names of the inputs for a branch's conditioning in one evaluation."""
+
+KEPT: tuple[Role, ...] = ("rows", "restore")
+"""Roles of the inputs for the kept tokens of a branch."""
 
 BRANCHES = ("strong", "weak")
 
@@ -28,7 +31,8 @@ class Input:
 
     name: name of the tensor in the graph.
     role: "state" for the latents x and r, (B, C, H, W); "held" for the conditioning of a branch,
-    (B, M); "keep" for the kept tokens of a branch, (B, K); "scalar" for a number that all images
+    (B, M); "rows" and "restore" for the kept tokens of a branch, see `sg_runtime.run.kept`; "keep"
+    for the same in graphs of schema 4 and earlier, (B, K); "scalar" for a number that all images
     share.
     branch: 0 for the strong or only branch; 1 for the weak branch; None if it belongs to no branch.
     """
@@ -45,14 +49,24 @@ def step_inputs(branches: int, separate: bool) -> tuple[Input, ...]:
     """
     held = [Input(name, "held", 0) for name in HELD]
     held += [Input(f"{name}_weak", "held", 1) for name in HELD if separate]
-    keep = [Input("keep", "keep", 0)]
-    if branches == 2:
-        keep = [Input(f"keep_{branch}", "keep", number) for number, branch in enumerate(BRANCHES)]
+    kept = [Input(f"{role}{end}", role, number) for number, end in _ends(branches) for role in KEPT]
     scalars = [Input(name, "scalar") for name in (SCALARS if branches == 2 else COEFFICIENTS)]
-    return (Input("x", "state"), *held, *keep, *scalars, Input("r", "state"))
+    return (Input("x", "state"), *held, *kept, *scalars, Input("r", "state"))
 
 
-INPUTS: Mapping[str, Input] = {tensor.name: tensor for count in (1, 2) for tensor in step_inputs(count, count == 2)}
+def _ends(branches: int) -> Iterable[tuple[int, str]]:
+    """Return the number of each branch and the end of its inputs' names."""
+    return enumerate(f"_{branch}" for branch in BRANCHES) if branches == 2 else [(0, "")]
+
+
+INPUTS: Mapping[str, Input] = {
+    tensor.name: tensor
+    for count in (1, 2)
+    for tensor in (
+        *step_inputs(count, count == 2),
+        *(Input(f"keep{end}", "keep", number) for number, end in _ends(count)),
+    )
+}
 """All inputs of step graphs, by name."""
 
 

@@ -110,6 +110,7 @@ def assemble(
         route=route,
         class_names=names,
         ends=network.ends,
+        masked=network.mask is not None,
     )
     return SparseModel(network, layers).eval().requires_grad_(False), model_facts
 

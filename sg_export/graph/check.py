@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sg_export.graph.emulate import emulated
-from sg_export.graph.module import GraphModule, example
+from sg_export.graph.module import GraphModule, examples
 from sg_export.graph.overflow import first_overflow
 from sg_export.graph.products import belongs, weighted_products
 from sg_export.graph.spec import GraphSpec, graph_inputs
@@ -101,14 +101,14 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     most = BASES[precision].build_limit if options.quantize is None else MAX_QUANTIZED_ERROR
     inputs = graph_inputs(spec, loaded.facts, options.batch)
     generator = torch.Generator().manual_seed(1)
-    values = [example(t, loaded.facts.tokens, {"B": 2, "S": 2}, generator) for t in inputs]
+    values = examples(inputs, loaded.facts, {"B": 2, "S": 2}, generator)
     try:
-        feeds = {t.name: v.numpy() for t, v in zip(inputs, values, strict=True)}
+        feeds = {name: value.numpy() for name, value in values.items()}
         found = run_onnx(path, feeds, None if precision == "fp32" else emulated(path))
     except MissingExtraError:
         return None
     with torch.no_grad():
-        wanted = GraphModule(loaded.model, spec, [t.name for t in inputs])(*values)
+        wanted = GraphModule(loaded.model, spec, [*values])(*values.values())
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     check_reference(loaded, path.name, *(w.numpy() for w in wanted))
     distance = max(relative_l2(f, w.numpy()) for f, w in zip(found, wanted, strict=True))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from sg_export.graph.spec import GraphSpec
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import GraphKind, TensorFacts
+from sg_export.models.subset import Subset
+from sg_runtime.manifest import GraphKind, ModelFacts, TensorFacts
 
 
 class GraphModule(nn.Module):
@@ -34,31 +35,43 @@ def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) ->
         output = model.guided(
             given["c_in"] * x,
             modulations,
-            given.get("keep_strong"),
-            given.get("keep_weak"),
+            subset(given, "_strong"),
+            subset(given, "_weak"),
             given["scale"],
             given.get("modulations_weak"),
         )
     else:
-        output = model.predict(given["c_in"] * x, modulations, given.get("keep"))
+        output = model.predict(given["c_in"] * x, modulations, subset(given))
     prediction = given["c_skip"] * x + given["c_out"] * output
     return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
 
 
-def example(tensor: TensorFacts, tokens: int, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    """Return an example value for a graph input.
+def subset(given: Mapping[str, Tensor], end: str = "") -> Subset | None:
+    """Return the kept tokens of the branch whose inputs have this end; None for all tokens."""
+    return Subset(given[f"rows{end}"], given[f"restore{end}"]) if f"rows{end}" in given else None
 
-    Times are random in [0, 1), classes are 0, indices of kept tokens are random, distinct and
-    sorted, and all other values are normally distributed.
 
-    tokens: number of tokens of an image. sizes: values of the symbolic dimensions.
+def examples(
+    tensors: Sequence[TensorFacts], model: ModelFacts, sizes: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return example values for the inputs of a graph, by name and in order.
+
+    Times are random in [0, 1), classes are 0, kept tokens are random, distinct and sorted, and all
+    other values are normally distributed.
+
+    sizes: values of the symbolic dimensions.
     """
-    shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
-    if tensor.name == "t":
-        return torch.rand(shape, generator=generator)
-    if tensor.name == "class":
-        return torch.zeros(shape, dtype=torch.int64)
-    if tensor.dtype == "int64":
-        order = torch.rand((shape[0], tokens), generator=generator).argsort(dim=1)
-        return order[:, : shape[1]].sort(dim=1).values
-    return torch.randn(shape, generator=generator)
+    values: dict[str, Tensor] = {}
+    for tensor in tensors:
+        shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+        if tensor.name == "t":
+            values[tensor.name] = torch.rand(shape, generator=generator)
+        elif tensor.name == "class":
+            values[tensor.name] = torch.zeros(shape, dtype=torch.int64)
+        elif tensor.name.startswith("rows"):
+            order = torch.rand((shape[0], model.tokens), generator=generator).argsort(dim=1)
+            kept = Subset.of(order[:, : shape[1]].sort(dim=1).values, model.tokens, model.masked)
+            values[tensor.name], values[tensor.name.replace("rows", "restore")] = kept.rows, kept.restore
+        elif tensor.name not in values:
+            values[tensor.name] = torch.randn(shape, generator=generator)
+    return values

@@ -100,7 +100,9 @@ def graph_inputs(
         elif tensor.role == "scalar":
             tensors.append(TensorFacts(tensor.name, "float32", ()))
         elif tensor.branch is not None and (keep := spec.levels[tensor.branch].keep) < model.tokens:
-            size = _keep_dimension(tensor.name) if symbolic_keep else keep
+            size: int | str = model.tokens
+            if tensor.role == "rows":
+                size = _keep_dimension(tensor.name) if symbolic_keep else keep
             tensors.append(TensorFacts(tensor.name, "int64", (images, size)))
     return tuple(tensors)
 
@@ -112,13 +114,13 @@ def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
     """
     if spec.kind not in ("sparse", "guided"):
         return {}
-    names = [tensor.name for tensor in step_inputs(len(spec.levels), False) if tensor.role == "keep"]
+    names = [tensor.name for tensor in step_inputs(len(spec.levels), False) if tensor.role == "rows"]
     return dict(zip(map(_keep_dimension, names), keep, strict=False))
 
 
 def _keep_dimension(name: str) -> str:
-    """Return the symbolic dimension of an input of kept tokens: K, K_strong or K_weak."""
-    return name.replace("keep", "K")
+    """Return the symbolic dimension of an input "rows": K, K_strong or K_weak."""
+    return name.replace("rows", "K")
 
 
 def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:

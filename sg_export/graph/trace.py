@@ -25,7 +25,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from sg_export.graph.attention import lower_attention, translate_attention
-from sg_export.graph.module import compute, example
+from sg_export.graph.module import compute, examples
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Program, assemble
 from sg_export.models.branches import Branches
@@ -63,7 +63,7 @@ def trace(
     names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
     inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
     outputs = [graph_outputs(spec, facts, batch) for spec in specs]
-    exported, layers = _export(model, specs, names, inputs, facts.tokens, opset, each_layer)
+    exported, layers = _export(model, specs, names, inputs, facts, opset, each_layer)
     starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
     program = Program(
         exported,
@@ -82,7 +82,7 @@ def _export(
     specs: Sequence[GraphSpec],
     names: Sequence[str],
     inputs: Sequence[Sequence[TensorFacts]],
-    tokens: int,
+    facts: ModelFacts,
     opset: int,
     each_layer: bool,
 ) -> tuple[ir.Model, list[int]]:
@@ -93,7 +93,7 @@ def _export(
     state = _State(model)
     program = _Program(state, specs, [[tensor.name for tensor in own] for own in inputs]).eval()
     every = list(itertools.chain.from_iterable(inputs))
-    values, dynamic = _examples(every, tokens, next(model.parameters()).device)
+    values, dynamic = _examples(inputs, facts, next(model.parameters()).device)
     try:
         with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
             exported = torch.onnx.export(
@@ -191,19 +191,24 @@ def _marker(kind: str, values: Sequence[Tensor], shape: Sequence[int | torch.Sym
 
 
 def _examples(
-    tensors: Sequence[TensorFacts], tokens: int, device: torch.device
+    inputs: Sequence[Sequence[TensorFacts]], facts: ModelFacts, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
     """Return values for the inputs of all graphs, and their symbolic dimensions."""
     generator = torch.Generator().manual_seed(0)
     dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
-    values = tuple(example(tensor, tokens, _TRACED_SIZES, generator).to(device) for tensor in tensors)
-    return values, tuple({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors)
+    values = [
+        examples(tensors, facts, _TRACED_SIZES, generator)[tensor.name] for tensors in inputs for tensor in tensors
+    ]
+    every = itertools.chain.from_iterable(inputs)
+    symbolic = ({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in every)
+    return tuple(value.to(device) for value in values), tuple(symbolic)
 
 
 def _optimize_around_weights(model: ir.Model) -> None:
     """Optimize a model with its weights as values of unknown content.
 
-    Each Transpose of a weight is then replaced by a value with ".T" after the weight's name.
+    Each Transpose of a weight, or of a weight made a matrix, is then replaced by a value with ".T"
+    after the weight's name.
     """
     graph = model.graph
     weights: list[ir.Value] = []
@@ -218,20 +223,24 @@ def _optimize_around_weights(model: ir.Model) -> None:
         graph.inputs.remove(weight)
         weight.name = str(weight.name).removeprefix(_WEIGHT_PREFIX)
         transposed = ir.Value(name=f"{weight.name}{_TRANSPOSED}")
-        for node in [use.node for use in weight.uses() if use.node.op_type == "Transpose"]:
-            node.outputs[0].replace_all_uses_with(transposed)
-            graph.remove(node, safe=True)
+        matrices = [use.node for use in weight.uses() if use.node.op_type == "Reshape"]
+        for value in (*(node.outputs[0] for node in matrices), weight):
+            for node in [use.node for use in value.uses() if use.node.op_type == "Transpose"]:
+                node.outputs[0].replace_all_uses_with(transposed)
+                graph.remove(node, safe=True)
+        graph.remove(matrices, safe=True)
 
 
 def _weight(model: SparseModel, name: str) -> ir.Value:
     """Return a parameter or buffer of the network as an initializer.
 
-    If its name ends in ".T", it is transposed when it is read.
+    If its name ends in ".T", it is made a matrix and transposed when it is read.
     """
-    tensor = ir.tensor_adapters.TorchTensor(_tensor(model, name.removesuffix(_TRANSPOSED)))
+    values, turned = _tensor(model, name.removesuffix(_TRANSPOSED)), name.endswith(_TRANSPOSED)
+    tensor = ir.tensor_adapters.TorchTensor(values.flatten(1) if turned else values)
     made: ir.TensorProtocol = tensor
     shape = ir.Shape(tensor.shape.numpy())
-    if name.endswith(_TRANSPOSED):
+    if turned:
         shape = ir.Shape(reversed(tensor.shape.numpy()))
         made = ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape)
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=made)

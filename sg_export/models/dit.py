@@ -5,7 +5,7 @@ as in upstream's `dit.py` (commit fccf77c), so upstream's state dicts load uncha
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,28 +84,40 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
-    return x * (1 + scale) + shift
+    """Return x * scale + shift; x (B, N, D), shift and scale (B, 1, D).
+
+    `Modulated.modulation` has added 1 to the scale.
+    """
+    return x * scale + shift
 
 
 class Modulated(nn.Module):
     """A layer with adaLN modulation, computed from the condition outside of the step.
 
     width: width of the layer, and of each modulation vector.
-    vectors: number of modulation vectors.
+    vectors: the modulation vectors in order, as "shift", "scale" and "gate".
     condition: width of the condition; `width` if None.
     """
 
-    def __init__(self, width: int, vectors: int, condition: int | None) -> None:
+    def __init__(self, width: int, vectors: Sequence[str], condition: int | None) -> None:
         super().__init__()
         self.width = width
-        self.vectors = vectors
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or width, vectors * width))
+        self.vectors = tuple(vectors)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or width, len(vectors) * width))
 
     @property
     def modulations(self) -> int:
         """Size of the layer's modulations; those of all layers add up to M."""
-        return self.vectors * self.width
+        return len(self.vectors) * self.width
+
+    def modulation(self, active: Tensor) -> Tensor:
+        """Compute the layer's modulations: SiLU of the condition (S, D) → (S, m).
+
+        A scale s is returned as 1 + s, so that no step has to add 1.
+        """
+        ones = torch.tensor([float(name == "scale") for name in self.vectors], device=active.device)[:, None]
+        vectors = self.adaLN_modulation[1](active).unflatten(-1, (len(self.vectors), self.width))
+        return (vectors + ones).flatten(1)
 
 
 class Block(Modulated):
@@ -115,7 +127,7 @@ class Block(Modulated):
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, condition: int | None = None) -> None:
-        super().__init__(width, 6, condition)
+        super().__init__(width, 2 * ("shift", "scale", "gate"), condition)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -137,7 +149,7 @@ class FinalLayer(Modulated):
     """
 
     def __init__(self, width: int, patch_values: int, condition: int | None = None) -> None:
-        super().__init__(width, 2, condition)
+        super().__init__(width, ("shift", "scale"), condition)
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_values)
 
@@ -170,7 +182,11 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear map from non-overlapping patches to tokens, in row-major order."""
+    """Linear map from non-overlapping patches to tokens, in row-major order.
+
+    It is computed as a matmul, which needs no cuDNN on a GPU. The weight is that of a convolution,
+    (D, C, P, P), as upstream's.
+    """
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -178,7 +194,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches: x (B, C, H, W) → (B, N, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        (_, channels, height, width), p = x.shape, self.proj.kernel_size[0]
+        patches = x.reshape(-1, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(-1, (height // p) * (width // p), channels * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class DiT(nn.Module):
@@ -204,6 +223,11 @@ class DiT(nn.Module):
         return ENDS
 
     @property
+    def mask(self) -> Tensor | None:
+        """Return None: dropped tokens bypass the route."""
+        return None
+
+    @property
     def stack(self) -> list[Modulated]:
         """Layers in order, without the final layer."""
         return [*self.blocks]
@@ -225,7 +249,7 @@ class DiT(nn.Module):
         """Compute the modulations of all layers: t (S,) float32, classes (S,) int64 → (S, M)."""
         layers = [*self.stack, self.final_layer]
         active = layers[0].adaLN_modulation[0](self.t_embedder(t) + self.y_embedder(classes))  # the SiLU of all layers
-        return torch.cat([layer.adaLN_modulation[1](active) for layer in layers], dim=-1)
+        return torch.cat([layer.modulation(active) for layer in layers], dim=-1)
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed images: x (B, C, H, W) → tokens (B, N, D)."""
@@ -251,10 +275,6 @@ class DiT(nn.Module):
     def layer_name(self, index: int) -> str:
         """Return the name of a layer's module, the prefix of its weights' names."""
         return next(name for name, module in self.named_modules() if module is self.stack[index])
-
-    def dropped(self, tokens: Tensor) -> Tensor:
-        """Return the tokens (B, N, D) unchanged: dropped tokens bypass the route."""
-        return tokens
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Apply the last LayerNorm: tokens (B, R, D) → (B, R, D)."""

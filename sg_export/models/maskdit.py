@@ -38,7 +38,7 @@ class DecoderLayer(Modulated):
     """Modulated LayerNorm and the linear map from the encoder's width to the decoder's."""
 
     def __init__(self, width: int, decoder_width: int) -> None:
-        super().__init__(width, 2, None)
+        super().__init__(width, ("shift", "scale"), None)
         self.norm_decoder = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, decoder_width)
 
@@ -65,6 +65,11 @@ class MaskDiT(DiT):
         self.final_layer = FinalLayer(DECODER_WIDTH, config.patch**2 * config.channels, width)
 
     @property
+    def mask(self) -> Tensor | None:
+        """Mask token that replaces dropped tokens, (1, 1, decoder width)."""
+        return self.mask_token
+
+    @property
     def stack(self) -> list[Modulated]:
         """Encoder blocks, the layer between encoder and decoder, decoder blocks."""
         return [*self.blocks, self.decoder_layer, *self.decoder_blocks]
@@ -87,7 +92,3 @@ class MaskDiT(DiT):
         """
         between = self.config.depth
         return "encoder" if index < between else min(index - between, 2)
-
-    def dropped(self, tokens: Tensor) -> Tensor:
-        """Return the mask token, expanded to (B, N, decoder width)."""
-        return self.mask_token.expand(*tokens.shape[:2], -1)

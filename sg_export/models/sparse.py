@@ -7,11 +7,14 @@ and the combination of the two branches.
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from sg_export.models.branches import Branches, join
+from sg_export.models.subset import Subset
 from sg_runtime.manifest import Route
+
+Keep = Tensor | Subset | None
+"""Kept tokens of a branch: indices (B, K) int64 within each image, or rows; None for all tokens."""
 
 
 class Network(Protocol):
@@ -23,11 +26,14 @@ class Network(Protocol):
     layers: number of layers, without the final layer.
     modulations: M.
     ends: names of the modules that stay in FP32.
+    mask: mask token (1, 1, D) that replaces dropped tokens after the route, of the width there;
+    None if dropped tokens bypass the route.
     """
 
     layers: int
     modulations: int
     ends: tuple[str, ...]
+    mask: Tensor | None
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M).
@@ -63,13 +69,6 @@ class Network(Protocol):
         """Return the name of a layer's module, the prefix of its weights' names."""
         ...
 
-    def dropped(self, tokens: Tensor) -> Tensor:
-        """Return what replaces dropped tokens after the route.
-
-        tokens: (B, N, D) before the route. The result is (B, N, D), with the width after the route.
-        """
-        ...
-
     def norm(self, tokens: Tensor) -> Tensor:
         """Apply the last normalisation, without modulation: tokens (B, R, D) → (B, R, D)."""
         ...
@@ -96,10 +95,10 @@ class SparseModel(nn.Module):
         self.run_layers: Callable[[range, Tensor, Branches], Tensor] = self._run_layers
         """Function that runs layers in order. `sg_export.graph.trace` replaces it while tracing."""
 
-    def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Keep = None) -> Tensor:
         """Run one branch: x (B, C, H, W), t (B,), classes (B,), keep → output (B, C, H, W).
 
-        keep: (B, K) int64 indices of the kept tokens; None for a dense branch.
+        keep: the kept tokens; None for a dense branch.
         """
         return self.predict(x, self.condition(t, classes), keep)
 
@@ -107,10 +106,10 @@ class SparseModel(nn.Module):
         """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M)."""
         return self.network.condition(t, classes)
 
-    def predict(self, x: Tensor, modulations: Tensor, keep: Tensor | None = None) -> Tensor:
+    def predict(self, x: Tensor, modulations: Tensor, keep: Keep = None) -> Tensor:
         """Run one branch on given modulations: x (B, C, H, W) → output (B, C, H, W).
 
-        modulations: (B, M). keep: (B, K) int64 indices of the kept tokens; None for a dense branch.
+        modulations: (B, M). keep: the kept tokens; None for a dense branch.
         """
         normed, branches = self._normed(x, (modulations,), (keep,))
         return self.network.project(self.network.modulate(normed, branches))
@@ -119,8 +118,8 @@ class SparseModel(nn.Module):
         self,
         x: Tensor,
         modulations: Tensor,
-        keep_strong: Tensor | None,
-        keep_weak: Tensor | None,
+        keep_strong: Keep,
+        keep_weak: Keep,
         scale: Tensor,
         modulations_weak: Tensor | None = None,
     ) -> Tensor:
@@ -144,9 +143,7 @@ class SparseModel(nn.Module):
         normed, branches = self._normed(x, (modulations, modulations_weak), (keep_strong, keep_weak))
         return network.project(combined(network.modulate(normed, branches)))
 
-    def _normed(
-        self, x: Tensor, modulations: tuple[Tensor, ...], keeps: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, Branches]:
+    def _normed(self, x: Tensor, modulations: tuple[Tensor, ...], keeps: tuple[Keep, ...]) -> tuple[Tensor, Branches]:
         """Run everything up to the last normalisation, for one branch per entry of `keeps`.
 
         Returns packed tokens (B, number of branches * N, D). Branches that share their modulations
@@ -159,15 +156,19 @@ class SparseModel(nn.Module):
         embedded = self.run_layers(range(start), join([embedded] * len(modulations)), prefix)
         whole = [*prefix.split(embedded)] * (len(keeps) // len(modulations))
 
-        kept = [tokens if keep is None else tokens[_rows(keep)] for tokens, keep in zip(whole, keeps, strict=True)]
+        mask = network.mask
+        subsets = [Subset.of(keep, count, mask is not None) if isinstance(keep, Tensor) else keep for keep in keeps]
+        kept = [
+            tokens if subset is None else subset.take(tokens) for tokens, subset in zip(whole, subsets, strict=True)
+        ]
         route = Branches(tuple(tokens.shape[1] for tokens in kept), modulations)
         kept = [*route.split(self.run_layers(range(start, stop), join(kept), route))]
 
         suffix = Branches((count,) * len(keeps), modulations)
         tokens = join(
             [
-                routed if keep is None else network.dropped(before).index_put(_rows(keep), routed)
-                for before, keep, routed in zip(whole, keeps, kept, strict=True)
+                routed if subset is None else subset.put_back(before if mask is None else mask, routed)
+                for before, subset, routed in zip(whole, subsets, kept, strict=True)
             ]
         )
         return network.norm(self.run_layers(range(stop, network.layers), tokens, suffix)), suffix
@@ -176,8 +177,3 @@ class SparseModel(nn.Module):
         for index in layers:
             tokens = self.network.layer(index, tokens, branches.of(self.network.layer_modulations(index)))
         return tokens
-
-
-def _rows(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an index of the kept tokens of every image; keep (B, K)."""
-    return torch.arange(keep.shape[0], device=keep.device)[:, None], keep

@@ -15,6 +15,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
 from sg_export.graph.check import check_reference
+from sg_export.graph.module import subset
 from sg_export.loading import LoadedModel
 from sg_export.options.types import BASES
 from sg_export.parity.compare import Feed
@@ -52,11 +53,11 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
             scaled, modulations = given["c_in"] * given["x"], given["modulations"]
             if self.graph.kind == "guided":
                 other = given.get("modulations_weak", modulations)
-                strong = model.predict(scaled, modulations, given.get("keep_strong"))
-                weak = model.predict(scaled, other, given.get("keep_weak"))
+                strong = model.predict(scaled, modulations, subset(given, "_strong"))
+                weak = model.predict(scaled, other, subset(given, "_weak"))
                 output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
             else:
-                output = model.predict(scaled, modulations, given.get("keep"))
+                output = model.predict(scaled, modulations, subset(given))
             prediction = given["c_skip"] * given["x"] + given["c_out"] * output
             following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
         check_reference(self.loaded, self.graph.name, prediction.numpy(), following.numpy())

@@ -69,7 +69,7 @@ def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]
         x = own.states[index]
         group = next(runner.groups(len(x)))
         for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
-            given = runner.feeds(launch, x, x, group)
+            given = runner.feeds(plan, launch, x, x, group)
             feeds.setdefault(launch.graph.name, []).append({name: _on_cpu(v, lane) for name, v in given.items()})
     return feeds
 

@@ -20,7 +20,7 @@ from polygraphy.logger import G_LOGGER
 
 from sg_export.graph.check import check_reference
 from sg_export.graph.emulate import emulated
-from sg_export.graph.module import example
+from sg_export.graph.module import examples
 from sg_export.graph.overflow import first_overflow
 from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_export.options.types import BASES
@@ -32,9 +32,20 @@ from sg_export.parity.walk import sampled
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Lane
 from sg_runtime.backends.ort import OrtBackend, open_session
+from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
+from sg_runtime.errors import BundleError
 from sg_runtime.guidance import built_guidances, levels
-from sg_runtime.manifest import GraphFacts, GuidancePlan, Manifest, Precision, SamplerName
+from sg_runtime.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    GraphFacts,
+    GuidancePlan,
+    Manifest,
+    Precision,
+    SamplerName,
+    schema_of,
+)
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
 
@@ -70,6 +81,12 @@ def verify(
     damaged.
     """
     opened = Bundle.open(bundle)
+    if schema_of(opened.path / MANIFEST_FILE) != SCHEMA_VERSION:
+        raise BundleError(
+            f"{opened.path}: expected a bundle of this version, found one of an earlier version: it runs, but its "
+            f"graphs read other inputs than this version compares; rebuild it: "
+            f"{build_command(opened.manifest, str(opened.path))}"
+        )
     if device is None and backend is None:
         opened.onnx(opened.manifest.condition("main"))  # raises BundleError if the bundle holds engines only
         pipeline = _emulated(opened)
@@ -220,7 +237,8 @@ def _feed(
     """
     generator = torch.Generator().manual_seed(number)
     sizes = {"B": rows, "S": manifest.condition_rows}
-    feed = {tensor.name: example(tensor, manifest.model.tokens, sizes, generator).numpy() for tensor in graph.inputs}
+    values = examples(graph.inputs, manifest.model, sizes, generator)
+    feed: dict[str, NDArray[Any]] = {name: value.numpy() for name, value in values.items()}
     classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
     classes[1::4] = manifest.model.num_classes
     time = _time(manifest, t)

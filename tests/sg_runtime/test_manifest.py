@@ -104,6 +104,7 @@ def models(draw: st.DrawFn) -> ModelFacts:
         route=draw(st.none() | routes),
         class_names=names,
         ends=draw(st.lists(texts, max_size=2).map(tuple)),
+        masked=draw(st.booleans()),
     )
 
 
@@ -368,8 +369,18 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
+    del model["masked"]
     model |= {"image_size": side, "channels": channels}
     assert read({**content, "schema_version": 3}) == expected
+
+
+@pytest.mark.parametrize(("family", "masked"), [("tread", False), ("maskdit", True)])
+def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
+    content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
+) -> None:
+    del content["model"]["masked"]
+    content["model"]["family"] = family
+    assert read({**content, "schema_version": 4}).model.masked == masked
 
 
 @pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])
@@ -388,7 +399,10 @@ def test_read_manifest_of_another_schema_version_says_what_to_run(
     content["of_the_future"] = {}  # the version is reported first, not the unknown key
     with pytest.raises(BundleError) as caught:
         read(content)
-    assert f"expected schema version 4, found {version!r}; rebuild the bundle with this sg-export" in str(caught.value)
+    assert (
+        f"expected schema version {SCHEMA_VERSION}, found {version!r}; rebuild the bundle with this sg-export"
+        in str(caught.value)
+    )
 
 
 def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:

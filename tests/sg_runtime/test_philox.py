@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sg_runtime import philox
 
@@ -302,3 +303,29 @@ def test_raw_words_of_different_places_are_different() -> None:
     }
     assert len(draws) == 3 * 3 * 3 * 2 * 2
     assert len({word for draw in draws for word in draw}) == 4 * len(draws)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 256])
+def test_subsets_are_the_subset_of_each_place(tokens: int) -> None:
+    """Also in any order, and where the places lie far apart."""
+    places = [(0, 0), (1, 0), (1, 1), (7, 1), (2, 0), (39, 0)]
+    for seed, branch in ((0, philox.STRONG), (2**64 - 1, philox.WEAK)):
+        found = philox.subsets(seed, tokens, 3, places, branch=branch)
+        for row, (step, evaluation) in zip(found, places, strict=True):
+            expected = philox.subset(seed, tokens, 3, step=step, evaluation=evaluation, branch=branch)
+            np.testing.assert_array_equal(row, expected)
+
+
+def test_subsets_of_equal_words_take_the_lower_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Equal:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def advance(self, _: int) -> None:
+            pass
+
+        def random_raw(self, count: int) -> NDArray[np.uint64]:
+            return np.full(count, 9, np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Equal)
+    np.testing.assert_array_equal(philox.subsets(0, 8, 3, [(0, 0)], branch=0), [[0, 1, 2]])

@@ -120,11 +120,14 @@ class CudaMemory:
         call(self.driver, "cuMemcpyDtoDAsync", target.address, source.address, source.nbytes, self.stream)
 
     def take(self, source: Any, rows: Indices, target: Any) -> None:
-        if source.shape == target.shape and np.array_equal(rows, np.arange(len(rows))):
-            self.copy(source, target)
-            return
+        width, pitch = (array.shape[-1] * array.dtype.itemsize for array in (source, target))
+        copy = self.driver.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = self.driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcPitch, copy.dstPitch = width * source.shape[1], pitch
+        copy.WidthInBytes, copy.Height = width, source.shape[0]
         for image, row in enumerate(rows.tolist()):
-            self.copy(source[row], target[image])
+            copy.srcDevice, copy.dstDevice = source.address + width * row, target.address + width * image
+            call(self.driver, "cuMemcpy2DAsync", copy, self.stream)
 
     def download(self, source: Any) -> NDArray[Any]:
         target = np.empty(source.shape, source.dtype)

@@ -1,6 +1,6 @@
 """Memory of a device: arrays and the few operations on them that a run needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +60,11 @@ class Memory(Protocol):
         ...
 
     def take(self, source: DeviceArray, rows: Indices, target: DeviceArray) -> None:
-        """Set target[b] = source[rows[b]]: source (U, M), rows (B,) on the CPU, target (B, M)."""
+        """Set target[e, b * M + m] = source[e, rows[b], m].
+
+        source: (E, U, M). rows: (B,) on the CPU. target: (E, W) with W of at least B * M; the
+        values after B * M stay as they are.
+        """
         ...
 
     def download(self, source: DeviceArray) -> NDArray[Any]:
@@ -108,7 +112,9 @@ class HostMemory:
         np.copyto(target, source, casting="no")
 
     def take(self, source: Any, rows: Indices, target: Any) -> None:
-        np.take(source, rows, axis=0, out=target, mode="clip")
+        size = source.shape[2]
+        for image, row in enumerate(rows.tolist()):
+            target[:, image * size : (image + 1) * size] = source[:, row]
 
     def download(self, source: Any) -> NDArray[Any]:
         return np.array(source)
@@ -160,12 +166,15 @@ class Table:
     def __getitem__(self, row: int) -> DeviceArray:
         return self._rows[row]
 
-    def upload(self, values: Mapping[int, NDArray[Any]]) -> None:
-        """Set the arrays at these rows and zero all others, in one copy."""
+    def upload(self, places: Sequence[int], values: NDArray[Any]) -> None:
+        """Set the arrays at `places` to values (P, …) and zero all others, in one copy."""
         staged = np.zeros(self._whole.shape, self._whole.dtype)
-        for row, value in values.items():
-            staged[row, : self._size] = value.ravel()
+        staged[places, : self._size] = values.reshape(len(places), -1)
         self._memory.upload(staged, self._whole)
+
+    def take(self, source: DeviceArray, rows: Indices) -> None:
+        """Set the first E arrays: array e is source[e, rows], source (E, U, M), rows (B,)."""
+        self._memory.take(source, rows, self._whole[: source.shape[0]])
 
 
 def aligned(size: int) -> int:

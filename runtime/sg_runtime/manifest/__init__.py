@@ -27,6 +27,7 @@ from sg_runtime.manifest.files import (
     adapter,
     json_schema,
     read_manifest,
+    schema_of,
     write_manifest,
 )
 from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, Profile, TensorFacts
@@ -73,5 +74,6 @@ __all__ = [
     "adapter",
     "json_schema",
     "read_manifest",
+    "schema_of",
     "write_manifest",
 ]

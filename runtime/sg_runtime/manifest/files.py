@@ -21,7 +21,7 @@ from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.upgrade import upgraded
 
-SCHEMA_VERSION: Literal[4] = 4
+SCHEMA_VERSION: Literal[5] = 5
 
 
 MANIFEST_FILE = "manifest.json"
@@ -79,7 +79,7 @@ class Manifest(Strict):
     files: size and hash of each file, by its path in the bundle.
     """
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
@@ -211,6 +211,14 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path}: {where}: {first['msg']} (errors: {error.error_count()}); rebuild it") from None
     except UsageError as error:
         raise BundleError(f"{path}: {error}; rebuild it") from None
+
+
+def schema_of(path: Path) -> int:
+    """Return the schema version of a manifest that `read_manifest` can read, before any upgrade."""
+    import json
+
+    version: int = json.loads(path.read_text(encoding="utf-8"))["schema_version"]
+    return version
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:

@@ -78,6 +78,7 @@ class ModelFacts(Strict):
     class_names: names of the classes, in order; None if the checkpoint has no names.
     ends: modules at both ends of the network. They stay in FP32 in a half-precision or quantized
     bundle.
+    masked: whether a mask token replaces dropped tokens after the route. Otherwise they bypass it.
     """
 
     family: str
@@ -95,6 +96,7 @@ class ModelFacts(Strict):
     route: Route | None
     class_names: tuple[str, ...] | None
     ends: tuple[str, ...]
+    masked: bool
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "patch", "tokens", "width", "depth", "heads", "num_classes", "modulations")

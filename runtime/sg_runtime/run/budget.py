@@ -19,7 +19,7 @@ def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) 
     latents = LATENTS * aligned(batch * math.prod(model.latent) * 4)
     tables = networks * aligned(batch * model.modulations * 4)
     counts = {level.keep for graph in manifest.graphs for level in graph.levels}
-    keeps = 2 * sum(aligned(batch * keep * 8) for keep in counts)
+    keeps = 2 * sum(aligned(batch * keep * 8) + aligned(batch * model.tokens * 8) for keep in counts)
     scalars = LAUNCHES * len(SCALARS) * aligned(4)
     # Runs of the `condition` graph: a row per image, and one for "no class".
     runs = -(-evaluations * (batch + separate) // manifest.condition_rows)

@@ -10,7 +10,7 @@ from sg_runtime.backends.base import Lane
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import GraphFacts, Manifest, NetworkName
-from sg_runtime.run.launches import Kept, Launch, launches
+from sg_runtime.run.launches import Launch, launches
 from sg_runtime.run.prepared import PreparedRun
 
 
@@ -48,9 +48,9 @@ class GraphRunner:
         """
         parts = launches(self.manifest, run, index, 0.0, 1.0, 0.0)
         if len(parts) == 1:
-            return self._run(parts[0], x, "prediction")
-        partial_sum = self._run(parts[0], x, "next", r=x)
-        return self._run(parts[1], x, "next", r=partial_sum)
+            return self._run(run, parts[0], x, "prediction")
+        partial_sum = self._run(run, parts[0], x, "next", r=x)
+        return self._run(run, parts[1], x, "next", r=partial_sum)
 
     def branches(self, x: DeviceArray, run: PreparedRun, index: int) -> tuple[DeviceArray, DeviceArray]:
         """Return the predictions of the strong and weak branches, from their single-branch graphs.
@@ -60,7 +60,7 @@ class GraphRunner:
         if len(run.active(index)) == 1:
             raise UsageError("branches: expected guidance with two branches, found the strong one alone")
         strong, weak = launches(self.manifest, run, index, 0.0, 1.0, 0.0, fused=False)
-        return self._run(strong, x, "prediction"), self._run(weak, x, "prediction")
+        return self._run(run, strong, x, "prediction"), self._run(run, weak, x, "prediction")
 
     def groups(self, images: int) -> Iterator[Indices]:
         """Split the images into groups of equal size, one per engine run.
@@ -73,29 +73,35 @@ class GraphRunner:
         for start in range(0, images, rows):
             yield np.minimum(np.arange(start, start + rows), images - 1)
 
-    def _run(self, launch: Launch, x: DeviceArray, output: str, r: DeviceArray | None = None) -> DeviceArray:
+    def _run(
+        self, run: PreparedRun, launch: Launch, x: DeviceArray, output: str, r: DeviceArray | None = None
+    ) -> DeviceArray:
         """Return the output of a launch for all images of x, computed group by group."""
         memory = self.lane.memory
         result = memory.empty(x.shape, np.float32)
         for group in self.groups(x.shape[0]):
             first, images = int(group[0]), len(np.unique(group))
-            feeds = self.feeds(launch, x, x if r is None else r, group)
+            feeds = self.feeds(run, launch, x, x if r is None else r, group)
             part: DeviceArray = memory.empty((len(group), *x.shape[1:]), np.float32)
             run_once(self.lane, launch.graph, feeds, {output: part})
             memory.copy(part[:images], result[first : first + images])
         return result
 
-    def feeds(self, launch: Launch, x: DeviceArray, r: DeviceArray, group: Indices) -> dict[str, DeviceArray]:
+    def feeds(
+        self, run: PreparedRun, launch: Launch, x: DeviceArray, r: DeviceArray, group: Indices
+    ) -> dict[str, DeviceArray]:
         """Return all inputs of a launch for the images `group` of x and r (B, C, H, W)."""
         memory = self.lane.memory
         feeds: dict[str, Any] = dict(launch.scalars(self.manifest.model.prediction))
         feeds |= {"x": self._rows(x, group), "r": self._rows(r, group)}
         for name, source in launch.inputs.items():
-            if isinstance(source, Kept):
-                feeds[name] = source.keep[group]
+            if source.role == "held":
+                rows = source.held(run)
+                values = rows.values[launch.index : launch.index + 1]
+                feeds[name] = memory.empty((len(group), *values.shape[2:]), np.float32)
+                memory.take(values, rows.rows[group], feeds[name].reshape((1, -1)))
             else:
-                feeds[name] = memory.empty((len(group), *source.values.shape[1:]), np.float32)
-                memory.take(source.values, source.rows[group], feeds[name])
+                feeds[name] = source.kept(run, [launch.index], self.manifest.model, group)[0]
         return feeds
 
     def _rows(self, array: DeviceArray, group: Indices) -> DeviceArray:

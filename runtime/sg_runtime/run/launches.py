@@ -3,7 +3,7 @@
 Both branches run in one fused graph, or each runs in a single-branch graph.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,32 +11,36 @@ from numpy.typing import NDArray
 
 from sg_runtime.arrays import Indices
 from sg_runtime.build_command import model_command, number_text
-from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import GraphFacts, Manifest, Prediction
-from sg_runtime.run.prepared import PreparedBranch, PreparedRun
+from sg_runtime.manifest import GraphFacts, Manifest, ModelFacts, Prediction
+from sg_runtime.run.kept import kept_input
+from sg_runtime.run.prepared import PreparedBranch, PreparedRun, Rows
 from sg_runtime.sampling import precondition
-from sg_runtime.vocabulary import BRANCHES, INPUTS
+from sg_runtime.vocabulary import INPUTS, Role
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Rows of a table on the device: input[b] = values[rows[b]].
+class Source:
+    """Where the values of an input are in a prepared run.
 
-    table: name of the workspace table for the rows. values: (U, M) float32. rows: (B,) int64.
+    branch: number of the branch. role: role of the input in its graph.
+    name: conditioning that the input holds; for kept tokens, their number K.
     """
 
-    table: str
-    values: DeviceArray
-    rows: Indices
+    branch: int
+    role: Role
+    name: str
 
+    def held(self, run: PreparedRun) -> Rows:
+        """Return the conditioning of all evaluations."""
+        return run.branches[self.branch].held[self.name]
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Kept tokens. table: as in `Held`. keep: (B, K) int64."""
-
-    table: str
-    keep: Indices
+    def kept(
+        self, run: PreparedRun, indices: Sequence[int], model: ModelFacts, images: Indices | slice = slice(None)
+    ) -> Indices:
+        """Return the input for kept tokens in these evaluations, (E, B, K) or (E, B, N) int64."""
+        keeps = [run.branches[self.branch].keep[index] for index in indices]
+        return kept_input(self.role, np.stack([keep[images] for keep in keeps if keep is not None]), model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class Launch:
     """One run of a graph: next = a * x + b * D + e * r with the graph's prediction D.
 
     graph: the graph.
-    inputs: the inputs that belong to a branch, by name.
+    index: index of the evaluation in the prepared run.
+    inputs: sources of the inputs that belong to a branch, by name.
     time: t of a flow model, sigma of an edm model.
     a, b, e: coefficients of the update.
     scale: the guidance scale of a fused graph, None for a single-branch graph.
@@ -52,7 +57,8 @@ class Launch:
     """
 
     graph: GraphFacts
-    inputs: Mapping[str, Held | Kept]
+    index: int
+    inputs: Mapping[str, Source]
     time: float
     a: float
     b: float
@@ -84,7 +90,7 @@ def launches(
     if len(branches) == 1:
         return (_single(manifest, run, branches[0], index, a, b, e),)
     if fused and (graph := _guided_graph(manifest, run, index)) is not None:
-        return (Launch(graph, _inputs(graph, run, branches, index), time, a, b, e, scale),)
+        return (Launch(graph, index, _inputs(graph, run, branches), time, a, b, e, scale),)
     return (
         _single(manifest, run, branches[0], index, a, b * scale, e),
         _single(manifest, run, branches[1], index, 0.0, b * (1 - scale), 1.0, adds=True),
@@ -112,7 +118,7 @@ def _single(
             f"sparsity {text} has no single-branch graph in this bundle; "
             f"build it with: {model_command(manifest, *how, option, text)}"
         )
-    return Launch(graph, _inputs(graph, run, (branch,), index), run.times[index], a, b, e, adds=adds)
+    return Launch(graph, index, _inputs(graph, run, (branch,)), run.times[index], a, b, e, adds=adds)
 
 
 def _guided_graph(manifest: Manifest, run: PreparedRun, index: int) -> GraphFacts | None:
@@ -124,24 +130,19 @@ def _guided_graph(manifest: Manifest, run: PreparedRun, index: int) -> GraphFact
     return manifest.graph("guided", *(level.keep for level in levels if level), null_weak=row.null_weak)
 
 
-def _inputs(
-    graph: GraphFacts, run: PreparedRun, branches: tuple[PreparedBranch, ...], index: int
-) -> dict[str, Held | Kept]:
-    """Return the inputs of a graph that belong to its branches in an evaluation, by name."""
-    found: dict[str, Held | Kept] = {}
+def _inputs(graph: GraphFacts, run: PreparedRun, branches: tuple[PreparedBranch, ...]) -> dict[str, Source]:
+    """Return the sources of a graph's inputs that belong to these branches, by name."""
+    found: dict[str, Source] = {}
     for tensor in graph.inputs:
         facts = INPUTS.get(tensor.name)
         if facts is None or facts.branch is None or facts.branch >= len(branches):
             continue
         branch = branches[facts.branch]
-        name = BRANCHES[[one is branch for one in run.branches].index(True)]
+        number = next(number for number, one in enumerate(run.branches) if one is branch)
         if facts.role == "held":
-            what = tensor.name.removesuffix("_weak")
-            rows = branch.held[what]
-            owner = name if run.guidance.row.separate else BRANCHES[0]
-            found[tensor.name] = Held(f"{what} of {owner}", rows.values[index], rows.rows)
+            owner = number if run.guidance.row.separate else 0
+            found[tensor.name] = Source(owner, "held", tensor.name.removesuffix("_weak"))
         else:
-            keep = branch.keep[index]
-            assert keep is not None
-            found[tensor.name] = Kept(f"{keep.shape[1]} kept of {name}", keep)
+            level = graph.levels[facts.branch]
+            found[tensor.name] = Source(number, facts.role, str(level.keep))
     return found

@@ -3,7 +3,7 @@
 Both are computed before the sampling loop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,15 @@ class PreparedRun:
         """Number of images B."""
         return len(next(iter(self.strong.held.values())).rows)
 
+    @property
+    def structure(self) -> Hashable:
+        """What the launches of the run depend on.
+
+        It is the same for other conditioning and other kept tokens.
+        """
+        branches = tuple((branch.network, branch.levels) for branch in self.branches)
+        return self.guidance, self.times, self.scales, self.images, branches
+
     def active(self, index: int) -> tuple[PreparedBranch, ...]:
         """Return the branches that run in an evaluation."""
         return tuple(branch for branch in self.branches if branch.levels[index] is not None)
@@ -115,10 +124,7 @@ def prepare(
         return found
 
     def branch(number: int, network: NetworkName, rows: Rows, chosen: tuple[Level | None, ...]) -> PreparedBranch:
-        keep = tuple(
-            None if level is None else _kept_tokens(model.tokens, level.keep, batch.seeds, update, number)
-            for level, update in zip(chosen, updates, strict=True)
-        )
+        keep = _kept_tokens(model.tokens, chosen, batch.seeds, updates, number)
         return PreparedBranch(network, {"modulations": rows}, chosen, keep)
 
     classes = np.append(batch.labels, model.num_classes) if row.null_weak else batch.labels
@@ -138,9 +144,15 @@ def prepare(
     )
 
 
-def _kept_tokens(tokens: int, keep: int, seeds: Sequence[int], update: Update, branch: int) -> Indices | None:
-    """Return the kept tokens (B, K) of each image in an evaluation, None if all tokens are kept."""
-    if keep == tokens:
-        return None
-    at = {"step": update.step, "evaluation": update.evaluation, "branch": branch}
-    return np.stack([philox.subset(seed, tokens, keep, **at) for seed in seeds])
+def _kept_tokens(
+    tokens: int, levels: Sequence[Level | None], seeds: Sequence[int], updates: Sequence[Update], branch: int
+) -> tuple[Indices | None, ...]:
+    """Return the kept tokens (B, K) of each evaluation; None where all are kept or none runs."""
+    found: list[Indices | None] = [None] * len(levels)
+    for level in {level for level in levels if level is not None and level.keep < tokens}:
+        indices = [index for index, own in enumerate(levels) if own == level]
+        places = [(updates[index].step, updates[index].evaluation) for index in indices]
+        drawn = [philox.subsets(seed, tokens, level.keep, places, branch=branch) for seed in seeds]
+        for index, keep in zip(indices, np.stack(drawn, axis=1), strict=True):
+            found[index] = keep
+    return tuple(found)

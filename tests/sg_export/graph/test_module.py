@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sg_export.graph.module import GraphModule, example
+from sg_export.graph.module import GraphModule, examples, subset
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.loading import LoadedModel, load_model
+from sg_export.models.subset import Subset
 from sg_runtime.manifest import Level, TensorFacts
 
 FULL, MOST, HALF, FEW = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
@@ -19,16 +20,21 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
     return load_model(tiny_checkpoint)
 
 
-def test_example_of_indices_is_sorted_and_distinct() -> None:
-    values = example(TensorFacts("keep", "int64", ("B", 8)), 16, {"B": 50}, torch.Generator().manual_seed(0))
-    assert values.shape == (50, 8)
-    assert (values.diff(dim=1) > 0).all()
-    assert values.min() == 0
-    assert values.max() == 15
+@pytest.mark.parametrize("end", ["", "_strong"])
+def test_examples_of_kept_tokens_belong_together(end: str, loaded: LoadedModel) -> None:
+    tensors = [TensorFacts(f"rows{end}", "int64", ("B", 8)), TensorFacts(f"restore{end}", "int64", ("B", 16))]
+    rows, restore = examples(tensors, loaded.facts, {"B": 50}, torch.Generator().manual_seed(0)).values()
+    keep = rows - 16 * torch.arange(50)[:, None]
+    assert keep.shape == (50, 8)
+    assert (keep.diff(dim=1) > 0).all()
+    assert keep.min() == 0
+    assert keep.max() == 15
+    assert torch.equal(restore, Subset.of(keep, 16, masked=False).restore)
 
 
-def test_example_of_times_lies_between_noise_and_image() -> None:
-    values = example(TensorFacts("t", "float32", ("S",)), 16, {"S": 50}, torch.Generator().manual_seed(0))
+def test_examples_of_times_lie_between_noise_and_image(loaded: LoadedModel) -> None:
+    tensor = TensorFacts("t", "float32", ("S",))
+    values = examples([tensor], loaded.facts, {"S": 50}, torch.Generator().manual_seed(0))["t"]
     assert values.shape == (50,)
     assert values.min() >= 0
     assert values.max() < 1
@@ -48,7 +54,7 @@ def test_example_of_times_lies_between_noise_and_image() -> None:
 )
 def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: GraphSpec, loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = {tensor.name: example(tensor, 16, {}, generator) for tensor in graph_inputs(spec, loaded.facts, 2)}
+    values = examples(graph_inputs(spec, loaded.facts, 2), loaded.facts, {}, generator)
     t = torch.tensor([0.3, 0.7])
     values["modulations"] = loaded.model.condition(t, torch.tensor([1, 2]))
     if spec.null_weak:
@@ -56,12 +62,14 @@ def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: 
     v = SimpleNamespace(**values)
     prediction, following = GraphModule(loaded.model, spec, list(values))(*values.values())
     if spec.kind == "guided":
-        strong = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep_strong"))
-        weak = loaded.model.predict(v.c_in * v.x, values.get("modulations_weak", v.modulations), v.keep_weak)
+        strong = loaded.model.predict(v.c_in * v.x, v.modulations, subset(values, "_strong"))
+        weak = loaded.model.predict(
+            v.c_in * v.x, values.get("modulations_weak", v.modulations), subset(values, "_weak")
+        )
         output = weak + v.scale * (strong - weak)
         assert (strong - weak).norm() / output.norm() > 0.01
     else:
-        output = loaded.model.predict(v.c_in * v.x, v.modulations, values.get("keep"))
+        output = loaded.model.predict(v.c_in * v.x, v.modulations, subset(values))
     wanted = v.c_skip * v.x + v.c_out * output
     # Combining before the head instead of after it changes the order of sums: a few FP32 steps of
     # 1.2e-7 each.

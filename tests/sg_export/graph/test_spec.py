@@ -29,8 +29,8 @@ def facts(loaded: LoadedModel) -> ModelFacts:
     return loaded.facts
 
 
-def keep(name: str, count: int) -> TensorFacts:
-    return TensorFacts(name, "int64", ("B", count))
+def kept(count: int, end: str = "") -> list[TensorFacts]:
+    return [TensorFacts(f"rows{end}", "int64", ("B", count)), TensorFacts(f"restore{end}", "int64", ("B", 16))]
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_graphs_for_of_two_networks_has_the_singles_of_each() -> None:
     [
         (GraphSpec("condition"), [TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",))]),
         (GraphSpec("dense", (FULL,)), [X, MODULATIONS, *TAIL]),
-        (GraphSpec("sparse", (HALF,), "weak"), [X, MODULATIONS, keep("keep", 8), *TAIL]),
-        (GraphSpec("guided", (FULL, HALF)), [X, MODULATIONS, keep("keep_weak", 8), SCALE, *TAIL]),
+        (GraphSpec("sparse", (HALF,), "weak"), [X, MODULATIONS, *kept(8), *TAIL]),
+        (GraphSpec("guided", (FULL, HALF)), [X, MODULATIONS, *kept(8, "_weak"), SCALE, *TAIL]),
         (
             GraphSpec("guided", (MOST, HALF)),
-            [X, MODULATIONS, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
+            [X, MODULATIONS, *kept(12, "_strong"), *kept(8, "_weak"), SCALE, *TAIL],
         ),
         (
             GraphSpec("guided", (MOST, HALF), null_weak=True),
-            [X, MODULATIONS, MODULATIONS_WEAK, keep("keep_strong", 12), keep("keep_weak", 8), SCALE, *TAIL],
+            [X, MODULATIONS, MODULATIONS_WEAK, *kept(12, "_strong"), *kept(8, "_weak"), SCALE, *TAIL],
         ),
         (GraphSpec("guided", (FULL, FULL), null_weak=True), [X, MODULATIONS, MODULATIONS_WEAK, SCALE, *TAIL]),
     ],

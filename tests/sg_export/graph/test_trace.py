@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sg_export.graph.check import check_graph
-from sg_export.graph.module import GraphModule, example
+from sg_export.graph.module import GraphModule, examples
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.trace import trace
@@ -84,7 +84,7 @@ def values_of(spec: GraphSpec, loaded: LoadedModel, rows: int, batch: int | None
     generator = torch.Generator().manual_seed(rows)
     sizes = {"B": rows, "S": rows}
     inputs = graph_inputs(spec, loaded.facts, batch)
-    values = {tensor.name: example(tensor, 16, sizes, generator) for tensor in inputs}
+    values = examples(inputs, loaded.facts, sizes, generator)
     if spec.kind == "condition":
         return values | {"class": torch.arange(rows) % 6}
     t, classes = torch.rand(rows, generator=generator), torch.arange(rows) % 6
@@ -153,14 +153,15 @@ def test_trace_names_are_the_tensors_of_every_graph(models: dict[str, ModelProto
     assert set(models) == set(SPECS)
     inputs = {name: [value.name for value in model.graph.input] for name, model in models.items()}
     tail = ["c_in", "c_skip", "c_out", "a", "b", "e", "r"]
+    kept = ["rows_strong", "restore_strong", "rows_weak", "restore_weak"]
     assert inputs == {
         "condition": ["t", "class"],
         "dense": ["x", "modulations", *tail],
-        "sparse-12": ["x", "modulations", "keep", *tail],
-        "sparse-8": ["x", "modulations", "keep", *tail],
-        "guided-16-8": ["x", "modulations", "keep_weak", "scale", *tail],
-        "guided-12-8": ["x", "modulations", "keep_strong", "keep_weak", "scale", *tail],
-        "guided-12-8-null": ["x", "modulations", "modulations_weak", "keep_strong", "keep_weak", "scale", *tail],
+        "sparse-12": ["x", "modulations", "rows", "restore", *tail],
+        "sparse-8": ["x", "modulations", "rows", "restore", *tail],
+        "guided-16-8": ["x", "modulations", "rows_weak", "restore_weak", "scale", *tail],
+        "guided-12-8": ["x", "modulations", *kept, "scale", *tail],
+        "guided-12-8-null": ["x", "modulations", "modulations_weak", *kept, "scale", *tail],
     }
     outputs = {name: tuple(value.name for value in model.graph.output) for name, model in models.items()}
     assert outputs == {name: OUTPUTS if name in STEPS else ("modulations",) for name in models}
@@ -196,8 +197,8 @@ def test_trace_operators_are_plain(name: str, models: dict[str, ModelProto]) -> 
     assert not {kind for kind in kinds if kind.startswith(("Random", "Sequence", "Cast"))}
 
 
-@pytest.mark.parametrize("name", ["condition", "dense"])
-def test_trace_of_all_tokens_reads_no_shape(name: str, models: dict[str, ModelProto]) -> None:
+@pytest.mark.parametrize("name", SPECS)
+def test_trace_reads_no_shape(name: str, models: dict[str, ModelProto]) -> None:
     kinds = {node.op_type for node in models[name].graph.node}
     assert not kinds & {"Shape", "Range", "Expand", "GatherND", "ScatterND", "Where", "NonZero"}
 

@@ -441,3 +441,15 @@ def test_compare_arrays_by_one_gate_alone(gate: float | None, least_cosine: floa
 def test_compare_arrays_of_other_direction_fails_within_a_wide_gate() -> None:
     assert not compare([1.0, 0.0], [1.0, 0.1], gate=0.5).passed
     assert compare([1.0, 0.0], [1.1, 0.0], gate=0.5).passed
+
+
+def test_verify_of_a_bundle_of_an_earlier_schema_says_how_to_rebuild_it(
+    tiny_bundle: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    content = json.loads((copy / "manifest.json").read_text())
+    del content["model"]["masked"]
+    (copy / "manifest.json").write_text(json.dumps(content | {"schema_version": 4}))
+    with pytest.raises(BundleError, match=r"found one of an earlier version: it runs, .* rebuild it: sg-export build"):
+        verify(copy, tiny_checkpoint)

@@ -73,11 +73,13 @@ def test_upload_of_another_dtype_is_an_error() -> None:
         MEMORY.upload(np.zeros(2), MEMORY.empty((2,), np.float32))
 
 
-@given(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=7))
-def test_take_is_the_rows_that_are_named(width: int, rows: list[int]) -> None:
-    source, target = np.arange(5 * width).reshape(5, width), np.empty((len(rows), width), np.int64)
+@given(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=7), st.integers(0, 2))
+def test_take_is_the_rows_that_are_named(width: int, rows: list[int], rest: int) -> None:
+    """The values behind them stay as they are."""
+    source, target = np.arange(15 * width).reshape(3, 5, width), np.full((3, len(rows) * width + rest), -1)
     MEMORY.take(source, np.array(rows, np.int64), target)
-    np.testing.assert_array_equal(target, source[rows] if rows else target)
+    expected = source[:, np.array(rows, np.int64)].reshape(3, -1)
+    np.testing.assert_array_equal(target, np.pad(expected, ((0, 0), (0, rest)), constant_values=-1))
 
 
 def test_free_bytes_is_told_where_the_system_says_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,10 @@ from sg_export.packing.pack import CONDITION_ROWS
 from sg_runtime import philox
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import choose, guide
-from sg_runtime.manifest import GuidancePlan, Level, Manifest, read_manifest
+from sg_runtime.manifest import GuidancePlan, Level, Manifest, TensorFacts, read_manifest
 from sg_runtime.run.evaluate import GraphRunner
+from sg_runtime.run.kept import restore, rows
+from sg_runtime.run.launches import launches
 from sg_runtime.run.prepared import Batch, PreparedBranch, PreparedRun, Rows, prepare
 from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Update, precondition
@@ -526,6 +528,20 @@ def test_condition_of_a_network_that_is_not_there_names_the_build(
     )
 
 
+def test_launch_of_a_graph_of_schema_4_feeds_tokens(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
+    """Its graphs have one input for the kept tokens of a branch: their places in the image."""
+    own = Setup(tiny_bundle, record, strong_sparsity=0.25)
+    graph = own.manifest.graph("guided", 12, 8)
+    assert graph is not None
+    kept = tuple(TensorFacts(f"keep_{end}", "int64", ("B", n)) for end, n in (("strong", 12), ("weak", 8)))
+    inputs = (*(tensor for tensor in graph.inputs if not tensor.name.startswith(("rows", "restore"))), *kept)
+    earlier = replace(own.manifest, graphs=(replace(graph, inputs=inputs),))
+    (launch,) = launches(earlier, own.plan, 0, 0.0, 1.0, 0.0)
+    for end, branch in zip(("strong", "weak"), own.plan.branches, strict=True):
+        (keep,) = launch.inputs[f"keep_{end}"].kept(own.plan, [0], earlier.model)
+        np.testing.assert_array_equal(keep, branch.keep[0])
+
+
 def test_advance_of_given_subsets_feeds_them(record: Callable[[Path], Any], tiny_bundle: Path) -> None:
     """The kept tokens of the prepared run are used, whoever made them."""
     own = Setup(tiny_bundle, record, strong_sparsity=0.25)
@@ -535,6 +551,9 @@ def test_advance_of_given_subsets_feeds_them(record: Callable[[Path], Any], tiny
     own.plan = replace(own.plan, branches=(own.plan.strong, replace(weak, keep=(keep,))))
     own.advance()
     (run,) = own.recorder.runs
-    np.testing.assert_array_equal(run.feeds["keep_weak"], keep)
-    np.testing.assert_array_equal(run.feeds["keep_strong"], own.plan.strong.keep[0])
+    strong = own.plan.strong.keep[0]
+    assert strong is not None
+    for end, expected in (("weak", keep), ("strong", strong)):
+        np.testing.assert_array_equal(run.feeds[f"rows_{end}"], rows(expected, 16))
+        np.testing.assert_array_equal(run.feeds[f"restore_{end}"], restore(expected, 16, masked=False))
     assert run.feeds["scale"] == np.float32(1.7)

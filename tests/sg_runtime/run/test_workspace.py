@@ -23,6 +23,7 @@ from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, Level, SamplerName, read_manifest
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.budget import run_bytes
+from sg_runtime.run.kept import restore, rows
 from sg_runtime.run.prepared import PreparedBranch, PreparedRun, Rows
 from sg_runtime.run.workspace import Workspace
 from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
@@ -240,22 +241,22 @@ class FormulaLane:
     def bind(self, graph: GraphFacts, inputs: Any, outputs: Any, *, fixed: bool = False) -> Callable[[], None]:
         target = outputs["next"]
         assert not any(np.shares_memory(target, array) for array in inputs.values())
-        branches = [("modulations", "keep_strong"), ("modulations", "keep_weak")]
-        branches = branches if graph.kind == "guided" else [("modulations", "keep")]
+        ends = ["_strong", "_weak"] if graph.kind == "guided" else [""]
 
         def call() -> None:
             x, r = inputs["x"], inputs["r"]
             scaling = [inputs[name] for name in ("c_in", "c_skip", "c_out")]
-            found = [formula(x, inputs[rows], inputs[keep], *scaling) for rows, keep in branches]
+            kept = [(inputs[f"rows{end}"], inputs[f"restore{end}"]) for end in ends]
+            found = [formula(x, inputs["modulations"], *own, *scaling) for own in kept]
             guided = guide(*found, inputs["scale"]) if len(found) == 2 else found[0]
             target[...] = inputs["a"] * x + inputs["b"] * guided + inputs["e"] * r
 
         return call
 
 
-def formula(x: Any, modulations: Any, keep: Any, c_in: Any, c_skip: Any, c_out: Any) -> Any:
+def formula(x: Any, modulations: Any, rows: Any, restore: Any, c_in: Any, c_skip: Any, c_out: Any) -> Any:
     """Return a prediction of size 1 that differs by evaluation, image and kept tokens."""
-    own = modulations.sum(axis=1) + keep @ np.cos(np.arange(keep.shape[1]))
+    own = modulations.sum(axis=1) + sum(kept @ np.cos(np.arange(kept.shape[1])) for kept in (rows, restore))
     return c_skip * x + c_out * np.tanh(c_in * x + np.sin(own)[:, None, None, None])
 
 
@@ -294,12 +295,12 @@ def test_advance_of_any_updates_is_the_formula(
     modulations = rng.standard_normal((len(run), 2, manifest.model.modulations)).astype(np.float32)
     scales, kept = tuple(entry[4] for entry in flat), [entry[5] for entry in flat]
 
-    def branch(rows: Sequence[int], counts: Sequence[int]) -> PreparedBranch:
+    def branch(held: Sequence[int], counts: Sequence[int]) -> PreparedBranch:
         levels = tuple(Level(1 - keep / 16, keep) if keep else None for keep in counts)
         keep = tuple(
             np.sort(rng.permuted(np.tile(np.arange(16), (3, 1)), axis=1)[:, :n]) if n else None for n in counts
         )
-        return PreparedBranch("main", {"modulations": Rows(modulations, np.array(rows))}, levels, keep)
+        return PreparedBranch("main", {"modulations": Rows(modulations, np.array(held))}, levels, keep)
 
     strong, weak = branch([0, 1, 0], [12] * len(run)), branch([0, 1, 0], kept)
     noise = [rng.standard_normal((3, 2, 8, 8)).astype(np.float32) for _ in steps]
@@ -311,7 +312,8 @@ def test_advance_of_any_updates_is_the_formula(
             formula(
                 x,
                 modulations[index][b.held["modulations"].rows],
-                b.keep[index],
+                rows(b.keep[index], 16),
+                restore(b.keep[index], 16, masked=False),
                 scaling.c_in,
                 scaling.c_skip,
                 scaling.c_out,

@@ -115,7 +115,8 @@ class Modulated(nn.Module):
 
         A scale s is returned as 1 + s, so that no step has to add 1.
         """
-        ones = torch.tensor([float(name == "scale") for name in self.vectors], device=active.device)[:, None]
+        scales = [float(name == "scale") for name in self.vectors]
+        ones = torch.tensor(scales, dtype=active.dtype, device=active.device)[:, None]
         vectors = self.adaLN_modulation[1](active).unflatten(-1, (len(self.vectors), self.width))
         return (vectors + ones).flatten(1)
 

@@ -20,6 +20,7 @@ from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.upgrade import upgraded
+from sg_runtime.vocabulary import INPUTS
 
 SCHEMA_VERSION: Literal[5] = 5
 
@@ -112,6 +113,16 @@ class Manifest(Strict):
         for level in (plan.strong, plan.weak, *ends, *(lv for graph in self.graphs for lv in graph.levels)):
             if level.keep > self.model.tokens:
                 raise UsageError(f"keep: expected at most the model's {self.model.tokens} tokens, found {level.keep}")
+        for graph in self.graphs:
+            for tensor in graph.inputs:
+                facts = INPUTS.get(tensor.name)
+                if facts is None or facts.branch is None or facts.role == "held":
+                    continue
+                wanted = self.model.tokens if facts.role == "restore" else graph.levels[facts.branch].keep
+                if tensor.shape[1:] != (wanted,):
+                    raise UsageError(
+                        f"graph {graph.name}: input {tensor.name}: expected {wanted} tokens, found {tensor.shape}"
+                    )
 
     @property
     def precision_name(self) -> str:

@@ -71,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in given.parts if name not in parts.PARTS]:
         parser.error(f"PART: expected some of {', '.join(parts.PARTS)}, found {', '.join(unknown)}")
     command = Command(given.parts, given.xl.absolute(), given.results, given.fresh, given.commit)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the process of the part as well
     try:
         found = find()
         return dry_run(command, found) if given.dry_run else run(command, found)
@@ -88,12 +87,15 @@ def dry_run(command: Command, found: Found) -> int:
     selected = parts.chosen(command.parts, command.xl)
     for part in selected:
         print(f"{part.name}: at most {part.seconds} s; needs {parts.needs(part)}")
-        for lack in parts.missing(part, found):
+        lacks = parts.missing(part, found)
+        if part.xl and (reason := bundles.xl_missing(command.xl)):
+            lacks.append(f"the XL bundles ({reason}); build-xl runs before")
+        for lack in lacks:
             print(f"    missing: {lack}")
     if not command.parts:
         print(f"all together: at most {parts.LIMIT} s")
     print(f"GPU: {found.card or 'none'}; driver {found.driver}")
-    print(f"XL bundles: {bundles.xl_missing(command.xl) or f'{command.xl}: complete'}")
+    print(f"XL bundles: {command.xl}")
     print(f"page: {command.results / (page.folder_name(found.card) or 'CARD') / 'README.md'}")
     return 0
 
@@ -157,4 +159,5 @@ def show(finding: Finding) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the process of the part as well
     sys.exit(main())

@@ -20,7 +20,8 @@ MODEL = "XL/2"
 XL_BATCHES: dict[str, int | None] = {"one": 1, "any": None}
 """Bundles of DiT-XL/2: one for a single image, one for any number of images."""
 
-_STAMP = "built.json"
+STAMP = "built.json"
+"""File in the folder of DiT-XL/2 that says what its bundles were built with, written last."""
 
 
 def xl_folder() -> Path:
@@ -31,10 +32,10 @@ def xl_folder() -> Path:
 def xl_missing(folder: Path, model: str = MODEL) -> str:
     """Return why the bundles of DiT-XL/2 have to be built, or ""."""
     try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+        found = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{folder}: no bundles of DiT-{model}"
-    if stamp != _stamp(model):
+    if found != stamp(model):
         return f"{folder}: built by other code or with other options"
     lacking = [name for name in (*XL_BATCHES, "random.pt") if not (folder / name).exists()]
     return f"{folder}: without {', '.join(lacking)}" if lacking else ""
@@ -49,15 +50,15 @@ def build_xl(folder: Path, model: str = MODEL) -> None:
     from benchmarks.guided_step import random_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _STAMP).unlink(missing_ok=True)
+    (folder / STAMP).unlink(missing_ok=True)
     random_checkpoint(model, folder)
     at_once = 2 if (os.cpu_count() or 1) >= 8 else 1
     with ProcessPoolExecutor(at_once, get_context("spawn")) as processes:
         for building in [processes.submit(_build, folder, model, name) for name in XL_BATCHES]:
             building.result()
-    temporary = folder / f"{_STAMP}.tmp"
-    temporary.write_text(json.dumps(_stamp(model)) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / _STAMP)
+    temporary = folder / f"{STAMP}.tmp"
+    temporary.write_text(json.dumps(stamp(model)) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / STAMP)
 
 
 def _build(folder: Path, model: str, name: str) -> None:
@@ -103,7 +104,7 @@ def _each(branch: int) -> tuple[float, ...]:
     return tuple(pair[branch] for pair in SETTINGS.values())
 
 
-def _stamp(model: str) -> dict[str, object]:
+def stamp(model: str) -> dict[str, object]:
     """Return what the bundles depend on."""
     sources = digest([*(ROOT / path for path in PRODUCT), Path(__file__)])
     return {"model": model, "target": TARGET, "settings": list(map(list, SETTINGS.values())), "sources": sources}

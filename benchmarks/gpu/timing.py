@@ -1,5 +1,6 @@
 """Times and kernels of work on the GPU, by PyTorch."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -64,9 +65,11 @@ def kernels(work: Work) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
 
 
 def free_bytes() -> int:
-    """Return the free memory of the GPU in bytes."""
+    """Return the free memory of the GPU in bytes, without what PyTorch keeps for later."""
     import torch
 
+    gc.collect()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     return int(free)

@@ -26,8 +26,8 @@ def guided_step_and_loop(context: Context) -> Iterator[Finding]:
     """Complete runs of 40 Euler steps. The time of a step is that of a run / 40.
 
     The time to submit a step is the host's; if it equals the time of a step, the host is the limit.
-    Memory is what loading and running has taken of the GPU. The products are those of the same rows
-    with weights of their own, as one CUDA graph.
+    Memory is what the pipeline has taken of the GPU so far; it runs both settings. The products are
+    those of the same rows with weights of their own, as one CUDA graph.
     """
     for images in IMAGES:
         products: dict[str, float] = {}
@@ -38,15 +38,18 @@ def guided_step_and_loop(context: Context) -> Iterator[Finding]:
                 for name in SETTINGS:
                     plan = plan_of(pipe, name)
                     figures = times(pipe, plan, images, RUNS[capture])
+                    taken = before - timing.free_bytes()
                     if name not in products:
                         products[name] = median(products_ms(rows_of(pipe.bundle.manifest, plan, images)))
                     figures += (
                         Figure.of("products in cuBLAS", "ms", products[name]),
                         Figure.of("products / step", "", products[name] / figures[0].median),
-                        Figure.of("memory", "MB", (before - timing.free_bytes()) / 1e6),
+                        Figure.of("memory", "MB", taken / 1e6),
                     )
                     graphs = "CUDA graphs" if capture else "no CUDA graphs"
-                    yield Finding(f"{name}, {images} images, {graphs}", None, "; ".join(warned), figures)
+                    yield Finding(
+                        f"{name}, {images} image{'s' if images > 1 else ''}, {graphs}", None, "; ".join(warned), figures
+                    )
             del pipe
 
 

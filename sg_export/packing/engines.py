@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sg_engines.cache import EngineCache, EngineKey
 from sg_engines.child import BuildFigures, build_in_child
-from sg_engines.trt import EngineRecipe, Shape, has_timing_cache
+from sg_engines.trt import EngineRecipe, Shape, builder_flags, has_timing_cache
 from sg_export.graph.spec import GraphSpec, graph_inputs, keep_sizes
 from sg_export.options.engines import EngineOptions
 from sg_export.progress import Report
@@ -104,7 +105,7 @@ def build_engines(
                 options.workspace,
                 options.timing_cache if has_timing_cache(trt) else None,
             )
-            key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
+            key = _key(source, weights[source.weights], library, trt, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
             if cache is not None and LOG.isEnabledFor(logging.INFO):  # `explain` reads the entire engine
                 LOG.info("%s: %s", path.name, cache.explain(key))
@@ -160,17 +161,18 @@ def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict
 
 
 def _key(
-    source: EngineSource, weights: str, library: EngineLibrary, version: str, plan: EngineRecipe, gpu: Gpu | None
+    source: EngineSource, weights: str, library: EngineLibrary, trt: Any, plan: EngineRecipe, gpu: Gpu | None
 ) -> EngineKey:
     return EngineKey(
         name=source.path.stem,
         graph=sha256_of(source.path),
         weights=weights,
         library=library,
-        version=version,
+        version=trt.__version__,
         profiles=plan.profiles,
         compute_capabilities=plan.compute_capabilities,
         workspace=plan.workspace,
+        flags=builder_flags(trt),
         gpu="" if gpu is None else f"{gpu.name}, {gpu.compute_capability}",
     )
 

@@ -99,7 +99,7 @@ class GraphRunner:
                 rows = source.held(run)
                 values = rows.values[launch.index : launch.index + 1]
                 feeds[name] = memory.empty((len(group), *values.shape[2:]), np.float32)
-                memory.take(values, rows.rows[group], feeds[name].reshape((1, -1)))
+                memory.take(values, rows.rows[group], feeds[name].reshape((1, len(group) * values.shape[2])))
             else:
                 feeds[name] = source.kept(run, [launch.index], self.manifest.model, group)[0]
         return feeds

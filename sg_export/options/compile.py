@@ -98,6 +98,12 @@ class CompileOptions:
         return () if self.engines is None else self.engines.libraries
 
     @property
+    def products(self) -> frozenset[str]:
+        """Types of matrix products in the engines' graphs."""
+        quantized = None if self.quantize is None else self.quantize.type
+        return frozenset() if self.engines is None else self.engines.products(self.precision, quantized)
+
+    @property
     def half_only(self) -> bool:
         """Whether no matmul may be in FP32."""
         return self.engines is not None and self.engines.half_only(self.precision)

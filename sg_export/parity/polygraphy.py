@@ -98,13 +98,15 @@ def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Fe
     """Write inputs and PyTorch's outputs of a graph to `folder` in Polygraphy's format.
 
     Returns the Polygraphy commands that repeat the comparison. There are none for a graph without
-    an ONNX file and none for BF16, as Polygraphy cannot run these here.
+    an ONNX file, for BF16, and for half precision in the form for CUDA, as ONNX Runtime's CPU
+    provider cannot run these.
     """
     inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
     save_json(feeds, str(inputs))
     RunResults([wanted]).save(str(outputs))
     manifest = bundle.manifest
-    if graph.file is None or manifest.precision == "bf16":
+    cpu = ("fp32",) if manifest.onnx_target == "onnxruntime-cuda" else ("fp32", "fp16")
+    if graph.file is None or manifest.precision not in cpu:
         return ()
     words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
     words += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]

@@ -70,26 +70,24 @@ def _batch(graph: ir.Graph) -> int | ir.SymbolicDim:
 def _share_splits(graph: ir.Graph) -> None:
     """Cut the modulations by one Slice and one Split for up to 32 vectors of one width."""
     for expanded in [node for node in graph if node.op_type == "Unsqueeze" and node.inputs[0] in graph.inputs]:
-        source, vectors = expanded.outputs[0], list[tuple[int, int, ir.Value]]()
-        for cut in _nodes(source, "Slice"):
-            start = _integers(cut.inputs[1])[0]
+        source, cuts = expanded.outputs[0], _nodes(expanded.outputs[0], "Slice")
+        vectors: list[tuple[int, int, ir.Value]] = []  # place, width
+        for cut in cuts:
             for split in _nodes(cut.outputs[0], "Split"):
-                width = _width(split.outputs[0])
+                start, width = _integers(cut.inputs[1])[0], _width(split.outputs[0])
                 vectors += [(start + width * k, width, vector) for k, vector in enumerate(split.outputs)]
         vectors.sort(key=lambda vector: vector[0])
-        batch, first = _dims(source)[0], next(iter(_nodes(source, "Slice")), None)
+        name, batch = expanded.inputs[0].name if expanded.inputs[0] else "", _dims(source)[0]
         for width, run in itertools.groupby(vectors, key=lambda vector: vector[1]):
             for chunk in _chunks(list(run)):
-                assert first is not None
                 start, end = chunk[0][0], chunk[-1][0] + width
-                assert end - start == width * len(chunk)
                 ends = (integers(graph, start), integers(graph, end), integers(graph, 2))
-                (part,) = insert(graph, first, "Slice", [source, *ends], [[batch, 1, end - start]])
+                (part,) = insert(graph, cuts[0], "Slice", [source, *ends], [[batch, 1, end - start]])
                 shapes = [[batch, 1, width]] * len(chunk)
-                part.name = f"modulations.{start}"
-                shared = insert(graph, first, "Split", [part], shapes, axis=2, num_outputs=len(chunk))
+                shared = insert(graph, cuts[0], "Split", [part], shapes, axis=2, num_outputs=len(chunk))
+                part.name = f"{name}.{start}"
                 for (place, _, vector), made in zip(chunk, shared, strict=True):
-                    made.name = f"modulations.{place}.{width}"
+                    made.name = f"{name}.{place}.{width}"
                     vector.replace_all_uses_with(made)
 
 

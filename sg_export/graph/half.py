@@ -61,7 +61,7 @@ def to_half(
     Inputs and outputs of the graph keep their types. Weights are converted when they are read.
     Reading raises ExportError if a weight is out of range.
     """
-    half, layers = HALF[precision], tuple(fp32_layers)
+    half, layers, exact = HALF[precision], tuple(fp32_layers), () if tokens_in_half else tuple(fp32_operators)
     weighted = {node: name for name, node in weighted_products(graph)}
     copies: dict[ir.Value, ir.Value] = {}
 
@@ -81,9 +81,7 @@ def to_half(
             wanted = _FP32 if any(belongs(weighted[product], layers) for product in products) else half
         elif node in weighted:
             wanted = _FP32 if belongs(weighted[node], layers) else half
-        elif (node.op_type in fp32_operators and not tokens_in_half) or not all(
-            value.dtype == half for value in computed
-        ):
+        elif node.op_type in exact or not all(value.dtype == half for value in computed):
             wanted = _FP32
         else:
             wanted = half if computed or tokens_in_half else _FP32

@@ -230,7 +230,7 @@ def _optimize_around_weights(model: ir.Model) -> None:
             for node in [use.node for use in value.uses() if use.node.op_type == "Transpose"]:
                 node.outputs[0].replace_all_uses_with(transposed)
                 graph.remove(node, safe=True)
-        graph.remove(matrices, safe=True)
+        graph.remove([node for node in matrices if not node.outputs[0].uses()], safe=True)
 
 
 def _weight(model: SparseModel, name: str) -> ir.Value:

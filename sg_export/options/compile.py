@@ -93,8 +93,8 @@ class CompileOptions:
             )
         if self.for_cuda and self.quantize is not None:
             raise UsageError(
-                f"onnxruntime-cuda: expected no quantization, found {self.quantize.type}: this provider computes quantized "
-                f"layers in floating point: give --precision fp16, or --target onnxruntime for {self.quantize.type}"
+                f"onnxruntime-cuda: expected no quantization, found {self.quantize.type}: this provider computes "
+                f"quantized layers in floating point: give --precision fp16, or --target onnxruntime"
             )
         if self.engines is not None:
             if self.batch is not None:

@@ -178,7 +178,7 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
             f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
             f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
-    # The CPU provider has the operators of the form for CUDA in FP32 alone, others have none of them.
+    # The CPU provider has the operators of the form for CUDA in FP32 alone, others have none.
     runs_fused = name == "onnxruntime-cuda" or (name == "onnxruntime-cpu" and manifest.precision == "fp32")
     if manifest.onnx_target == "onnxruntime-cuda" and not runs_fused:
         raise BundleError(

@@ -193,7 +193,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    table = {operator: {"types": kernel.types, "source": kernel.source} for operator, kernel in KERNELS.items()}
+    table = {operator: {"types": [*kernel.types], "source": kernel.source} for operator, kernel in KERNELS.items()}
     if options.output:
         content = {"model": "DiT-XL/2, route 2-24, sparsities 0 and 0.5", "counts": rows, "kernels": table}
         options.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python -m benchmarks.kernel_counts --output benchmarks/results/kernel_counts.json
 
 `KERNELS` says for every operator how many launches its kernel makes, for which types it exists in
-onnxruntime-gpu 1.31.1, and which file of ONNX Runtime says so. The script traces the graphs of
+onnxruntime-gpu 1.31.1, and which file of ONNX Runtime says so. The script traces the graph of
 DiT-XL/2 on PyTorch's meta device, in the generic form and in the form for CUDA, and adds up the
 launches of the graphs as they are emitted. A node without a kernel is an error. Copies and memsets
 on the device count as launches.
@@ -133,8 +133,8 @@ def launches(graph: ir.Graph) -> Counter[str]:
     return found
 
 
-def xl_graphs(target: OnnxTarget, precision: Precision, batch: int | None) -> dict[str, ir.Graph]:
-    """Return the step graphs of DiT-XL/2 at sparsities 0 and 0.5, by name, without weights."""
+def xl_step(target: OnnxTarget, precision: Precision, batch: int | None) -> ir.Graph:
+    """Return the guided graph of DiT-XL/2 at sparsities 0 and 0.5, without weights."""
     with torch.device("meta"):
         network = DiT(DiTConfig(32, 2, 4, 1152, 28, 16, 4608, 1000))
     model = SparseModel(network, Route(2, 24))
@@ -157,15 +157,13 @@ def xl_graphs(target: OnnxTarget, precision: Precision, batch: int | None) -> di
         masked=False,
     )
     strong, weak = Level(0.0, 256), Level(0.5, 128)
-    specs = [GraphSpec("dense", (strong,)), GraphSpec("sparse", (weak,)), GraphSpec("guided", (strong, weak))]
     cuda = target == "onnxruntime-cuda"
     lower = partial(lower_for_cuda, precision=precision) if cuda else lower_attention
-    graphs = {str(found.graph.name): found.graph for found in trace(model, specs, facts, batch, 20, lower=lower)}
+    (traced,) = trace(model, [GraphSpec("guided", (strong, weak))], facts, batch, 20, lower=lower)
     if precision != "fp32":
         layers = fp32_layers(model, precision)
-        for graph in graphs.values():
-            to_half(graph, precision, layers, tokens_in_half=cuda and precision == "fp16")
-    return graphs
+        to_half(traced.graph, precision, layers, tokens_in_half=cuda and precision == "fp16")
+    return traced.graph
 
 
 def main() -> None:
@@ -180,22 +178,24 @@ def main() -> None:
         for batch in (1, None)
     ]
     for target, precision, batch in forms:
-        for name, graph in xl_graphs(target, precision, batch).items():
-            counts = launches(graph)
-            rows.append(
-                {
-                    "target": target,
-                    "precision": precision,
-                    "batch": batch,
-                    "graph": name,
-                    "launches": counts.total(),
-                    "by_operator": {operator: count for operator, count in counts.most_common() if count},
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
+        counts = launches(xl_step(target, precision, batch))
+        rows.append(
+            {
+                "target": target,
+                "precision": precision,
+                "batch": batch,
+                "launches": counts.total(),
+                "by_operator": {operator: count for operator, count in counts.most_common() if count},
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
     table = {operator: {"types": [*kernel.types], "source": kernel.source} for operator, kernel in KERNELS.items()}
     if options.output:
-        content = {"model": "DiT-XL/2, route 2-24, sparsities 0 and 0.5", "counts": rows, "kernels": table}
+        content = {
+            "model": "guided step of DiT-XL/2, route 2-24, sparsities 0 and 0.5",
+            "counts": rows,
+            "kernels": table,
+        }
         options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 

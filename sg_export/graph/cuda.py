@@ -95,7 +95,7 @@ def _fuse_attention(graph: ir.Graph) -> None:
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]:
         query, key, value = (_tokens(node, tensor) for tensor in node.inputs)
         heads = _dims(node.inputs[0])[1]
-        (turned,) = _nodes(node.outputs[0], "Transpose")
+        (turned,) = _nodes(node.outputs[0], "Transpose")  # the exporter's form of the model's code
         (merged,) = _nodes(turned.outputs[0], "Reshape")
         (output,) = insert(
             graph,
@@ -132,46 +132,55 @@ def _join_equal_branches(graph: ir.Graph) -> None:
     Packed tokens (B, n * T, D) are the memory of (B * n, T, D), so no kernel cuts or joins them.
     """
     for concat in [node for node in graph if node.op_type == "Concat"]:
-        parts = [value.producer() for value in concat.inputs if value is not None]
-        counts = {_dims(value)[1] for value in concat.inputs if value is not None}
-        if len(counts) != 1 or not all(part is not None and part.op_type == "MultiHeadAttention" for part in parts):
+        attentions = [node for value in concat.inputs if (node := _source(value, "MultiHeadAttention")) is not None]
+        found = _cut_equally(attentions) if len(attentions) == len(concat.inputs) else None
+        if found is None:
             continue
-        attentions = [part for part in parts if part is not None]
-        splits = [{value.producer() for value in part.inputs if value is not None} for part in attentions]
-        cuts = [_source(split.inputs[0], "Slice") for (split, *others) in splits if split and not others]
-        packed = {cut.inputs[0] for cut in cuts if cut is not None}
-        starts = [_integers(cut.inputs[1])[0] for cut in cuts if cut is not None]
-        (count,) = counts
-        if len(starts) != len(parts) or len(packed) != 1 or not isinstance(count, int):
-            continue
-        (source,) = packed
-        assert source is not None
-        _, rows, width = _dims(source)
-        if starts != [count * number for number in range(len(parts))] or rows != count * len(parts):
-            continue
-        (split,), first = splits[0], attentions[0]
-        assert split is not None
-        images = _dims(source)[0]
-        batch = images * len(parts) if isinstance(images, int) else ir.SymbolicDim(f"{len(parts)}*{images}")
-        shape = integers(graph, -1, count, int(str(width)))
-        (tokens,) = insert(graph, first, "Reshape", [source, shape], [[batch, count, width]])
+        (packed, split), first, branches = found, attentions[0], len(attentions)
+        images, rows, width = _dims(packed)
+        assert isinstance(rows, int)
+        assert isinstance(width, int)
+        batch = images * branches if isinstance(images, int) else ir.SymbolicDim(f"{branches}*{images}")
+        count = rows // branches
+        shape = integers(graph, -1, count, width)
+        (tokens,) = insert(graph, first, "Reshape", [packed, shape], [[batch, count, width]])
         shapes = [[batch, count, _width(value)] for value in split.outputs]
         thirds = insert(graph, first, "Split", [tokens], shapes, axis=2, num_outputs=len(shapes))
-        inputs = [thirds[list(split.outputs).index(value)] for value in first.inputs if value is not None]
+        inputs = [thirds[value.index() or 0] for value in first.inputs if value is not None]
         heads = first.attributes["num_heads"].as_int()
         (attended,) = insert(
             graph, first, "MultiHeadAttention", inputs, [shapes[-1]], domain=MICROSOFT, num_heads=heads
         )
-        back = integers(graph, -1, int(str(rows)), _width(attended))
+        back = integers(graph, -1, rows, _width(attended))
         (output,) = insert(graph, concat, "Reshape", [attended, back], [_dims(concat.outputs[0])])
         concat.outputs[0].replace_all_uses_with(output)
+
+
+def _cut_equally(attentions: Sequence[ir.Node]) -> tuple[ir.Value, ir.Node] | None:
+    """Return the packed tokens of these attentions and the Split of the first one.
+
+    Returns None unless the inputs of each attention come from one Split of one Slice, and the
+    Slices are equal and consecutive parts of all tokens.
+    """
+    splits = [{value.producer() for value in node.inputs if value is not None} for node in attentions]
+    cuts = [cut for (split, *others) in splits if split and not others and (cut := _source(split.inputs[0], "Slice"))]
+    sources, starts = {cut.inputs[0] for cut in cuts}, [_integers(cut.inputs[1])[0] for cut in cuts]
+    if len(cuts) != len(attentions) or len(sources) != 1:
+        return None
+    (packed,), (split,), count = sources, splits[0], _dims(cuts[0].outputs[0])[1]
+    assert packed is not None
+    assert split is not None
+    if not isinstance(count, int) or [count * number for number in range(len(cuts))] != starts:
+        return None
+    return (packed, split) if _dims(packed)[1] == count * len(cuts) else None
 
 
 def _fuse_gelu(graph: ir.Graph) -> None:
     """Replace the sum with a bias and the tanh form of GELU by FastGelu."""
     for gelu in [node for node in graph if node.op_type == "Gelu"]:
         biased = _biased(gelu.inputs[0])
-        if biased is None or gelu.attributes["approximate"].as_string() != "tanh":
+        form = gelu.attributes.get("approximate")
+        if biased is None or form is None or form.as_string() != "tanh":
             continue
         (output,) = insert(graph, gelu, "FastGelu", biased, [_dims(gelu.outputs[0])], domain=MICROSOFT)
         gelu.outputs[0].replace_all_uses_with(output)

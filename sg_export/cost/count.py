@@ -67,7 +67,7 @@ def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> in
     live = {value: _bytes(value, size_of) for value in graph.inputs}
     peak = sum(live.values())
     for index, node in enumerate(graph):
-        live |= {output: _bytes(output, size_of) for output in node.outputs}
+        live |= {output: _bytes(output, size_of) for output in node.outputs if output.name}  # others are not made
         peak = max(peak, sum(live.values()))
         for value in (*node.inputs, *node.outputs):
             if value in live and last_use.get(value, index) <= index:

@@ -87,10 +87,11 @@ def save_data(folder: Path, name: str, feeds: Sequence[Feed], wanted: Any) -> tu
 def onnx_commands(bundle: Bundle, graph: GraphFacts, data: Sequence[str]) -> tuple[str, ...]:
     """Return the Polygraphy commands that compare a graph's ONNX file with saved outputs.
 
-    data: options of `save_data`. There is none for a graph without an ONNX file and none for BF16,
-    which ONNX Runtime's CPU provider cannot run.
+    data: options of `save_data`. There is none for a graph without an ONNX file, for BF16, and for
+    half precision in the form for CUDA: ONNX Runtime's CPU provider cannot run these.
     """
-    if graph.file is None or bundle.manifest.precision == "bf16":
+    on_cpu = ("fp32",) if bundle.manifest.onnx_target == "onnxruntime-cuda" else ("fp32", "fp16")
+    if graph.file is None or bundle.manifest.precision not in on_cpu:
         return ()
     words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt", *data, *_thresholds(bundle.manifest)]
     return (shlex.join(words),)

@@ -142,6 +142,26 @@ def test_choose_backend_of_graphs_in_bf16_is_a_gpu_or_none(graphs: Bundle, machi
         )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_choose_backend_of_graphs_for_cuda_is_cuda_or_the_cpu_in_fp32(
+    graphs: Bundle, machine: Callable[..., None], precision: Any
+) -> None:
+    bundle = Bundle(graphs.path, replace(graphs.manifest, precision=precision, onnx_target="onnxruntime-cuda"))
+    machine(ADA, providers=(CUDA, CPU_ONLY))
+    assert choose_backend(bundle).name == "onnxruntime-cuda"
+    machine(ADA, providers=("TensorrtExecutionProvider", CPU_ONLY))
+    expected = f"in the form for ONNX Runtime's CUDA provider in {precision.upper()}, which {{}} does not run; build"
+    text = refused(BundleError, bundle, backend="onnxruntime-tensorrt")
+    assert expected.format("onnxruntime-tensorrt") in text
+    assert "--target" not in text  # the command builds graphs for any provider
+    machine()
+    if precision == "fp32":
+        assert choose_backend(bundle).name == "onnxruntime-cpu"
+    else:
+        assert expected.format("onnxruntime-cpu") in refused(BundleError, bundle, "cpu")
+        assert "ONNX Runtime here has no CUDAExecutionProvider" in refused(EngineError, bundle)
+
+
 # Engines
 
 

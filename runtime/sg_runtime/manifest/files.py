@@ -14,7 +14,7 @@ from sg_runtime.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Precision, Strict, check_counts
+from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
 from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
@@ -70,6 +70,7 @@ class Manifest(Strict):
     precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
     fp32_layers: modules that stay in FP32, by their names in the checkpoint.
     quantization: how the graphs were quantized; None if they were not.
+    onnx_target: what the ONNX graphs are for.
     opset: ONNX opset of the graphs.
     batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
     condition_rows: number of rows (a time and a class each) in one launch of a condition graph.
@@ -88,6 +89,7 @@ class Manifest(Strict):
     precision: Precision
     fp32_layers: tuple[str, ...]
     quantization: Quantization | None
+    onnx_target: OnnxTarget
     opset: int
     batch: int | None
     condition_rows: int

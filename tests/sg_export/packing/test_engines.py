@@ -25,6 +25,7 @@ from sg_export.loading import LoadedModel, load_model
 from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
+from sg_export.options.quantize import QuantizeOptions
 from sg_export.packing import engines
 from sg_export.packing.engines import check_libraries, count_fused_attention, profile_shapes
 from sg_runtime.backends.rtx_header import read_rtx_header
@@ -300,6 +301,12 @@ def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.M
         ),
         ({"batch": 2, "engines": EngineOptions()}, "batch: expected none next to engines, which have image counts"),
         ({"precision": "bf16"}, "precision bf16: ONNX Runtime's CPU"),
+        ({"onnx_target": "cuda"}, "onnx_target: expected one of onnxruntime, onnxruntime-cuda, found 'cuda'"),
+        ({"onnx_target": "onnxruntime-cuda", "engines": EngineOptions()}, "onnxruntime-cuda: expected no engines"),
+        (
+            {"onnx_target": "onnxruntime-cuda", "quantize": QuantizeOptions("int8")},
+            "onnxruntime-cuda: expected no quantization, found int8: .* give --precision fp16, or --target onnxruntime",
+        ),
     ],
     ids=str,
 )

@@ -54,8 +54,6 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
     plan, specs = choose_graphs(loaded, weak, options)
-    if not options.has_onnx and guided_alone(plan):
-        specs = [spec for spec in specs if spec.kind in ("condition", "guided")]
     layers = fp32_layers(loaded.model, options.precision, half_only=options.half_only)
     networks: Networks = {"main": loaded, "weak": weak}
     files = files_of(specs, symbolic=bool(options.libraries))

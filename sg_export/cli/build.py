@@ -121,6 +121,12 @@ def build(
         overrides=source.overrides,
         force=force,
     )
+    if not options.has_onnx and not quiet:
+        click.echo(
+            "engines run only on the GPUs that they are for, and the ONNX graphs are not kept: give --keep-onnx to "
+            "verify and sample the bundle here",
+            err=True,
+        )
     with progress(quiet) as report, log_details(explain_cache):
         bundle = compile(model, options, report)
     if as_json:
@@ -136,8 +142,6 @@ def build(
             options.libraries
         )
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
-        if not options.has_onnx:
-            click.echo("the bundle holds engines without ONNX graphs; for verify, build with --keep-onnx")
 
 
 def _echo_quantization(bundle: "Bundle") -> None:

@@ -28,6 +28,7 @@ from sg_runtime.manifest import (
     Karras,
     Manifest,
     NetworkName,
+    PassCost,
     Quantization,
     Sampling,
 )
@@ -64,7 +65,12 @@ def manifest_of(
     engines: tuple[EngineFacts, ...],
     folder: Path,
 ) -> Manifest:
-    """Return the manifest of the bundle in `folder`."""
+    """Return the manifest of the bundle in `folder`.
+
+    Of graphs that are neither kept nor in an engine it has the costs alone.
+    """
+    built = {(engine.kind, engine.network, engine.null_weak) for engine in engines}
+    left_out = [] if options.has_onnx else [g for g in written.facts if (g.kind, g.network, g.null_weak) not in built]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=f"sg-export {__version__}",
@@ -81,7 +87,7 @@ def manifest_of(
         opset=options.opset,
         batch=options.batch,
         condition_rows=CONDITION_ROWS,
-        graphs=written.facts,
+        graphs=tuple(graph for graph in written.facts if graph not in left_out),
         engines=engines,
         source=loaded.source,
         weak_source=None if weak is None else weak.source,
@@ -89,6 +95,7 @@ def manifest_of(
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
             for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
         },
+        passes=tuple(PassCost(graph.network, *graph.levels, graph.cost) for graph in left_out),
     )
 
 

@@ -15,7 +15,7 @@ from sg_runtime.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Precision, Strict, check_counts
-from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
+from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
@@ -77,6 +77,7 @@ class Manifest(Strict):
     source: checkpoint of the main network.
     weak_source: checkpoint of the weak network; None if there is no weak network.
     files: size and hash of each file, by its path in the bundle.
+    passes: costs of single branches of which a bundle of engines holds no graph.
     """
 
     schema_version: Literal[5]
@@ -95,6 +96,7 @@ class Manifest(Strict):
     source: Source
     weak_source: Source | None
     files: dict[str, FileFacts]
+    passes: tuple[PassCost, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "condition_rows")

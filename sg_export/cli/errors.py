@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -68,11 +68,24 @@ def ending_politely() -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command whose errors end as one message. `--debug` shows the traceback."""
+    """A command whose errors end as one message. `--debug` shows the traceback.
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    sections: names of parameters by the heading above them in the help. The others come last.
+    """
+
+    def __init__(self, *arguments: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self.sections = sections or {}
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        found = {option.name: option.get_help_record(ctx) for option in options}
+        helps = {name: record for name, record in found.items() if record is not None}
+        sections = {title: [helps.pop(name) for name in names] for title, names in self.sections.items()}
+        for title, records in {**sections, "Options": list(helps.values())}.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")

@@ -36,7 +36,8 @@ EPSILON = 1e-12
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
-    help="Library that runs the bundle.  [default: the fastest that works on the device]",
+    metavar="BACKEND",
+    help=f"Library that runs the bundle: {', '.join(BACKENDS)}.  [default: the fastest that works on the device]",
 )
 @click.option(
     "--output",

@@ -95,7 +95,7 @@ def manifest_of(
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
             for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
         },
-        passes=tuple(PassCost(graph.network, *graph.levels, graph.cost) for graph in left_out),
+        passes=tuple(PassCost(graph.network, graph.levels[0], graph.cost) for graph in left_out),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sg_export.adapters import ADAPTERS, find_adapter
 from sg_export.checkpoint import Checkpoint, Overrides, checkpoint_files, merge_facts, read_checkpoint
 from sg_export.models.sparse import SparseModel
+from sg_export.recognize import what_is
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
@@ -153,7 +154,9 @@ def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, opti
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
+        raise CheckpointError(
+            f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found {what_is(str(checkpoint))}"
+        )
     if (found_hash := sha256_of(*checkpoint_files(path))) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "

@@ -1,6 +1,7 @@
 """Ranges of activations: measured on calibration data, stored in a table bound to the model."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def read_table(path: Path, identity: str) -> RangeTable:
     if not path.is_file():
         raise UsageError(f"{path}: expected a table of ranges, found no file: make it with sg-export calibrate")
     try:
-        table = TypeAdapter(RangeTable).validate_json(path.read_bytes())
+        table = TypeAdapter(RangeTable).validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "entire file"

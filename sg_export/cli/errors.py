@@ -17,6 +17,7 @@ from sg_export.cli.output import log_messages
 from sg_runtime.errors import OptionError, SgError
 from sg_runtime.extras import install_command, outdated
 from sg_runtime.files import FULL, check_room, is_full
+from sg_runtime.manifest.model import DASHES
 
 
 class Failure(click.ClickException):
@@ -86,6 +87,16 @@ class Command(click.Command):
         for title, records in {**sections, "Options": list(helps.values())}.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option whose dashes a text processor replaced, with its name."""
+        known = {name for option in self.get_params(ctx) for name in option.opts}
+        for word in args:
+            given = word.partition("=")[0]
+            name = given.lstrip(DASHES)
+            if given.removesuffix(name).strip("-") and (option := f"--{name}") in known:
+                raise click.UsageError(f"{given}: begins with other dashes than -: give {option}", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")

@@ -278,6 +278,11 @@ def test_read_table_of_another_file_is_refused(content: bytes, tmp_path: Path) -
         read_table(tmp_path / "table.json", "0")
 
 
+def test_read_table_skips_a_byte_order_mark(tiny_ranges: Path, table: RangeTable, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_bytes(b"\xef\xbb\xbf" + tiny_ranges.read_bytes())
+    assert read_table(tmp_path / "table.json", table.identity) == table
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_read_table_with_a_threshold_that_is_none_names_the_layer(
     value: float, tiny_ranges: Path, table: RangeTable, tmp_path: Path

@@ -17,6 +17,7 @@ from torch import Tensor
 from sg_export import checkpoint
 from sg_export.checkpoint import CheckpointFacts, parse_facts, read_checkpoint
 from sg_runtime.errors import CheckpointError, UsageError
+from sg_runtime.manifest import Route
 
 ONE = {"layer.weight": torch.tensor([1.0])}
 TWO = {"layer.weight": torch.tensor([2.0])}
@@ -333,6 +334,31 @@ def test_read_checkpoint_sidecar_stands_before_metadata(suffix: str, tmp_path: P
     assert read_checkpoint(path).facts == CheckpointFacts(
         route="2-3", heads=heads, training={"steps": 5, "data": ["a"]}
     )
+
+
+def test_read_checkpoint_leaves_the_json_of_another_tool_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(ONE, tmp_path / "model.safetensors", {"sg_export": json.dumps({"route": "1-6"})})
+    (tmp_path / "model.json").write_text(json.dumps({"description": "mine", "sd version": "other"}))
+    assert read_checkpoint(tmp_path / "model.safetensors").facts == CheckpointFacts(route="1-6")
+    assert caplog.messages == [
+        f"{tmp_path}/model.json: not read as facts about model.safetensors, which has its name: expected family, "
+        f"heads, route, selection_rate, prediction, space, class_names, training, found description, sd version"
+    ]
+
+
+@pytest.mark.parametrize("dash", "-–—−‐‑")
+def test_read_checkpoint_reads_facts_as_editors_write_them(dash: str, tmp_path: Path) -> None:
+    torch.save(ONE, tmp_path / "model.pt")
+    text = json.dumps({"route": f"2{dash}3"}, ensure_ascii=False)
+    (tmp_path / "model.json").write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    assert Route.parse(str(read_checkpoint(tmp_path / "model.pt").facts.route)) == Route(2, 3)
+
+
+def test_read_checkpoint_of_an_index_with_a_byte_order_mark_joins_the_shards(index: Path) -> None:
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert read_checkpoint(index).tensors.keys() == {"1.weight", "2.weight"}
 
 
 def test_parse_facts_takes_whole_numbers_for_rates() -> None:

@@ -191,7 +191,7 @@ def read_manifest(path: Path) -> Manifest:
     from pydantic import ValidationError
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the manifest of a bundle, found {_reason(error)}; rebuild it") from None
@@ -219,7 +219,7 @@ def schema_of(path: Path) -> int:
     """Return the schema version of a manifest that `read_manifest` can read, before any upgrade."""
     import json
 
-    version: int = json.loads(path.read_text(encoding="utf-8"))["schema_version"]
+    version: int = json.loads(path.read_bytes())["schema_version"]
     return version
 
 

@@ -410,7 +410,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
         if nameless and weights is None and chosen != "ema":
             raise UsageError(
                 f"{path}: {nameless[0]}: expected tensors by their names, found a list: save the averaged model's "
-                f"state dict, or give --weights model for the weights that are not averaged"
+                f"state dict, or give `weights` model for the weights that are not averaged"
             )
         if not sets[chosen]:
             found = f"other values: {_listed([str(key) for key in content])}" if content else "nothing"
@@ -422,11 +422,11 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))
         raise UsageError(
-            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give such a --key"
+            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give one of them as `weights`"
         )
     if "bare" in sets:
-        raise UsageError(f"{path}: holds a single bare state dict: leave out --weights {weights}")
-    raise UsageError(f"{path}: expected {weights} weights, found {' and '.join(sets)}: give --weights {default}")
+        raise UsageError(f"{path}: holds a single bare state dict: leave out `weights` {weights}")
+    raise UsageError(f"{path}: expected {weights} weights, found {' and '.join(sets)}: give `weights` {default}")
 
 
 def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -449,7 +449,7 @@ def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
     plain: dict[str, Tensor] = {}
     for name, short in shorts.items():
         if short in plain:
-            raise CheckpointError(f"{path}: two tensors are named {short} without wrappers: give one set by --key")
+            raise CheckpointError(f"{path}: two tensors are named {short} without wrappers: give one set by `weights`")
         plain[short] = tensors[name]
     return plain, max((match[0] for name in shorts if (match := _PREFIX.match(name))), key=len, default="")
 

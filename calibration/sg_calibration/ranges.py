@@ -118,7 +118,7 @@ def measure(
     if not counts or min(counts.values()) < LEAST_VALUES:
         name = min(counts, key=lambda key: counts[key], default="every layer")
         raise CalibrationError(
-            f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more --calib-samples"
+            f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more `samples`"
         )
     times = tuple(sorted({time for at in largest.values() for time in at}, reverse=True))
     if len(times) < LEAST_STRATA:
@@ -132,7 +132,7 @@ def measure(
         if seen_of.low == seen_of.high:
             raise CalibrationError(
                 f"{name}: expected inputs that change, found only {seen_of.low:g}: check the checkpoint, or give "
-                f"other --calib-data"
+                f"other `data`"
             )
         largest_of_all = max(at.values())
         found = {"min-max": largest_of_all, "percentile": seen_of.percentile(), "entropy": seen_of.entropy()}

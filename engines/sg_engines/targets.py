@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from sg_runtime.errors import OptionError
+from sg_runtime.errors import UsageError
 from sg_runtime.manifest import EngineLibrary
 
 _FROM_AMPERE = frozenset({"fp32", "fp16", "bf16", "int8"})
@@ -25,28 +25,25 @@ itself also builds FP8 for older targets, which have no FP8 instructions.
 def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], products: Iterable[str]) -> None:
     """Check that `library` can build a graph for these GPUs.
 
-    products: types of the graph's matrix products. Raises OptionError if a GPU or a type is not
+    products: types of the graph's matrix products. Raises UsageError if a GPU or a type is not
     supported.
     """
     wanted = sorted(set(products))
     for number in compute_capabilities:
         if library == "tensorrt":
-            raise OptionError(
-                f"compute_capabilities {number}: TensorRT builds for the GPU that it runs on: leave out "
-                f"compute_capabilities, or build with TensorRT-RTX",
-                "compute_capabilities",
+            raise UsageError(
+                f"`compute_capabilities` {number}: TensorRT builds for the GPU that it runs on: leave out "
+                f"`compute_capabilities`, or build with TensorRT-RTX"
             )
         known = RTX_PRODUCTS.get(number)
         if known is None:
-            raise OptionError(
-                f"compute_capabilities {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for a "
-                f"datacenter GPU such as H100 (90) build with TensorRT on that GPU, or build ONNX graphs",
-                "compute_capabilities",
+            raise UsageError(
+                f"`compute_capabilities` {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for a "
+                f"datacenter GPU such as H100 (90) build with TensorRT on that GPU, or build ONNX graphs"
             )
         if missing := [product for product in wanted if product not in known]:
             able = [str(sm) for sm, types in RTX_PRODUCTS.items() if set(wanted) <= types]
-            raise OptionError(
-                f"compute_capabilities {number}: expected matrix products in {', '.join(sorted(known))}, found "
-                f"{', '.join(missing)}: give another precision, or GPUs that support it: {', '.join(able)}",
-                *("compute_capabilities", "precision"),
+            raise UsageError(
+                f"`compute_capabilities` {number}: expected matrix products in {', '.join(sorted(known))}, found "
+                f"{', '.join(missing)}: give another `precision`, or GPUs that support it: {', '.join(able)}"
             )

@@ -120,8 +120,8 @@ class Bundle:
         """Return the path of a graph's ONNX file. Raises BundleError if the graph has none."""
         if graph.file is None:
             raise BundleError(
-                f"{self.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or "
-                f"--target onnxruntime"
+                f"{self.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, "
+                f"or for ONNX Runtime"
             )
         return self.root / graph.file
 

@@ -2,19 +2,18 @@
 
 import errno
 import os
-import re
 import signal
 import threading
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from sg_export.cli.output import log_messages
-from sg_runtime.errors import OptionError, SgError
+from sg_export.cli.output import log_messages, with_options
+from sg_runtime.errors import SgError
 from sg_runtime.extras import install_command, outdated
 from sg_runtime.files import FULL, check_room, is_full
 from sg_runtime.manifest.model import DASHES
@@ -120,10 +119,8 @@ class Command(click.Command):
 
 def failure(error: Exception) -> Failure:
     """Return the message and the exit code of an error."""
-    if isinstance(error, OptionError):
-        return Failure(with_options(str(error), error.fields), error.exit_code)
     if isinstance(error, SgError):
-        return Failure(str(error), error.exit_code)
+        return Failure(with_options(str(error)), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")) is not None:
         return Failure(f"{error.name} is not installed: {command}", 2)
     if isinstance(error, OSError) and error.errno in FULL:
@@ -132,25 +129,6 @@ def failure(error: Exception) -> Failure:
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(f"{error.filename}: {error.strerror}", 2)
     return Failure(f"unexpected {type(error).__name__}: {error}; run again with --debug, and please report it", 1)
-
-
-OPTIONS = {
-    "compute_capabilities": "--sm",
-    "table": "--calibration",
-    "data": "--calib-data",
-    "samples": "--calib-samples",
-    "steps": "--calib-steps",
-    "seed": "--calib-seed",
-}
-"""Options whose names differ from the fields of the Python API."""
-
-
-def with_options(message: str, fields: Collection[str]) -> str:
-    """Return a message with the command line's options in place of these fields."""
-    for field in fields:
-        option = OPTIONS.get(field, f"--{field.replace('_', '-')}")
-        message = re.sub(rf"(?<![\w-]){field}(?=[ :,])", option, message)
-    return message
 
 
 @contextmanager

@@ -76,14 +76,18 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
     from sg_export.compiler import inputs_of
+    from sg_export.loading import found_by_name
     from sg_export.packing.folder import VERIFY_FILE, own_paths
     from sg_export.parity.compare import write_parity
     from sg_export.parity.verify import verify as compare
     from sg_runtime.bundle import Bundle
 
+    opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
+    named = ((checkpoint, opened.manifest.source), (weak_checkpoint, opened.manifest.weak_source))
+    checkpoints = [given or found_by_name(opened, source) for given, source in named if source is not None]
     target, unwritable = output or bundle / VERIFY_FILE, None
     try:
-        check_output_file(target, [*own_paths([bundle]), *inputs_of(checkpoint, weak_checkpoint)])
+        check_output_file(target, [*own_paths([bundle]), *inputs_of(*checkpoints)])
     except Failure as failure:
         if output is not None:
             raise

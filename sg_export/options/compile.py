@@ -89,7 +89,8 @@ class CompileOptions:
             self.engines.check_types(self.precision, None if self.quantize is None else self.quantize.type)
         elif self.precision == "bf16":
             raise UsageError(
-                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or --target tensorrt-rtx"
+                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or build for TensorRT-RTX, "
+                "`libraries` tensorrt_rtx"
             )
 
     @property

@@ -145,9 +145,7 @@ def test_measure_of_too_few_values_is_refused(pipe: Pipeline, shards: list[Shard
     cut = Shard(one.x[:1, :1], one.time[:1], one.step[:1], one.evaluation[:1], one.label[:1], one.seed[:1])
     plans = built_guidances(pipe.bundle.manifest)
     for few in ([cut], []):
-        with pytest.raises(
-            CalibrationError, match=r"expected at least 10000 values, found \d+: give more --calib-samp"
-        ):
+        with pytest.raises(CalibrationError, match=r"expected at least 10000 values, found \d+: give more `samp"):
             measure(pipe, plans, few)
 
 

@@ -103,13 +103,13 @@ def test_read_checkpoint_of_each_layout_takes_the_wanted_set(
 @pytest.mark.parametrize(("weights", "other"), [("ema", "model"), ("model", "ema")])
 def test_read_checkpoint_without_the_wanted_set_names_the_other(weights: Any, other: str, tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {f"{other}_state_dict": ONE})
-    with pytest.raises(UsageError, match=f"expected {weights} weights, found {other}: give --weights {other}"):
+    with pytest.raises(UsageError, match=f"expected {weights} weights, found {other}: give `weights` {other}"):
         read_checkpoint(path, weights)
 
 
 def test_read_checkpoint_of_bare_set_refuses_a_choice(tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", ONE)
-    with pytest.raises(UsageError, match="a single bare state dict: leave out --weights ema"):
+    with pytest.raises(UsageError, match="a single bare state dict: leave out `weights` ema"):
         read_checkpoint(path, "ema")
 
 
@@ -210,14 +210,14 @@ def test_read_checkpoint_with_key_in_the_default_set_takes_the_tensors_under_it(
 
 def test_read_checkpoint_with_unknown_key_names_the_others(tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {"generator": ONE, "critic": TWO, "step": 3})
-    with pytest.raises(UsageError, match="expected tensors under gen, found them under generator, critic: give such a"):
+    with pytest.raises(UsageError, match="expected tensors under gen, found them under generator, critic: give one of"):
         read_checkpoint(path, "gen")
 
 
 @pytest.mark.parametrize("average", [{"decay": 0.999, "shadow_params": [torch.ones(1)]}, [torch.ones(1)]])
 def test_read_checkpoint_of_nameless_average_says_what_helps(average: Any, tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {"model": ONE, "ema": average})
-    with pytest.raises(UsageError, match=r"ema: expected tensors by their names, found a list: .*give --weights model"):
+    with pytest.raises(UsageError, match=r"ema: expected tensors by their names, found a list: .*give `weights` model"):
         read_checkpoint(path)
     assert value(path, "model") == 1
 

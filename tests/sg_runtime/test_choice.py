@@ -290,7 +290,7 @@ def test_open_backend_of_threads_on_a_gpu_is_refused(
     graphs: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sg_runtime.backends.choice.choose_backend", lambda *_, **__: Choice(name, 0, ()))
-    with pytest.raises(UsageError, match=f"^threads: expected none on a GPU, which was chosen: {name}$"):
+    with pytest.raises(UsageError, match=f"^`threads`: expected none on a GPU, which was chosen: {name}$"):
         open_backend(graphs, threads=1)
 
 
@@ -324,7 +324,7 @@ def test_open_session_of_nodes_that_run_elsewhere_warns_of_each(
     assert warning.levelname == "WARNING"
     assert warning.getMessage() == (
         f"dense.onnx: {len(strays)} nodes are not run by AzureExecutionProvider: {', '.join(strays)}; build "
-        f"with --batch, so that shapes are known"
+        f"with a `batch`, so that shapes are known"
     )
 
 

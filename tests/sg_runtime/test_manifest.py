@@ -510,7 +510,7 @@ def test_guidance_plan_of_a_weak_branch_that_is_not_sparser_is_refused(
     assert str(caught.value) == (
         f"{mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak.sparsity:g} "
         f"(weak, {weak.keep} tokens) and {strong.sparsity:g} (strong, {strong.keep} tokens); "
-        f"raise --sparsity or lower --strong-sparsity"
+        f"raise `sparsity` or lower `strong_sparsity`"
     )
     assert GuidancePlan(mode, strong, weak, 2.0, strong_last=QUARTER).strong == strong
     assert GuidancePlan(mode, strong, weak, 2.0, weak_last=QUARTER).strong == strong

@@ -163,7 +163,7 @@ def test_choose_backend_of_engines_by_onnx_runtime_names_what_keeps_the_graphs(
     machine(ADA, providers=tuple(provider.name for provider in PROVIDERS.values()))
     message = refused(BundleError, engines, backend=backend)
     assert f"{engines.path}: expected ONNX graphs, found engines alone" in message
-    assert "build with --keep-onnx, or for the CPU: sg-export build " in message
+    assert "build it with `keep_onnx`, or for the CPU: sg-export build " in message
 
 
 def test_choose_backend_of_both_falls_from_engines_to_graphs(both: Bundle, machine: Callable[..., None]) -> None:

@@ -82,16 +82,17 @@ def verify(
     from sg_export.parity.verify import verify as compare
     from sg_runtime.bundle import Bundle
 
-    opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
-    named = ((checkpoint, opened.manifest.source), (weak_checkpoint, opened.manifest.weak_source))
-    checkpoints = [given or found_by_name(opened, source) for given, source in named if source is not None]
     target, unwritable = output or bundle / VERIFY_FILE, None
     try:
-        check_output_file(target, [*own_paths([bundle]), *inputs_of(*checkpoints)])
+        check_output_file(target, [*own_paths([bundle]), *inputs_of(checkpoint, weak_checkpoint)])
     except Failure as failure:
         if output is not None:
             raise
         unwritable = failure.message  # a bundle may be on a read-only disk
+    if output is not None:
+        opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
+        sources = filter(None, (opened.manifest.source, opened.manifest.weak_source))
+        check_output_file(output, inputs_of(*(found_by_name(opened, source) for source in sources)))
     if save_polygraphy is not None:
         check_output_folder(save_polygraphy, "--save-polygraphy")
     with progress(quiet) as report:

@@ -81,7 +81,7 @@ def check_timing_cache(options: EngineOptions) -> None:
     try:
         if path.exists():
             path.open("rb").close()
-        if not path.absolute().parent.is_dir():
+        if not path.absolute().parent.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         check_room(path.absolute().parent)
     except OSError as error:

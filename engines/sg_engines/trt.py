@@ -7,6 +7,7 @@ the module has, not its version.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from sg_runtime.errors import EngineError
 from sg_runtime.files import replacing
+
+LOG = logging.getLogger("sg_engines")
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
@@ -52,7 +55,7 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
 
     trt: the library's module. `output` is replaced atomically. Raises EngineError if the library
     cannot parse the graph, with the node's name. Raises EngineError if the library cannot build the
-    engine, with the library's reasons.
+    engine, with the library's reasons. A timing cache that cannot be written is a warning.
     """
     log = _log(trt)
     log.errors.clear()
@@ -87,8 +90,11 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
     with replacing(output) as temporary:
         temporary.write_bytes(serialized)
     if cache is not None and plan.timing_cache is not None:
-        with replacing(plan.timing_cache) as temporary:
-            temporary.write_bytes(config.get_timing_cache().serialize())
+        try:
+            with replacing(plan.timing_cache) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
+        except OSError as error:  # a cache is not worth a build
+            LOG.warning("timing cache %s: not written (%s)", plan.timing_cache, error.strerror or error)
 
 
 def builder_flags(trt: Any) -> dict[str, bool]:

@@ -453,7 +453,7 @@ class Pipeline:
         Raises UsageError if x or `index` does not fit the run.
         """
         if not isinstance(run, PreparedRun):
-            raise UsageError(f"run: expected a PreparedRun, which `prepare` or `prepare_once` returns, found {run!r}")
+            raise UsageError(f"run: expected a PreparedRun, as prepare() and prepare_once() return, found {run!r}")
         if not 0 <= whole_number("evaluation", index) < len(run.times):
             raise UsageError(f"evaluation {index}: expected 0 to {len(run.times) - 1} in the prepared run")
         with self._running() as (leased, runner):

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from sg_export.cli.errors import Command
-from sg_export.cli.output import print_table
+from sg_export.cli.output import print_table, with_options
 from sg_runtime import __version__
 from sg_runtime.backends import choose_onnx_backend
 from sg_runtime.extras import LIBRARIES, install_extra
@@ -35,7 +35,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         choice = choose_backend(Bundle.open(bundle))
         click.echo(f"{bundle}: device auto is {choice.name}")
         for reason in choice.rejected:
-            click.echo(f"not {reason}")
+            click.echo(f"not {with_options(reason)}")
         return
     versions = {library.distribution: _version(library.distribution) for library in LIBRARIES}
     providers = _providers()

@@ -35,21 +35,30 @@ INTERVAL = click.option(
 )
 
 
-def group(name: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
-    """Add `options` to a command. It gets their values as one argument `name`, a `record`."""
-    names = [parameter.name for parameter in _parameters(options)]
+class Group:
+    """Options of a command, which gets their values as one argument.
 
-    def decorate(command: F) -> F:
+    argument: name of the argument.
+    record: dataclass of the values.
+    options: decorators that add the options.
+    names: names of the parameters that the options add.
+    """
+
+    def __init__(self, argument: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> None:
+        self.argument, self.record, self.options = argument, record, options
+        self.names = tuple(str(parameter.name) for parameter in _parameters(options))
+
+    def __call__(self, command: F) -> F:
+        """Add the options to a command."""
+
         @functools.wraps(command)
         def grouped(**values: Any) -> Any:
-            record_values = {option: values.pop(option) for option in names}
-            return command(**values, **{name: record(**record_values)})
+            record_values = {option: values.pop(option) for option in self.names}
+            return command(**values, **{self.argument: self.record(**record_values)})
 
-        for option in reversed(options):
+        for option in reversed(self.options):
             grouped = option(grouped)
         return grouped  # type: ignore[return-value]
-
-    return decorate
 
 
 def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
@@ -89,7 +98,7 @@ class ModelSource:
         return Overrides(self.route, self.heads, self.prediction)
 
 
-model_options = group(
+model_options = Group(
     "source",
     ModelSource,
     (
@@ -126,7 +135,7 @@ class DeviceChoice:
     threads: int | None
 
 
-device_options = group(
+device_options = Group(
     "on",
     DeviceChoice,
     (
@@ -139,7 +148,8 @@ device_options = group(
         click.option(
             "--backend",
             type=click.Choice(BACKENDS),
-            help="Library that runs the bundle.  [default: the fastest that works here]",
+            metavar="BACKEND",
+            help=f"Library that runs the bundle: {', '.join(BACKENDS)}.  [default: the fastest that works here]",
         ),
         click.option(
             "--threads",
@@ -197,7 +207,7 @@ WEAK_CHECKPOINT = click.option(
     help="Earlier checkpoint of the same training run, as the weak branch (AutoGuidance) at any sparsity.",
 )
 
-guidance_options = group(
+guidance_options = Group(
     "guidance",
     GuidanceChoice,
     (
@@ -273,7 +283,7 @@ _FEEDS = (
     ),
 )
 
-feed_options = group("ranges", RangeSource, _FEEDS)
+feed_options = Group("ranges", RangeSource, _FEEDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +334,7 @@ QUANTIZATION = (
 )
 """Options that are only for INT8 and FP8."""
 
-quantization_options = group(
+quantization_options = Group(
     "quantization",
     QuantizationChoice,
     (
@@ -436,7 +446,7 @@ class TargetChoice:
 ENGINES = ("sm", "workspace", "timing_cache", "keep_onnx", "allow_unfused")
 """Options that are only for engines."""
 
-target_options = group(
+target_options = Group(
     "targets",
     TargetChoice,
     (

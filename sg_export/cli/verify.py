@@ -36,7 +36,8 @@ EPSILON = 1e-12
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
-    help="Library that runs the bundle.  [default: the fastest that works on the device]",
+    metavar="BACKEND",
+    help=f"Library that runs the bundle: {', '.join(BACKENDS)}.  [default: the fastest that works on the device]",
 )
 @click.option(
     "--output",
@@ -79,6 +80,7 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
     from sg_export.compiler import inputs_of
+    from sg_export.loading import found_by_name
     from sg_export.packing.folder import VERIFY_FILE, own_paths
     from sg_export.parity.compare import write_parity
     from sg_export.parity.verify import verify as compare
@@ -91,6 +93,10 @@ def verify(
         if output is not None:
             raise
         unwritable = failure.message  # a bundle may be on a read-only disk
+    if output is not None:
+        opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
+        sources = filter(None, (opened.manifest.source, opened.manifest.weak_source))
+        check_output_file(output, inputs_of(*(found_by_name(opened, source) for source in sources)))
     if save_polygraphy is not None:
         check_output_folder(save_polygraphy, "--save-polygraphy")
     with progress(quiet) as report:

@@ -121,7 +121,7 @@ def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if not np.isfinite(array).all():
             raise ExportError(
                 f"{value.name}: expected weights that {dtype.name.lower()} holds, found up to "
-                f"{float(np.abs(tensor.numpy()).max()):g}; build with --precision bf16 or fp32"
+                f"{float(np.abs(tensor.numpy()).max()):g}; build with `precision` bf16 or fp32"
             )
         return ir.tensor(array, dtype=dtype)
 

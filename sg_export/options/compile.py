@@ -94,7 +94,7 @@ class CompileOptions:
         if self.for_cuda and self.quantize is not None:
             raise UsageError(
                 f"onnxruntime-cuda: expected no quantization, found {self.quantize.type}: this provider computes "
-                f"quantized layers in floating point: give --precision fp16, or --target onnxruntime"
+                f"quantized layers in floating point: give `precision` fp16, or `onnx_target` onnxruntime"
             )
         if self.engines is not None:
             if self.batch is not None:
@@ -102,8 +102,8 @@ class CompileOptions:
             self.engines.check_types(self.precision, None if self.quantize is None else self.quantize.type)
         elif self.precision == "bf16" and not self.for_cuda:
             raise UsageError(
-                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or --target onnxruntime-cuda "
-                "or tensorrt-rtx"
+                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or build for ONNX Runtime's "
+                "CUDA provider, `onnx_target` onnxruntime-cuda, or for TensorRT-RTX, `libraries` tensorrt_rtx"
             )
 
     @property

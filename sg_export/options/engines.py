@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sg_engines.targets import check_targets
-from sg_runtime.errors import OptionError, UsageError
+from sg_runtime.errors import UsageError
 from sg_runtime.manifest import EngineLibrary, Precision, QuantizedType
 
 
@@ -54,9 +54,8 @@ class EngineOptions:
             check_targets("tensorrt", self.compute_capabilities, ())
         if "tensorrt_rtx" in self.libraries:
             if quantized == "fp8" and not self.compute_capabilities:
-                raise OptionError(
-                    "precision fp8: expected compute_capabilities of 89 or above for TensorRT-RTX, found none: by "
-                    "itself TensorRT-RTX also builds for GPUs without FP8",
-                    *("precision", "compute_capabilities"),
+                raise UsageError(
+                    "`precision` fp8: expected `compute_capabilities` of 89 or above for TensorRT-RTX, found none: by "
+                    "itself TensorRT-RTX also builds for GPUs without FP8"
                 )
             check_targets("tensorrt_rtx", self.compute_capabilities, self.products(precision, quantized))

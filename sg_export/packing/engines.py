@@ -1,8 +1,10 @@
 """Engines of a bundle's graphs: profiles, cache, build, and checks that do not run the engines."""
 
+import errno
 import functools
 import logging
 import mmap
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from sg_export.options.engines import EngineOptions
 from sg_export.progress import Report
 from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.devices.gpus import Gpu, find_gpus
-from sg_runtime.errors import EngineError, MissingExtraError
+from sg_runtime.errors import EngineError, MissingExtraError, UsageError
 from sg_runtime.extras import outdated, require
-from sg_runtime.files import cache_folder, sha256_of
+from sg_runtime.files import cache_folder, check_room, sha256_of
 from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, ModelFacts, Profile
 
 LOG = logging.getLogger("sg_export")
@@ -62,21 +64,39 @@ def check_libraries(libraries: Sequence[EngineLibrary], products: Iterable[str] 
     """Raise an error if these libraries cannot build engines on this machine.
 
     products: types of the graphs' matrix products. The error is MissingExtraError if a library is
-    not installed or too old, EngineError if TensorRT finds no GPU, and OptionError if TensorRT's
-    GPU has not one of these types.
+    not installed or too old, EngineError if TensorRT finds no GPU, and UsageError if
+    TensorRT's GPU lacks one of these types.
     """
     for library in libraries:
         if library == "tensorrt":
             gpus = find_gpus()
             if not gpus:
                 raise EngineError(
-                    "--target tensorrt: TensorRT builds on the GPU that the engine is for, found no GPU: build on the "
-                    "machine with that GPU, or give --target tensorrt-rtx, which needs no GPU, or --target onnxruntime"
+                    "`libraries` tensorrt: TensorRT builds on the GPU that the engine is for, found no GPU: build on "
+                    "the machine with that GPU, or give `libraries` tensorrt_rtx, which needs no GPU, or build ONNX "
+                    "graphs"
                 )
             check_gpu(gpus[0].name, gpus[0].compute_capability, products)
         require(library)
         for message in outdated(library.replace("_", "-")):
             raise MissingExtraError(message)
+
+
+def check_timing_cache(options: EngineOptions) -> None:
+    """Raise UsageError if the timing cache cannot be read or written, unless no library uses it."""
+    path = options.timing_cache
+    if path is None or not any(has_timing_cache(import_module(library)) for library in options.libraries):
+        return
+    try:
+        if path.exists():
+            path.open("rb").close()
+        if not path.absolute().parent.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        check_room(path.absolute().parent)
+    except OSError as error:
+        raise UsageError(
+            f"`timing_cache` {path}: cannot be read and written ({error.strerror}): give another file"
+        ) from None
 
 
 def build_engines(
@@ -102,7 +122,7 @@ def build_engines(
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
-            LOG.warning("--timing-cache: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
+            LOG.warning("`timing_cache`: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
             profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
@@ -219,7 +239,7 @@ def _facts(
         if fused < wanted:
             message = f"{path.name}: expected {wanted} fused attention kernels in all profiles, found {fused}"
             if not options.allow_unfused:
-                raise EngineError(f"{message}: attention would be slow; to build anyway, give --allow-unfused")
+                raise EngineError(f"{message}: attention would be slow; to build anyway, give `allow_unfused`")
             LOG.warning("%s", message)
     spec = source.specs[0]
     return EngineFacts(

@@ -31,6 +31,7 @@ from sg_runtime.manifest import (
     Karras,
     Manifest,
     NetworkName,
+    PassCost,
     Quantization,
     Sampling,
 )
@@ -67,7 +68,12 @@ def manifest_of(
     engines: tuple[EngineFacts, ...],
     folder: Path,
 ) -> Manifest:
-    """Return the manifest of the bundle in `folder`."""
+    """Return the manifest of the bundle in `folder`.
+
+    Of graphs that are neither kept nor in an engine it has the costs alone.
+    """
+    built = {(engine.kind, engine.network, engine.null_weak) for engine in engines}
+    left_out = [] if options.has_onnx else [g for g in written.facts if (g.kind, g.network, g.null_weak) not in built]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=f"sg-export {__version__}",
@@ -85,7 +91,7 @@ def manifest_of(
         opset=options.opset,
         batch=options.batch,
         condition_rows=CONDITION_ROWS,
-        graphs=written.facts,
+        graphs=tuple(graph for graph in written.facts if graph not in left_out),
         engines=engines,
         source=loaded.source,
         weak_source=None if weak is None else weak.source,
@@ -93,6 +99,7 @@ def manifest_of(
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
             for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
         },
+        passes=tuple(PassCost(graph.network, graph.levels[0], graph.cost) for graph in left_out),
     )
 
 

@@ -306,6 +306,21 @@ def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
 
 
 @no_operations
+def test_build_engine_with_a_timing_cache_that_cannot_be_written_warns(
+    products: Products,
+    plan: EngineRecipe,
+    engine: Path,
+    output: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "none" / "timing.cache"
+    build_engine(tensorrt_rtx, products["fp16"], replace(plan, timing_cache=path), output, ignore)
+    assert output.read_bytes() == engine.read_bytes()
+    assert caplog.messages == [f"timing cache {path}: not written (No such file or directory)"]
+
+
+@no_operations
 def test_build_engine_with_a_timing_cache_of_another_gpu_names_it(
     products: Products, plan: EngineRecipe, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

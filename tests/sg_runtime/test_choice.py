@@ -183,7 +183,7 @@ def test_choose_backend_of_engines_by_onnx_runtime_names_what_keeps_the_graphs(
     machine(ADA, providers=tuple(provider.name for provider in PROVIDERS.values()))
     message = refused(BundleError, engines, backend=backend)
     assert f"{engines.path}: expected ONNX graphs, found engines alone" in message
-    assert "build with --keep-onnx, or for the CPU: sg-export build " in message
+    assert "build it with `keep_onnx`, or for the CPU: sg-export build " in message
 
 
 def test_choose_backend_of_both_falls_from_engines_to_graphs(both: Bundle, machine: Callable[..., None]) -> None:
@@ -310,7 +310,7 @@ def test_open_backend_of_threads_on_a_gpu_is_refused(
     graphs: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sg_runtime.backends.choice.choose_backend", lambda *_, **__: Choice(name, 0, ()))
-    with pytest.raises(UsageError, match=f"^threads: expected none on a GPU, which was chosen: {name}$"):
+    with pytest.raises(UsageError, match=f"^`threads`: expected none on a GPU, which was chosen: {name}$"):
         open_backend(graphs, threads=1)
 
 
@@ -344,7 +344,7 @@ def test_open_session_of_nodes_that_run_elsewhere_warns_of_each(
     assert warning.levelname == "WARNING"
     assert warning.getMessage() == (
         f"dense.onnx: {len(strays)} nodes are not run by AzureExecutionProvider: {', '.join(strays)}; build "
-        f"with --batch, so that shapes are known"
+        f"with a `batch`, so that shapes are known"
     )
 
 

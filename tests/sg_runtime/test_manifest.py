@@ -370,7 +370,7 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
-    del model["masked"], content["onnx_target"]
+    del model["masked"], content["onnx_target"], content["passes"]
     model |= {"image_size": side, "channels": channels}
     assert read({**content, "schema_version": 3}) == expected
 
@@ -379,7 +379,7 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
 def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
     content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
 ) -> None:
-    del content["model"]["masked"], content["onnx_target"]
+    del content["model"]["masked"], content["onnx_target"], content["passes"]
     content["model"]["family"] = family
     manifest = read({**content, "schema_version": 4})
     assert (manifest.model.masked, manifest.onnx_target) == (masked, "onnxruntime")
@@ -512,7 +512,7 @@ def test_guidance_plan_of_a_weak_branch_that_is_not_sparser_is_refused(
     assert str(caught.value) == (
         f"{mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak.sparsity:g} "
         f"(weak, {weak.keep} tokens) and {strong.sparsity:g} (strong, {strong.keep} tokens); "
-        f"raise --sparsity or lower --strong-sparsity"
+        f"raise `sparsity` or lower `strong_sparsity`"
     )
     assert GuidancePlan(mode, strong, weak, 2.0, strong_last=QUARTER).strong == strong
     assert GuidancePlan(mode, strong, weak, 2.0, weak_last=QUARTER).strong == strong

@@ -9,7 +9,7 @@ from sg_runtime.backends.base import Backend
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import find_gpus
-from sg_runtime.errors import BundleError, EngineError, OptionError, SgError, UsageError
+from sg_runtime.errors import BundleError, EngineError, SgError, UsageError
 from sg_runtime.extras import install_extra
 from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
 from sg_runtime.manifest.base import whole_number
@@ -129,7 +129,7 @@ def open_backend(
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
-        raise OptionError(f"threads: expected none on a GPU, which was chosen: {choice}", "threads")
+        raise UsageError(f"`threads`: expected none on a GPU, which was chosen: {choice}")
     if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
 
@@ -176,7 +176,7 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
     if any(graph.file is None for graph in manifest.graphs):
         raise _NothingForItError(
             f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
-            f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
+            f"it with `keep_onnx`, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
     # The CPU provider has the operators of the form for CUDA in FP32 alone, others have none.
     runs_fused = name == "onnxruntime-cuda" or (name == "onnxruntime-cpu" and manifest.precision == "fp32")
@@ -188,8 +188,8 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
         )
     if name == "onnxruntime-cpu" and manifest.precision == "bf16":
         raise BundleError(
-            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
-            f"--precision fp32, or for a GPU with --target onnxruntime-cuda or tensorrt-rtx"
+            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build it "
+            f"with `precision` fp32, or for a GPU with `onnx_target` onnxruntime-cuda or `libraries` tensorrt_rtx"
         )
     if name != "onnxruntime-cpu":
         _check_provider(name, number)

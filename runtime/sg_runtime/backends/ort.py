@@ -273,7 +273,7 @@ def open_session(
         )
     if provider is not CPU and (strays := strays_of(session, provider.name)):
         LOG.warning(
-            "%s: %d nodes are not run by %s: %s; build with --batch, so that shapes are known",
+            "%s: %d nodes are not run by %s: %s; build with a `batch`, so that shapes are known",
             path.name,
             len(strays),
             provider.name,

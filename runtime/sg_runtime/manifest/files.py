@@ -15,7 +15,7 @@ from sg_runtime.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
-from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
+from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
@@ -79,6 +79,7 @@ class Manifest(Strict):
     source: checkpoint of the main network.
     weak_source: checkpoint of the weak network; None if there is no weak network.
     files: size and hash of each file, by its path in the bundle.
+    passes: costs of single branches of which a bundle of engines holds no graph.
     """
 
     schema_version: Literal[5]
@@ -98,6 +99,7 @@ class Manifest(Strict):
     source: Source
     weak_source: Source | None
     files: dict[str, FileFacts]
+    passes: tuple[PassCost, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "condition_rows")
@@ -202,7 +204,7 @@ def read_manifest(path: Path) -> Manifest:
     from pydantic import ValidationError
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the manifest of a bundle, found {_reason(error)}; rebuild it") from None
@@ -230,7 +232,7 @@ def schema_of(path: Path) -> int:
     """Return the schema version of a manifest that `read_manifest` can read, before any upgrade."""
     import json
 
-    version: int = json.loads(path.read_text(encoding="utf-8"))["schema_version"]
+    version: int = json.loads(path.read_bytes())["schema_version"]
     return version
 
 

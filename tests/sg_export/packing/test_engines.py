@@ -27,7 +27,7 @@ from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.packing import engines
-from sg_export.packing.engines import check_libraries, count_fused_attention, profile_shapes
+from sg_export.packing.engines import check_libraries, check_timing_cache, count_fused_attention, profile_shapes
 from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import Gpu
@@ -212,7 +212,7 @@ def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
 ) -> None:
     monkeypatch.setattr(engines, "FUSED_ATTENTION", rb"a kernel that no plan has")
     with pytest.raises(
-        EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*--allow-unf"
+        EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*`allow_unf"
     ):
         build()
     assert [path.name for path in tmp_path.iterdir()] == []
@@ -246,6 +246,28 @@ def test_compile_with_a_timing_cache_warns_that_it_has_none(
     assert not (tmp_path / "timing.cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "Is a directory"),
+        ("none/timing.cache", "No such file or directory"),
+        ("file/timing.cache", "Not a directory"),
+    ],
+)
+def test_check_timing_cache_that_cannot_be_written_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    check_timing_cache(EngineOptions(timing_cache=path))  # TensorRT-RTX has none
+    monkeypatch.setattr(engines, "has_timing_cache", lambda library: True)  # as TensorRT has
+    with pytest.raises(UsageError) as caught:
+        check_timing_cache(EngineOptions(timing_cache=path))
+    assert str(caught.value) == (f"`timing_cache` {path}: cannot be read and written ({reason}): give another file")
+    check_timing_cache(EngineOptions(timing_cache=tmp_path / "new.cache"))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.slow
 def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp_path: Path) -> None:
     state = quick.state()
@@ -263,7 +285,7 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_gpus", lambda: ())
     with pytest.raises(
-        EngineError, match="found no GPU: build on the machine with that GPU, or give --target tensorrt-rtx"
+        EngineError, match="found no GPU: build on the machine with that GPU, or give `libraries` tensorrt_rtx"
     ) as e:
         check_libraries(("tensorrt",))
     assert e.value.exit_code == 4
@@ -297,7 +319,7 @@ def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.M
         ({"precision": "fp8"}, "precision: expected one of fp32, fp16, bf16, found 'fp8'"),
         (
             {"engines": EngineOptions(("tensorrt",), compute_capabilities=(90,))},
-            "compute_capabilities 90: TensorRT builds for the GPU that it runs",
+            "`compute_capabilities` 90: TensorRT builds for the GPU that it runs",
         ),
         ({"batch": 2, "engines": EngineOptions()}, "batch: expected none next to engines, which have image counts"),
         ({"precision": "bf16"}, "precision bf16: ONNX Runtime's CPU"),

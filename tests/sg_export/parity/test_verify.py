@@ -349,7 +349,7 @@ def test_reload_weak_of_another_file_raises(
     with pytest.raises(CheckpointError, match=r"missing.pt: expected the checkpoint of .*, tiny-weak.safetensors, fou"):
         reload_weak(bundle, tmp_path / "missing.pt", strong)
     moved = Bundle.open(shutil.copytree(tiny_autoguidance_bundle, tmp_path / "bundle"))
-    with pytest.raises(CheckpointError, match=r"tiny-weak.safetensors is neither .* nor in .*: give --weak-check"):
+    with pytest.raises(CheckpointError, match=r"tiny-weak.safetensors is neither .* nor in .*: give `weak_check"):
         reload_weak(moved, None, strong)
 
 
@@ -357,7 +357,7 @@ def test_reload_weak_where_there_is_none(fixed_bundle: Path, tiny_checkpoint: Pa
     bundle = Bundle.open(fixed_bundle)
     strong = reload_checkpoint(bundle, None)
     assert reload_weak(bundle, None, strong) is None
-    with pytest.raises(UsageError, match=r"fixed-bundle: has no weak network: leave out --weak-checkpoint$"):
+    with pytest.raises(UsageError, match=r"fixed-bundle: has no weak network: leave out `weak_checkpoint`$"):
         reload_weak(bundle, tiny_checkpoint, strong)
 
 

@@ -122,7 +122,7 @@ def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
                 return tokens
     raise ExportError(
         f"attention {attention.outputs[0].name}: expected inputs that are views of (B, tokens, heads * size), found "
-        f"{heads}; build with --target onnxruntime"
+        f"{heads}; build with `onnx_target` onnxruntime"
     )
 
 

@@ -96,8 +96,8 @@ def verify(
         graphs = opened.manifest.condition("main").file is not None
         if not graphs and save_polygraphy is None:
             raise BundleError(
-                f"{opened.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx, or give "
-                f"--save-polygraphy here, or --device cuda on the machine with their GPU"
+                f"{opened.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, or give "
+                f"`save_polygraphy` here, or `device` cuda on the machine with their GPU"
             )
         pipeline, lane = _emulated(opened) if graphs else None, None
     else:

@@ -146,7 +146,7 @@ def test_command_of_tensorrt_asks_for_no_rtx(saved: Saved) -> None:
 
 def test_verify_of_engines_alone_without_a_folder_names_the_alternatives(saved: Saved) -> None:
     with pytest.raises(
-        BundleError, match=r"found only engines; rebuild it with --keep-onnx, or give --save-polygraphy"
+        BundleError, match=r"found only engines; rebuild it with `keep_onnx`, or give `save_polygraphy`"
     ):
         verify(saved[0].path)
 

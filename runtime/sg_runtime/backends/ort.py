@@ -356,7 +356,10 @@ class _HandedSequence(CallSequence):
         finally:
             ended = True
             wait([playing])  # the caller may free the arrays after an error
-        playing.result()
+        try:
+            playing.result()
+        finally:
+            del playing  # its error holds this frame
 
 
 class OwnThread:
@@ -378,6 +381,7 @@ class OwnThread:
             return done.result()
         finally:
             wait([done])  # an interrupted caller must not leave work behind
+            del done  # its error holds this frame
 
 
 def _run_options(graph_id: int | None) -> Any:

@@ -87,8 +87,8 @@ def preload_libraries() -> list[str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         require("onnxruntime").preload_dlls()
-    sign = "Failed to load "
-    return [line.removeprefix(sign) for line in printed.getvalue().splitlines() if line.startswith(sign)]
+    # Failed to load FILE: REASON
+    return [line.partition(": ")[2] for line in printed.getvalue().splitlines() if line.startswith("Failed to load ")]
 
 
 def _check_driver(ort: ModuleType) -> None:

@@ -250,9 +250,10 @@ def test_sample_of_a_graph_that_fails_is_that_error(pipe: Pipeline, sessions: Se
 
 @pytest.mark.parametrize("status", [CUresult.CUDA_ERROR_ILLEGAL_ADDRESS, CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE])
 def test_sample_on_a_gpu_that_vanishes_ends_in_an_exception(
-    pipe: Pipeline, sessions: Sessions, driver: Driver, status: CUresult
+    load: Callable[..., Pipeline], driver: Driver, status: CUresult
 ) -> None:
     """Sessions are never destroyed after that: ONNX Runtime would end the process."""
+    pipe = load()
     sample(pipe)
     alive = [weakref.ref(opened.session) for opened in pipe.backend._sessions.values()]  # type: ignore[attr-defined]
 

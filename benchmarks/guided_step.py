@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from sg_runtime import philox
 from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, Manifest, Route
+from sg_runtime.run.kept import restore, rows
 
 Array = NDArray[Any]
 Side = Callable[[], object]
@@ -259,9 +260,12 @@ def tail(x: Array, b: float, r: Array, e: float = 0.0, a: float = 1.0) -> dict[s
     return {name: np.array(value, np.float32) for name, value in scalars.items()} | {"x": x, "r": r}
 
 
-def given(feeds: Mapping[str, Array | None]) -> dict[str, Array]:
-    """Return `feeds` without the inputs that are None, which a graph does not have."""
-    return {name: value for name, value in feeds.items() if value is not None}
+def subset(setting: Setting, keep: NDArray[np.int64] | None, end: str = "") -> dict[str, Array]:
+    """Return the inputs that hold a branch's kept tokens; `end` is that of their names."""
+    if keep is None:
+        return {}
+    facts = setting.loaded.facts
+    return {f"rows{end}": rows(keep, facts.tokens), f"restore{end}": restore(keep, facts.tokens, facts.masked)}
 
 
 def ours(setting: Setting) -> Side:
@@ -272,18 +276,18 @@ def ours(setting: Setting) -> Side:
     assert graph is not None
     session = setting.session(setting.bundle.onnx(graph))
     strong, weak = setting.keeps
-    feeds = tail(setting.x, STEP, setting.x) | given({"keep_strong": strong, "keep_weak": weak})
+    feeds = tail(setting.x, STEP, setting.x) | subset(setting, strong, "_strong") | subset(setting, weak, "_weak")
     feeds |= {"modulations": modulations(setting, setting.classes), "scale": np.array(SCALE, np.float32)}
     return lambda: session.run(["next"], feeds)
 
 
 def separate(setting: Setting) -> Side:
     """Return a run of our two step graphs, one per branch. Each computes its part of the update."""
-    manifest, rows = setting.bundle.manifest, modulations(setting, setting.classes)
+    manifest, given = setting.bundle.manifest, {"modulations": modulations(setting, setting.classes)}
     runs = []
     for rate, keep in zip((setting.strong, setting.weak), setting.keeps, strict=True):
         session = setting.session(setting.bundle.onnx(graph_of(manifest, setting.loaded, rate)))
-        runs.append((session, given({"modulations": rows, "keep": keep})))
+        runs.append((session, given | subset(setting, keep)))
     (strong, strong_feeds), (weak, weak_feeds) = runs
 
     def run() -> object:
@@ -301,7 +305,8 @@ def onnx(setting: Setting) -> Side:
     t = np.full(len(setting.x), TIME, np.float32)
     runs = []
     for keep in setting.keeps:
-        feeds = given({"x": setting.x, "t": t, "classes": setting.classes, "keep": keep})
+        feeds: dict[str, Array] = {"x": setting.x, "t": t, "classes": setting.classes}
+        feeds |= {} if keep is None else {"keep": keep}
         path = setting.folder / f"plain-{len(setting.x)}-{'all' if keep is None else keep.shape[1]}.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -45,8 +45,8 @@ MUTANTS = (
     ),
     Mutant(
         "sg_export/models/sparse.py",
-        "network.dropped(before).index_put(_rows(keep), routed)",
-        "before.index_put(_rows(keep), routed)",
+        "subset.put_back(before if mask is None else mask, routed)",
+        "subset.put_back(before, routed)",
         "tests/sg_export/test_maskdit_upstream.py",
     ),
     Mutant(

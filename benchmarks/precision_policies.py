@@ -48,6 +48,7 @@ from sg_runtime import philox
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import EngineError
 from sg_runtime.manifest import HalfPrecision, Profile
+from sg_runtime.run.kept import restore, rows
 
 Array = NDArray[np.float32]
 IMAGES, SCALE = 4, 2.5
@@ -264,13 +265,15 @@ def feeds(
     x = generator.standard_normal((IMAGES, *facts.latent), dtype=np.float32)
     classes = generator.integers(0, facts.num_classes, IMAGES)
     session = open_session(graphs.condition, None if exact else emulated(graphs.condition))
-    (rows,) = session.run(None, {"t": np.full(IMAGES, TIMES[number], np.float32), "class": classes})
+    (modulations,) = session.run(None, {"t": np.full(IMAGES, TIMES[number], np.float32), "class": classes})
     scalars = {"scale": SCALE, "c_in": 1, "c_skip": 0, "c_out": 1, "a": 1, "b": 0, "e": 0}
     given: dict[str, NDArray[np.generic]] = {name: np.array(value, np.float32) for name, value in scalars.items()}
-    for branch, (name, level) in enumerate(zip(("keep_strong", "keep_weak"), spec.levels, strict=True)):
+    for branch, (end, level) in enumerate(zip(("strong", "weak"), spec.levels, strict=True)):
         drawn = [philox.subset(s, facts.tokens, level.keep, step=number, evaluation=0, branch=branch) for s in seeds]
-        given[name] = np.stack(drawn)
-    return given | {"x": x, "r": x, "modulations": rows}
+        keep = np.stack(drawn)
+        given[f"rows_{end}"] = rows(keep, facts.tokens)
+        given[f"restore_{end}"] = restore(keep, facts.tokens, facts.masked)
+    return given | {"x": x, "r": x, "modulations": modulations}
 
 
 if __name__ == "__main__":

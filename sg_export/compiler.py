@@ -44,7 +44,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
     check_output(options.output, options.force, inputs)
     check_place(options.output)
-    check_libraries(options.libraries)
+    check_libraries(options.libraries, options.products)
     if options.quantize is not None:
         options.quantize.check_files()
     report(f"loading {checkpoint}", 0, None)

@@ -21,6 +21,41 @@ Source of 75: test builds (TensorRT-RTX 1.7). Source of FP8: NVIDIA's support ma
 itself also builds FP8 for older targets, which have no FP8 instructions.
 """
 
+TENSORRT_PRODUCTS: Mapping[int, frozenset[str]] = {
+    75: frozenset({"fp32", "fp16", "int8"}),
+    80: _FROM_AMPERE,
+    86: _FROM_AMPERE,
+    87: _FROM_AMPERE,  # Jetson Orin
+    89: _FROM_AMPERE | {"fp8"},
+    90: _FROM_AMPERE | {"fp8"},
+    100: _FROM_AMPERE | {"fp8"},
+    101: _FROM_AMPERE | {"fp8"},  # Thor in CUDA 12
+    103: _FROM_AMPERE | {"fp8"},
+    110: _FROM_AMPERE | {"fp8"},  # Thor in CUDA 13
+    120: _FROM_AMPERE | {"fp8"},
+    121: _FROM_AMPERE | {"fp8"},
+}
+"""Types of matrix products that TensorRT can build, by compute capability.
+
+Source: NVIDIA's support matrices of TensorRT (FP8 from 8.9 on, BF16 from 8.0 on), that of DRIVE OS
+7 for Thor. CUDA 13 renamed Thor's compute capability from 10.1 to 11.0. None of it has been built.
+"""
+
+
+def check_gpu(name: str, number: int, products: Iterable[str]) -> None:
+    """Check that TensorRT can build a graph for the GPU of this machine.
+
+    name, number: the GPU's name and compute capability; nothing is known about a newer one.
+    products: types of the graph's matrix products. Raises OptionError if it has not one of them.
+    """
+    known = TENSORRT_PRODUCTS.get(number)
+    if known is not None and (missing := sorted(set(products) - known)):
+        raise OptionError(
+            f"precision: {name} (SM {number}): expected matrix products in {', '.join(sorted(known))}, found "
+            f"{', '.join(missing)}: give another precision",
+            "precision",
+        )
+
 
 def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], products: Iterable[str]) -> None:
     """Check that `library` can build a graph for these GPUs.
@@ -39,8 +74,9 @@ def check_targets(library: EngineLibrary, compute_capabilities: Iterable[int], p
         known = RTX_PRODUCTS.get(number)
         if known is None:
             raise OptionError(
-                f"compute_capabilities {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for a "
-                f"datacenter GPU such as H100 (90) build with TensorRT on that GPU, or build ONNX graphs",
+                f"compute_capabilities {number}: TensorRT-RTX builds for {', '.join(map(str, RTX_PRODUCTS))}: for "
+                f"others, such as H100 (90), Jetson Orin (87) and Thor (110), build with TensorRT on that GPU, or "
+                f"build ONNX graphs",
                 "compute_capabilities",
             )
         if missing := [product for product in wanted if product not in known]:

@@ -59,10 +59,11 @@ def install_command(module: str, extra: str | None = None) -> str | None:
     return None if chosen is None else install_extra(chosen)
 
 
-def outdated() -> list[str]:
+def outdated(distribution: str | None = None) -> list[str]:
     """Return a message for each installed library that is older than sg-export's metadata allows.
 
-    It names the version found and the one to install.
+    distribution: the only library to look at; None for all. A message names the version found and
+    the one to install.
     """
     try:
         claims = metadata.requires("sg-export") or []
@@ -74,6 +75,8 @@ def outdated() -> list[str]:
         if bound is None or "dev" in claim.partition(";")[2]:
             continue
         name, least = bound.groups()
+        if distribution not in (None, name):
+            continue
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:

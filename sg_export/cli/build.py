@@ -85,6 +85,7 @@ def build(
       sg-export build --sparsity 0.5
       sg-export build latest.pt --route 2-24 --sparsity 0.9 --strong-sparsity 0.5
       sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
+      sg-export build --sparsity 0.5 --target onnxruntime-cuda --precision fp16 --batch 1
       sg-export build --sparsity 0.5 --precision int8
       sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 \\
         --sparsity 0 --schedule cosine
@@ -107,13 +108,14 @@ def build(
         precision = base_precision or ("fp32" if "onnxruntime" in targets.target else "fp16")
     else:
         refuse_given(QUANTIZATION, f"only with --precision int8 or fp8, found {precision}")
-    engines = targets.engines()
+    onnx_target, engines = targets.onnx_target, targets.engines()
     options = CompileOptions(
         output=output or Path(f"{Path(model).stem}-bundle"),
         **{field.name: getattr(guidance, field.name) for field in fields(guidance)},
         steps=steps,
         precision=precision,
         batch=targets.batch[0] if targets.batch and engines is None else None,
+        onnx_target=onnx_target,
         engines=engines,
         quantize=quantize,
         opset=opset,

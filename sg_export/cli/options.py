@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
-    from sg_runtime.manifest import GuidanceMode, QuantizedType
+    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -389,6 +389,21 @@ class TargetChoice:
     keep_onnx: bool
     allow_unfused: bool
 
+    @property
+    def onnx_target(self) -> "OnnxTarget":
+        """What the ONNX graphs are for.
+
+        Raises UsageError for onnxruntime-cuda next to another target.
+        """
+        if "onnxruntime-cuda" not in self.target:
+            return "onnxruntime"
+        if others := [target for target in self.target if target != "onnxruntime-cuda"]:
+            raise UsageError(
+                f"--target onnxruntime-cuda: expected no other target, found {', '.join(others)}, which does not know "
+                f"its operators: build two bundles"
+            )
+        return "onnxruntime-cuda"
+
     def engines(self) -> "EngineOptions | None":
         """Return the engines to build; None if only ONNX graphs are built.
 
@@ -427,11 +442,12 @@ target_options = group(
     (
         click.option(
             "--target",
-            type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+            type=click.Choice(["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]),
             multiple=True,
             default=("onnxruntime",),
             show_default=True,
-            help="What to build: ONNX graphs, or engines; repeatable. tensorrt-rtx builds without a GPU; tensorrt "
+            help="What to build: ONNX graphs, or engines; repeatable. onnxruntime-cuda is alone: ONNX graphs with the "
+            "fused operators of ONNX Runtime's CUDA provider. tensorrt-rtx builds without a GPU; tensorrt "
             "(experimental) builds on the GPU that the engine is for.",
         ),
         click.option(

@@ -48,7 +48,8 @@ EPSILON = 1e-12
     "--save-polygraphy",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder for the inputs and PyTorch's outputs; prints the polygraphy commands that compare them.",
+    help="Folder for the inputs and PyTorch's outputs; prints the polygraphy commands that compare the graphs and "
+    "engines with them.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def verify(
@@ -67,6 +68,9 @@ def verify(
     from 0.02 to 0.98, a guided graph with two separate passes. Then complete runs with equal seeds
     and kept tokens are compared. A quantized bundle is compared at every time of a guided PyTorch
     run, by the gates that it was built with. The exit code is 5 if a gate fails.
+
+    Engines run on their GPU alone. With --save-polygraphy, inputs and PyTorch's outputs for each of
+    their profiles are saved anywhere, also for a bundle of engines alone.
 
     \b
     Examples:
@@ -99,6 +103,12 @@ def verify(
             save_polygraphy=save_polygraphy,
             report=report,
         )
+    if not parity.comparisons:  # a bundle of engines alone
+        if not quiet:
+            click.echo(f"{bundle}: nothing was compared: it holds engines alone; run these where their GPU is:")
+            for command in parity.commands:
+                click.echo(command)
+        return
     quantized = any(c.output == "guided" for c in parity.comparisons)
     if not quiet:
         (_print_strata if quantized else _print_worst)(bundle, parity.comparisons)

@@ -1,5 +1,6 @@
 """Writer of a bundle's files and manifest from traced graphs."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sg_export.cost.count import count_cost
+from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_parity, check_types
+from sg_export.graph.cuda import lower_for_cuda
 from sg_export.graph.half import half_attentions, to_half
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_sizes
 from sg_export.graph.trace import trace
@@ -78,6 +81,7 @@ def manifest_of(
         precision=options.precision,
         fp32_layers=layers,
         quantization=quantization,
+        onnx_target=options.onnx_target,
         opset=options.opset,
         batch=options.batch,
         condition_rows=CONDITION_ROWS,
@@ -134,6 +138,9 @@ def trace_all(
             options.batch,
             options.opset,
             symbolic_keep=bool(options.libraries),
+            lower=functools.partial(lower_for_cuda, precision=options.precision)
+            if options.for_cuda
+            else lower_attention,
         )
         traced |= zip(own, models, strict=True)
     return traced
@@ -155,7 +162,8 @@ def pack(
     for name, own in files.items():
         graph = models[name].graph
         if options.precision != "fp32":
-            to_half(graph, options.precision, layers)
+            tokens_in_half = options.tokens_in_half and own[0].kind != "condition"
+            to_half(graph, options.precision, layers, tokens_in_half=tokens_in_half)
         by_network[own[0].network].append(models[name])
         attentions[name] = half_attentions(graph)
         for spec in own:

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from sg_runtime.errors import EngineError, UsageError
+from sg_runtime.errors import BundleError, EngineError, UsageError
 from sg_runtime.pipeline import Pipeline
 
 Edit = Callable[[Callable[[Any], object]], None]
@@ -99,18 +99,30 @@ def test_run_of_a_null_condition_that_the_manifest_hides_names_the_graph(bundle:
         Pipeline.load(bundle).sample([0], [0], steps=1)
 
 
-def test_run_of_levels_that_are_not_the_graphs_names_it(bundle: Path, edit: Edit) -> None:
+def test_load_of_levels_that_are_not_the_graphs_names_it(bundle: Path, edit: Edit) -> None:
     edit_graph(edit, "guided-16-8", lambda graph: graph["levels"][1].update(sparsity=0.75, keep=4))
     edit(lambda manifest: manifest["guidance"].update(weak={"sparsity": 0.75, "keep": 4}))
-    with pytest.raises(EngineError, match=r"^graphs/guided-16-8\.onnx: ONNX Runtime failed: "):
-        Pipeline.load(bundle).sample([0], [0], steps=1)
+    with pytest.raises(BundleError, match=r"graph guided-16-8: input rows_weak: expected 4 tokens, found \('B', 8\)"):
+        Pipeline.load(bundle)
 
 
-def test_run_of_tokens_that_the_model_has_not_names_the_graph(bundle: Path, edit: Edit) -> None:
-    """Kept tokens drawn from a thousand point far beyond the model's sixteen tokens.
+def test_load_of_tokens_that_the_model_has_not_names_the_graph(bundle: Path, edit: Edit) -> None:
+    """Kept tokens drawn from a thousand would point far beyond the model's sixteen tokens."""
+    edit(lambda manifest: manifest["model"].update(tokens=1000))
+    with pytest.raises(BundleError, match=r": input restore: expected 1000 tokens, found \('B', 16\)"):
+        Pipeline.load(bundle)
 
-    Nothing is read or written there.
-    """
+
+def test_run_of_tokens_that_the_graph_has_not_names_it(bundle: Path, edit: Edit) -> None:
+    """The manifest claims a thousand tokens throughout. Nothing is read or written beyond sixteen."""
+
+    def claim(graph: Any) -> None:
+        for tensor in graph["inputs"]:
+            if tensor["name"].startswith("restore"):
+                tensor["shape"][1] = 1000
+
+    for name in ("sparse-12", "sparse-8", "guided-16-8", "guided-12-8"):
+        edit_graph(edit, name, claim)
     edit(lambda manifest: manifest["model"].update(tokens=1000))
     edit(lambda manifest: manifest["guidance"].update(strong={"sparsity": 0.25, "keep": 12}))
     pipe = Pipeline.load(bundle)

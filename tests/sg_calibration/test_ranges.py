@@ -26,6 +26,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.guidance import built_guidances
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.kept import restore, rows
 
 
 @pytest.fixture
@@ -57,7 +58,11 @@ def seen_by_hand(pipe: Pipeline, pair: int, shards: list[Shard]) -> dict[str, di
         for k, x in enumerate(shard.x):
             feeds: dict[str, Any] = dict.fromkeys(("scale", "c_in", "c_skip", "c_out", "a", "b", "e"), np.float32(1))
             feeds |= {"x": x, "r": x, "modulations": held.values[k][held.rows]}
-            feeds |= {"keep_strong": prepared.strong.keep[k], "keep_weak": prepared.weak.keep[k]}
+            for end, branch in (("strong", prepared.strong), ("weak", prepared.weak)):
+                if (keep := branch.keep[k]) is not None:
+                    model_facts = pipe.bundle.manifest.model
+                    feeds[f"rows_{end}"] = rows(keep, model_facts.tokens)
+                    feeds[f"restore_{end}"] = restore(keep, model_facts.tokens, model_facts.masked)
             wanted = [tensor.name for tensor in graph.inputs]
             values = session.run(list(sources), {name: np.asarray(feeds[name]) for name in wanted})
             for name, value in zip(sources.values(), values, strict=True):

@@ -105,6 +105,7 @@ def make_model() -> MakeModel:
             route=Route(0, config.depth - 1) if masked else route,
             class_names=None,
             ends=network.ends,
+            masked=masked,
         )
         layers = Route(0, config.depth) if masked else route
         model = SparseModel(network, layers).eval().requires_grad_(False)

@@ -146,6 +146,24 @@ def test_choose_backend_of_graphs_in_bf16_is_a_gpu_or_none(graphs: Bundle, machi
         )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_choose_backend_of_graphs_for_cuda_is_cuda_or_the_cpu_in_fp32(
+    graphs: Bundle, machine: Callable[..., None], precision: Any
+) -> None:
+    bundle = Bundle(graphs.path, replace(graphs.manifest, precision=precision, onnx_target="onnxruntime-cuda"))
+    machine(ADA, providers=(CUDA, CPU_ONLY))
+    assert choose_backend(bundle).name == "onnxruntime-cuda"
+    machine()
+    if precision == "fp32":
+        assert choose_backend(bundle).name == "onnxruntime-cpu"
+    else:
+        expected = f"form for ONNX Runtime's CUDA provider in {precision.upper()}, which onnxruntime-cpu does not run"
+        text = refused(BundleError, bundle, "cpu")
+        assert expected in text
+        assert "--target" not in text  # the command builds graphs for any provider
+        assert "ONNX Runtime here has no CUDAExecutionProvider" in refused(EngineError, bundle)
+
+
 # Engines
 
 
@@ -313,7 +331,7 @@ def test_strays_of_a_session_are_the_nodes_that_run_elsewhere(tiny_bundle: Path)
     strays = strays_of(session, CUDA)
     assert len(strays) > 50
     assert [stray for stray in strays if not stray.endswith(f") in {CPU_ONLY}")] == []
-    assert "x_embedder.proj/Conv (Conv) in CPUExecutionProvider" in strays
+    assert "x_embedder/MatMul (MatMul) in CPUExecutionProvider" in strays
 
 
 def test_open_session_of_nodes_that_run_elsewhere_warns_of_each(

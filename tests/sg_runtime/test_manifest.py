@@ -188,6 +188,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         fp32_layers=tuple(draw(st.lists(texts, max_size=2))),
         quantization=draw(st.none() | quantizations),
+        onnx_target=draw(st.sampled_from(["onnxruntime", "onnxruntime-cuda"])),
         opset=draw(counts),
         batch=draw(st.none() | counts),
         condition_rows=draw(counts),
@@ -369,7 +370,7 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
-    del model["masked"]
+    del model["masked"], content["onnx_target"]
     model |= {"image_size": side, "channels": channels}
     assert read({**content, "schema_version": 3}) == expected
 
@@ -378,9 +379,10 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
 def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
     content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
 ) -> None:
-    del content["model"]["masked"]
+    del content["model"]["masked"], content["onnx_target"]
     content["model"]["family"] = family
-    assert read({**content, "schema_version": 4}).model.masked == masked
+    manifest = read({**content, "schema_version": 4})
+    assert (manifest.model.masked, manifest.onnx_target) == (masked, "onnxruntime")
 
 
 @pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])

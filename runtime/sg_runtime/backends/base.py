@@ -67,7 +67,10 @@ class Backend(Protocol):
         ...
 
     def keep(self) -> None:
-        """Write caches to disk that make the next start faster."""
+        """Write what runs have added to caches to disk, so that the next start is faster.
+
+        It is called after every run, and does nothing if nothing was added.
+        """
         ...
 
 

@@ -76,6 +76,8 @@ def choose_backend(
         target = "onnxruntime" if backend.startswith("onnxruntime") else backend
         command = build_command(bundle.manifest, str(bundle.path), target=target)
         raise BundleError(f"{bundle.path}: {backend}: {errors[backend]}; build it for this backend: {command}")
+    if bundle.manifest.onnx_target == "onnxruntime-cuda" and "onnxruntime-cuda" in errors:
+        raise errors["onnxruntime-cuda"]
     meant = [error for error in errors.values() if not isinstance(error, _NothingForItError)] or [*errors.values()]
     raise meant[0] if bundle.manifest.engines else meant[-1]
 
@@ -176,10 +178,18 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
             f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
             f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
+    # The CPU provider has the operators of the form for CUDA in FP32 alone.
+    fused = manifest.onnx_target == "onnxruntime-cuda" and manifest.precision != "fp32"
+    if name == "onnxruntime-cpu" and fused:
+        raise BundleError(
+            f"{bundle.path}: its graphs are in the form for ONNX Runtime's CUDA provider in "
+            f"{manifest.precision.upper()}, which {name} does not run; build for any provider: "
+            f"{build_command(manifest, str(bundle.path), target='onnxruntime')}"
+        )
     if name == "onnxruntime-cpu" and manifest.precision == "bf16":
         raise BundleError(
             f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
-            f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+            f"--precision fp32, or for a GPU with --target onnxruntime-cuda or tensorrt-rtx"
         )
     if name != "onnxruntime-cpu":
         check_cuda_provider(number)

@@ -14,12 +14,13 @@ from sg_runtime.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Precision, Strict, check_counts
+from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
 from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.upgrade import upgraded
+from sg_runtime.vocabulary import INPUTS
 
 SCHEMA_VERSION: Literal[5] = 5
 
@@ -69,6 +70,7 @@ class Manifest(Strict):
     precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
     fp32_layers: modules that stay in FP32, by their names in the checkpoint.
     quantization: how the graphs were quantized; None if they were not.
+    onnx_target: what the ONNX graphs are for.
     opset: ONNX opset of the graphs.
     batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
     condition_rows: number of rows (a time and a class each) in one launch of a condition graph.
@@ -87,6 +89,7 @@ class Manifest(Strict):
     precision: Precision
     fp32_layers: tuple[str, ...]
     quantization: Quantization | None
+    onnx_target: OnnxTarget
     opset: int
     batch: int | None
     condition_rows: int
@@ -112,6 +115,16 @@ class Manifest(Strict):
         for level in (plan.strong, plan.weak, *ends, *(lv for graph in self.graphs for lv in graph.levels)):
             if level.keep > self.model.tokens:
                 raise UsageError(f"keep: expected at most the model's {self.model.tokens} tokens, found {level.keep}")
+        for graph in self.graphs:
+            for tensor in graph.inputs:
+                facts = INPUTS.get(tensor.name)
+                if facts is None or facts.branch is None or facts.role == "held":
+                    continue
+                wanted = self.model.tokens if facts.role == "restore" else graph.levels[facts.branch].keep
+                if tensor.shape[1:] != (wanted,):
+                    raise UsageError(
+                        f"graph {graph.name}: input {tensor.name}: expected {wanted} tokens, found {tensor.shape}"
+                    )
 
     @property
     def precision_name(self) -> str:

@@ -98,8 +98,10 @@ class GraphRunner:
             if source.role == "held":
                 rows = source.held(run)
                 values = rows.values[launch.index : launch.index + 1]
-                feeds[name] = memory.empty((len(group), *values.shape[2:]), np.float32)
-                memory.take(values, rows.rows[group], feeds[name].reshape((1, -1)))
+                width = values.shape[2]
+                packed = memory.empty((1, len(group) * width), np.float32)
+                memory.take(values, rows.rows[group], packed)
+                feeds[name] = packed.reshape((len(group), width))
             else:
                 feeds[name] = source.kept(run, [launch.index], self.manifest.model, group)[0]
         return feeds

@@ -147,3 +147,15 @@ def test_generate_and_verify_of_engines_alone_end_with_6(
     assert "expected a GPU of compute capability 89, found none" in message
     assert "expected ONNX graphs, found only engines; rebuild it with --keep-onnx" in refused(6, "verify", engines)
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_of_engines_alone_saves_data_prints_commands_and_writes_no_results(
+    cli: Callable[..., Any], engines: Path, tmp_path: Path
+) -> None:
+    result = cli("verify", engines, "--save-polygraphy", tmp_path / "data", "-o", tmp_path / "verify.json")
+    assert result.exit_code == 0, result.output
+    first, *commands = result.stdout.splitlines()
+    assert first == f"{engines}: nothing was compared: it holds engines alone; run these where their GPU is:"
+    assert len(commands) == len(list((tmp_path / "data").glob("*-inputs.json"))) == 2
+    assert all(line.startswith("POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run ") for line in commands)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -194,6 +194,7 @@ def xl() -> dict[str, Cost]:
         route=route,
         class_names=None,
         ends=(),
+        masked=False,
     )
     model = SparseModel(network, route).eval().requires_grad_(False)
     kept = {"condition": (), "sparse": (128,), "guided": (256, 128)}

@@ -535,7 +535,7 @@ def test_launch_of_a_graph_of_schema_4_feeds_tokens(record: Callable[[Path], Any
     assert graph is not None
     kept = tuple(TensorFacts(f"keep_{end}", "int64", ("B", n)) for end, n in (("strong", 12), ("weak", 8)))
     inputs = (*(tensor for tensor in graph.inputs if not tensor.name.startswith(("rows", "restore"))), *kept)
-    earlier = replace(own.manifest, graphs=(replace(graph, inputs=inputs),))
+    earlier = replace(own.manifest, graphs=(own.manifest.condition("main"), replace(graph, inputs=inputs)))
     (launch,) = launches(earlier, own.plan, 0, 0.0, 1.0, 0.0)
     for end, branch in zip(("strong", "weak"), own.plan.branches, strict=True):
         (keep,) = launch.inputs[f"keep_{end}"].kept(own.plan, [0], earlier.model)

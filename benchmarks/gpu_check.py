@@ -616,22 +616,36 @@ def micro_one(name, made, inputs, out):
     }
 
 
-@check
-def outer_capture(folder):
-    """Capture ONNX Runtime's runs in a CUDA graph of the runtime.
+def capture_whole_runs():
+    """Let the runtime capture all calls of a run as one graph, in the thread of the sessions.
 
-    `enable_cuda_graph` is on, and ONNX Runtime captures no run (-1). The process may abort.
+    `enable_cuda_graph` is on, and ONNX Runtime captures no run (-1).
     """
-
-    from sg_runtime import Pipeline
     from sg_runtime.backends import ort as ours
     from sg_runtime.backends.trt import CapturedSequence
 
+    class Outer(CapturedSequence):
+        def __init__(self, calls, lane):
+            super().__init__(calls, lane.memory)
+            self._do = lane._backend.do
+
+        def play(self, done):
+            self._do(lambda: super(Outer, self).play(done))
+
+    options = ours._run_options
+    ours._run_options = lambda graph_id: options(None)
+    ours.OrtLane.sequence = lambda self, calls: Outer(calls, self)
+
+
+@check
+def outer_capture(folder):
+    """Capture ONNX Runtime's runs in a CUDA graph of the runtime. The process may abort."""
+
+    from sg_runtime import Pipeline
+
     bundle = small(2, folder)
     wanted = Pipeline.load(bundle, "cpu").sample([0, 1], [5, 6], steps=8)
-    ours.OrtLane.sequence = lambda self, calls: CapturedSequence(calls, self.memory)
-    options = ours.OrtLane._run_options
-    ours.OrtLane._run_options = lambda self, fixed: options(self, False)
+    capture_whole_runs()
     pipe = Pipeline.load(bundle, "cuda", backend="onnxruntime-cuda")
     return {"distances": [f"{rel(pipe.sample([0, 1], [5, 6], steps=8), wanted):.1e}" for _ in range(4)]}
 
@@ -646,14 +660,10 @@ def teardown(mode, bundle):
     import torch
 
     from sg_runtime import Pipeline
-    from sg_runtime.backends import ort as ours
-    from sg_runtime.backends.trt import CapturedSequence
 
     wanted = Pipeline.load(bundle, "cpu").sample([0, 1], [5, 6], steps=8)
     if mode == "outer":
-        ours.OrtLane.sequence = lambda self, calls: CapturedSequence(calls, self.memory)
-        options = ours.OrtLane._run_options
-        ours.OrtLane._run_options = lambda self, fixed: options(self, False)
+        capture_whole_runs()
     distances = []
     for _ in range(3):
         pipe = Pipeline.load(bundle, "cuda", backend="onnxruntime-cuda", capture=mode != "plain")
@@ -662,9 +672,7 @@ def teardown(mode, bundle):
             if turn == 2:  # a run between replays may reuse buffers that a graph still reads
                 pipe.guided(pipe.initial_noise([1, 2]), pipe.prepare_once(0.5, [0, 1]))
         if mode == "released":
-            for session in pipe.backend._sessions.values():
-                for number in range(64):
-                    session.release_captured_graph(number)
+            pipe.release()
             torch.cuda.synchronize()
         del pipe
         gc.collect()

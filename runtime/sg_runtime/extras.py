@@ -28,7 +28,7 @@ LIBRARIES = (
     Library("numpy", "numpy", "runtime", None),
     Library("PIL", "pillow", "images", None),
     Library("onnxruntime", "onnxruntime", "backend onnxruntime-cpu", "ort"),
-    Library("onnxruntime", "onnxruntime-gpu", "backends onnxruntime-cuda and others", "ort-gpu"),
+    Library("onnxruntime", "onnxruntime-gpu", "backend onnxruntime-cuda", "ort-gpu"),
     Library("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX engines", "tensorrt-rtx"),
     Library("tensorrt", "tensorrt", "TensorRT engines", "tensorrt"),
     Library("cuda", "cuda-bindings", "engines", "tensorrt-rtx"),
@@ -81,11 +81,16 @@ def outdated(distribution: str | None = None) -> list[str]:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        if _numbers(found) < _numbers(least):
+        if older(found, least):
             messages.append(
                 f"{name} {found} is older than {least}, which sg-export needs: pip install '{name}>={least}'"
             )
     return messages
+
+
+def older(found: str, least: str) -> bool:
+    """Return whether version `found` is before version `least`."""
+    return _numbers(found) < _numbers(least)
 
 
 def _numbers(version: str) -> list[int]:

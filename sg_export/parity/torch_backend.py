@@ -73,6 +73,9 @@ class TorchLane:
     def enter(self) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
     def bind(
         self, graph: GraphFacts, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, fixed: bool = False
     ) -> Call:

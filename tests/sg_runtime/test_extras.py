@@ -51,7 +51,7 @@ def test_outdated_names_the_version_to_install(monkeypatch: pytest.MonkeyPatch) 
     claims = [
         "click>=8.4",
         "onnx-ir>=0.1.16; extra == 'export'",
-        "onnxruntime-gpu[cuda,cudnn]>=1.31.1; extra == 'ort-gpu'",
+        "onnxruntime-gpu[cuda]>=1.31.1; extra == 'ort-gpu'",
         "onnxscript>=0.6; extra == 'export'",
         "pytest>=9; extra == 'dev'",
         "sg-export[export]; extra == 'dev'",

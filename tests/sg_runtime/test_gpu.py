@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ def gpu() -> int:
 
 
 @pytest.fixture(scope="module")
-def memory(gpu: int) -> CudaMemory:
-    return CudaMemory()
+def memory(gpu: int) -> Iterator[CudaMemory]:
+    memory = CudaMemory()
+    memory.enter()
+    yield memory
+    memory.leave()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,19 @@ def test_sample_by_onnxruntime_on_a_gpu_is_that_of_the_cpu(gpu: int, fixed: Path
     pipe = cuda(fixed, capture=capture)
     for _ in range(3):
         assert distance(pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler), expected) < CLOSE
+
+
+def test_sessions_on_a_gpu_share_the_weights(gpu: int, fixed: Path) -> None:
+    """Sessions that copied the weights from the file would not see that they were set to zero."""
+    pipe = cuda(fixed)
+    memory: Any = pipe.backend._memory  # type: ignore[attr-defined]
+    memory.enter()
+    for content in pipe.backend._shared._files.values():  # type: ignore[attr-defined]
+        memory.upload(np.zeros(content.shape, content.dtype), content)
+    memory.wait()
+    memory.leave()
+    expected = Pipeline.load(fixed, "cpu").sample(CLASSES, SEEDS, steps=1)
+    assert distance(pipe.sample(CLASSES, SEEDS, steps=1), expected) > 0.01
 
 
 def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path) -> None:

@@ -164,6 +164,9 @@ class TrtLane:
     def enter(self) -> None:
         self.memory.enter()
 
+    def release(self) -> None:
+        pass  # CUDA graphs are destroyed with the sequences that hold them
+
     def bind(
         self,
         graph: GraphFacts,

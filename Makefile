@@ -35,8 +35,8 @@ demo: $(GRID)
 report: demo/report.html
 	@echo "FP32, FP16 and INT8 side by side: $(CURDIR)/demo/report.html"
 
-wheel: $(VENV)/installed-dev
-	$(BIN)/python -m build --wheel
+wheel: $(VENV)/made
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 check: $(VENV)/installed-dev
 	$(PYTEST) -m "not gpu and not slow"

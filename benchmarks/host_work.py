@@ -1,4 +1,4 @@
-"""Time what the CPU does in a sampling run beside the graphs: preparing it, filling tables, launches.
+"""Time what the CPU does in a sampling run besides the graphs: prepare, fill tables, launch.
 
     python -m benchmarks.host_work --output benchmarks/results/host_work.json
 

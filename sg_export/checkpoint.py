@@ -6,13 +6,16 @@ A checkpoint is read as one flat dict of tensors, and the facts that tensor shap
 import argparse
 import ctypes
 import json
+import logging
 import os
 import pickle
 import re
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sg_export.recognize import DOWNLOAD, what_file_is, what_is
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Prediction, Route, Source
+
+LOG = logging.getLogger(__name__)
 
 METADATA_KEY = "sg_export"
 
@@ -105,7 +111,7 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
     if not path.is_file():
         raise CheckpointError(
             f"{path}: expected a checkpoint file or the name of a reference model ({', '.join(REFERENCES)}), "
-            f"found {_folder(path) if path.is_dir() else 'nothing there'}"
+            f"found {what_is(str(checkpoint))}"
         )
     try:
         files = checkpoint_files(path)
@@ -121,7 +127,7 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     sidecar = path.with_name(path.name.removesuffix(".index.json")).with_suffix(".json")
     if sidecar.is_file():
-        facts = _over(parse_facts(_read_text(sidecar), str(sidecar)), facts)
+        facts = _over(_facts_beside(sidecar, path), facts)
     plain, prefix = _without_wrappers(path, tensors)
     return Checkpoint(Source(path.name, digest, chosen, reference), plain, facts, prefix)
 
@@ -136,7 +142,7 @@ def checkpoint_files(path: Path) -> tuple[Path, ...]:
             f"{path}: one of {int(shard[1])} shards: give the index that lists them, a file that ends in .index.json"
         )
     with path.open("rb") as stream:
-        if stream.read(64).lstrip()[:1] != b"{":
+        if stream.read(64).removeprefix(BOM_UTF8).lstrip()[:1] != b"{":
             return (path,)
     try:
         names = set(json.loads(path.read_bytes())["weight_map"].values())
@@ -146,18 +152,6 @@ def checkpoint_files(path: Path) -> tuple[Path, ...]:
     if absent := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(f"{path}: expected its shards in the same folder, found no {_listed(absent)}")
     return (path, *shards)
-
-
-def _folder(path: Path) -> str:
-    """Return what the folder `path` is, with the file or the step that helps."""
-    if indexes := sorted(path.glob("*.index.json")):
-        return f"a folder: give the index in it, {indexes[0]}"
-    if (path / ".metadata").is_file():
-        return (
-            "a folder of torch.distributed.checkpoint: turn it into a file with "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
-        )
-    return "a directory"
 
 
 @contextmanager
@@ -189,7 +183,7 @@ def parse_facts(text: str, where: str) -> CheckpointFacts:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(CheckpointFacts).validate_json(text)
+        return TypeAdapter(CheckpointFacts).validate_json(text.removeprefix("\ufeff"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "content"
@@ -197,27 +191,38 @@ def parse_facts(text: str, where: str) -> CheckpointFacts:
         raise CheckpointError(f"{where}: {key}: {first['msg']}; the known keys are {known}") from None
 
 
+def _facts_beside(path: Path, checkpoint: Path) -> CheckpointFacts:
+    """Return the facts in the JSON file next to a checkpoint.
+
+    A JSON object without a key like one of them is another tool's file. It is left alone, with a
+    warning. Raises CheckpointError for anything else that is not facts.
+    """
+    text = _read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    known = [field.name for field in fields(CheckpointFacts)]
+    if isinstance(content, dict) and content and not any(get_close_matches(key, known) for key in content):
+        LOG.warning(
+            "%s: not read as facts about %s, which has its name: expected %s, found %s",
+            *(path, checkpoint.name, ", ".join(known), _listed(list(content))),
+        )
+        return CheckpointFacts()
+    try:
+        return parse_facts(text, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; it was read as facts about {checkpoint.name}, which has its name: if it is another tool's file, "
+            f"rename it"
+        ) from None
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: expected checkpoint facts as JSON, cannot read the file ({error})") from None
-
-
-_DOWNLOAD = "the download failed: fetch it again"
-_UNPACK = "unpack it first"
-_OTHERS: tuple[tuple[bytes, str], ...] = (
-    (rb"\s*(<!doctype html|<html|<head)", f"a web page: {_DOWNLOAD}, from the address of the file itself"),
-    (rb"\s*<\?xml", f"an XML message: {_DOWNLOAD}"),
-    (rb"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
-    (rb"\s*[\[{]\s*[\"\[{}\]]", f"JSON that is no index of shards; if it is a server's message, {_DOWNLOAD}"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|.{257}ustar", f"an archive: {_UNPACK}"),
-    (rb"GGUF", "a GGUF file: take the checkpoint that it was made from"),
-    (rb"\x89HDF", "an HDF5 file: save its tensors with torch.save or as safetensors"),
-    (rb"\x93NUMPY", "a NumPy array: save the tensors with torch.save or as safetensors"),
-    (rb"[\t\n\r -~]{16,}\Z", f"a text; if a server wrote it, {_DOWNLOAD}"),
-)
-"""What other files are, by the pattern of their first bytes."""
 
 
 def _read(path: Path) -> tuple[Mapping[Any, Any], CheckpointFacts]:
@@ -225,12 +230,11 @@ def _read(path: Path) -> tuple[Mapping[Any, Any], CheckpointFacts]:
     with path.open("rb") as stream:
         start = stream.read(512)
     if not start:
-        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file: {_DOWNLOAD}")
+        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file: {DOWNLOAD}")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return _read_safetensors(path)
-    for pattern, found in _OTHERS:
-        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
-            raise CheckpointError(f"{path}: expected a checkpoint, found {found}")
+    if (found := what_file_is(path, start)) is not None:
+        raise CheckpointError(f"{path}: expected a checkpoint, found {found}")
     if path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80")):
         return _read_safetensors(path)
     return _read_pickle(path), CheckpointFacts()
@@ -406,7 +410,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
         if nameless and weights is None and chosen != "ema":
             raise UsageError(
                 f"{path}: {nameless[0]}: expected tensors by their names, found a list: save the averaged model's "
-                f"state dict, or give --weights model for the weights that are not averaged"
+                f"state dict, or give `weights` model for the weights that are not averaged"
             )
         if not sets[chosen]:
             found = f"other values: {_listed([str(key) for key in content])}" if content else "nothing"
@@ -418,11 +422,11 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))
         raise UsageError(
-            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give such a --key"
+            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give one of them as `weights`"
         )
     if "bare" in sets:
-        raise UsageError(f"{path}: holds a single bare state dict: leave out --weights {weights}")
-    raise UsageError(f"{path}: expected {weights} weights, found {' and '.join(sets)}: give --weights {default}")
+        raise UsageError(f"{path}: holds a single bare state dict: leave out `weights` {weights}")
+    raise UsageError(f"{path}: expected {weights} weights, found {' and '.join(sets)}: give `weights` {default}")
 
 
 def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -445,7 +449,7 @@ def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
     plain: dict[str, Tensor] = {}
     for name, short in shorts.items():
         if short in plain:
-            raise CheckpointError(f"{path}: two tensors are named {short} without wrappers: give one set by --key")
+            raise CheckpointError(f"{path}: two tensors are named {short} without wrappers: give one set by `weights`")
         plain[short] = tensors[name]
     return plain, max((match[0] for name in shorts if (match := _PREFIX.match(name))), key=len, default="")
 

@@ -6,22 +6,25 @@ The work is done in a temporary folder, which is renamed to the bundle at the en
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from sg_export.checkpoint import checkpoint_files
 from sg_export.graph.half import fp32_layers
 from sg_export.graph.spec import GraphSpec, guided_alone
 from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
-from sg_export.packing.engines import check_libraries
+from sg_export.packing.engines import check_libraries, check_timing_cache
 from sg_export.packing.folder import check_output, check_place, new_folder
 from sg_export.packing.pack import Networks, add_engines, engine_source, files_of, manifest_of, pack, trace_all
 from sg_export.packing.pairs import choose_graphs
 from sg_export.progress import Counted, Report, silent
 from sg_export.reference import REFERENCES
 from sg_runtime.bundle import Bundle
+from sg_runtime.errors import CheckpointError
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     GuidancePlan,
@@ -44,7 +47,9 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
     check_output(options.output, options.force, inputs)
     check_place(options.output)
-    check_libraries(options.libraries)
+    check_libraries(options.libraries, options.products)
+    if options.engines is not None:
+        check_timing_cache(options.engines)
     if options.quantize is not None:
         options.quantize.check_files()
     report(f"loading {checkpoint}", 0, None)
@@ -54,8 +59,6 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
     plan, specs = choose_graphs(loaded, weak, options)
-    if not options.has_onnx and guided_alone(plan):
-        specs = [spec for spec in specs if spec.kind in ("condition", "guided")]
     layers = fp32_layers(loaded.model, options.precision, half_only=options.half_only)
     networks: Networks = {"main": loaded, "weak": weak}
     files = files_of(specs, symbolic=bool(options.libraries))
@@ -93,7 +96,11 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
 def inputs_of(*checkpoints: str | Path | None) -> list[Path]:
     """Return the files that are read for these checkpoints, whether or not they exist."""
     files = [Path(name) for name in checkpoints if name is not None and str(name) not in REFERENCES]
-    return files + [path.with_suffix(".json") for path in files]  # facts about a checkpoint
+    shards: list[Path] = []
+    for path in files:
+        with suppress(CheckpointError, OSError):  # of a file that cannot be read, which is reported later
+            shards += checkpoint_files(path)
+    return files + shards + [path.with_suffix(".json") for path in files]  # facts about a checkpoint
 
 
 def _reference_bundle(

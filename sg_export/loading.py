@@ -6,6 +6,7 @@ from pathlib import Path
 from sg_export.adapters import ADAPTERS, find_adapter
 from sg_export.checkpoint import Checkpoint, Overrides, checkpoint_files, merge_facts, read_checkpoint
 from sg_export.models.sparse import SparseModel
+from sg_export.recognize import what_is
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
@@ -42,7 +43,7 @@ class LoadedModel:
         keep = self.kept_count(sparsity)
         if sparsity > 0 and self.facts.route is None:
             raise UsageError(
-                f"{self.source.file}: the route is unknown, so no branch can be sparse: give --route START-END, both "
+                f"{self.source.file}: the route is unknown, so no branch can be sparse: give `route` START-END, both "
                 f"blocks included; upstream's route for {self.facts.depth} blocks is "
                 f"{ADAPTERS[self.facts.family].usual_route(self.facts.depth)}"
             )
@@ -108,7 +109,7 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     model does not have the facts of the manifest.
     """
     source, model = bundle.manifest.source, bundle.manifest.model
-    read = _read_of(bundle, source, checkpoint, "--checkpoint")
+    read = _read_of(bundle, source, checkpoint, "checkpoint")
     loaded = _model_of(read, _overrides_of(bundle))
     if loaded.facts != model:
         raise BundleError(
@@ -126,9 +127,9 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
     source = bundle.manifest.weak_source
     if source is None:
         if checkpoint is not None:
-            raise UsageError(f"{bundle.path}: has no weak network: leave out --weak-checkpoint")
+            raise UsageError(f"{bundle.path}: has no weak network: leave out `weak_checkpoint`")
         return None
-    return _weak_of(_read_of(bundle, source, checkpoint, "--weak-checkpoint"), strong, _overrides_of(bundle))
+    return _weak_of(_read_of(bundle, source, checkpoint, "weak_checkpoint"), strong, _overrides_of(bundle))
 
 
 def _overrides_of(bundle: Bundle) -> Overrides:
@@ -137,23 +138,29 @@ def _overrides_of(bundle: Bundle) -> Overrides:
     return Overrides(model.route, model.heads, model.prediction)
 
 
-def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, option: str) -> Checkpoint:
+def found_by_name(bundle: Bundle, source: Source) -> Path | None:
+    """Return a checkpoint's file next to the bundle or in the current folder, if it is there."""
+    candidates = (bundle.path.parent / source.file, Path(source.file))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, parameter: str) -> Checkpoint:
     """Read the file of `source`, or the reference model.
 
     Raises CheckpointError if the file is missing, or if its hash differs from that in the manifest.
     """
     if checkpoint is None:
-        candidates = [bundle.path.parent / source.file, Path(source.file)]
-        found = [path for path in candidates if path.is_file()]
-        checkpoint = source.reference if source.reference in REFERENCES else next(iter(found), None)
+        checkpoint = source.reference if source.reference in REFERENCES else found_by_name(bundle, source)
         if checkpoint is None:
             raise CheckpointError(
                 f"{bundle.path}: its checkpoint {source.file} is neither next to the bundle nor in the current "
-                f"folder: give {option}"
+                f"folder: give `{parameter}`"
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found nothing there")
+        raise CheckpointError(
+            f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found {what_is(str(checkpoint))}"
+        )
     if (found_hash := sha256_of(*checkpoint_files(path))) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "

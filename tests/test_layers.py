@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -254,3 +255,30 @@ main(["report", sys.argv[1], "--quiet", "-o", sys.argv[2]], standalone_mode=Fals
 """
     run_python(code, str(tiny_bundle), str(tmp_path / "report.html"))
     assert "<h2>Bundles</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    """Yield the text constants of a file without its docstrings."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    docs = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docs:
+            yield node.value
+
+
+def test_messages_of_the_library_name_parameters_and_the_command_line_knows_each() -> None:
+    """A message names a parameter in backticks, for which the command line shows its option.
+
+    A text that is an option alone is a word of a command.
+    """
+    from sg_export.cli import main
+    from sg_export.cli.output import with_options
+
+    options = {name for command in main.commands.values() for option in command.params for name in option.opts}
+    files = [file for room in ROOMS.values() for file in room.rglob("*.py") if "cli" not in file.parts]
+    for file in files:
+        for text in texts_of(file):
+            named = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+            assert not named or text == named[0], f"{file}: {text}: name the parameter, in backticks"
+            for name in re.findall(r"`[a-z_]+`", text):
+                assert with_options(name) in options, f"{file}: {name} is no parameter that the command line has"

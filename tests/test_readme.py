@@ -1,34 +1,21 @@
-"""Check the README and the pages: Python blocks run, commands parse, and links have targets.
+"""Check the README and the pages: Python blocks run, and links have targets.
 
 The Python blocks are those of README.md and docs/features.md. Links are checked on all pages.
 """
 
 import re
-import shlex
 from pathlib import Path
 
-import click
 import pytest
-
-from sg_export.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 
-COMMAND = r"^ {4}(?:\.venv/bin/)?sg-export (?:[^\n]*\\\n)*[^\n]*"
-"""Regular expression of a command in a code block, with its continuation lines."""
-
 
 def blocks(page: Path) -> list[str]:
     """Return the Python blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[str]:
-    """Return every command of README.md and CONTRIBUTING.md that runs sg-export."""
-    pages = (README, ROOT / "CONTRIBUTING.md")
-    return [line for page in pages for line in re.findall(COMMAND, page.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
 def anchors(page: Path) -> set[str]:
@@ -57,12 +44,6 @@ def test_python_blocks_of_readme_and_features_run_in_order(
         for program in programs:
             exec(compile(program, name, "exec"), names)
         assert names["images"].shape == shape  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_readme_command_parses(command: str) -> None:
-    name, *arguments = shlex.split(command.replace("\\\n", ""), comments=True)[1:]
-    main.commands[name].make_context(name, arguments, parent=click.Context(main))  # raises for a wrong option or value
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -206,7 +206,7 @@ def _write(path: Path, shard: Shard) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_text())
+        content: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_bytes())
         if not isinstance(content["shards"], dict):
             raise TypeError("shards")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

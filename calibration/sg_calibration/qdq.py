@@ -1,6 +1,6 @@
 """Insertion of QuantizeLinear and DequantizeLinear into ONNX graphs, by ONNX Runtime's quantizer.
 
-Quantization is explicit and symmetric, as TensorRT 11 and TensorRT-RTX require. Weights are
+Quantization is explicit and symmetric, as TensorRT and TensorRT-RTX require. Weights are
 one-byte initializers. An INT8 weight has one scale per output channel. An FP8 weight has one scale
 per tensor, and so has an activation. Outputs of the quantized products, biases and all other
 operators are left unchanged.

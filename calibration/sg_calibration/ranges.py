@@ -1,6 +1,7 @@
 """Ranges of activations: measured on calibration data, stored in a table bound to the model."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def measure(
     if not counts or min(counts.values()) < LEAST_VALUES:
         name = min(counts, key=lambda key: counts[key], default="every layer")
         raise CalibrationError(
-            f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more --calib-samples"
+            f"{name}: expected at least {LEAST_VALUES} values, found {counts.get(name, 0)}: give more `samples`"
         )
     times = tuple(sorted({time for at in largest.values() for time in at}, reverse=True))
     if len(times) < LEAST_STRATA:
@@ -131,7 +132,7 @@ def measure(
         if seen_of.low == seen_of.high:
             raise CalibrationError(
                 f"{name}: expected inputs that change, found only {seen_of.low:g}: check the checkpoint, or give "
-                f"other --calib-data"
+                f"other `data`"
             )
         largest_of_all = max(at.values())
         found = {"min-max": largest_of_all, "percentile": seen_of.percentile(), "entropy": seen_of.entropy()}
@@ -221,7 +222,7 @@ def read_table(path: Path, identity: str) -> RangeTable:
     if not path.is_file():
         raise UsageError(f"{path}: expected a table of ranges, found no file: make it with sg-export calibrate")
     try:
-        table = TypeAdapter(RangeTable).validate_json(path.read_bytes())
+        table = TypeAdapter(RangeTable).validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "entire file"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sg_runtime.errors import OptionError
+from sg_runtime.errors import UsageError
 
 Method = Literal["min-max", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -30,8 +30,8 @@ class FeedSettings:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise OptionError(f"samples: expected at least 1, found {self.samples}", "samples")
+            raise UsageError(f"`samples`: expected at least 1, found {self.samples}")
         if self.steps < LEAST_STRATA:
-            raise OptionError(f"steps: expected at least {LEAST_STRATA}, found {self.steps}", "steps")
+            raise UsageError(f"`steps`: expected at least {LEAST_STRATA}, found {self.steps}")
         if not 0 <= self.seed < SEEDS:
-            raise OptionError(f"seed: expected 0 to {SEEDS - 1}, found {self.seed}", "seed")
+            raise UsageError(f"`seed`: expected 0 to {SEEDS - 1}, found {self.seed}")

@@ -40,6 +40,7 @@ class EngineKey:
     profiles: for each profile, the shape of every input with symbolic sizes.
     compute_capabilities: GPUs that the engine is for, 86 for 8.6; empty for the library's choice.
     workspace: limit of scratch memory in bytes; None for the library's choice.
+    flags: builder flags that are set (True) or cleared (False).
     gpu: name and compute capability of the GPU, on which TensorRT's choice depends; else empty.
     schema: version of this key.
     """
@@ -52,6 +53,7 @@ class EngineKey:
     profiles: tuple[Mapping[str, tuple[int, ...]], ...]
     compute_capabilities: tuple[int, ...]
     workspace: int | None
+    flags: Mapping[str, bool]
     gpu: str
     schema: int = SCHEMA
 

@@ -8,6 +8,7 @@ one JSON object a line.
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sg_engines.trt import EngineRecipe, Progress, build_engine
+from sg_engines.trt import LOG, EngineRecipe, Progress, build_engine
 from sg_runtime.errors import EngineError
 from sg_runtime.host import peak_memory
 from sg_runtime.manifest import EngineLibrary
 
-LESS_MEMORY = "build fewer sparsities or batch sizes at once (--sparsity, --batch), or give a smaller --workspace"
+LESS_MEMORY = "build fewer sparsities or batch sizes at once (`sparsity`, `batch`), or give a smaller `workspace`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def build_in_child(
                 event = json.loads(line)
                 if "phase" in event:
                     progress(event["phase"], event["done"], event["steps"])
+                elif "warning" in event:
+                    LOG.warning("%s", event["warning"])
                 else:
                     final = event
         except BrokenPipeError:
@@ -172,6 +175,8 @@ def _main() -> None:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output that the library prints must not mix with the events
     request = json.load(sys.stdin)
+    forward = _Forward(events)
+    LOG.addHandler(forward)
     try:
         build_engine(
             importlib.import_module(request["library"]),
@@ -186,6 +191,19 @@ def _main() -> None:
         _tell(events, {"error": str(error)})
     else:
         _tell(events, {"memory_bytes": peak_memory()})
+    finally:
+        LOG.removeHandler(forward)
+
+
+class _Forward(logging.Handler):
+    """A handler that sends warnings to the parent."""
+
+    def __init__(self, events: IO[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _tell(self._events, {"warning": record.getMessage()})
 
 
 def _tell(events: IO[str], event: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """TensorRT and TensorRT-RTX: one code path from a typed ONNX graph to an engine.
 
 The caller passes in the library's module. An engine computes in the types of its graph: no function
-here chooses a precision. If the libraries differ, the code checks which names the module has, not
-its version.
+here chooses a precision. TensorRT 11 and TensorRT-RTX compute so always, TensorRT 10 if the network
+is strongly typed; the others accept that flag. If the libraries differ, the code checks which names
+the module has, not its version.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,18 @@ from typing import Any
 from sg_runtime.errors import EngineError
 from sg_runtime.files import replacing
 
+LOG = logging.getLogger("sg_engines")
+
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
 """Callback with (phase, steps done, steps in total)."""
+
+FLAGS: Mapping[str, bool] = {"TF32": False, "REQUIRE_USER_ALLOCATION": True}
+"""Builder flags that are set (True) or cleared (False) if the library has them.
+
+TF32: set by default, it rounds the factors of FP32 products to 10 bits. REQUIRE_USER_ALLOCATION: of
+TensorRT-RTX alone; the engine allocates nothing when it runs, so a CUDA graph can contain its runs.
+"""
 
 PHASE_DEPTH = 1
 """Depth of the reported phases: children of the root, not the hundreds of phases below them."""
@@ -44,12 +55,12 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
 
     trt: the library's module. `output` is replaced atomically. Raises EngineError if the library
     cannot parse the graph, with the node's name. Raises EngineError if the library cannot build the
-    engine, with the library's reasons.
+    engine, with the library's reasons. A timing cache that cannot be written is a warning.
     """
     log = _log(trt)
     log.errors.clear()
     builder = trt.Builder(log)
-    network = builder.create_network(0)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -57,6 +68,9 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
         raise EngineError(f"{graph.name}: {_name(trt)} cannot parse it: {causes}")
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, progress)
+    for name, wanted in builder_flags(trt).items():
+        flag = getattr(trt.BuilderFlag, name)
+        config.set_flag(flag) if wanted else config.clear_flag(flag)
     if plan.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.workspace)
     if plan.compute_capabilities:
@@ -76,8 +90,16 @@ def build_engine(trt: Any, graph: Path, plan: EngineRecipe, output: Path, progre
     with replacing(output) as temporary:
         temporary.write_bytes(serialized)
     if cache is not None and plan.timing_cache is not None:
-        with replacing(plan.timing_cache) as temporary:
-            temporary.write_bytes(config.get_timing_cache().serialize())
+        try:
+            with replacing(plan.timing_cache) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
+        except OSError as error:  # a cache is not worth a build
+            LOG.warning("timing cache %s: not written (%s)", plan.timing_cache, error.strerror or error)
+
+
+def builder_flags(trt: Any) -> dict[str, bool]:
+    """Return the flags of FLAGS that the library has."""
+    return {name: wanted for name, wanted in FLAGS.items() if hasattr(trt.BuilderFlag, name)}
 
 
 def has_timing_cache(trt: Any) -> bool:

@@ -1,8 +1,9 @@
 """Derive from a manifest the command that rebuilds its bundle."""
 
 import shlex
+from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, Manifest
+from sg_runtime.manifest import ENGINE_TARGETS, Manifest, OnnxTarget
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -65,7 +66,7 @@ def build_command(
 
 def _targets(manifest: Manifest) -> list[str]:
     """Return the build targets of the bundle; ONNX graphs next to engines are none."""
-    return sorted({ENGINE_TARGETS[engine.library] for engine in manifest.engines}) or ["onnxruntime"]
+    return sorted({ENGINE_TARGETS[engine.library] for engine in manifest.engines}) or [manifest.onnx_target]
 
 
 def _model_words(manifest: Manifest) -> list[str]:
@@ -99,8 +100,10 @@ def number_text(number: float) -> str:
 def _target_words(manifest: Manifest, target: str | None, sm: int | None, batch: int | None) -> list[str]:
     """Return the options for targets, GPUs and batch sizes."""
     engines = manifest.engines
-    if target == "onnxruntime" or (target is None and not engines):
-        return [] if manifest.batch is None else ["--batch", str(manifest.batch)]
+    onnx = target or (manifest.onnx_target if not engines else None)
+    if onnx in get_args(OnnxTarget):
+        named = [] if onnx == "onnxruntime" else ["--target", str(onnx)]
+        return [*named, *([] if manifest.batch is None else ["--batch", str(manifest.batch)])]
     targets = [target] if target else _targets(manifest)
     words = [word for name in targets for word in ("--target", name)]
     if "tensorrt-rtx" in targets:

@@ -1,6 +1,7 @@
 """Open a bundle: a directory with a manifest. All files are checked before any is used."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,8 +120,8 @@ class Bundle:
         """Return the path of a graph's ONNX file. Raises BundleError if the graph has none."""
         if graph.file is None:
             raise BundleError(
-                f"{self.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or "
-                f"--target onnxruntime"
+                f"{self.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, "
+                f"or for ONNX Runtime"
             )
         return self.root / graph.file
 
@@ -145,6 +146,8 @@ def _something_else(root: Path) -> str | None:
     if not root.is_dir():
         if root.suffix in CHECKPOINTS and root.exists():
             return f"a checkpoint; {make} {root}"
+        if re.match(r"\w+:/", str(root)):
+            return "an address; download the bundle and give its folder"
         return f"a file; {make}" if root.exists() else f"nothing there; {make}"
     for name, owner in (("model_index.json", "a Diffusers pipeline"), ("config.json", "a model of another library")):
         if (root / name).is_file():

@@ -4,7 +4,8 @@
 class SgError(Exception):
     """Base class of all errors that sg-export raises on purpose.
 
-    The message names the object, the expected value, the found value and the remedy.
+    The message names the object, the expected value, the found value and the remedy. Parameters of
+    the Python API are in backticks; the command line shows its option in place of each.
     """
 
     exit_code = 1
@@ -14,18 +15,6 @@ class UsageError(SgError):
     """A request is wrong or known to be unsupported. Raised before any work."""
 
     exit_code = 2
-
-
-class OptionError(UsageError):
-    """An option cannot be served.
-
-    fields: names of the options in the message, as the Python API spells them. The command line
-    replaces each by the spelling of its option.
-    """
-
-    def __init__(self, message: str, *fields: str) -> None:
-        super().__init__(message)
-        self.fields = fields
 
 
 class MissingExtraError(UsageError):

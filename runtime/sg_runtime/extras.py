@@ -28,7 +28,7 @@ LIBRARIES = (
     Library("numpy", "numpy", "runtime", None),
     Library("PIL", "pillow", "images", None),
     Library("onnxruntime", "onnxruntime", "backend onnxruntime-cpu", "ort"),
-    Library("onnxruntime", "onnxruntime-gpu", "backends onnxruntime-cuda and others", "ort-gpu"),
+    Library("onnxruntime", "onnxruntime-gpu", "backend onnxruntime-cuda", "ort-gpu"),
     Library("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX engines", "tensorrt-rtx"),
     Library("tensorrt", "tensorrt", "TensorRT engines", "tensorrt"),
     Library("cuda", "cuda-bindings", "engines", "tensorrt-rtx"),
@@ -59,10 +59,11 @@ def install_command(module: str, extra: str | None = None) -> str | None:
     return None if chosen is None else install_extra(chosen)
 
 
-def outdated() -> list[str]:
+def outdated(distribution: str | None = None) -> list[str]:
     """Return a message for each installed library that is older than sg-export's metadata allows.
 
-    It names the version found and the one to install.
+    distribution: the only library to look at; None for all. A message names the version found and
+    the one to install.
     """
     try:
         claims = metadata.requires("sg-export") or []
@@ -74,15 +75,22 @@ def outdated() -> list[str]:
         if bound is None or "dev" in claim.partition(";")[2]:
             continue
         name, least = bound.groups()
+        if distribution not in (None, name):
+            continue
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        if _numbers(found) < _numbers(least):
+        if older(found, least):
             messages.append(
                 f"{name} {found} is older than {least}, which sg-export needs: pip install '{name}>={least}'"
             )
     return messages
+
+
+def older(found: str, least: str) -> bool:
+    """Return whether version `found` is before version `least`."""
+    return _numbers(found) < _numbers(least)
 
 
 def _numbers(version: str) -> list[int]:

@@ -53,7 +53,6 @@ class Pipeline:
         self.batch = batch
         self.chunk = chunk
         self._lanes = LanePool(bundle.manifest, backend)
-        self._kept = False
         self._arguments: dict[str, Any] | None = None
 
     @classmethod
@@ -146,7 +145,6 @@ class Pipeline:
         whole_number("images", images)
         for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
             self.sample([None] * images, range(images), steps=steps, guidance=guidance)
-        self.backend.keep()
 
     def release(self) -> None:
         """Free the buffers of all idle lanes. Later runs allocate them again."""
@@ -312,9 +310,6 @@ class Pipeline:
             assert result is not None
             samples = memory.download(result)
             check_finite(samples, self.bundle, self.backend.name)
-            if not self._kept:
-                self._kept = True
-                self.backend.keep()
             return result, samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
@@ -447,6 +442,7 @@ class Pipeline:
         """Lease a lane for this thread. Yields the lane and a graph runner in it."""
         with self._lanes.lease() as leased:
             yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, self.backend.batches)
+            self.backend.keep()
 
     @contextmanager
     def _evaluating(
@@ -457,7 +453,7 @@ class Pipeline:
         Raises UsageError if x or `index` does not fit the run.
         """
         if not isinstance(run, PreparedRun):
-            raise UsageError(f"run: expected a PreparedRun, which `prepare` or `prepare_once` returns, found {run!r}")
+            raise UsageError(f"run: expected a PreparedRun, as prepare() and prepare_once() return, found {run!r}")
         if not 0 <= whole_number("evaluation", index) < len(run.times):
             raise UsageError(f"evaluation {index}: expected 0 to {len(run.times) - 1} in the prepared run")
         with self._running() as (leased, runner):

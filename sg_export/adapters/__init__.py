@@ -6,6 +6,7 @@ from typing import Protocol
 from sg_export.adapters import maskdit, tread
 from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.sparse import SparseModel
+from sg_export.recognize import what_network_is
 from sg_runtime.errors import CheckpointError
 from sg_runtime.manifest import ModelFacts, Route
 
@@ -57,5 +58,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
     found = ", ".join(sorted(checkpoint.tensors)[:6])
     ends = tuple(f".{adapter.KEYS[0]}" for adapter in ADAPTERS.values())
     prefix = next((name.removesuffix(end) for name in checkpoint.tensors for end in ends if name.endswith(end)), None)
-    remedy = f"; there is one under {prefix}: give --key {prefix}" if prefix else ""
+    remedy = f"; there is one under {prefix}: give `weights` {prefix}" if prefix else ""
+    if not prefix and (other := what_network_is(checkpoint.tensors)) is not None:
+        raise CheckpointError(f"{path}: expected a checkpoint of {' or '.join(ADAPTERS)}, found {other}")
     raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}{remedy}")

@@ -62,7 +62,7 @@ def infer_config(
     heads = known_heads.get(width) if heads is None else heads
     if heads is None:
         known = ", ".join(str(width) for width in known_heads)
-        raise UsageError(f"{file}: width {width} is not one of upstream's ({known}): give --heads")
+        raise UsageError(f"{file}: width {width} is not one of upstream's ({known}): give `heads`")
     if heads < 1 or width % heads:
         raise UsageError(f"{file}: heads: expected a divisor of the width {width}, found {heads}")
     return DiTConfig(

@@ -68,13 +68,13 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
         raise UsageError(f"{file}: route {route}: expected blocks 0 to {config.depth - 1}")
     if prediction is None:
         raise UsageError(
-            f"{file}: the prediction type is unknown: give --prediction flow (velocity noise - data, noise at t = 1) "
-            f"or --prediction edm; SiT's files are neither"
+            f"{file}: the prediction type is unknown: give `prediction` flow (velocity noise - data, noise at t = 1) "
+            f"or `prediction` edm; SiT's files are neither"
         )
     if wrapped and prediction == "flow":
         LOG.warning(
             "%s: its names have the prefix of EDM's wrapper, %s, which CompVis/tread's training writes, but its "
-            "prediction is stated as flow: if its samples are noise, give --prediction edm",
+            "prediction is stated as flow: if its samples are noise, give `prediction` edm",
             file,
             checkpoint.prefix,
         )

@@ -9,7 +9,7 @@ import click
 
 from sg_export.cli.errors import Command
 from sg_export.cli.options import DeviceChoice, device_options
-from sg_export.cli.output import print_table, progress
+from sg_export.cli.output import print_table, progress, with_options
 
 
 @click.command(cls=Command)
@@ -95,7 +95,7 @@ def bench(
     plan = f"images at once: {result.images}, {result.steps} {result.sampler} steps, {result.runs} runs"
     print_table(f"{bundle}: {plan}, on {result.device}", columns, rows)
     for reason in result.rejected:
-        click.echo(f"not {reason}")
+        click.echo(f"not {with_options(reason)}")
     if result.roofline is None:
         click.echo("share of the machine's peak: unknown without PyTorch, which measures the peak of a GPU")
     else:

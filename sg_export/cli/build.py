@@ -8,6 +8,7 @@ import click
 
 from sg_export.cli.errors import Command
 from sg_export.cli.options import (
+    ENGINES,
     QUANTIZATION,
     RUNS,
     GuidanceChoice,
@@ -27,7 +28,17 @@ if TYPE_CHECKING:
     from sg_runtime.manifest import EngineFacts
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    sections={
+        "Model": model_options.names,
+        "Guidance and sampling": (*guidance_options.names, "steps"),
+        "Precision": ("precision", "base_precision"),
+        "Quantization, with --precision int8 or fp8": quantization_options.names,
+        "Targets": ("target", "batch", "opset"),
+        "Engines": (*ENGINES, "explain_cache"),
+    },
+)
 @click.argument("model", required=False)
 @guidance_options
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
@@ -84,10 +95,11 @@ def build(
     Examples:
       sg-export build --sparsity 0.5
       sg-export build latest.pt --route 2-24 --sparsity 0.9 --strong-sparsity 0.5
-      sg-export build --sparsity 0.5 --target tensorrt-rtx --precision fp16 --sm 8.9
+      sg-export build --target tensorrt-rtx --precision fp16 --sm 8.9
+      sg-export build --target onnxruntime-cuda --precision fp16 --batch 1
       sg-export build --sparsity 0.5 --precision int8
-      sg-export build glyphs --weak-checkpoint glyphs-early --sparsity 0.6 --sparsity 0.3 \\
-        --sparsity 0 --schedule cosine
+      sg-export build glyphs --weak-checkpoint glyphs-early --schedule cosine \\
+        --sparsity 0.6 --sparsity 0.3 --sparsity 0
     """
     from sg_export.compiler import compile
     from sg_export.options.compile import CompileOptions
@@ -107,13 +119,14 @@ def build(
         precision = base_precision or ("fp32" if "onnxruntime" in targets.target else "fp16")
     else:
         refuse_given(QUANTIZATION, f"only with --precision int8 or fp8, found {precision}")
-    engines = targets.engines()
+    onnx_target, engines = targets.onnx_target, targets.engines()
     options = CompileOptions(
         output=output or Path(f"{Path(model).stem}-bundle"),
         **{field.name: getattr(guidance, field.name) for field in fields(guidance)},
         steps=steps,
         precision=precision,
         batch=targets.batch[0] if targets.batch and engines is None else None,
+        onnx_target=onnx_target,
         engines=engines,
         quantize=quantize,
         opset=opset,
@@ -121,6 +134,12 @@ def build(
         overrides=source.overrides,
         force=force,
     )
+    if not options.has_onnx and not quiet:
+        click.echo(
+            "engines run only on the GPUs that they are for, and the ONNX graphs are not kept: give --keep-onnx to "
+            "verify and sample the bundle here",
+            err=True,
+        )
     with progress(quiet) as report, log_details(explain_cache):
         bundle = compile(model, options, report)
     if as_json:
@@ -136,8 +155,6 @@ def build(
             options.libraries
         )
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
-        if not options.has_onnx:
-            click.echo("the bundle holds engines without ONNX graphs; for verify, build with --keep-onnx")
 
 
 def _echo_quantization(bundle: "Bundle") -> None:

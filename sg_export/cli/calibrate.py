@@ -22,7 +22,14 @@ from sg_export.cli.options import (
 from sg_export.cli.output import progress
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    sections={
+        "Model": model_options.names,
+        "Guidance of the runs": ("sparsity", "strong_sparsity", "scale", "guidance", "weak_checkpoint"),
+        "Calibration": (*feed_options.names, "folder"),
+    },
+)
 @click.argument("model", required=False)
 @SPARSITY
 @STRONG_SPARSITY

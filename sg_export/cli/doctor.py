@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 
 from sg_export.cli.errors import Command
-from sg_export.cli.output import print_table
+from sg_export.cli.output import print_table, with_options
 from sg_runtime import __version__
 from sg_runtime.backends import choose_onnx_backend
-from sg_runtime.extras import LIBRARIES, install_extra
+from sg_runtime.backends.ort_check import two_wheels
+from sg_runtime.extras import LIBRARIES, install_extra, outdated
 
 
 @click.command(cls=Command)
@@ -35,12 +36,16 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         choice = choose_backend(Bundle.open(bundle))
         click.echo(f"{bundle}: device auto is {choice.name}")
         for reason in choice.rejected:
-            click.echo(f"not {reason}")
+            click.echo(f"not {with_options(reason)}")
         return
     versions = {library.distribution: _version(library.distribution) for library in LIBRARIES}
     providers = _providers()
     gpus = _gpus()
-    backend = choose_onnx_backend()
+    chosen = choose_onnx_backend()
+    backend = chosen.name if chosen is not None else None
+    reasons = chosen.rejected if chosen is not None else ()
+    wheels, cuda = two_wheels(), _cuda()
+    faults = [*([wheels] if wheels else []), *outdated()]
     facts = {
         "sg-export": __version__,
         "python": platform.python_version(),
@@ -49,7 +54,10 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         "libraries": versions,
         "onnxruntime providers": providers,
         "gpus": gpus,
+        "cuda of the driver": cuda,
         "device auto": backend,
+        "reasons against others": reasons,
+        "faults": faults,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -68,8 +76,14 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     click.echo(f"ONNX Runtime providers: {', '.join(providers) or 'none'}")
     found = ", ".join(gpus) if gpus else "none found" if gpus is not None else "unknown without cuda-bindings"
     click.echo(f"NVIDIA GPUs: {found}")
+    if cuda is not None:
+        click.echo(f"NVIDIA's driver: for CUDA up to {cuda}")
     auto = backend or f"none; {install_extra('ort')}"
     click.echo(f"device auto: {auto}, for bundles with ONNX graphs")
+    for reason in reasons:
+        click.echo(f"not {reason}")
+    for fault in faults:
+        click.echo(f"fault: {fault}")
     click.echo("sg-export doctor BUNDLE says what would run a bundle here, and why nothing faster")
 
 
@@ -89,6 +103,18 @@ def _gpus() -> list[str] | None:
         return [f"{gpu.name} (SM {gpu.compute_capability})" for gpu in find_gpus()]
     except SgError:
         return None
+
+
+def _cuda() -> str | None:
+    """Return the latest CUDA version that the driver supports; None if it cannot be asked."""
+    from sg_runtime.devices.gpus import driver_cuda
+    from sg_runtime.errors import SgError
+
+    try:
+        major, minor = driver_cuda()
+    except SgError:
+        return None
+    return f"{major}.{minor}"
 
 
 def _providers() -> list[str]:

@@ -2,21 +2,21 @@
 
 import errno
 import os
-import re
 import signal
 import threading
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from sg_export.cli.output import log_messages
-from sg_runtime.errors import OptionError, SgError
+from sg_export.cli.output import log_messages, with_options
+from sg_runtime.errors import SgError
 from sg_runtime.extras import install_command, outdated
 from sg_runtime.files import FULL, check_room, is_full
+from sg_runtime.manifest.model import DASHES
 
 
 class Failure(click.ClickException):
@@ -68,11 +68,34 @@ def ending_politely() -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command whose errors end as one message. `--debug` shows the traceback."""
+    """A command whose errors end as one message. `--debug` shows the traceback.
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    sections: names of parameters by the heading above them in the help. The others come last.
+    """
+
+    def __init__(self, *arguments: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self.sections = sections or {}
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        found = {option.name: option.get_help_record(ctx) for option in options}
+        helps = {name: record for name, record in found.items() if record is not None}
+        sections = {title: [helps.pop(name) for name in names] for title, names in self.sections.items()}
+        for title, records in {**sections, "Options": list(helps.values())}.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option whose dashes a text processor replaced, with its name."""
+        known = {name for option in self.get_params(ctx) for name in option.opts}
+        for word in args:
+            given = word.partition("=")[0]
+            name = given.lstrip(DASHES)
+            if given.removesuffix(name).strip("-") and (option := f"--{name}") in known:
+                raise click.UsageError(f"{given}: begins with other dashes than -: give {option}", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")
@@ -96,10 +119,8 @@ class Command(click.Command):
 
 def failure(error: Exception) -> Failure:
     """Return the message and the exit code of an error."""
-    if isinstance(error, OptionError):
-        return Failure(with_options(str(error), error.fields), error.exit_code)
     if isinstance(error, SgError):
-        return Failure(str(error), error.exit_code)
+        return Failure(with_options(str(error)), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")) is not None:
         return Failure(f"{error.name} is not installed: {command}", 2)
     if isinstance(error, OSError) and error.errno in FULL:
@@ -108,25 +129,6 @@ def failure(error: Exception) -> Failure:
     if isinstance(error, OSError) and error.filename is not None:
         return Failure(f"{error.filename}: {error.strerror}", 2)
     return Failure(f"unexpected {type(error).__name__}: {error}; run again with --debug, and please report it", 1)
-
-
-OPTIONS = {
-    "compute_capabilities": "--sm",
-    "table": "--calibration",
-    "data": "--calib-data",
-    "samples": "--calib-samples",
-    "steps": "--calib-steps",
-    "seed": "--calib-seed",
-}
-"""Options whose names differ from the fields of the Python API."""
-
-
-def with_options(message: str, fields: Collection[str]) -> str:
-    """Return a message with the command line's options in place of these fields."""
-    for field in fields:
-        option = OPTIONS.get(field, f"--{field.replace('_', '-')}")
-        message = re.sub(rf"(?<![\w-]){field}(?=[ :,])", option, message)
-    return message
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import io
 import math
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,12 +14,25 @@ from sg_export.cli.errors import Command, Failure, check_output_file, writing
 from sg_export.cli.options import INTERVAL, DeviceChoice, device_options
 from sg_export.cli.output import progress
 from sg_export.cli.types import RampType
+from sg_export.progress import Report
 from sg_runtime.manifest import GuidanceMode
 
 GUIDANCE_MODES = get_args(GuidanceMode)
 
+TELL_SECONDS = 10.0
+"""Seconds between two reports of the rate."""
 
-@click.command(cls=Command)
+
+@click.command(
+    cls=Command,
+    sections={
+        "Images": ("classes", "count", "seed"),
+        "Sampling": ("steps", "sampler", "churn", "churn_range", "churn_noise"),
+        "Guidance": ("guidance", "sparsity", "strong_sparsity", "scale", "interval"),
+        "Device": (*device_options.names, "batch"),
+        "Output": ("output", "columns", "zoom"),
+    },
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--class",
@@ -113,7 +128,7 @@ def generate(
 
     \b
     Examples:
-      sg-export generate glyphs-bundle --class A --class b --count 16 --seed 0 --zoom 4 -o grid.png
+      sg-export generate glyphs-bundle --class A --class b --count 16 -o grid.png
       sg-export generate xl-bundle --class 207 --count 4 -o latents.npy
     """
     import numpy as np
@@ -143,6 +158,7 @@ def generate(
         raise Failure("--churn-range and --churn-noise describe the noise that --churn adds: give --churn, too", 2)
     plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval)
     low, high = churn_range or (0.0, math.inf)
+    began = time.monotonic()
     with progress(quiet) as report:
         x = pipe.sample(
             labels,
@@ -151,8 +167,9 @@ def generate(
             sampler=sampler,
             guidance=plan,
             churn=None if churn is None else Churn(churn, low, high, churn_noise),
-            progress=lambda done, total: report("sampling", done - 1, total),
+            progress=_with_rate(report, total),
         )
+    seconds = time.monotonic() - began
     with writing(output):
         if output.suffix == ".npy":
             content = io.BytesIO()
@@ -162,4 +179,23 @@ def generate(
         else:
             save_png(grid(pipe.decode(x), columns, zoom), output)
     if not quiet:
+        click.echo(f"sampled in {seconds:.3g} s: {total / seconds:.3g} images/s", err=True)
         click.echo(f"{output}: {total} images")
+
+
+def _with_rate(report: Report, images: int) -> Callable[[int, int], None]:
+    """Return a callback (evaluations done, of all) that reports them, and now and then the rate.
+
+    An image counts in parts, by the evaluations that are done.
+    """
+    began = told = time.monotonic()
+    stage = "sampling"
+
+    def advance(done: int, evaluations: int) -> None:
+        nonlocal told, stage
+        now = time.monotonic()
+        if now - told >= TELL_SECONDS:
+            told, stage = now, f"sampling, {images * done / evaluations / (now - began):.3g} images/s"
+        report(stage, done - 1, evaluations)
+
+    return advance

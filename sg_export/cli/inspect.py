@@ -135,6 +135,8 @@ def _precision(manifest: "Manifest") -> str:
 def _runs_on(manifest: "Manifest") -> str:
     if any(graph.file is None for graph in manifest.graphs):
         return "the engines' GPUs"
+    if manifest.onnx_target == "onnxruntime-cuda":
+        return "ONNX Runtime, CUDA" + (" or CPU" if manifest.precision == "fp32" else "")
     return "no CPU: BF16" if manifest.precision == "bf16" else "ONNX Runtime, CPU"
 
 

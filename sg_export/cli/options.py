@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
-    from sg_runtime.manifest import GuidanceMode, QuantizedType
+    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,21 +35,30 @@ INTERVAL = click.option(
 )
 
 
-def group(name: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
-    """Add `options` to a command. It gets their values as one argument `name`, a `record`."""
-    names = [parameter.name for parameter in _parameters(options)]
+class Group:
+    """Options of a command, which gets their values as one argument.
 
-    def decorate(command: F) -> F:
+    argument: name of the argument.
+    record: dataclass of the values.
+    options: decorators that add the options.
+    names: names of the parameters that the options add.
+    """
+
+    def __init__(self, argument: str, record: Callable[..., object], options: Sequence[Callable[[F], F]]) -> None:
+        self.argument, self.record, self.options = argument, record, options
+        self.names = tuple(str(parameter.name) for parameter in _parameters(options))
+
+    def __call__(self, command: F) -> F:
+        """Add the options to a command."""
+
         @functools.wraps(command)
         def grouped(**values: Any) -> Any:
-            record_values = {option: values.pop(option) for option in names}
-            return command(**values, **{name: record(**record_values)})
+            record_values = {option: values.pop(option) for option in self.names}
+            return command(**values, **{self.argument: self.record(**record_values)})
 
-        for option in reversed(options):
+        for option in reversed(self.options):
             grouped = option(grouped)
         return grouped  # type: ignore[return-value]
-
-    return decorate
 
 
 def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
@@ -89,7 +98,7 @@ class ModelSource:
         return Overrides(self.route, self.heads, self.prediction)
 
 
-model_options = group(
+model_options = Group(
     "source",
     ModelSource,
     (
@@ -126,7 +135,7 @@ class DeviceChoice:
     threads: int | None
 
 
-device_options = group(
+device_options = Group(
     "on",
     DeviceChoice,
     (
@@ -139,7 +148,8 @@ device_options = group(
         click.option(
             "--backend",
             type=click.Choice(BACKENDS),
-            help="Library that runs the bundle.  [default: the fastest that works here]",
+            metavar="BACKEND",
+            help=f"Library that runs the bundle: {', '.join(BACKENDS)}.  [default: the fastest that works here]",
         ),
         click.option(
             "--threads",
@@ -197,7 +207,7 @@ WEAK_CHECKPOINT = click.option(
     help="Earlier checkpoint of the same training run, as the weak branch (AutoGuidance) at any sparsity.",
 )
 
-guidance_options = group(
+guidance_options = Group(
     "guidance",
     GuidanceChoice,
     (
@@ -273,7 +283,7 @@ _FEEDS = (
     ),
 )
 
-feed_options = group("ranges", RangeSource, _FEEDS)
+feed_options = Group("ranges", RangeSource, _FEEDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +334,7 @@ QUANTIZATION = (
 )
 """Options that are only for INT8 and FP8."""
 
-quantization_options = group(
+quantization_options = Group(
     "quantization",
     QuantizationChoice,
     (
@@ -389,6 +399,21 @@ class TargetChoice:
     keep_onnx: bool
     allow_unfused: bool
 
+    @property
+    def onnx_target(self) -> "OnnxTarget":
+        """What the ONNX graphs are for.
+
+        Raises UsageError for onnxruntime-cuda next to another target.
+        """
+        if "onnxruntime-cuda" not in self.target:
+            return "onnxruntime"
+        if others := [target for target in self.target if target != "onnxruntime-cuda"]:
+            raise UsageError(
+                f"--target onnxruntime-cuda: expected no other target, found {', '.join(others)}, which does not know "
+                f"its operators: build two bundles"
+            )
+        return "onnxruntime-cuda"
+
     def engines(self) -> "EngineOptions | None":
         """Return the engines to build; None if only ONNX graphs are built.
 
@@ -421,17 +446,18 @@ class TargetChoice:
 ENGINES = ("sm", "workspace", "timing_cache", "keep_onnx", "allow_unfused")
 """Options that are only for engines."""
 
-target_options = group(
+target_options = Group(
     "targets",
     TargetChoice,
     (
         click.option(
             "--target",
-            type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+            type=click.Choice(["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]),
             multiple=True,
             default=("onnxruntime",),
             show_default=True,
-            help="What to build: ONNX graphs, or engines; repeatable. tensorrt-rtx builds without a GPU; tensorrt "
+            help="What to build: ONNX graphs, or engines; repeatable. onnxruntime-cuda is alone: ONNX graphs with the "
+            "fused operators of ONNX Runtime's CUDA provider. tensorrt-rtx builds without a GPU; tensorrt "
             "(experimental) builds on the GPU that the engine is for.",
         ),
         click.option(

@@ -71,9 +71,38 @@ def progress(quiet: bool) -> Iterator[Report]:
         yield line
 
 
+OPTIONS = {
+    "compute_capabilities": "--sm",
+    "libraries": "--target",
+    "onnx_target": "--target",
+    "table": "--calibration",
+    "data": "--calib-data",
+    "samples": "--calib-samples",
+    "steps": "--calib-steps",
+    "seed": "--calib-seed",
+}
+"""Options whose names differ from the parameters of the Python API."""
+
+
+def with_options(message: str) -> str:
+    """Return a message of the library with options in place of the parameters, in backticks.
+
+    A word after `weights` that is no set of weights is a key, and a library is a target.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] or ""
+        if name == "weights" and value.strip() not in ("ema", "model"):
+            return f"--key{value}"
+        shown = value.replace("_", "-") if name == "libraries" else value
+        return OPTIONS.get(name, f"--{name.replace('_', '-')}") + shown
+
+    return re.sub(r"`([a-z_]+)`( [\w.]+)?", option, message)
+
+
 @contextmanager
 def log_messages() -> Iterator[None]:
-    """Print the log messages of sg_export and sg_runtime on standard error.
+    """Print the log messages of sg_export, sg_engines and sg_runtime on standard error.
 
     The level is printed in front of warnings and errors.
     """
@@ -81,10 +110,10 @@ def log_messages() -> Iterator[None]:
     class Echo(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            _tell(f"{level}{record.getMessage()}")
+            _tell(f"{level}{with_options(record.getMessage())}")
 
     handler = Echo()
-    logs = [logging.getLogger(name) for name in ("sg_export", "sg_runtime")]
+    logs = [logging.getLogger(name) for name in ("sg_export", "sg_engines", "sg_runtime")]
     for log in logs:
         log.addHandler(handler)
     try:

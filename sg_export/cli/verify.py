@@ -36,7 +36,8 @@ EPSILON = 1e-12
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
-    help="Library that runs the bundle.  [default: the fastest that works on the device]",
+    metavar="BACKEND",
+    help=f"Library that runs the bundle: {', '.join(BACKENDS)}.  [default: the fastest that works on the device]",
 )
 @click.option(
     "--output",
@@ -48,7 +49,8 @@ EPSILON = 1e-12
     "--save-polygraphy",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder for the inputs and PyTorch's outputs; prints the polygraphy commands that compare them.",
+    help="Folder for the inputs and PyTorch's outputs; prints the polygraphy commands that compare the graphs and "
+    "engines with them.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def verify(
@@ -68,6 +70,9 @@ def verify(
     and kept tokens are compared. A quantized bundle is compared at every time of a guided PyTorch
     run, by the gates that it was built with. The exit code is 5 if a gate fails.
 
+    Engines run on their GPU alone. With --save-polygraphy, inputs and PyTorch's outputs for each of
+    their profiles are saved anywhere, also for a bundle of engines alone.
+
     \b
     Examples:
       sg-export verify glyphs-bundle
@@ -75,6 +80,7 @@ def verify(
       sg-export verify xl-bundle --checkpoint latest.pt --device cuda
     """
     from sg_export.compiler import inputs_of
+    from sg_export.loading import found_by_name
     from sg_export.packing.folder import VERIFY_FILE, own_paths
     from sg_export.parity.compare import write_parity
     from sg_export.parity.verify import verify as compare
@@ -87,6 +93,10 @@ def verify(
         if output is not None:
             raise
         unwritable = failure.message  # a bundle may be on a read-only disk
+    if output is not None:
+        opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
+        sources = filter(None, (opened.manifest.source, opened.manifest.weak_source))
+        check_output_file(output, inputs_of(*(found_by_name(opened, source) for source in sources)))
     if save_polygraphy is not None:
         check_output_folder(save_polygraphy, "--save-polygraphy")
     with progress(quiet) as report:
@@ -99,6 +109,12 @@ def verify(
             save_polygraphy=save_polygraphy,
             report=report,
         )
+    if not parity.comparisons:  # a bundle of engines alone
+        if not quiet:
+            click.echo(f"{bundle}: nothing was compared: it holds engines alone; run these where their GPU is:")
+            for command in parity.commands:
+                click.echo(command)
+        return
     quantized = any(c.output == "guided" for c in parity.comparisons)
     if not quiet:
         (_print_strata if quantized else _print_worst)(bundle, parity.comparisons)

@@ -19,13 +19,16 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
 
     The result is for one image, or for one row of `condition`. Linear multiply-adds are those of
     MatMul, Gemm and Conv with a weight. Attention multiply-adds are those of MatMul of two computed
-    tensors. A fixed batch is divided out. A symbolic size has its value in `sizes`; the value is 1
-    if `sizes` lacks it. A weight's bytes count once for every node that reads it.
+    tensors, and of MultiHeadAttention. A fixed batch is divided out. A symbolic size has its value
+    in `sizes`; the value is 1 if `sizes` lacks it. A weight's bytes count once for every node that
+    reads it.
     """
     size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
     linear = attention = 0
     batch = _shape(graph.inputs[0])[0]
     for node in graph:
+        if node.op_type == "MultiHeadAttention":
+            attention += _attention_macs(node, size_of)
         if node.op_type not in PRODUCTS:
             continue
         macs = _macs(node, size_of)
@@ -64,7 +67,7 @@ def _activation_peak(graph: ir.Graph, size_of: Callable[[Dimension], int]) -> in
     live = {value: _bytes(value, size_of) for value in graph.inputs}
     peak = sum(live.values())
     for index, node in enumerate(graph):
-        live |= {output: _bytes(output, size_of) for output in node.outputs}
+        live |= {output: _bytes(output, size_of) for output in node.outputs if output.name}  # others are not made
         peak = max(peak, sum(live.values()))
         for value in (*node.inputs, *node.outputs):
             if value in live and last_use.get(value, index) <= index:
@@ -80,6 +83,15 @@ def _macs(node: ir.Node, size_of: Callable[[Dimension], int]) -> int:
     transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
     reduced = math.prod(map(size_of, shape[1:] if node.op_type == "Conv" or transposed else shape[-2:-1]))
     return _elements(node.outputs[0], size_of) * reduced
+
+
+def _attention_macs(node: ir.Node, size_of: Callable[[Dimension], int]) -> int:
+    """Return the multiply-adds of both products of a MultiHeadAttention.
+
+    Its inputs are (B, T, D), (B, L, D) and (B, L, V).
+    """
+    query, key, value = (_shape(tensor) for tensor in node.inputs[:3] if tensor is not None)
+    return math.prod(map(size_of, (*query[:2], key[1]))) * (size_of(query[2]) + size_of(value[2]))
 
 
 def _bytes(value: ir.Value, size_of: Callable[[Dimension], int]) -> int:

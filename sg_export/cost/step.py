@@ -53,12 +53,12 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
 
     The other ways are the strong branch alone, CFG, and two separate passes. They are without this
     compiler, so every pass computes its conditioning again. They are counted from the graphs of
-    single branches. If the bundle has no such graphs, they are left out.
+    single branches. If the manifest has no costs of these, they are left out.
     """
     table = step_table(manifest)
     plan = manifest.guidance
     bundle = _bundle(manifest, table)
-    if not any(graph.kind in ("dense", "sparse") for graph in manifest.graphs):
+    if not manifest.passes and not any(graph.kind in ("dense", "sparse") for graph in manifest.graphs):
         return [bundle]
     strong = [step.strong for step in table]
     unguided = _passes(manifest, "unguided", [[("main", level)] for level in strong])
@@ -136,11 +136,10 @@ def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
 
 def _single(manifest: Manifest, network: NetworkName, level: Level) -> Cost:
     """Return the cost of the single-branch graph of a network at this level."""
-    return next(
-        graph.cost
-        for graph in manifest.graphs
-        if graph.kind in ("dense", "sparse") and graph.network == network and graph.levels == (level,)
-    )
+    singles = [g for g in manifest.graphs if g.kind in ("dense", "sparse")]
+    costs = {(graph.network, *graph.levels): graph.cost for graph in singles}
+    costs |= {(single.network, single.level): single.cost for single in manifest.passes}
+    return costs[network, level]
 
 
 def _published(manifest: Manifest, way: str, strong: Level, weak: Level) -> float | None:

@@ -115,7 +115,7 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     if not math.isfinite(distance) and precision != "fp32" and (operator := first_overflow(path, feeds)) is not None:
         raise ExportError(
             f"graph {path.name}: expected values in the range of {precision}, found larger values from {operator} on: "
-            f"build with --precision bf16 or fp32"
+            f"build with `precision` bf16 or fp32"
         )
     if not distance <= most:
         raise ExportError(

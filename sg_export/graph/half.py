@@ -49,14 +49,19 @@ def to_half(
     precision: HalfPrecision,
     fp32_layers: Iterable[str],
     fp32_operators: Iterable[str] = STATISTICS,
+    *,
+    tokens_in_half: bool = False,
 ) -> None:
     """Type a graph in half precision, in place, except `fp32_operators` and `fp32_layers`.
 
-    fp32_layers: modules, as the prefixes of their weights' names. Inputs and outputs of the graph
-    keep their types. Weights are converted when they are read. Reading raises ExportError if a
-    weight is out of range.
+    fp32_layers: modules, as the prefixes of their weights' names.
+    tokens_in_half: whether the graph converts its tokens itself. Then no operator is in FP32 by its
+    name, and operators that read weights alone, whose results join the tokens, are in half too.
+
+    Inputs and outputs of the graph keep their types. Weights are converted when they are read.
+    Reading raises ExportError if a weight is out of range.
     """
-    half, layers = HALF[precision], tuple(fp32_layers)
+    half, layers, exact = HALF[precision], tuple(fp32_layers), () if tokens_in_half else tuple(fp32_operators)
     weighted = {node: name for name, node in weighted_products(graph)}
     copies: dict[ir.Value, ir.Value] = {}
 
@@ -67,6 +72,8 @@ def to_half(
         return copies[value]
 
     for node in list(graph):
+        if node.op_type == "Cast":
+            continue
         floats = {i: value for i, value in enumerate(node.inputs) if value is not None and value.dtype in (_FP32, half)}
         computed = [value for value in floats.values() if not value.is_initializer()]
         if node.op_type == "DequantizeLinear":  # as what it feeds
@@ -74,10 +81,10 @@ def to_half(
             wanted = _FP32 if any(belongs(weighted[product], layers) for product in products) else half
         elif node in weighted:
             wanted = _FP32 if belongs(weighted[node], layers) else half
-        elif node.op_type in ("Cast", *fp32_operators) or not all(value.dtype == half for value in computed):
+        elif node.op_type in exact or not all(value.dtype == half for value in computed):
             wanted = _FP32
         else:
-            wanted = half if computed else _FP32
+            wanted = half if computed or tokens_in_half else _FP32
         for index, value in floats.items():
             if value.dtype != wanted:
                 node.replace_input_with(index, typed(value, wanted))
@@ -114,7 +121,7 @@ def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if not np.isfinite(array).all():
             raise ExportError(
                 f"{value.name}: expected weights that {dtype.name.lower()} holds, found up to "
-                f"{float(np.abs(tensor.numpy()).max()):g}; build with --precision bf16 or fp32"
+                f"{float(np.abs(tensor.numpy()).max()):g}; build with `precision` bf16 or fp32"
             )
         return ir.tensor(array, dtype=dtype)
 

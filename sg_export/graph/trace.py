@@ -14,7 +14,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -49,12 +49,14 @@ def trace(
     *,
     symbolic_keep: bool = False,
     each_layer: bool = False,
+    lower: Callable[[ir.Graph], None] = lower_attention,
 ) -> list[ir.Model]:
     """Trace the graphs `specs` of `model`, with inputs and outputs as in `sg_export.graph.spec`.
 
     batch: number of images; None for a symbolic dimension.
     symbolic_keep: see `graph_inputs`.
     each_layer: trace every layer separately. The graphs are the same, and it takes longer.
+    lower: pass that brings a graph, with nodes `Attention`, to the form of its target, in place.
 
     The initializers are views of the model's parameters and have their names. The weight of a
     linear layer is stored transposed, as MatMul needs it, with ".T" after its name. Raises
@@ -74,7 +76,7 @@ def trace(
         layer_name=model.network.layer_name,
         layer_modulations=model.network.layer_modulations,
     )
-    return [_finished(assemble(program, number, name), outputs[number]) for number, name in enumerate(names)]
+    return [_finished(assemble(program, number, name), outputs[number], lower) for number, name in enumerate(names)]
 
 
 def _export(
@@ -259,16 +261,16 @@ def _module(node: ir.Node) -> str:
     return module.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip(".")
 
 
-def _finished(model: ir.Model, outputs: Sequence[TensorFacts]) -> ir.Model:
-    """Lower attention, name the nodes and set the output shapes of a graph's model; return it.
+def _finished(model: ir.Model, outputs: Sequence[TensorFacts], lower: Callable[[ir.Graph], None]) -> ir.Model:
+    """Lower a graph to its target, name its nodes and set its output shapes; return its model.
 
     The name of a node is its module and its operator, as blocks.3.attn/Softmax. Backends and
     Polygraphy report these names.
     """
-    lower_attention(model.graph)
+    lower(model.graph)
     used: Counter[str] = Counter()
     for node in model.graph:
-        name = f"{node.metadata_props[MODULE]}/{node.op_type}"
+        name = f"{node.metadata_props.get(MODULE, '')}/{node.op_type}"
         node.name = f"{name}_{used[name]}" if used[name] else name
         used[name] += 1
     for value, facts in zip(model.graph.outputs, outputs, strict=True):

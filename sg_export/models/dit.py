@@ -115,10 +115,8 @@ class Modulated(nn.Module):
 
         A scale s is returned as 1 + s, so that no step has to add 1.
         """
-        scales = [float(name == "scale") for name in self.vectors]
-        ones = torch.tensor(scales, dtype=active.dtype, device=active.device)[:, None]
-        vectors = self.adaLN_modulation[1](active).unflatten(-1, (len(self.vectors), self.width))
-        return (vectors + ones).flatten(1)
+        vectors = zip(self.vectors, self.adaLN_modulation[1](active).chunk(len(self.vectors), dim=-1), strict=True)
+        return torch.cat([1 + vector if name == "scale" else vector for name, vector in vectors], dim=-1)
 
 
 class Block(Modulated):

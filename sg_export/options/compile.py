@@ -10,7 +10,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import MODES, EngineLibrary, GuidanceMode, Precision
+from sg_runtime.manifest import MODES, EngineLibrary, GuidanceMode, OnnxTarget, Precision
 
 DEFAULT_SPARSITY = 0.5
 
@@ -36,6 +36,8 @@ class CompileOptions:
     precision: type of the matmuls and of attention, see `sg_export.graph.half`.
     batch: number of images that the ONNX graphs are fixed to; None for any number. For engines, see
     `EngineOptions.batch`.
+    onnx_target: what the ONNX graphs are for. "onnxruntime-cuda" gives the form of
+    `sg_export.graph.cuda`, neither quantized nor for engines.
     engines: engines to build instead of ONNX graphs; None for ONNX graphs.
     quantize: how to quantize layers to INT8 or FP8; None for no quantization.
     opset: ONNX opset.
@@ -54,6 +56,7 @@ class CompileOptions:
     steps: int = 40
     precision: Precision = "fp32"
     batch: int | None = None
+    onnx_target: OnnxTarget = "onnxruntime"
     engines: EngineOptions | None = None
     quantize: QuantizeOptions | None = None
     opset: int = DEFAULT_OPSET
@@ -73,6 +76,7 @@ class CompileOptions:
             ("schedule", self.schedule, get_args(Schedule)),
             ("precision", self.precision, get_args(Precision)),
             ("guidance", self.mode, tuple(MODES)),
+            ("onnx_target", self.onnx_target, get_args(OnnxTarget)),
         ):
             if value not in known:
                 raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
@@ -83,19 +87,45 @@ class CompileOptions:
         if (MODES[self.mode].weak_network == "weak") != (self.weak_checkpoint is not None):
             found = "none" if self.weak_checkpoint is None else f"{self.weak_checkpoint} for {self.mode}"
             raise UsageError(f"weak_checkpoint: expected one for autoguidance and for no other mode, found {found}")
+        if self.for_cuda and self.engines is not None:
+            raise UsageError(
+                "onnxruntime-cuda: expected no engines, whose libraries do not know its operators: build two bundles"
+            )
+        if self.for_cuda and self.quantize is not None:
+            raise UsageError(
+                f"onnxruntime-cuda: expected no quantization, found {self.quantize.type}: this provider computes "
+                f"quantized layers in floating point: give `precision` fp16, or `onnx_target` onnxruntime"
+            )
         if self.engines is not None:
             if self.batch is not None:
                 raise UsageError("batch: expected none next to engines, which have image counts of their own")
             self.engines.check_types(self.precision, None if self.quantize is None else self.quantize.type)
-        elif self.precision == "bf16":
+        elif self.precision == "bf16" and not self.for_cuda:
             raise UsageError(
-                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or --target tensorrt-rtx"
+                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or build for ONNX Runtime's "
+                "CUDA provider, `onnx_target` onnxruntime-cuda, or for TensorRT-RTX, `libraries` tensorrt_rtx"
             )
+
+    @property
+    def for_cuda(self) -> bool:
+        """Whether the ONNX graphs have the form for ONNX Runtime's CUDA provider."""
+        return self.onnx_target == "onnxruntime-cuda"
+
+    @property
+    def tokens_in_half(self) -> bool:
+        """Whether tokens are in half precision between the layers; see `sg_export.graph.cuda`."""
+        return self.for_cuda and self.precision == "fp16"
 
     @property
     def libraries(self) -> tuple[EngineLibrary, ...]:
         """Libraries of the engines to build."""
         return () if self.engines is None else self.engines.libraries
+
+    @property
+    def products(self) -> frozenset[str]:
+        """Types of matrix products in the engines' graphs."""
+        quantized = None if self.quantize is None else self.quantize.type
+        return frozenset() if self.engines is None else self.engines.products(self.precision, quantized)
 
     @property
     def half_only(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sg_engines.targets import check_targets
-from sg_runtime.errors import OptionError, UsageError
+from sg_runtime.errors import UsageError
 from sg_runtime.manifest import EngineLibrary, Precision, QuantizedType
 
 
@@ -43,18 +43,19 @@ class EngineOptions:
         """Whether no matmul may be in FP32, because one of the GPUs does not support it."""
         return precision == "fp16" and 75 in self.compute_capabilities
 
+    def products(self, precision: Precision, quantized: QuantizedType | None) -> frozenset[str]:
+        """Return the types of matrix products in graphs of these types."""
+        base = {precision} if self.half_only(precision) else {precision, "fp32"}
+        return frozenset(base if quantized is None else {*base, quantized})
+
     def check_types(self, precision: Precision, quantized: QuantizedType | None) -> None:
         """Raise UsageError unless the libraries build graphs of these types for these GPUs."""
         if "tensorrt" in self.libraries and "tensorrt_rtx" not in self.libraries:
             check_targets("tensorrt", self.compute_capabilities, ())
         if "tensorrt_rtx" in self.libraries:
-            products: set[str] = {precision} if self.half_only(precision) else {precision, "fp32"}
-            if quantized is not None:
-                products.add(quantized)
             if quantized == "fp8" and not self.compute_capabilities:
-                raise OptionError(
-                    "precision fp8: expected compute_capabilities of 89 or above for TensorRT-RTX, found none: by "
-                    "itself TensorRT-RTX also builds for GPUs without FP8",
-                    *("precision", "compute_capabilities"),
+                raise UsageError(
+                    "`precision` fp8: expected `compute_capabilities` of 89 or above for TensorRT-RTX, found none: by "
+                    "itself TensorRT-RTX also builds for GPUs without FP8"
                 )
-            check_targets("tensorrt_rtx", self.compute_capabilities, products)
+            check_targets("tensorrt_rtx", self.compute_capabilities, self.products(precision, quantized))

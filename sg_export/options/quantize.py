@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sg_calibration.settings import METHODS, FeedSettings, Method
 from sg_calibration.types import QUANTS
-from sg_runtime.errors import OptionError, UsageError
+from sg_runtime.errors import UsageError
 from sg_runtime.manifest import QualityGates, QuantizedType
 
 GATE_IMAGES = 8
@@ -53,21 +53,17 @@ class QuantizeOptions:
                 f"{self.gates.guided:g}"
             )
         if self.table is not None and self.data is not None:
-            raise OptionError(
-                "table and data: expected one of them: the ranges are already in the first", "table", "data"
-            )
+            raise UsageError("`table` and `data`: expected one of them: the ranges are already in the first")
         if self.like is not None and self.exclude:
-            raise OptionError(
-                "like and exclude: expected one of them: the bundle states which layers are excluded", "like", "exclude"
-            )
+            raise UsageError("`like` and `exclude`: expected one of them: the bundle states which layers are excluded")
 
     def check_files(self) -> None:
         """Raise UsageError if a requested file or folder does not exist."""
         if self.table is not None and not self.table.is_file():
-            raise OptionError(f"table {self.table}: found no file: make it with sg-export calibrate", "table")
+            raise UsageError(f"`table` {self.table}: found no file: make it with sg-export calibrate")
         for option, folder in (("data", self.data), ("like", self.like)):
             if folder is not None and not folder.is_dir():
-                raise OptionError(f"{option} {folder}: found no folder of this name", option)
+                raise UsageError(f"`{option}` {folder}: found no folder of this name")
 
     @property
     def effective_method(self) -> Method:

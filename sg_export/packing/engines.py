@@ -1,25 +1,29 @@
 """Engines of a bundle's graphs: profiles, cache, build, and checks that do not run the engines."""
 
+import errno
 import functools
 import logging
 import mmap
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sg_engines.cache import EngineCache, EngineKey
 from sg_engines.child import BuildFigures, build_in_child
-from sg_engines.trt import EngineRecipe, Shape, has_timing_cache
+from sg_engines.targets import check_gpu
+from sg_engines.trt import EngineRecipe, Shape, builder_flags, has_timing_cache
 from sg_export.graph.spec import GraphSpec, graph_inputs, keep_sizes
 from sg_export.options.engines import EngineOptions
 from sg_export.progress import Report
 from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.devices.gpus import Gpu, find_gpus
-from sg_runtime.errors import EngineError
-from sg_runtime.extras import require
-from sg_runtime.files import cache_folder, sha256_of
+from sg_runtime.errors import EngineError, MissingExtraError, UsageError
+from sg_runtime.extras import outdated, require
+from sg_runtime.files import cache_folder, check_room, sha256_of
 from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, ModelFacts, Profile
 
 LOG = logging.getLogger("sg_export")
@@ -56,19 +60,43 @@ class EngineSource:
     weight_bytes: int
 
 
-def check_libraries(libraries: Sequence[EngineLibrary]) -> None:
+def check_libraries(libraries: Sequence[EngineLibrary], products: Iterable[str] = ()) -> None:
     """Raise an error if these libraries cannot build engines on this machine.
 
-    The error is MissingExtraError if a library is not installed, and EngineError if TensorRT finds
-    no GPU.
+    products: types of the graphs' matrix products. The error is MissingExtraError if a library is
+    not installed or too old, EngineError if TensorRT finds no GPU, and UsageError if
+    TensorRT's GPU lacks one of these types.
     """
     for library in libraries:
-        if library == "tensorrt" and not find_gpus():
-            raise EngineError(
-                "--target tensorrt: TensorRT builds on the GPU that the engine is for, found no GPU: build on the "
-                "machine with that GPU, or give --target tensorrt-rtx, which needs no GPU, or --target onnxruntime"
-            )
+        if library == "tensorrt":
+            gpus = find_gpus()
+            if not gpus:
+                raise EngineError(
+                    "`libraries` tensorrt: TensorRT builds on the GPU that the engine is for, found no GPU: build on "
+                    "the machine with that GPU, or give `libraries` tensorrt_rtx, which needs no GPU, or build ONNX "
+                    "graphs"
+                )
+            check_gpu(gpus[0].name, gpus[0].compute_capability, products)
         require(library)
+        for message in outdated(library.replace("_", "-")):
+            raise MissingExtraError(message)
+
+
+def check_timing_cache(options: EngineOptions) -> None:
+    """Raise UsageError if the timing cache cannot be read or written, unless no library uses it."""
+    path = options.timing_cache
+    if path is None or not any(has_timing_cache(import_module(library)) for library in options.libraries):
+        return
+    try:
+        if path.exists():
+            path.open("rb").close()
+        if not path.absolute().parent.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        check_room(path.absolute().parent)
+    except OSError as error:
+        raise UsageError(
+            f"`timing_cache` {path}: cannot be read and written ({error.strerror}): give another file"
+        ) from None
 
 
 def build_engines(
@@ -94,7 +122,7 @@ def build_engines(
     for library in options.libraries:
         trt = import_module(library)
         if options.timing_cache is not None and not has_timing_cache(trt):
-            LOG.warning("--timing-cache: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
+            LOG.warning("`timing_cache`: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
             profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
@@ -104,7 +132,7 @@ def build_engines(
                 options.workspace,
                 options.timing_cache if has_timing_cache(trt) else None,
             )
-            key = _key(source, weights[source.weights], library, trt.__version__, plan, gpu)
+            key = _key(source, weights[source.weights], library, trt, plan, gpu)
             path = folder / f"{source.path.stem}.{key.digest[:16]}.engine"
             if cache is not None and LOG.isEnabledFor(logging.INFO):  # `explain` reads the entire engine
                 LOG.info("%s: %s", path.name, cache.explain(key))
@@ -160,17 +188,18 @@ def profile_shapes(profile: Profile, spec: GraphSpec, model: ModelFacts) -> dict
 
 
 def _key(
-    source: EngineSource, weights: str, library: EngineLibrary, version: str, plan: EngineRecipe, gpu: Gpu | None
+    source: EngineSource, weights: str, library: EngineLibrary, trt: Any, plan: EngineRecipe, gpu: Gpu | None
 ) -> EngineKey:
     return EngineKey(
         name=source.path.stem,
         graph=sha256_of(source.path),
         weights=weights,
         library=library,
-        version=version,
+        version=trt.__version__,
         profiles=plan.profiles,
         compute_capabilities=plan.compute_capabilities,
         workspace=plan.workspace,
+        flags=builder_flags(trt),
         gpu="" if gpu is None else f"{gpu.name}, {gpu.compute_capability}",
     )
 
@@ -210,7 +239,7 @@ def _facts(
         if fused < wanted:
             message = f"{path.name}: expected {wanted} fused attention kernels in all profiles, found {fused}"
             if not options.allow_unfused:
-                raise EngineError(f"{message}: attention would be slow; to build anyway, give --allow-unfused")
+                raise EngineError(f"{message}: attention would be slow; to build anyway, give `allow_unfused`")
             LOG.warning("%s", message)
     spec = source.specs[0]
     return EngineFacts(

@@ -33,19 +33,19 @@ def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     if not target.exists():
         return
     if not force:
-        raise UsageError(f"{output}: exists: give another --output, or --force to replace it")
+        raise UsageError(f"{output}: exists: give another `output`, or `force` to replace it")
     for path in inputs:
         if path.resolve().is_relative_to(target):
-            raise UsageError(f"{output}: holds {path}, which this build reads: give another --output")
+            raise UsageError(f"{output}: holds {path}, which this build reads: give another `output`")
     empty = target.is_dir() and not any(target.iterdir())
     own = own_files(target)
     if not empty and not own:
-        raise UsageError(f"{output}: exists and is not a bundle, so --force does not replace it: give another --output")
+        raise UsageError(f"{output}: exists and is not a bundle, so `force` does not replace it: give another `output`")
     if own and (foreign := _foreign(target, own | {VERIFY_FILE})):
         names = ", ".join(foreign[:LISTED]) + (f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else "")
         raise UsageError(
-            f"{output}: expected only files of the bundle, found {names}: --force would delete them: move them, or "
-            f"give another --output"
+            f"{output}: expected only files of the bundle, found {names}: `force` would delete them: move them, or "
+            f"give another `output`"
         )
 
 
@@ -54,7 +54,7 @@ def check_place(output: Path) -> None:
     target = output.resolve()
     if target.is_mount():
         raise UsageError(
-            f"{output}: is a mount point, which cannot be replaced: give a folder in it, --output {output / 'bundle'}"
+            f"{output}: is a mount point, which cannot be replaced: give a folder in it, `output` {output / 'bundle'}"
         )
     try:
         check_room(target.parent)
@@ -170,7 +170,7 @@ def _lock(folder: Path) -> int | None:
 def _unwritable(output: Path, error: OSError) -> SgError:
     if error.errno in FULL:
         return ExportError(_full_message(output))
-    return UsageError(f"{output}: cannot be written ({error.strerror or error}): give another --output")
+    return UsageError(f"{output}: cannot be written ({error.strerror or error}): give another `output`")
 
 
 def _explained(error: Exception, output: Path, target: Path, temporary: Path) -> Exception:
@@ -198,4 +198,4 @@ def _explained(error: Exception, output: Path, target: Path, temporary: Path) ->
 
 
 def _full_message(output: Path) -> str:
-    return f"{output}: the disk is full; free some space, or give --output on another disk"
+    return f"{output}: the disk is full; free some space, or give an `output` on another disk"

@@ -1,5 +1,6 @@
 """Writer of a bundle's files and manifest from traced graphs."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sg_export.cost.count import count_cost
+from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_parity, check_types
+from sg_export.graph.cuda import lower_for_cuda
 from sg_export.graph.half import half_attentions, to_half
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_sizes
 from sg_export.graph.trace import trace
@@ -28,6 +31,7 @@ from sg_runtime.manifest import (
     Karras,
     Manifest,
     NetworkName,
+    PassCost,
     Quantization,
     Sampling,
 )
@@ -64,7 +68,12 @@ def manifest_of(
     engines: tuple[EngineFacts, ...],
     folder: Path,
 ) -> Manifest:
-    """Return the manifest of the bundle in `folder`."""
+    """Return the manifest of the bundle in `folder`.
+
+    Of graphs that are neither kept nor in an engine it has the costs alone.
+    """
+    built = {(engine.kind, engine.network, engine.null_weak) for engine in engines}
+    left_out = [] if options.has_onnx else [g for g in written.facts if (g.kind, g.network, g.null_weak) not in built]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=f"sg-export {__version__}",
@@ -78,10 +87,11 @@ def manifest_of(
         precision=options.precision,
         fp32_layers=layers,
         quantization=quantization,
+        onnx_target=options.onnx_target,
         opset=options.opset,
         batch=options.batch,
         condition_rows=CONDITION_ROWS,
-        graphs=written.facts,
+        graphs=tuple(graph for graph in written.facts if graph not in left_out),
         engines=engines,
         source=loaded.source,
         weak_source=None if weak is None else weak.source,
@@ -89,6 +99,7 @@ def manifest_of(
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
             for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
         },
+        passes=tuple(PassCost(graph.network, graph.levels[0], graph.cost) for graph in left_out),
     )
 
 
@@ -134,6 +145,9 @@ def trace_all(
             options.batch,
             options.opset,
             symbolic_keep=bool(options.libraries),
+            lower=functools.partial(lower_for_cuda, precision=options.precision)
+            if options.for_cuda
+            else lower_attention,
         )
         traced |= zip(own, models, strict=True)
     return traced
@@ -155,7 +169,8 @@ def pack(
     for name, own in files.items():
         graph = models[name].graph
         if options.precision != "fp32":
-            to_half(graph, options.precision, layers)
+            tokens_in_half = options.tokens_in_half and own[0].kind != "condition"
+            to_half(graph, options.precision, layers, tokens_in_half=tokens_in_half)
         by_network[own[0].network].append(models[name])
         attentions[name] = half_attentions(graph)
         for spec in own:

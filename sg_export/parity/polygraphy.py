@@ -1,4 +1,8 @@
-"""Polygraphy runners for the graphs of a bundle: in PyTorch, and on a backend of the runtime."""
+"""Polygraphy for the graphs of a bundle.
+
+Runners compute them in PyTorch, and on a backend of the runtime. Saved inputs and outputs, with
+commands, let Polygraphy's own command line repeat comparisons, also on another machine.
+"""
 
 import shlex
 from collections import OrderedDict
@@ -7,31 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
-from sg_export.graph.check import check_reference
-from sg_export.graph.module import subset
 from sg_export.loading import LoadedModel
 from sg_export.options.types import BASES
 from sg_export.parity.compare import Feed
+from sg_export.parity.torch_backend import evaluate
 from sg_runtime.backends import Lane
 from sg_runtime.bundle import Bundle
-from sg_runtime.guidance import guide
-from sg_runtime.manifest import GraphFacts
+from sg_runtime.manifest import EngineFacts, GraphFacts, Manifest
 from sg_runtime.run.evaluate import run_once
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
-    """A Polygraphy runner that computes one graph of the bundle with the PyTorch model.
-
-    A guided graph is computed in two separate, complete passes. Raises CheckpointError if a value
-    is not finite.
-    """
+    """A Polygraphy runner that computes one graph of the bundle in PyTorch; see `evaluate`."""
 
     def __init__(self, loaded: LoadedModel, graph: GraphFacts) -> None:
         super().__init__(name="pytorch", prefix="pytorch")
@@ -42,26 +39,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         return _inputs(self.graph)
 
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
-        given = {name: torch.from_numpy(np.asarray(value)) for name, value in feed_dict.items()}
-        model = self.loaded.model
         self.inference_time = 0.0
-        with torch.no_grad():
-            if self.graph.kind == "condition":
-                condition = model.condition(given["t"], given["class"]).numpy()
-                check_reference(self.loaded, self.graph.name, condition)
-                return OrderedDict(modulations=condition)
-            scaled, modulations = given["c_in"] * given["x"], given["modulations"]
-            if self.graph.kind == "guided":
-                other = given.get("modulations_weak", modulations)
-                strong = model.predict(scaled, modulations, subset(given, "_strong"))
-                weak = model.predict(scaled, other, subset(given, "_weak"))
-                output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
-            else:
-                output = model.predict(scaled, modulations, subset(given))
-            prediction = given["c_skip"] * given["x"] + given["c_out"] * output
-            following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
-        check_reference(self.loaded, self.graph.name, prediction.numpy(), following.numpy())
-        return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
+        return evaluate(self.loaded, self.graph, feed_dict)
 
 
 class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
@@ -94,24 +73,46 @@ def _inputs(graph: GraphFacts) -> TensorMetadata:
     return metadata
 
 
-def save_run(bundle: Bundle, graph: GraphFacts, folder: Path, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
-    """Write inputs and PyTorch's outputs of a graph to `folder` in Polygraphy's format.
+def save_data(folder: Path, name: str, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
+    """Write inputs and PyTorch's outputs to `folder` in Polygraphy's format.
 
-    Returns the Polygraphy commands that repeat the comparison. There are none for a graph without
-    an ONNX file and none for BF16, as Polygraphy cannot run these here.
+    name: start of the names of the two files. Returns the options that read them.
     """
-    inputs, outputs = folder / f"{graph.name}-inputs.json", folder / f"{graph.name}-outputs.json"
+    inputs, outputs = folder / f"{name}-inputs.json", folder / f"{name}-outputs.json"
     save_json(feeds, str(inputs))
     RunResults([wanted]).save(str(outputs))
-    manifest = bundle.manifest
-    if graph.file is None or manifest.precision == "bf16":
+    return "--load-inputs", str(inputs), "--load-outputs", str(outputs)
+
+
+def onnx_commands(bundle: Bundle, graph: GraphFacts, data: Sequence[str]) -> tuple[str, ...]:
+    """Return the Polygraphy commands that compare a graph's ONNX file with saved outputs.
+
+    data: options of `save_data`. There is none for a graph without an ONNX file, for BF16, and for
+    half precision in the form for CUDA: ONNX Runtime's CPU provider cannot run these.
+    """
+    on_cpu = ("fp32",) if bundle.manifest.onnx_target == "onnxruntime-cuda" else ("fp32", "fp16")
+    if graph.file is None or bundle.manifest.precision not in on_cpu:
         return ()
-    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt"]
-    words += ["--load-inputs", str(inputs), "--load-outputs", str(outputs)]
+    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt", *data, *_thresholds(bundle.manifest)]
+    return (shlex.join(words),)
+
+
+def engine_command(bundle: Bundle, engine: EngineFacts, profile: int, data: Sequence[str]) -> str:
+    """Return the Polygraphy command that compares one profile of an engine with saved outputs.
+
+    Polygraphy runs TensorRT-RTX if a variable asks for it. Its default allocation does not fit
+    engines that leave all allocation to the caller.
+    """
+    words = ["polygraphy", "run", str(bundle.file(engine.file)), "--model-type", "engine", "--trt"]
+    words += ["--optimization-profile", str(profile), "--allocation-strategy", "profile"]
+    command = shlex.join([*words, *data, *_thresholds(bundle.manifest)])
+    return f"POLYGRAPHY_USE_TENSORRT_RTX=1 {command}" if engine.library == "tensorrt_rtx" else command
+
+
+def _thresholds(manifest: Manifest) -> list[str]:
+    """Return Polygraphy's options for the gates of a bundle's precision."""
     if manifest.quantization is not None:
         least = manifest.quantization.gates.cosine
-        words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
-    else:
-        tolerance = f"{BASES[manifest.precision].tolerance:g}"
-        words += ["--atol", tolerance, "--rtol", tolerance]
-    return (shlex.join(words),)
+        return ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
+    tolerance = f"{BASES[manifest.precision].tolerance:g}"
+    return ["--atol", tolerance, "--rtol", tolerance]

@@ -38,8 +38,8 @@ def compare_guidance(
     manifest = pipeline.bundle.manifest
     assert manifest.quantization is not None
     gates = manifest.quantization.gates
-    classes, seeds = images_of("gate", manifest.model, GATE_IMAGES)
-    own = walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA)
+    own = reference_walk(pipeline, loaded, weak, guidance)
+    classes, seeds = own.classes, own.seeds
     plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
     comparisons = []
     name = f"{guidance.mode} {rates_of(guidance)}"
@@ -54,6 +54,14 @@ def compare_guidance(
     subject = f"{len(own.times)} euler steps, {name}; other kept tokens: {own.mask_noise:.2%}"
     comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, None, None))
     return own, comparisons
+
+
+def reference_walk(
+    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan, *, noise: bool = True
+) -> Walk:
+    """Return the guided run of PyTorch that a quantized bundle is compared with; see `walk`."""
+    classes, seeds = images_of("gate", pipeline.bundle.manifest.model, GATE_IMAGES)
+    return walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA, noise=noise)
 
 
 def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:

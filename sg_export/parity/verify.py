@@ -4,6 +4,7 @@ Polygraphy runs and compares every graph at several times. Complete sampling run
 """
 
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_export.options.types import BASES
 from sg_export.parity import two_pass
 from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of
-from sg_export.parity.polygraphy import LaneRunner, TorchRunner, save_run
-from sg_export.parity.strata import compare_guidance, feeds_of
+from sg_export.parity.polygraphy import LaneRunner, TorchRunner, engine_command, onnx_commands, save_data
+from sg_export.parity.strata import compare_guidance, feeds_of, reference_walk
+from sg_export.parity.torch_backend import TorchBackend
 from sg_export.parity.walk import sampled
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Lane
@@ -39,6 +41,7 @@ from sg_runtime.guidance import built_guidances, levels
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
+    EngineFacts,
     GraphFacts,
     GuidancePlan,
     Manifest,
@@ -74,7 +77,9 @@ def verify(
     graphs run on the CPU; half-precision graphs then run in FP32 with the rounding of their type.
     times: times in (0, 1]. An edm model is compared at the noise levels at the same fractions of
     its run. A quantized bundle is compared at all times of a guided run instead.
-    save_polygraphy: folder for inputs and PyTorch's outputs in Polygraphy's format.
+    save_polygraphy: folder for inputs and PyTorch's outputs in Polygraphy's format, of ONNX files
+    and of engines. If the bundle holds engines alone, and neither device nor backend is given, the
+    data is saved and nothing is compared.
 
     Raises CheckpointError if the checkpoint is missing, is not the one that the bundle was built
     from, or gives values in PyTorch that are not finite. Raises BundleError if the bundle is
@@ -88,39 +93,55 @@ def verify(
             f"{build_command(opened.manifest, str(opened.path))}"
         )
     if device is None and backend is None:
-        opened.onnx(opened.manifest.condition("main"))  # raises BundleError if the bundle holds engines only
-        pipeline = _emulated(opened)
-        lane = None
+        graphs = opened.manifest.condition("main").file is not None
+        if not graphs and save_polygraphy is None:
+            raise BundleError(
+                f"{opened.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, or give "
+                f"`save_polygraphy` here, or `device` cuda on the machine with their GPU"
+            )
+        pipeline, lane = _emulated(opened) if graphs else None, None
     else:
         pipeline = Pipeline.load(opened, device or "auto", backend=backend)
         lane = pipeline.backend.lane()
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
-    sides = _Sides(pipeline, loaded, reload_weak(opened, weak_checkpoint, loaded))
+    networks = _Networks(loaded, reload_weak(opened, weak_checkpoint, loaded))
     if save_polygraphy is not None:
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
-    if opened.manifest.quantization is not None:
-        return _compare_quantized(sides, lane or pipeline.backend.lane(), times, save_polygraphy, report)
-    return _compare(sides, lane, times, save_polygraphy, report)
+    parity = Parity((), ())
+    if pipeline is not None:
+        sides = _Sides(pipeline, networks)
+        if opened.manifest.quantization is not None:
+            parity = _compare_quantized(sides, lane or pipeline.backend.lane(), times, save_polygraphy, report)
+        else:
+            parity = _compare(sides, lane, times, save_polygraphy, report)
+    if save_polygraphy is None:
+        return parity
+    engines = _save_engines(opened, networks, times, save_polygraphy, report)
+    return replace(parity, commands=(*parity.commands, *engines))
+
+
+@dataclass(frozen=True, slots=True)
+class _Networks:
+    """The networks of a bundle in PyTorch: the main one, and the weak one if the bundle has it."""
+
+    main: LoadedModel
+    weak: LoadedModel | None
+
+    def of(self, graph: GraphFacts) -> LoadedModel:
+        """Return the network that `graph` was traced from."""
+        found = self.main if graph.network == "main" else self.weak
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """Both sides of a comparison: the bundle's pipeline, and its networks in PyTorch.
-
-    loaded: main network. weak: weak network; None if the bundle has none.
-    """
+    """Both sides of a comparison: the bundle's pipeline, and its networks in PyTorch."""
 
     pipeline: Pipeline
-    loaded: LoadedModel
-    weak: LoadedModel | None
-
-    def network(self, graph: GraphFacts) -> LoadedModel:
-        """Return the network that `graph` was traced from."""
-        found = self.loaded if graph.network == "main" else self.weak
-        assert found is not None
-        return found
+    networks: _Networks
 
 
 def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: Path | None, report: Report) -> Parity:
@@ -141,7 +162,7 @@ def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: P
     commands: list[str] = []
     for number, graph in enumerate(manifest.graphs):
         report(f"comparing {graph.name}", number, stages)
-        network = sides.network(graph)
+        network = sides.networks.of(graph)
         feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
         if lane is None:
             runner = OnnxrtRunner(functools.partial(_open, bundle.onnx(graph), manifest.precision), "onnxruntime")
@@ -149,11 +170,11 @@ def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: P
             runner = LaneRunner(lane, pipeline.backend.name, graph)
         results = Comparator.run([TorchRunner(network, graph), runner], data_loader=feeds)
         if folder is not None:
-            commands += save_run(bundle, graph, folder, feeds, results[0])
+            commands += onnx_commands(bundle, graph, save_data(folder, graph.name, feeds, results[0]))
         comparisons += _judged(bundle, graph, times, feeds, results)
     for number, run in enumerate(runs, len(manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
-        comparisons.append(_compare_run(pipeline, sides.loaded, sides.weak, *run))
+        comparisons.append(_compare_run(pipeline, sides.networks.main, sides.networks.weak, *run))
     return Parity(tuple(comparisons), tuple(commands))
 
 
@@ -170,7 +191,7 @@ def _compare_quantized(
     feeds: dict[str, list[Feed]] = {}
     for number, guidance in enumerate(guidances):
         report(f"comparing at every time, {guidance.mode} {rates_of(guidance)}", number, len(guidances))
-        own, compared = compare_guidance(sides.pipeline, sides.loaded, sides.weak, guidance)
+        own, compared = compare_guidance(sides.pipeline, sides.networks.main, sides.networks.weak, guidance)
         comparisons += compared
         if folder is not None:
             feeds |= feeds_of(sides.pipeline, lane, own)
@@ -178,13 +199,52 @@ def _compare_quantized(
         return Parity(tuple(comparisons), ())
     commands: list[str] = []
     for graph in bundle.manifest.graphs:
-        network = sides.network(graph)
+        network = sides.networks.of(graph)
         if graph.kind == "condition":
             feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, RUN_IMAGES) for k, t in enumerate(times)]
         if graph.name in feeds:
             (wanted,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds[graph.name])
-            commands += save_run(bundle, graph, folder, feeds[graph.name], wanted)
+            data = save_data(folder, graph.name, feeds[graph.name], wanted)
+            commands += onnx_commands(bundle, graph, data)
     return Parity(tuple(comparisons), tuple(commands))
+
+
+def _save_engines(
+    bundle: Bundle, networks: _Networks, times: Sequence[float], folder: Path, report: Report
+) -> list[str]:
+    """Save inputs and PyTorch's outputs for every profile of the bundle's engines.
+
+    Profiles of the same graph and the same number of images share a pair of files. The inputs are
+    those of `_compare`; for step graphs of a quantized bundle, those of `_compare_quantized`.
+    Returns the commands that compare the engines with them.
+    """
+    manifest = bundle.manifest
+    libraries = sorted({engine.library for engine in manifest.engines})
+    wanted: dict[tuple[GraphFacts, int], list[tuple[EngineFacts, int]]] = {}
+    for graph, library in itertools.product(manifest.graphs, libraries):
+        sizes = manifest.engine_batches(library) if graph.kind != "condition" else (manifest.condition_rows,)
+        for rows in sizes:
+            if (found := manifest.engine(graph, rows, library)) is not None:
+                wanted.setdefault((graph, rows), []).append(found)
+    walks = []
+    if wanted and manifest.quantization is not None:
+        pipeline = Pipeline(bundle, TorchBackend(networks.of, RUN_IMAGES), RUN_IMAGES)
+        for guidance in built_guidances(manifest):
+            walks.append(reference_walk(pipeline, networks.main, networks.weak, guidance, noise=False))
+    commands = []
+    for number, ((graph, rows), profiles) in enumerate(wanted.items()):
+        report(f"saving {graph.name} for {rows} rows", number, len(wanted))
+        network, feeds = networks.of(graph), list[Feed]()
+        if graph.kind != "condition":
+            pipeline = Pipeline(bundle, TorchBackend(networks.of, rows), rows)
+            for own in walks:
+                feeds += feeds_of(pipeline, pipeline.backend.lane(), own).get(graph.name, [])
+        if not feeds:
+            feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
+        (results,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds)
+        data = save_data(folder, f"{graph.name}-{rows}", feeds, results)
+        commands += [engine_command(bundle, engine, profile, data) for engine, profile in profiles]
+    return commands
 
 
 def _judged(

@@ -56,9 +56,9 @@ def gates_failure(quality: Sequence[StratumQuality], options: QuantizeOptions) -
 
 def gates_remedy(options: QuantizeOptions) -> str:
     """Return the part of a message that lists remedies for a result that fails its gates."""
-    ways = ["another --method", "wider gates", "--allow-quality-loss"]
+    ways = ["another `method`", "wider gates", "`allow_quality_loss`"]
     if options.like is not None:
-        ways.insert(0, "a layer search instead of --like")
+        ways.insert(0, "a layer search instead of `like`")
     if options.table is None and options.data is None:
-        ways.insert(0, "more --calib-samples")
+        ways.insert(0, "more `samples`")
     return f"try {', '.join(ways[:-1])}, or {ways[-1]}"

@@ -76,7 +76,7 @@ def decide_quantization(
     """
     manifest, pipe = reference.manifest, reference_pipeline(reference)
     known = quantizable_layers(reference)
-    check_names("--exclude", options.exclude, known)
+    check_names("`exclude`", options.exclude, known)
     given = None if options.like is None else _choice_of(options.like, known, options.type)
     if options.table is not None:
         table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
@@ -183,11 +183,11 @@ def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[
     manifest = read_manifest(path / MANIFEST_FILE)
     plan = manifest.quantization
     if plan is None or plan.type != kind:
-        raise UsageError(f"--like {path}: expected a bundle in {kind}, found one in {manifest.precision_name}")
+        raise UsageError(f"`like` {path}: expected a bundle in {kind}, found one in {manifest.precision_name}")
     choice = {layer.name: _Choice(layer.quantized, f"as in {path.resolve().name}", None) for layer in plan.layers}
     if odd := sorted(choice.keys() ^ set(known)):
         raise UsageError(
-            f"--like {path}: expected a bundle with this model's {len(known)} layers, found one of {len(choice)}; "
+            f"`like` {path}: expected a bundle with this model's {len(known)} layers, found one of {len(choice)}; "
             f"only one of them has {', '.join(odd[:5])}"
         )
     return choice

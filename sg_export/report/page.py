@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -85,6 +86,7 @@ def _quality(page: Page) -> list[str]:
     compared = [bundle for bundle in page.bundles if bundle.quality]
     if not compared:
         return []
+    model = page.bundles[0].manifest.model
     lines = [[(q.time, q.guided) for q in bundle.quality or ()] for bundle in compared]
     gates = [b.manifest.quantization.gates.guided for b in compared if b.manifest.quantization is not None]
     rows = [
@@ -103,7 +105,7 @@ def _quality(page: Page) -> list[str]:
         f"(left) to the image (right). Dashed: the gates. Two runs of the first bundle with different kept tokens "
         f"end {page.mask_noise:.2%} apart.</p>",
         _key([bundle.name for bundle in compared]),
-        _lines(lines, sorted(set(gates))),
+        _lines(lines, sorted(set(gates)), "sigma" if model.prediction == "edm" else "time t"),
         _table(
             ["", "strong branch, least cosine", "weak branch, least cosine", "guided, largest", "complete runs"], rows
         ),
@@ -117,39 +119,47 @@ def _key(names: Sequence[str]) -> str:
     return f'<div class="key">{marks}</div>'
 
 
-def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float]) -> str:
-    """Return an SVG chart of `lines` over time. Time falls from left to right."""
-    width, height, left, bottom = 640, 256, 66, 42
+def _lines(lines: Sequence[Sequence[tuple[float, float]]], gates: Sequence[float], time_name: str) -> str:
+    """Return an SVG chart of `lines` over time. Time falls from left to right.
+
+    time_name: title of the axis of times.
+    """
+    width, height, left, above, bottom = 640, 290, 60, 36, 62
     top = max([value for line in lines for _, value in line] + list(gates)) * 1.08 or 1.0
     times = [time for line in lines for time, _ in line]
     first, last = max(times), min(times)
 
     def place(time: float, value: float) -> str:
         x = left + (first - time) / (first - last or 1) * (width - left - 8)
-        return f"{x:.1f},{8 + (1 - value / top) * (height - 8 - bottom):.1f}"
+        return f"{x:.1f},{above + (1 - value / top) * (height - above - bottom):.1f}"
 
     marks = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = float(place(first, top * share).partition(",")[2])
+    step = _round_step(top)
+    for tick in (number * step for number in range(int(top / step) + 1)):
+        y = float(place(first, tick).partition(",")[2])
         marks.append(f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{top * share:.1%}</text>')
+        marks.append(f'<text x="{left - 6}" y="{y + 5}" text-anchor="end">{tick * 100:.3g}%</text>')
     for time in (first, (first + last) / 2, last):
         x = float(place(time, 0).partition(",")[0])
         anchor = "start" if time == first else "end" if time == last else "middle"
-        marks.append(f'<text x="{x}" y="{height - 24}" text-anchor="{anchor}">{time:.3g}</text>')
-    across, middle = (left + width - 8) / 2, (height - bottom + 8) / 2
-    marks.append(f'<text x="{across}" y="{height - 6}" text-anchor="middle">time t, or sigma</text>')
-    marks.append(
-        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">relative L2 distance</text>'
-    )
+        marks.append(f'<text x="{x}" y="{height - 40}" text-anchor="{anchor}">{time:.3g}</text>')
+    across = (left + width - 8) / 2
+    marks.append(f'<text x="{across}" y="{height - 12}" text-anchor="middle">{time_name}</text>')
+    marks.append('<text x="4" y="18">relative L2 distance</text>')
     for gate in gates:
         start, end = place(first, gate).split(","), place(last, gate).split(",")
         marks.append(f'<line class="gate" x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>')
-        marks.append(f'<text x="{end[0]}" y="{float(end[1]) - 4:.1f}" text-anchor="end">gate {gate:.1%}</text>')
+        marks.append(f'<text x="{end[0]}" y="{float(end[1]) - 5:.1f}" text-anchor="end">gate {gate:.1%}</text>')
     for k, line in enumerate(lines):
         points = " ".join(place(time, value) for time, value in line)
         marks.append(f'<polyline fill="none" stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="2" points="{points}"/>')
-    return f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img">{"".join(marks)}</svg></div>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(marks)}</svg>'
+
+
+def _round_step(top: float) -> float:
+    """Return a round distance of marks, so that there are three to six from 0 to `top`."""
+    power = 10.0 ** math.floor(math.log10(top))
+    return next(share * power for share in (0.2, 0.5, 1.0, 2.0) if top < 6 * share * power)
 
 
 def _layers(bundle: BundleReport) -> list[str]:

@@ -114,7 +114,7 @@ def test_load_of_tokens_that_the_model_has_not_names_the_graph(bundle: Path, edi
 
 
 def test_run_of_tokens_that_the_graph_has_not_names_it(bundle: Path, edit: Edit) -> None:
-    """The manifest claims a thousand tokens throughout. Nothing is read or written beyond sixteen."""
+    """The manifest claims a thousand tokens. Nothing is read or written beyond sixteen."""
 
     def claim(graph: Any) -> None:
         for tensor in graph["inputs"]:

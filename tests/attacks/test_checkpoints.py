@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -127,6 +128,14 @@ def archive(**files: bytes) -> bytes:
         (b"\x1f\x8b\x08" + bytes(99), "an archive: unpack it first"),
         (b"a" + bytes(256) + b"ustar" + bytes(250), "an archive: unpack it first"),
         (b"GGUF" + bytes(99), "a GGUF file"),
+        (b"\xef\xbb\xbf<html>404 Not Found</html>", "a web page: "),
+        (
+            b'\xef\xbb\xbf{"_class_name": "DiTTransformer2DModel"}',
+            "the configuration of a Diffusers model, DiTTransformer2DModel: give a checkpoint as CompVis/tread or ",
+        ),
+        (b'{"architectures": ["CLIPTextModel"]}', "the configuration of a Transformers model: give a checkpoint as "),
+        (b'{"schema_version": 5}', "the manifest of a bundle or another file of sg-export: give the checkpoint itse"),
+        (b'{"route": "2-24"}', "facts about a checkpoint: give the checkpoint itself"),
         (archive(weights=b"0", readme=b"1"), "a zip archive of weights, readme"),
     ],
 )
@@ -291,6 +300,44 @@ def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> 
         "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight), "
         "found conv_in.weight, pos_embed"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("transformer_blocks.0.attn1.to_q.weight", "a transformer in the layout of Diffusers"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net"),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "a U-Net"),
+        ("double_blocks.0.img_attn.qkv.weight", "a text-to-image transformer (Flux, SD 3)"),
+        ("decoder.up.0.block.0.conv1.weight", "an autoencoder"),
+        ("decoder.up_blocks.0.resnets.0.conv1.weight", "an autoencoder"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "a text or image encoder"),
+        ("blocks.0.attn.qkv.lora_A.weight", "a LoRA"),
+        ("blocks.0.attn.qkv.weight.exp_avg", "the state of an optimizer"),
+    ],
+)
+def test_checkpoint_of_a_known_other_network_is_called_so(name: str, found: str, write: Callable[..., Path]) -> None:
+    message = refusal(write({name: torch.zeros(1), "pos_embed": torch.zeros(1)}))
+    assert message.startswith(f"expected a checkpoint of maskdit or tread, found {found}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("manifest.json", "a bundle, which a build has made: give the checkpoint"),
+        ("model_index.json", "a Diffusers pipeline (model_index.json): give a checkpoint as CompVis/tread or "),
+        ("zero_to_fp32.py", "a folder of DeepSpeed: turn it into a file with python "),
+    ],
+)
+def test_checkpoint_that_is_a_folder_of_a_tool_is_called_so(file: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=re.escape(f", found {found}")):
+        load_model(tmp_path)
+
+
+def test_checkpoint_that_is_an_address_is_to_be_downloaded() -> None:
+    with pytest.raises(CheckpointError, match=r"found an address: download the file, and give its path$"):
+        load_model("https://example.org/latest.pt")
 
 
 def test_checkpoint_that_names_its_family_but_is_another_is_refused(write: Callable[..., Path], state: Any) -> None:
@@ -490,6 +537,7 @@ def test_checkpoint_of_maskdit_with_a_fact_that_does_not_fit_is_refused(
     ("facts", "message"),
     [
         ({"heds": 2}, "heds: Unexpected keyword argument; the known keys are family, heads, route, "),
+        ({"heads": 2, "epoch": 5}, "epoch: Unexpected keyword argument; the known keys are family, heads, route, "),
         ({"heads": "2"}, "heads: Input should be a valid integer"),
         ({"family": "unet"}, "family 'unet': expected one of maskdit, tread"),
         ({"class_names": ["a"]}, "class_names: expected 5 names, found 1"),
@@ -505,7 +553,11 @@ def test_checkpoint_with_a_wrong_fact_is_refused(
         path.with_suffix(".json").write_text(text)
     else:
         path = write(save(state, {"sg_export": text}), "model.safetensors")
-    assert message in refusal(path)
+    refused = refusal(path)
+    assert message in refused
+    if "keyword" in message:
+        beside = "; it was read as facts about model.pt, which has its name: if it is another tool's file, rename it"
+        assert refused.endswith(beside) == (place == "sidecar")
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,11 @@ def again(pipe: Pipeline) -> Collect:
 
 
 def test_feed_settings_with_too_little_are_refused() -> None:
-    with pytest.raises(UsageError, match="samples: expected at least 1, found 0"):
+    with pytest.raises(UsageError, match="`samples`: expected at least 1, found 0"):
         FeedSettings(samples=0)
-    with pytest.raises(UsageError, match="steps: expected at least 25, found 24"):
+    with pytest.raises(UsageError, match="`steps`: expected at least 25, found 24"):
         FeedSettings(steps=24)
-    with pytest.raises(UsageError, match=r"seed: expected 0 to \d+, found 1099511627776"):
+    with pytest.raises(UsageError, match=r"`seed`: expected 0 to \d+, found 1099511627776"):
         FeedSettings(seed=1 << 40)
 
 

@@ -32,8 +32,8 @@ def test_weights_of_layers_are_their_shapes(guided: onnx.ModelProto) -> None:
 
 
 def test_check_names_of_an_unknown_layer_names_near_ones() -> None:
-    check_names("--exclude", ["blocks.1.mlp.fc1"], STEP)
-    with pytest.raises(UsageError, match=r"--exclude blocks.1.mlp.fc3: expected one of the 12 .*near: blocks.1.mlp.fc"):
-        check_names("--exclude", ["blocks.1.mlp.fc3"], STEP)
+    check_names("`exclude`", ["blocks.1.mlp.fc1"], STEP)
+    with pytest.raises(UsageError, match=r"`exclude` blocks.1.mlp.fc3: expected one of the 12 .*near: blocks.1.mlp.fc"):
+        check_names("`exclude`", ["blocks.1.mlp.fc3"], STEP)
     with pytest.raises(UsageError, match=r"found none of that name$"):
-        check_names("--exclude", ["?"], STEP)
+        check_names("`exclude`", ["?"], STEP)

@@ -150,9 +150,7 @@ def test_measure_of_too_few_values_is_refused(pipe: Pipeline, shards: list[Shard
     cut = Shard(one.x[:1, :1], one.time[:1], one.step[:1], one.evaluation[:1], one.label[:1], one.seed[:1])
     plans = built_guidances(pipe.bundle.manifest)
     for few in ([cut], []):
-        with pytest.raises(
-            CalibrationError, match=r"expected at least 10000 values, found \d+: give more --calib-samp"
-        ):
+        with pytest.raises(CalibrationError, match=r"expected at least 10000 values, found \d+: give more `samp"):
             measure(pipe, plans, few)
 
 
@@ -281,6 +279,11 @@ def test_read_table_of_another_file_is_refused(content: bytes, tmp_path: Path) -
     (tmp_path / "table.json").write_bytes(content)
     with pytest.raises(CalibrationError, match="expected a table of ranges, found something else"):
         read_table(tmp_path / "table.json", "0")
+
+
+def test_read_table_skips_a_byte_order_mark(tiny_ranges: Path, table: RangeTable, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_bytes(b"\xef\xbb\xbf" + tiny_ranges.read_bytes())
+    assert read_table(tmp_path / "table.json", table.identity) == table
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

@@ -23,6 +23,7 @@ KEY = EngineKey(
     profiles=({"x": (1, 2, 8, 8), "keep": (1, 4)},),
     compute_capabilities=(86, 89),
     workspace=None,
+    flags={"TF32": False},
     gpu="",
 )
 OTHERS: dict[str, Any] = {
@@ -34,6 +35,7 @@ OTHERS: dict[str, Any] = {
     "profiles": ({"x": (2, 2, 8, 8), "keep": (2, 4)},),
     "compute_capabilities": (86,),
     "workspace": 1 << 30,
+    "flags": {},
     "gpu": "NVIDIA H100, 90",
     "schema": SCHEMA + 1,
 }

@@ -109,6 +109,15 @@ def test_build_in_child_passes_the_plan_on(products: Products, plan: EngineRecip
     assert output.read_bytes() == here.read_bytes()
 
 
+def test_build_in_child_passes_warnings_on(
+    products: Products, plan: EngineRecipe, engine: Path, output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = output.parent / "none" / "timing.cache"
+    build_in_child("tensorrt_rtx", products["fp16"], replace(plan, timing_cache=path), output, ignore)
+    assert output.read_bytes() == engine.read_bytes()
+    assert caplog.messages == [f"timing cache {path}: not written (No such file or directory)"]
+
+
 def test_build_in_child_of_what_the_library_refuses_gives_its_reason(
     products: Products, plan: EngineRecipe, output: Path
 ) -> None:

@@ -10,7 +10,8 @@ import pytest
 import tensorrt_rtx
 from onnx import ModelProto, helper, load, parser, save
 
-from sg_engines.trt import EngineRecipe, build_engine, has_timing_cache
+import sg_engines.trt
+from sg_engines.trt import FLAGS, EngineRecipe, build_engine, builder_flags, has_timing_cache
 from sg_runtime.backends.rtx_header import PlanHeader, read_rtx_header
 from sg_runtime.errors import EngineError
 
@@ -100,6 +101,51 @@ def test_build_engine_with_a_workspace_gives_other_bytes(
     build_engine(tensorrt_rtx, products["fp16"], replace(plan, workspace=1 << 30), output, ignore)
     assert output.stat().st_size == engine.stat().st_size
     assert output.read_bytes() != engine.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("TF32", "fp32"), ("REQUIRE_USER_ALLOCATION", "fp16")])
+def test_build_engine_without_a_flag_gives_other_bytes(
+    products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """The flags reached the library, so they belong in the cache key."""
+    build_engine(tensorrt_rtx, products[kind], plan, output, ignore)
+    content = output.read_bytes()
+    monkeypatch.setattr(sg_engines.trt, "FLAGS", {k: v for k, v in FLAGS.items() if k != name})
+    build_engine(tensorrt_rtx, products[kind], plan, output, ignore)
+    assert output.read_bytes() != content
+
+
+def test_build_engine_has_no_tf32_and_allocates_nothing_when_it_runs(
+    products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, flag, seen = tensorrt_rtx.Builder.build_serialized_network, tensorrt_rtx.BuilderFlag, []
+
+    def build(builder: Any, network: Any, config: Any) -> Any:
+        seen.append((config.get_flag(flag.TF32), config.get_flag(flag.REQUIRE_USER_ALLOCATION)))
+        return real(builder, network, config)
+
+    monkeypatch.setattr(tensorrt_rtx.Builder, "build_serialized_network", build)
+    build_engine(tensorrt_rtx, products["fp32"], plan, output, ignore)
+    assert seen == [(False, True)]
+
+
+def test_builder_flags_are_those_that_the_library_has() -> None:
+    assert builder_flags(tensorrt_rtx) == FLAGS
+    assert builder_flags(SimpleNamespace(BuilderFlag=SimpleNamespace(TF32=7))) == {"TF32": False}  # as TensorRT has
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_build_engine_asks_for_a_strongly_typed_network_by_the_librarys_number(
+    products: Products, plan: EngineRecipe, output: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """TensorRT 10 numbers the flag 1. Without it, TensorRT 10 would choose types itself."""
+    real, asked = tensorrt_rtx.Builder.create_network, []
+    monkeypatch.setattr(tensorrt_rtx, "NetworkDefinitionCreationFlag", SimpleNamespace(STRONGLY_TYPED=number))
+    monkeypatch.setattr(
+        tensorrt_rtx.Builder, "create_network", lambda builder, flags: asked.append(flags) or real(builder)
+    )
+    build_engine(tensorrt_rtx, products["fp16"], plan, output, ignore)
+    assert asked == [1 << number]
 
 
 def test_build_engine_beyond_its_workspace_says_so(products: Products, plan: EngineRecipe, output: Path) -> None:
@@ -257,6 +303,21 @@ def test_build_engine_with_a_timing_cache_gives_the_library_what_was_there(
     )
     build_engine(tensorrt_rtx, products["fp16"], replace(plan, timing_cache=path), output, ignore)
     assert given == [b"a cache"]
+
+
+@no_operations
+def test_build_engine_with_a_timing_cache_that_cannot_be_written_warns(
+    products: Products,
+    plan: EngineRecipe,
+    engine: Path,
+    output: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "none" / "timing.cache"
+    build_engine(tensorrt_rtx, products["fp16"], replace(plan, timing_cache=path), output, ignore)
+    assert output.read_bytes() == engine.read_bytes()
+    assert caplog.messages == [f"timing cache {path}: not written (No such file or directory)"]
 
 
 @no_operations

@@ -59,7 +59,7 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
 
 def test_find_adapter_of_a_network_among_others_names_its_key(tiny: Any) -> None:
     tensors = {**{f"net.{name}": tensor for name, tensor in tiny.state().items()}, "loss.weight": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"; there is one under net: give --key net$"):
+    with pytest.raises(CheckpointError, match=r"; there is one under net: give `weights` net$"):
         find_adapter(checkpoint(tensors))
 
 
@@ -127,7 +127,7 @@ def test_infer_config_of_upstreams_sizes_gives_their_shape(width: int, depth: in
 
 
 def test_infer_config_of_unknown_width_asks_for_heads(tiny: Any) -> None:
-    with pytest.raises(UsageError, match=r"width 32 is not one of upstream's \(384, 768, 1024, 1152\): give --heads"):
+    with pytest.raises(UsageError, match=r"width 32 is not one of upstream's \(384, 768, 1024, 1152\): give `heads`"):
         tread.infer_config(checkpoint(tiny.state()), None)
 
 
@@ -186,7 +186,7 @@ def test_build_with_route_beyond_the_network_raises(end: int, tiny: Any) -> None
 
 
 def test_build_of_unknown_prediction_names_the_option(tiny: Any) -> None:
-    message = r"unknown: give --prediction flow \(velocity noise - data, noise at t = 1\) or --prediction edm; SiT's"
+    message = r"unknown: give `prediction` flow \(velocity noise - data, noise at t = 1\) or `prediction` edm; SiT's"
     with pytest.raises(UsageError, match=message):
         tread.build(checkpoint(tiny.state(), "module.", heads=2), Overrides())
 
@@ -298,5 +298,5 @@ def test_build_of_maskdits_sizes_gives_their_shape(patch: int, width: int, depth
 
 def test_build_of_maskdit_of_unknown_width_asks_for_heads(tiny_masked: Any) -> None:
     known = r"\(384, 768, 1024, 1152, 1280\)"
-    with pytest.raises(UsageError, match=rf"width 32 is not one of upstream's {known}: give --heads"):
+    with pytest.raises(UsageError, match=rf"width 32 is not one of upstream's {known}: give `heads`"):
         maskdit.build(checkpoint(empty(tiny_masked.config)), Overrides())

@@ -17,6 +17,7 @@ from torch import Tensor
 from sg_export import checkpoint
 from sg_export.checkpoint import CheckpointFacts, parse_facts, read_checkpoint
 from sg_runtime.errors import CheckpointError, UsageError
+from sg_runtime.manifest import Route
 
 ONE = {"layer.weight": torch.tensor([1.0])}
 TWO = {"layer.weight": torch.tensor([2.0])}
@@ -102,13 +103,13 @@ def test_read_checkpoint_of_each_layout_takes_the_wanted_set(
 @pytest.mark.parametrize(("weights", "other"), [("ema", "model"), ("model", "ema")])
 def test_read_checkpoint_without_the_wanted_set_names_the_other(weights: Any, other: str, tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {f"{other}_state_dict": ONE})
-    with pytest.raises(UsageError, match=f"expected {weights} weights, found {other}: give --weights {other}"):
+    with pytest.raises(UsageError, match=f"expected {weights} weights, found {other}: give `weights` {other}"):
         read_checkpoint(path, weights)
 
 
 def test_read_checkpoint_of_bare_set_refuses_a_choice(tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", ONE)
-    with pytest.raises(UsageError, match="a single bare state dict: leave out --weights ema"):
+    with pytest.raises(UsageError, match="a single bare state dict: leave out `weights` ema"):
         read_checkpoint(path, "ema")
 
 
@@ -209,14 +210,14 @@ def test_read_checkpoint_with_key_in_the_default_set_takes_the_tensors_under_it(
 
 def test_read_checkpoint_with_unknown_key_names_the_others(tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {"generator": ONE, "critic": TWO, "step": 3})
-    with pytest.raises(UsageError, match="expected tensors under gen, found them under generator, critic: give such a"):
+    with pytest.raises(UsageError, match="expected tensors under gen, found them under generator, critic: give one of"):
         read_checkpoint(path, "gen")
 
 
 @pytest.mark.parametrize("average", [{"decay": 0.999, "shadow_params": [torch.ones(1)]}, [torch.ones(1)]])
 def test_read_checkpoint_of_nameless_average_says_what_helps(average: Any, tmp_path: Path) -> None:
     path = save(tmp_path / "model.pt", {"model": ONE, "ema": average})
-    with pytest.raises(UsageError, match=r"ema: expected tensors by their names, found a list: .*give --weights model"):
+    with pytest.raises(UsageError, match=r"ema: expected tensors by their names, found a list: .*give `weights` model"):
         read_checkpoint(path)
     assert value(path, "model") == 1
 
@@ -333,6 +334,31 @@ def test_read_checkpoint_sidecar_stands_before_metadata(suffix: str, tmp_path: P
     assert read_checkpoint(path).facts == CheckpointFacts(
         route="2-3", heads=heads, training={"steps": 5, "data": ["a"]}
     )
+
+
+def test_read_checkpoint_leaves_the_json_of_another_tool_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(ONE, tmp_path / "model.safetensors", {"sg_export": json.dumps({"route": "1-6"})})
+    (tmp_path / "model.json").write_text(json.dumps({"description": "mine", "sd version": "other"}))
+    assert read_checkpoint(tmp_path / "model.safetensors").facts == CheckpointFacts(route="1-6")
+    assert caplog.messages == [
+        f"{tmp_path}/model.json: not read as facts about model.safetensors, which has its name: expected family, "
+        f"heads, route, selection_rate, prediction, space, class_names, training, found description, sd version"
+    ]
+
+
+@pytest.mark.parametrize("dash", "-–—−‐‑")
+def test_read_checkpoint_reads_facts_as_editors_write_them(dash: str, tmp_path: Path) -> None:
+    torch.save(ONE, tmp_path / "model.pt")
+    text = json.dumps({"route": f"2{dash}3"}, ensure_ascii=False)
+    (tmp_path / "model.json").write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    assert Route.parse(str(read_checkpoint(tmp_path / "model.pt").facts.route)) == Route(2, 3)
+
+
+def test_read_checkpoint_of_an_index_with_a_byte_order_mark_joins_the_shards(index: Path) -> None:
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert read_checkpoint(index).tensors.keys() == {"1.weight", "2.weight"}
 
 
 def test_parse_facts_takes_whole_numbers_for_rates() -> None:

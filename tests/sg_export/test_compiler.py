@@ -214,7 +214,7 @@ def test_compile_to_existing_output_says_how(kind: str, force: bool, tmp_path: P
         with pytest.raises(CheckpointError, match="found nothing there"):
             compile(tmp_path / "missing.pt", CompileOptions(output, force=True))
         return
-    message = "is not a bundle, so --force does not replace it: give another" if force else "exists: give another"
+    message = "is not a bundle, so `force` does not replace it: give another" if force else "exists: give another"
     with pytest.raises(UsageError, match=message):
         compile(tmp_path / "missing.pt", CompileOptions(output, force=force))
     assert output.is_file() == (kind == "file")
@@ -229,14 +229,14 @@ def test_compile_to_a_bundle_that_holds_an_input_raises(name: str, tmp_path: Pat
         "like": {"quantize": QuantizeOptions(like=tmp_path)},
     }
     options = CompileOptions(tmp_path, force=True, **given.get(name, {}))
-    with pytest.raises(UsageError, match="which this build reads: give another --output"):
+    with pytest.raises(UsageError, match="which this build reads: give another `output`"):
         compile(tmp_path / "new.pt" if name == "checkpoint" else "elsewhere.pt", options)
 
 
 @pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/sg-export/out"])
 def test_compile_where_nothing_can_be_made_raises(place: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"out: cannot be written \(.+\): give another --output$"):
+    with pytest.raises(UsageError, match=r"out: cannot be written \(.+\): give another `output`$"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / place))
 
 
@@ -288,7 +288,7 @@ def test_compile_interrupted_while_it_takes_the_place_brings_the_old_bundle_back
 def test_compile_to_a_folder_named_by_a_detour_raises(quick_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/data").write_text("precious")
-    with pytest.raises(UsageError, match="exists: give another --output"):
+    with pytest.raises(UsageError, match="exists: give another `output`"):
         compile(quick_checkpoint, smallest(tmp_path / "mine/absent/.."))
     assert (tmp_path / "mine/data").read_text() == "precious"
 
@@ -297,7 +297,7 @@ def test_compile_to_an_output_that_appears_meanwhile_raises(quick_checkpoint: Pa
     def report(at: str, done: int, total: int | None) -> None:
         (tmp_path / "out").mkdir(exist_ok=True)
 
-    with pytest.raises(UsageError, match="exists: give another --output"):
+    with pytest.raises(UsageError, match="exists: give another `output`"):
         compile(quick_checkpoint, smallest(tmp_path / "out"), report)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -94,7 +94,7 @@ def test_level_without_route_shows_upstreams_usual(depth: int, usual: str, loade
     with pytest.raises(UsageError) as caught:
         unknown.level(0.5)
     assert str(caught.value) == (
-        "tiny.safetensors: the route is unknown, so no branch can be sparse: give --route START-END, both blocks "
+        "tiny.safetensors: the route is unknown, so no branch can be sparse: give `route` START-END, both blocks "
         f"included; upstream's route for {depth} blocks is {usual}"
     )
 

@@ -98,7 +98,7 @@ class RecordingLane:
     """A lane that records each run when it is executed."""
 
     def __init__(self, lane: Lane, runs: list[Run]) -> None:
-        self.memory, self.enter, self.sequence = lane.memory, lane.enter, lane.sequence
+        self.memory, self.enter, self.sequence, self.release = lane.memory, lane.enter, lane.sequence, lane.release
         self._lane, self._runs = lane, runs
 
     def bind(
@@ -212,7 +212,7 @@ class WatchedLane:
     """A lane that records binds, sequences and runs."""
 
     def __init__(self, lane: OrtLane, events: list[Event]) -> None:
-        self.memory, self.enter = lane.memory, lane.enter
+        self.memory, self.enter, self.release = lane.memory, lane.enter, lane.release
         self._lane, self._events = lane, events
 
     def sequence(self, calls: Sequence[Call]) -> CallSequence:

@@ -3,7 +3,6 @@
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from sg_runtime.backends import Backend, open_backend, ort
+from sg_runtime.backends import Backend, open_backend
 from sg_runtime.backends.ort import PROVIDERS
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import EngineError, MissingExtraError, UsageError
@@ -134,18 +133,3 @@ def test_optimized_graph_for_the_cuda_provider_has_even_splits_alone(tiny_bundle
         assert not uneven[1]
         if path.stem.startswith("guided"):
             assert uneven[0]  # otherwise the option would have no effect
-
-
-@pytest.mark.parametrize("name", ["onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
-def test_session_without_a_folder_for_its_cache_opens_and_warns(
-    name: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SG_EXPORT_CACHE", str(tmp_path / "file"))
-    opened: list[dict[str, str]] = []
-    monkeypatch.setattr(ort, "_cuda_memory", lambda *_: SimpleNamespace(stream=0))
-    monkeypatch.setattr(ort, "open_session", lambda path, options, **_: opened.append(options))
-    bundle = Bundle.open(tiny_bundle)
-    ort.OrtBackend(bundle, name).session(bundle.manifest.graphs[0])
-    assert [key for key in opened[0] if "cache" in key] == []
-    assert caplog.messages == [f"cache {tmp_path}/file/onnxruntime: not used (Not a directory)"]

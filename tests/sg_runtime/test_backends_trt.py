@@ -4,9 +4,7 @@ The stand-ins run, on the CPU, the graphs from which a bundle's engines were bui
 are real. Other tests check that the real library has every name that the backend uses.
 """
 
-import ast
 import gc
-import inspect
 import json
 import logging
 import shutil
@@ -14,13 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorrt_rtx as real
+import trt_api
 from cuda_stand_in import CUresult, Driver
 from numpy.typing import NDArray
 from trt_stand_in import Library, RuntimeCache
@@ -381,9 +379,39 @@ def test_warmup_writes_the_kernels_and_the_next_backend_reads_them(
     again = Pipeline.load(library.bundle.path)
     sample(again, 5)
     assert sorted(found.read or b"" for found in caches(library)) == sorted(written.values())
-    again.backend.keep()  # also writes the kernels of the second profile
-    assert b"kernels:guided-16-8/0,guided-16-8/1" in {path.read_bytes() for path in cache.iterdir()}
     assert not [path for path in cache.iterdir() if path.suffix != ".cache"]
+
+
+@pytest.mark.parametrize("how", ["sample", "guided"])
+def test_kernels_of_a_later_run_are_kept_too(library: Library, pipe: Pipeline, cache: Path, how: str) -> None:
+    sample(pipe, 1)
+    assert {path.read_bytes() for path in cache.iterdir()} == {b"kernels:condition/0", b"kernels:guided-16-8/0"}
+    if how == "sample":
+        sample(pipe, 2)
+    else:
+        pipe.guided(np.zeros((2, 2, 8, 8), np.float32), pipe.prepare_once(0.5, [0, 1]))
+    assert b"kernels:guided-16-8/0,guided-16-8/1" in {path.read_bytes() for path in cache.iterdir()}
+
+
+def test_kernels_are_written_after_runs_that_compiled_some_and_no_others(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    serialize = RuntimeCache.serialize
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda cache: asked.append(cache) or serialize(cache))
+    counts = []
+    for images in (1, 1, 2, 1, 2):
+        sample(pipe, images)
+        counts.append(len(asked))
+    assert counts == [2, 2, 3, 3, 3]  # conditioning and guided step; then its second profile
+
+
+def test_kernels_for_the_shapes_are_compiled_before_a_capture(library: Library, pipe: Pipeline) -> None:
+    """The default compiles them in the background, while a capture takes slower kernels."""
+    sample(pipe, 2)
+    eager = real.DynamicShapesKernelSpecializationStrategy.EAGER
+    strategies = [context.config.dynamic_shapes_kernel_specialization_strategy for context in library.contexts]
+    assert strategies == [eager] * 2
 
 
 def test_kernels_of_another_gpu_are_compiled_anew(
@@ -456,11 +484,13 @@ def test_sample_by_a_graph_without_an_engine_names_it(pipe: Pipeline, how: dict[
 # Faults.
 
 
-@pytest.mark.parametrize("fault", ["capture", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+@pytest.mark.parametrize(
+    "fault", ["capture", "capturable", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
+)
 def test_capture_that_fails_is_one_warning_and_the_samples_are_right(
     library: Library, driver: Driver, pipe: Pipeline, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    if fault == "capture":
+    if fault in ("capture", "capturable"):
         library.refuses.add(fault)
     else:
         driver.statuses[fault] = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
@@ -470,6 +500,7 @@ def test_capture_that_fails_is_one_warning_and_the_samples_are_right(
     (message,) = caplog.messages
     assert message.startswith("runs are not captured as a CUDA graph, each is launched kernel by kernel: ")
     assert "cuGraphLaunch" not in driver.calls
+    assert ("cuStreamBeginCapture" in driver.calls) == (fault != "capturable")
 
 
 def test_execution_that_fails_is_an_error_and_the_pipeline_goes_on(library: Library, pipe: Pipeline) -> None:
@@ -560,74 +591,57 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Names that the backend uses, by the class that has them; "" is the module."""
 
 RTX_ALONE = {
-    "": ("IRuntimeCache",),
+    "": ("DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "ICudaEngine": ("create_runtime_config",),
     "IRuntimeConfig": (
         "set_execution_context_allocation_strategy",
+        "dynamic_shapes_kernel_specialization_strategy",
         "create_runtime_cache",
         "set_runtime_cache",
         "get_runtime_cache",
     ),
     "IRuntimeCache": ("serialize", "deserialize"),
+    "IExecutionContext": ("is_stream_capturable",),
 }
 """Names that the backend uses only if the module has IRuntimeCache, as TensorRT-RTX does."""
 
-OBJECTS = {"self._trt", "self._runtime", "self._engines[]", "opened", "engine", "context", "config", "cache"}
+OBJECTS = {
+    *("self._trt", "self._runtime", "self._engines[]", "self._configs[]"),
+    *("opened", "engine", "context", "config", "cache", "strategies"),
+}
 """Expressions that hold the library or one of its objects.
 
 An `engine` may also be the engine's facts in the manifest.
 """
 
-
-def flat(names: dict[str, tuple[str, ...]]) -> list[str]:
-    return [name for own in names.values() for name in own]
-
-
-def origin(node: ast.expr) -> str | None:
-    """Return the variable, or the attribute of self, at the start of an expression.
-
-    The expression is a chain of attributes, calls and items.
-    """
-    if isinstance(node, ast.Call):
-        return origin(node.func)
-    if isinstance(node, ast.Subscript):
-        return f"{origin(node.value)}[]"
-    if isinstance(node, ast.Attribute):
-        itself = isinstance(node.value, ast.Name) and node.value.id == "self"
-        return f"self.{node.attr}" if itself else origin(node.value)
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def used_names() -> Iterator[str]:
-    for node in ast.walk(ast.parse(inspect.getsource(sg_runtime.backends.trt))):
-        if isinstance(node, ast.Attribute) and origin(node.value) in OBJECTS:
-            yield node.attr
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
-            owner, name = node.args[:2]
-            if origin(owner) in OBJECTS and isinstance(name, ast.Constant):
-                yield name.value
+USES = {
+    use
+    for use in trt_api.uses(sg_runtime.backends.trt, OBJECTS)
+    if use.name not in {field.name for field in fields(EngineFacts)}
+}
 
 
 def test_names_are_all_that_the_backend_uses() -> None:
-    own = {field.name for field in fields(EngineFacts)}
-    assert {*used_names()} - own == {*flat(NAMES), *flat(RTX_ALONE)}
+    expected = {name for names in (NAMES, RTX_ALONE) for own in names.values() for name in own}
+    assert {use.name for use in USES} == expected
 
 
-@pytest.mark.parametrize("owner", sorted(NAMES.keys() | RTX_ALONE.keys()))
-def test_used_names_are_in_tensorrt_rtx(owner: str) -> None:
-    found = getattr(real, owner) if owner else real
-    for name in (*NAMES.get(owner, ()), *RTX_ALONE.get(owner, ())):
-        assert hasattr(found, name)
+def test_used_names_are_in_tensorrt_rtx_and_take_the_arguments() -> None:
+    api = trt_api.api_of(real)
+    for names in (NAMES, RTX_ALONE):
+        assert not trt_api.missing(api, names)
+        assert not trt_api.misfits(api, names, USES)
 
 
-def test_used_names_are_in_tensorrt_but_for_those_of_rtx_alone() -> None:
-    """`tests/sg_engines/test_trt_names.py` explains what this check can show."""
-    files = metadata.files("tensorrt-cu13-bindings") or []
-    (binary,) = (file for file in files if file.name == "tensorrt.so")
-    strings = Path(binary.locate()).read_bytes()
-    for name in (*NAMES, *flat(NAMES)):
-        assert name.encode() + b"\0" in strings
-    assert b"IRuntimeCache\0" not in strings  # the backend checks for this name
+@pytest.mark.parametrize("version", sorted(trt_api.recorded()))
+def test_used_names_are_in_tensorrt_and_take_the_arguments(version: str) -> None:
+    """`tests/sg_engines/test_trt_names.py` checks the record."""
+    api = trt_api.recorded()[version]
+    assert not trt_api.missing(api, NAMES)
+    assert not trt_api.misfits(api, NAMES, USES)
+    names = {"": ("IRuntimeCache",), "IExecutionContext": ("is_stream_capturable",)}
+    assert trt_api.missing(api, names) == [".IRuntimeCache", "IExecutionContext.is_stream_capturable"]
 
 
 def test_stand_in_has_the_names_that_are_used(library: Library, pipe: Pipeline) -> None:

@@ -239,6 +239,16 @@ def test_build_command_for_the_cpu_is_in_fp32(manifest: Manifest, asked: Asked, 
     assert options.batch is None
 
 
+def test_build_command_of_graphs_for_cuda_asks_for_them_or_for_any_provider(manifest: Manifest, asked: Asked) -> None:
+    cuda = replace(manifest, onnx_target="onnxruntime-cuda", precision="bf16", batch=2)
+    _, options = asked(build_command(cuda, "out"))
+    assert (options.onnx_target, options.precision, options.batch) == ("onnxruntime-cuda", "bf16", 2)
+    assert options.force
+    _, other = asked(build_command(cuda, "out", target="onnxruntime"))
+    assert (other.onnx_target, other.precision, other.batch) == ("onnxruntime", "fp32", 2)
+    assert other.output.name == "out-onnxruntime"
+
+
 @pytest.mark.parametrize("manifest", BUNDLES, indirect=True)
 @pytest.mark.parametrize("target", [None, "onnxruntime", "tensorrt", "tensorrt-rtx"])
 def test_build_command_for_every_target_parses(manifest: Manifest, target: str | None) -> None:

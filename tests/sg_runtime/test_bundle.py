@@ -117,6 +117,17 @@ def test_open_of_something_else_says_what_it_is_and_what_to_give(
     assert str(caught.value) == (f"{tmp_path / given}: expected a bundle (a directory), found {found.format(tmp_path)}")
 
 
+def test_open_of_a_manifest_with_a_byte_order_mark_succeeds(copy: Path) -> None:
+    manifest = copy / "manifest.json"
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())
+    assert Bundle.open(copy).path == copy
+
+
+def test_open_of_an_address_says_to_download() -> None:
+    with pytest.raises(BundleError, match=r"found an address; download the bundle and give its folder$"):
+        Bundle.open("https://example.org/bundle")
+
+
 def test_open_of_an_empty_folder_misses_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json: expected the manifest of a bundle, found No such file"):
         Bundle.open(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import sg_runtime.backends.choice
+import sg_runtime.backends.ort_check
 import sg_runtime.backends.trt_check
 from sg_runtime.backends import BACKENDS, Choice, choose_backend, open_backend
 from sg_runtime.backends.ort import CPU, PROVIDERS, Provider, open_session, strays_of
@@ -32,12 +32,17 @@ NO_ENGINES = (
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that gives this machine the given GPUs and ONNX Runtime providers."""
+    """Return a function that gives this machine the given GPUs and ONNX Runtime providers.
+
+    Whether a provider works: `test_ort_check`.
+    """
 
     def make(*gpus: Gpu, providers: tuple[str, ...] = (CPU_ONLY,)) -> None:
-        for module in (sg_runtime.backends.choice, sg_runtime.backends.trt_check):
-            monkeypatch.setattr(module, "find_gpus", lambda: gpus)
+        for module in (sg_runtime.backends.ort_check, sg_runtime.backends.trt_check):
+            monkeypatch.setattr(module, "find_gpus", lambda *_: gpus)
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [*providers])
+        monkeypatch.setattr(sg_runtime.backends.ort_check, "driver_cuda", lambda: (13, 0))
+        monkeypatch.setattr(sg_runtime.backends.ort_check, "_load_fault", lambda *_: None)
 
     return make
 
@@ -81,9 +86,8 @@ def test_choose_backend_of_graphs_without_a_gpu_is_the_cpu(
     with caplog.at_level(logging.INFO, "sg_runtime"):
         choice = choose_backend(graphs, device)
     lacking = (
-        f"onnxruntime-cuda: ONNX Runtime here has no {CUDA}; for an NVIDIA GPU: pip uninstall "
-        f"onnxruntime, then pip install "
-        f"-e '.[ort-gpu]' in a checkout of sg-export"
+        f"onnxruntime-cuda: ONNX Runtime here has no {CUDA}; for an NVIDIA GPU: pip uninstall -y onnxruntime "
+        f"onnxruntime-gpu, then pip install -e '.[ort-gpu]' in a checkout of sg-export"
     )
     reasons = (*NO_ENGINES, lacking) if device == "auto" else ()
     assert choice == Choice("onnxruntime-cpu", 0, reasons)
@@ -121,10 +125,10 @@ def test_choose_backend_of_a_driver_that_fails_falls_back_and_says_so(
 ) -> None:
     machine(providers=(CUDA, CPU_ONLY))
 
-    def fail() -> None:
+    def fail(extra: str) -> None:
         raise DeviceError("the CUDA driver: cuInit gave CUDA_ERROR_SYSTEM_NOT_READY")
 
-    monkeypatch.setattr(sg_runtime.backends.choice, "find_gpus", fail)
+    monkeypatch.setattr(sg_runtime.backends.ort_check, "find_gpus", fail)
     choice = choose_backend(graphs)
     assert choice.name == "onnxruntime-cpu"
     assert choice.rejected[-1] == "onnxruntime-cuda: the CUDA driver: cuInit gave CUDA_ERROR_SYSTEM_NOT_READY"
@@ -140,6 +144,24 @@ def test_choose_backend_of_graphs_in_bf16_is_a_gpu_or_none(graphs: Bundle, machi
         assert "its graphs are in BF16, which ONNX Runtime's CPU provider does not run" in refused(
             BundleError, bundle, **chosen
         )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_choose_backend_of_graphs_for_cuda_is_cuda_or_the_cpu_in_fp32(
+    graphs: Bundle, machine: Callable[..., None], precision: Any
+) -> None:
+    bundle = Bundle(graphs.path, replace(graphs.manifest, precision=precision, onnx_target="onnxruntime-cuda"))
+    machine(ADA, providers=(CUDA, CPU_ONLY))
+    assert choose_backend(bundle).name == "onnxruntime-cuda"
+    machine()
+    if precision == "fp32":
+        assert choose_backend(bundle).name == "onnxruntime-cpu"
+    else:
+        expected = f"form for ONNX Runtime's CUDA provider in {precision.upper()}, which onnxruntime-cpu does not run"
+        text = refused(BundleError, bundle, "cpu")
+        assert expected in text
+        assert "--target" not in text  # the command builds graphs for any provider
+        assert "ONNX Runtime here has no CUDAExecutionProvider" in refused(EngineError, bundle)
 
 
 # Engines
@@ -163,7 +185,7 @@ def test_choose_backend_of_engines_by_onnx_runtime_names_what_keeps_the_graphs(
     machine(ADA, providers=tuple(provider.name for provider in PROVIDERS.values()))
     message = refused(BundleError, engines, backend=backend)
     assert f"{engines.path}: expected ONNX graphs, found engines alone" in message
-    assert "build with --keep-onnx, or for the CPU: sg-export build " in message
+    assert "build it with `keep_onnx`, or for the CPU: sg-export build " in message
 
 
 def test_choose_backend_of_both_falls_from_engines_to_graphs(both: Bundle, machine: Callable[..., None]) -> None:
@@ -244,8 +266,7 @@ def test_choose_backend_of_engines_that_are_not_there_names_the_bundle_and_the_b
 @pytest.mark.parametrize("backend", ["onnxruntime", "cuda", "", "TensorRT"])
 def test_choose_backend_of_an_unknown_name_lists_those_there_are(graphs: Bundle, backend: str) -> None:
     assert refused(UsageError, graphs, backend=backend) == (
-        f"backend {backend!r}: expected one of tensorrt-rtx, tensorrt, onnxruntime-cuda, onnxruntime-cpu, "
-        f"onnxruntime-tensorrt-rtx, onnxruntime-tensorrt"
+        f"backend {backend!r}: expected one of tensorrt-rtx, tensorrt, onnxruntime-cuda, onnxruntime-cpu"
     )
 
 
@@ -290,7 +311,7 @@ def test_open_backend_of_threads_on_a_gpu_is_refused(
     graphs: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sg_runtime.backends.choice.choose_backend", lambda *_, **__: Choice(name, 0, ()))
-    with pytest.raises(UsageError, match=f"^threads: expected none on a GPU, which was chosen: {name}$"):
+    with pytest.raises(UsageError, match=f"^`threads`: expected none on a GPU, which was chosen: {name}$"):
         open_backend(graphs, threads=1)
 
 
@@ -324,7 +345,7 @@ def test_open_session_of_nodes_that_run_elsewhere_warns_of_each(
     assert warning.levelname == "WARNING"
     assert warning.getMessage() == (
         f"dense.onnx: {len(strays)} nodes are not run by AzureExecutionProvider: {', '.join(strays)}; build "
-        f"with --batch, so that shapes are known"
+        f"with a `batch`, so that shapes are known"
     )
 
 

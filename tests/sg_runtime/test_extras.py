@@ -51,11 +51,11 @@ def test_outdated_names_the_version_to_install(monkeypatch: pytest.MonkeyPatch) 
     claims = [
         "click>=8.4",
         "onnx-ir>=0.1.16; extra == 'export'",
-        "onnxruntime-gpu[cuda,cudnn]>=1.31.1; extra == 'ort-gpu'",
+        "onnxruntime-gpu[cuda]>=1.31.1; extra == 'ort-gpu'",
         "onnxscript>=0.6; extra == 'export'",
         "pytest>=9; extra == 'dev'",
         "sg-export[export]; extra == 'dev'",
-        "tensorrt>=11; extra == 'tensorrt'",
+        "tensorrt>=10.3; extra == 'tensorrt'",
     ]
     found = {"click": "8.4.0", "onnx-ir": "0.1.9", "onnxruntime-gpu": "1.31", "onnxscript": "0.10.dev3", "pytest": "8"}
 
@@ -70,6 +70,8 @@ def test_outdated_names_the_version_to_install(monkeypatch: pytest.MonkeyPatch) 
         "onnx-ir 0.1.9 is older than 0.1.16, which sg-export needs: pip install 'onnx-ir>=0.1.16'",
         "onnxruntime-gpu 1.31 is older than 1.31.1, which sg-export needs: pip install 'onnxruntime-gpu>=1.31.1'",
     ]
+    assert outdated("onnx-ir") == outdated()[:1]
+    assert outdated("tensorrt") == outdated("click") == []
 
 
 def test_outdated_of_what_is_not_installed_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

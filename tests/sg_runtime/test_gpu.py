@@ -3,7 +3,11 @@
 A test that lacks something is skipped and reports what it needs.
 """
 
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ import pytest
 from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
+from sg_export.parity.verify import TIMES, verify
 from sg_runtime.backends.rtx_header import RTX_TARGETS
 from sg_runtime.backends.trt_check import installed_version
+from sg_runtime.bundle import Bundle
 from sg_runtime.devices.cuda import CudaMemory
 from sg_runtime.devices.gpus import find_gpus
 from sg_runtime.errors import SgError
@@ -43,8 +49,11 @@ def gpu() -> int:
 
 
 @pytest.fixture(scope="module")
-def memory(gpu: int) -> CudaMemory:
-    return CudaMemory()
+def memory(gpu: int) -> Iterator[CudaMemory]:
+    memory = CudaMemory()
+    memory.enter()
+    yield memory
+    memory.leave()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,19 @@ def test_sample_by_onnxruntime_on_a_gpu_is_that_of_the_cpu(gpu: int, fixed: Path
         assert distance(pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler), expected) < CLOSE
 
 
+def test_sessions_on_a_gpu_share_the_weights(gpu: int, fixed: Path) -> None:
+    """Sessions that copied the weights from the file would not see that they were set to zero."""
+    pipe = cuda(fixed)
+    memory: Any = pipe.backend._memory  # type: ignore[attr-defined]
+    memory.enter()
+    for content in pipe.backend._shared._files.values():  # type: ignore[attr-defined]
+        memory.upload(np.zeros(content.shape, content.dtype), content)
+    memory.wait()
+    memory.leave()
+    expected = Pipeline.load(fixed, "cpu").sample(CLASSES, SEEDS, steps=1)
+    assert distance(pipe.sample(CLASSES, SEEDS, steps=1), expected) > 0.01
+
+
 def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path) -> None:
     pipe = cuda(fixed)
     expected = [pipe.sample(CLASSES, [seed] * 3, steps=3) for seed in range(8)]
@@ -105,18 +127,35 @@ def test_sample_on_a_gpu_from_eight_threads_is_that_of_one(gpu: int, fixed: Path
         np.testing.assert_array_equal(own, one)
 
 
-def test_sample_by_an_engine_is_that_of_the_cpu(gpu: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX is used if it builds for this GPU, otherwise TensorRT."""
+@pytest.fixture(scope="module")
+def engines(gpu: int, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return FP32 engines of three images, and their graphs.
+
+    TensorRT-RTX builds them if it supports this GPU, otherwise TensorRT.
+    """
     library: EngineLibrary = "tensorrt_rtx" if gpu in RTX_TARGETS else "tensorrt"
-    target = ENGINE_TARGETS[library]
     if installed_version(library) is None:
-        pytest.skip(f"needs {target} for a GPU of compute capability {gpu}")
-    options = CompileOptions(
-        tmp_path / "engines", (0.5,), engines=EngineOptions((library,), batch=(3,), keep_onnx=True)
-    )
-    bundle = compile(shutil.copy(tiny_checkpoint, tmp_path), options).path
-    expected = Pipeline.load(bundle, "cpu").sample(CLASSES, SEEDS, steps=4)
-    pipe = Pipeline.load(bundle, "cuda")
-    assert pipe.backend.name == target
+        pytest.skip(f"needs {ENGINE_TARGETS[library]} for a GPU of compute capability {gpu}")
+    folder = tmp_path_factory.mktemp("engines")
+    options = CompileOptions(folder / "out", (0.5,), engines=EngineOptions((library,), batch=(3,), keep_onnx=True))
+    return compile(shutil.copy(tiny_checkpoint, folder), options)
+
+
+def test_sample_by_an_engine_is_that_of_the_cpu(engines: Bundle) -> None:
+    expected = Pipeline.load(engines, "cpu").sample(CLASSES, SEEDS, steps=4)
+    pipe = Pipeline.load(engines, "cuda")
+    assert pipe.backend.name == ENGINE_TARGETS[engines.manifest.engines[0].library]
     for _ in range(3):
         assert distance(pipe.sample(CLASSES, SEEDS, steps=4), expected) < CLOSE
+
+
+def test_engines_agree_with_pytorch_by_the_commands_that_verify_prints(engines: Bundle, tmp_path: Path) -> None:
+    commands = [line for line in verify(engines.path, save_polygraphy=tmp_path).commands if "--trt" in line]
+    assert len(commands) == sum(len(engine.profiles) for engine in engines.manifest.engines)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    for command in commands:
+        done = subprocess.run(
+            command, shell=True, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Passed: {len(TIMES)}/{len(TIMES)} iterations" in done.stdout

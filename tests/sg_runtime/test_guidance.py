@@ -374,12 +374,12 @@ def test_choose_of_autoguidance_where_it_is_not_the_default_needs_a_sparsity(two
         (
             {"strong_sparsity": 0.5},
             "sg guidance: expected a weak branch sparser than the strong one, found sparsity 0.5 (weak, 8 tokens) and "
-            "0.5 (strong, 8 tokens); raise --sparsity or lower --strong-sparsity",
+            "0.5 (strong, 8 tokens); raise `sparsity` or lower `strong_sparsity`",
         ),
         (
             {"mode": "cfg+sg", "sparsity": 0.0},
             "cfg+sg guidance: expected a weak branch sparser than the strong one, found sparsity 0 (weak, 16 tokens) "
-            "and 0 (strong, 16 tokens); raise --sparsity or lower --strong-sparsity",
+            "and 0 (strong, 16 tokens); raise `sparsity` or lower `strong_sparsity`",
         ),
         ({"scale": math.nan}, "scale: expected a finite float32 number, found nan"),
         ({"scale": (2.0, math.inf)}, "scale: expected a finite float32 number, found inf"),

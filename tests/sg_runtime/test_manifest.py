@@ -188,6 +188,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         fp32_layers=tuple(draw(st.lists(texts, max_size=2))),
         quantization=draw(st.none() | quantizations),
+        onnx_target=draw(st.sampled_from(["onnxruntime", "onnxruntime-cuda"])),
         opset=draw(counts),
         batch=draw(st.none() | counts),
         condition_rows=draw(counts),
@@ -369,7 +370,7 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
-    del model["masked"]
+    del model["masked"], content["onnx_target"], content["passes"]
     model |= {"image_size": side, "channels": channels}
     assert read({**content, "schema_version": 3}) == expected
 
@@ -378,9 +379,10 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
 def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
     content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
 ) -> None:
-    del content["model"]["masked"]
+    del content["model"]["masked"], content["onnx_target"], content["passes"]
     content["model"]["family"] = family
-    assert read({**content, "schema_version": 4}).model.masked == masked
+    manifest = read({**content, "schema_version": 4})
+    assert (manifest.model.masked, manifest.onnx_target) == (masked, "onnxruntime")
 
 
 @pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])
@@ -510,7 +512,7 @@ def test_guidance_plan_of_a_weak_branch_that_is_not_sparser_is_refused(
     assert str(caught.value) == (
         f"{mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak.sparsity:g} "
         f"(weak, {weak.keep} tokens) and {strong.sparsity:g} (strong, {strong.keep} tokens); "
-        f"raise --sparsity or lower --strong-sparsity"
+        f"raise `sparsity` or lower `strong_sparsity`"
     )
     assert GuidancePlan(mode, strong, weak, 2.0, strong_last=QUARTER).strong == strong
     assert GuidancePlan(mode, strong, weak, 2.0, weak_last=QUARTER).strong == strong

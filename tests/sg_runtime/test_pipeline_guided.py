@@ -160,7 +160,7 @@ def test_prepare_once_of_a_wrong_request_is_refused(
 @pytest.mark.parametrize("run", [0.5, None, ["A"]])
 def test_guided_of_no_prepared_run_is_refused(pipe: Pipeline, run: Any) -> None:
     x = pipe.initial_noise([0])
-    with pytest.raises(UsageError, match="run: expected a PreparedRun, which `prepare` or `prepare_once` returns"):
+    with pytest.raises(UsageError, match="run: expected a PreparedRun, as prepare"):
         pipe.guided(x, run)
     with pytest.raises(UsageError, match="run: expected a PreparedRun"):
         pipe.branches(x, run)

@@ -263,15 +263,15 @@ def test_open_backend_of_graphs_in_bf16_names_the_precision(tiny_bundle: Path, d
     opened = Bundle.open(tiny_bundle)
     bundle = Bundle(tiny_bundle, replace(opened.manifest, precision="bf16"))
     assert refused(lambda: open_backend(bundle, device)) == (
-        f"{tiny_bundle}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
-        f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+        f"{tiny_bundle}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build it with "
+        f"`precision` fp32, or for a GPU with `libraries` tensorrt_rtx"
     )
 
 
 def test_onnx_of_engines_alone_names_what_leaves_the_graphs(bundle: Bundle) -> None:
     graph = bundle.manifest.condition("main")
     expected = (
-        f"{bundle.path}: expected ONNX graphs, found only engines; rebuild it with --keep-onnx or --target onnxruntime"
+        f"{bundle.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, or for ONNX Runtime"
     )
     assert refused(lambda: bundle.onnx(graph)) == expected
     assert refused(lambda: OrtBackend(bundle).lane().bind(graph, {}, {})) == expected

@@ -19,7 +19,14 @@ class Lane(Protocol):
     memory: Memory
 
     def enter(self) -> None:
-        """Make the lane current in the calling thread. Raises DeviceError if it was lost."""
+        """Make the lane current in the calling thread, until `memory.leave`.
+
+        Raises DeviceError if its device was lost.
+        """
+        ...
+
+    def release(self) -> None:
+        """Free what the backend can allocate again for calls that are made later."""
         ...
 
     def bind(
@@ -60,7 +67,10 @@ class Backend(Protocol):
         ...
 
     def keep(self) -> None:
-        """Write caches to disk that make the next start faster."""
+        """Write what runs have added to caches to disk, so that the next start is faster.
+
+        It is called after every run, and does nothing if nothing was added.
+        """
         ...
 
 

@@ -3,34 +3,21 @@
 import logging
 import re
 from dataclasses import dataclass
-from importlib import import_module
 
 from sg_runtime.backends.base import Backend
+from sg_runtime.backends.ort_check import check_cuda_provider
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices.gpus import find_gpus
-from sg_runtime.errors import BundleError, EngineError, OptionError, SgError, UsageError
-from sg_runtime.extras import install_extra
+from sg_runtime.errors import BundleError, SgError, UsageError
+from sg_runtime.extras import require
 from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
 from sg_runtime.manifest.base import whole_number
 from sg_runtime.requests import expect
 
 LOG = logging.getLogger("sg_runtime")
 
-BACKENDS = (
-    "tensorrt-rtx",
-    "tensorrt",
-    "onnxruntime-cuda",
-    "onnxruntime-cpu",
-    "onnxruntime-tensorrt-rtx",
-    "onnxruntime-tensorrt",
-)
-"""All backends. The first `_AUTOMATIC`, best first, are the candidates of an automatic choice.
-
-The others build engines when they open a bundle.
-"""
-
-_AUTOMATIC = 4
+BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-cpu")
+"""All backends. An automatic choice takes the first that works."""
 
 _LIBRARIES: dict[str, EngineLibrary] = {target: library for library, target in ENGINE_TARGETS.items()}
 """Engine library of each backend that runs prebuilt engines."""
@@ -71,7 +58,7 @@ def choose_backend(
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     if batch is not None:
         whole_number("batch", batch)
-    names = BACKENDS[:_AUTOMATIC] if backend is None else (backend,)
+    names: tuple[str, ...] = BACKENDS if backend is None else (backend,)
     names = tuple(name for name in names if kind == "auto" or (name == "onnxruntime-cpu") == (kind == "cpu"))
     if not names:
         raise UsageError(f"backend {backend}: does not run on device {device}: leave one of them out")
@@ -89,19 +76,24 @@ def choose_backend(
         target = "onnxruntime" if backend.startswith("onnxruntime") else backend
         command = build_command(bundle.manifest, str(bundle.path), target=target)
         raise BundleError(f"{bundle.path}: {backend}: {errors[backend]}; build it for this backend: {command}")
+    if bundle.manifest.onnx_target == "onnxruntime-cuda" and "onnxruntime-cuda" in errors:
+        raise errors["onnxruntime-cuda"]
     meant = [error for error in errors.values() if not isinstance(error, _NothingForItError)] or [*errors.values()]
     raise meant[0] if bundle.manifest.engines else meant[-1]
 
 
-def choose_onnx_backend() -> str | None:
-    """Return the backend that device "auto" takes here for ONNX graphs, if any."""
-    for name in BACKENDS[:_AUTOMATIC]:
-        if name not in _LIBRARIES:
-            try:
-                _check_provider(name, 0)
-            except SgError:
-                continue
-            return name
+def choose_onnx_backend() -> Choice | None:
+    """Return the backend that device "auto" takes here for ONNX graphs, None if there is none."""
+    rejected: list[str] = []
+    for name in BACKENDS:
+        if name in _LIBRARIES:
+            continue
+        try:
+            _check_provider(name, 0)
+        except SgError as error:
+            rejected.append(f"{name}: {error}")
+        else:
+            return Choice(name, 0, tuple(rejected))
     return None
 
 
@@ -127,13 +119,23 @@ def open_backend(
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
-        raise OptionError(f"threads: expected none on a GPU, which was chosen: {choice}", "threads")
+        raise UsageError(f"`threads`: expected none on a GPU, which was chosen: {choice}")
     if choice.name in _LIBRARIES:
         from sg_runtime.backends.trt import TrtBackend
+        from sg_runtime.devices.cuda import keep_current
 
-        return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture)
+        with keep_current():
+            return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture)
     from sg_runtime.backends.ort import OrtBackend
 
+    if choice.name == "onnxruntime-cuda" and bundle.manifest.quantization is not None:
+        LOG.warning(
+            "%s: on %s, %s graphs are slower than FP16: its kernels widen the values and multiply in the base "
+            "precision; build with `precision` fp16, or engines of TensorRT",
+            bundle.path,
+            choice.name,
+            bundle.manifest.precision_name.upper(),
+        )
     return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture, threads=threads)
 
 
@@ -174,30 +176,28 @@ def _check_onnx(bundle: Bundle, name: str, number: int) -> None:
     if any(graph.file is None for graph in manifest.graphs):
         raise _NothingForItError(
             f"{bundle.path}: expected ONNX graphs, found engines alone, which run only on their target GPUs; build "
-            f"with --keep-onnx, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
+            f"it with `keep_onnx`, or for the CPU: {build_command(manifest, str(bundle.path), target='onnxruntime')}"
+        )
+    # The CPU provider has the operators of the form for CUDA in FP32 alone.
+    fused = manifest.onnx_target == "onnxruntime-cuda" and manifest.precision != "fp32"
+    if name == "onnxruntime-cpu" and fused:
+        raise BundleError(
+            f"{bundle.path}: its graphs are in the form for ONNX Runtime's CUDA provider in "
+            f"{manifest.precision.upper()}, which {name} does not run; build for any provider: "
+            f"{build_command(manifest, str(bundle.path), target='onnxruntime')}"
         )
     if name == "onnxruntime-cpu" and manifest.precision == "bf16":
         raise BundleError(
-            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build with "
-            f"--precision fp32, or for a GPU with --target tensorrt-rtx"
+            f"{bundle.path}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build it "
+            f"with `precision` fp32, or for a GPU with `onnx_target` onnxruntime-cuda or `libraries` tensorrt_rtx"
         )
     if name != "onnxruntime-cpu":
-        _check_provider(name, number)
+        check_cuda_provider(number)
 
 
 def _check_provider(name: str, number: int) -> None:
-    """Raise unless ONNX Runtime has the provider of this backend, and its GPU `number` exists."""
-    from sg_runtime.backends.ort import PROVIDERS
-
-    provider = PROVIDERS[name].name
-    try:
-        available = import_module("onnxruntime").get_available_providers()
-    except ImportError:
-        available = []
-    if provider not in available:
-        raise EngineError(
-            f"ONNX Runtime here has no {provider}; for an NVIDIA GPU: pip uninstall onnxruntime, then "
-            f"{install_extra('ort-gpu')}"
-        )
-    if name != "onnxruntime-cpu" and number >= (gpus := len(find_gpus())):
-        raise BundleError(f"cuda:{number}: expected a GPU of this number, found {gpus}")
+    """Raise unless ONNX Runtime's provider of this backend works here, on GPU `number`."""
+    if name == "onnxruntime-cpu":
+        require("onnxruntime")
+    else:
+        check_cuda_provider(number)

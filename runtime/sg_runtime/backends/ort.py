@@ -1,20 +1,23 @@
 """ONNX Runtime backend: one execution provider, with inputs and outputs bound to device arrays."""
 
-import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from sg_runtime.backends.base import Call, CallSequence
+from sg_runtime.backends.ort_check import preload_libraries
+from sg_runtime.backends.ort_weights import DeviceWeights
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray, HostMemory
 from sg_runtime.errors import BundleError, DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
-from sg_runtime.files import cache_folder
 from sg_runtime.host import usable_cores
 from sg_runtime.manifest import GraphFacts
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("sg_runtime")
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class Provider:
@@ -30,16 +35,16 @@ class Provider:
 
     name: ONNX Runtime's name of the provider.
     options: provider options.
+    settings: configuration entries of a session.
     graph_option: option that captures runs as CUDA graphs, one per `gpu_graph_id`; None if the
-        provider has no such option or supports only a single graph.
-    cache_option: option for the folder of compiled files; None if there is none.
+        provider has none.
     disabled_optimizers: ONNX Runtime's names of graph optimizers to disable.
     """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     graph_option: str | None = None
-    cache_option: str | None = None
     disabled_optimizers: tuple[str, ...] = ()
 
 
@@ -47,32 +52,52 @@ PROVIDERS = {
     "onnxruntime-cpu": Provider("CPUExecutionProvider"),
     "onnxruntime-cuda": Provider(
         "CUDAExecutionProvider",
-        # TF32 would make FP32 graphs a thousand times less accurate.
-        {"use_tf32": "0"},
+        # TF32 would make FP32 graphs a thousand times less accurate. By default the arena doubles
+        # with each extension.
+        {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
+        # Weights that are not shared stay out of the arena, too.
+        {"session.use_device_allocator_for_initializers": "1"},
         graph_option="enable_cuda_graph",
         # This optimizer fuses all slices of the modulations into one Split with parts of several
         # sizes. That Split needs pinned memory, 8 bytes for each modulation. For DiT-XL/2 the arena
         # allocates it during the capture, and CUDA forbids that.
         disabled_optimizers=("GatherSliceToSplitFusion",),
     ),
-    "onnxruntime-tensorrt": Provider(
-        "TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}, cache_option="trt_engine_cache_path"
-    ),
-    "onnxruntime-tensorrt-rtx": Provider("NvTensorRTRTXExecutionProvider", cache_option="nv_runtime_cache_path"),
 }
 """Execution provider of each ONNX Runtime backend, by the names in `BACKENDS`."""
 
 CPU = PROVIDERS["onnxruntime-cpu"]
 
-_NOT_CAPTURED = "-1"
-"""The `gpu_graph_id` of a run that is neither captured nor replayed."""
+UNUSED_GRAPHS = 128
+"""Maximum number of captured CUDA graphs of a session that no call can replay any more."""
+
+
+@dataclass
+class _Opened:
+    """A session and its captured CUDA graphs.
+
+    ONNX Runtime 1.31.1 frees them with the session alone: its CUDA provider inherits the
+    `ReleaseCapturedGraph` that does nothing. A graph holds the addresses of its arrays, so runs
+    with equal keys share a graph.
+
+    ids: `gpu_graph_id` by name, address and shape of all arrays.
+    captured: ids that have been captured.
+    calls: the call that is bound to the arrays of a key, as long as it is used.
+    """
+
+    session: Any
+    ids: dict[Hashable, int] = field(default_factory=dict)
+    captured: set[int] = field(default_factory=set)
+    calls: "WeakValueDictionary[Hashable, Any]" = field(default_factory=WeakValueDictionary)
 
 
 class OrtBackend:
     """Sessions of ONNX Runtime, one per ONNX file, opened on first use.
 
     On a GPU all sessions share one stream and one lane, because a session runs in the stream that
-    it was opened with.
+    it was opened with. One thread opens and runs them, whoever asks: ONNX Runtime keeps captured
+    CUDA graphs and the handles of CUDA's libraries for each thread. Weights are uploaded once and
+    shared by the sessions.
     """
 
     def __init__(
@@ -86,7 +111,7 @@ class OrtBackend:
         threads: int | None = None,
         open_graph: "Callable[[Path], InferenceSession] | None" = None,
     ) -> None:
-        """Select the provider and the memory.
+        """Select the provider and the memory; on a GPU, upload the weights.
 
         name: name of the backend, as in `BACKENDS`.
         number: number of the GPU.
@@ -94,6 +119,8 @@ class OrtBackend:
         capture: whether runs are captured as CUDA graphs if the provider supports it.
         threads: number of threads of a run on the CPU; see `open_session`.
         open_graph: replacement of `open_session` on the CPU.
+
+        Raises DeviceMemoryError if the weights do not fit on the GPU.
         """
         require("onnxruntime")
         self.name = name
@@ -106,29 +133,62 @@ class OrtBackend:
         graphs = {graph.file for graph in bundle.manifest.graphs}
         engines = {engine.file for engine in bundle.manifest.engines}
         self._weights = [name for name in bundle.manifest.files if name not in graphs | engines]
-        self._sessions: dict[Path, InferenceSession] = {}
+        self._sessions: dict[Path, _Opened] = {}
         self._lock = threading.Lock()
+        self._own: OwnThread | None = None
+        self._shared: DeviceWeights | None = None
+        if self.lanes is not None:
+            self._own = OwnThread("sg-export-onnxruntime")
+            self._own.do(self._memory.enter)
+            with bundle.reading(*self._weights):
+                self._shared = self._own.do(
+                    lambda: DeviceWeights(self._memory, map(bundle.onnx, bundle.manifest.graphs))
+                )
 
     def lane(self) -> "OrtLane":
         return OrtLane(self, self._memory, self._number)
 
     def keep(self) -> None:
-        pass  # providers that compile write their caches themselves
+        pass  # no provider compiles
+
+    def do(self, work: "Callable[[], Result]") -> "Result":
+        """Return work(), which uses sessions. On a GPU it runs in the thread of the sessions."""
+        return work() if self._own is None else self._own.do(work)
+
+    def start(self, work: Callable[[], None]) -> "Future[None]":
+        """Start work(), which uses sessions on a GPU, in the thread of the sessions."""
+        assert self._own is not None
+        return self._own.start(work)
 
     def session(self, graph: GraphFacts) -> "InferenceSession":
-        """Return the session of a graph's file.
+        """Return the session of a graph's file; see `opened`."""
+        return self.opened(graph).session
+
+    def opened(self, graph: GraphFacts) -> _Opened:
+        """Return the session of a graph's file and its captured graphs.
 
         Raises EngineError if the file cannot be opened, and BundleError if it was changed since the
         bundle was opened.
         """
         with self._lock:
             path = self._bundle.onnx(graph)
-            session = self._sessions.get(path)
-            if session is None:
+            opened = self._sessions.get(path)
+            if opened is not None and len(opened.ids) - len(opened.calls) >= UNUSED_GRAPHS:
+                opened = None  # it ends with the last call that is bound to it
+            if opened is None:
                 with self._bundle.reading(path.relative_to(self._bundle.root).as_posix(), *self._weights):
-                    session = self._open(path)
-                self._sessions[path] = session
-            return session
+                    opened = _Opened(self.do(lambda: self._open(path)))
+                self._sessions[path] = opened
+            return opened
+
+    def release(self) -> None:
+        """Close the sessions that hold captured CUDA graphs, which frees the graphs."""
+
+        def close() -> None:
+            self._sessions = {path: opened for path, opened in self._sessions.items() if not opened.ids}
+
+        with self._lock:
+            self.do(close)
 
     def check_weights(self) -> None:
         """Raise BundleError if weights that sessions have mapped were written in place."""
@@ -137,26 +197,24 @@ class OrtBackend:
 
     def _open_session(self, path: Path) -> "InferenceSession":
         provider, options = PROVIDERS[self.name], {}
-        if self.lanes is not None:
-            options = {**provider.options, "device_id": str(self._number)}
-            options["user_compute_stream"] = str(self._memory.stream)
-        if provider.cache_option is not None:
-            try:
-                folder = cache_folder() / "onnxruntime"
-                folder.mkdir(parents=True, exist_ok=True)
-                options[provider.cache_option] = str(folder)
-            except OSError as error:
-                LOG.warning("cache %s: not used (%s)", error.filename, error.strerror)
-                options.pop("trt_engine_cache_enable", None)  # it would write to the current folder
+        if self._shared is None:
+            return open_session(path, provider=provider, threads=self._threads)
+        options = {**provider.options, "device_id": str(self._number), "user_compute_stream": str(self._memory.stream)}
+        shared = self._shared.values(path)
         if not self.captures or provider.graph_option is None:
-            return open_session(path, provider=provider, options=options, threads=self._threads)
+            return open_session(path, provider=provider, options=options, shared=shared)
         try:
-            return open_session(path, provider=provider, options={**options, provider.graph_option: "1"})
+            return open_session(path, provider=provider, options={**options, provider.graph_option: "1"}, shared=shared)
         except EngineError as error:
-            session = open_session(path, provider=provider, options=options)
+            session = open_session(path, provider=provider, options=options, shared=shared)
+            self.stop_captures(error)
+            return session
+
+    def stop_captures(self, error: Exception) -> None:
+        """Launch kernels one by one from now on, and warn once. Captured graphs stay in use."""
+        if self.captures:
             self.captures = False
             LOG.warning("runs are not captured as CUDA graphs, each is launched kernel by kernel: %s", error)
-            return session
 
 
 class OrtLane:
@@ -165,12 +223,13 @@ class OrtLane:
     def __init__(self, backend: OrtBackend, memory: Any, number: int) -> None:
         self.memory: Any = memory
         self._backend, self._number = backend, number
-        self._ids = itertools.count()
 
     def enter(self) -> None:
         self._backend.check_weights()
-        if self._backend.lanes is not None:
-            self.memory.enter()
+        self.memory.enter()
+
+    def release(self) -> None:
+        self._backend.release()
 
     def bind(
         self,
@@ -180,45 +239,160 @@ class OrtLane:
         *,
         fixed: bool = False,
     ) -> Call:
-        session = self._backend.session(graph)
+        opened = self._backend.opened(graph)
         kind = self.memory.device.partition(":")[0]
+        arrays = [*inputs.items(), *outputs.items()]
         try:
-            binding = session.io_binding()
-            for name, array in inputs.items():
-                place = (kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
-                binding.bind_input(name, *place)
-            for name, array in outputs.items():
-                place = (kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
-                binding.bind_output(name, *place)
+            binding = opened.session.io_binding()
+            for index, (name, array) in enumerate(arrays):
+                bind = binding.bind_input if index < len(inputs) else binding.bind_output
+                bind(name, kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _failed(graph, error) from error
-        options = self._run_options(fixed)
-        kept = (dict(inputs), dict(outputs))  # ONNX Runtime holds addresses, not arrays
-
-        def call() -> None:
-            assert kept
-            try:
-                session.run_with_iobinding(binding, options)
-            except Exception as error:  # as above
-                raise _failed(graph, error) from error
-
+        if self._backend.lanes is None:
+            return _Call(self._backend, graph, opened, binding, arrays)
+        call = _GpuCall(self._backend, graph, opened, binding, arrays, self.memory)
+        if fixed and self._backend.captures:
+            key = tuple((name, self.memory.address(array), array.shape) for name, array in arrays)
+            call.number = opened.ids.setdefault(key, len(opened.ids))
+            opened.calls[key] = call
         return call
 
     def sequence(self, calls: Sequence[Call]) -> CallSequence:
-        return CallSequence(calls)
+        return CallSequence(calls) if self._backend.lanes is None else _HandedSequence(calls, self._backend)
 
-    def _run_options(self, fixed: bool) -> Any:
-        """Return the run options; None on the CPU.
 
-        On a GPU a run only submits its work to the stream. It is captured if its arrays are fixed.
+class _Call:
+    """A bound run. It keeps its arrays alive, because ONNX Runtime holds only their addresses."""
+
+    def __init__(
+        self, backend: OrtBackend, graph: GraphFacts, opened: _Opened, binding: Any, arrays: Sequence[object]
+    ) -> None:
+        self._backend, self._graph, self._opened, self._binding = backend, graph, opened, binding
+        self._arrays = arrays
+
+    def __call__(self) -> None:
+        self._run(None)
+
+    def _run(self, options: Any) -> None:
+        try:
+            self._opened.session.run_with_iobinding(self._binding, options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise _failed(self._graph, error) from error
+
+
+class _GpuCall(_Call):
+    """A run that is only submitted to the stream, in the thread of the sessions.
+
+    number: the `gpu_graph_id` with which it is captured, None if it is not.
+    """
+
+    number: int | None = None
+
+    def __init__(
+        self,
+        backend: OrtBackend,
+        graph: GraphFacts,
+        opened: _Opened,
+        binding: Any,
+        arrays: Sequence[object],
+        memory: Any,
+    ) -> None:
+        super().__init__(backend, graph, opened, binding, arrays)
+        self._memory = memory
+
+    def __call__(self) -> None:
+        self._backend.do(self._submit)
+
+    def _submit(self) -> None:
+        if self.number in self._opened.captured:
+            self._run(_run_options(self.number))
+        elif self.number is None or not self._backend.captures:
+            self._run(_run_options(None))
+        else:
+            self._capture(self.number)
+
+    def _capture(self, number: int) -> None:
+        """Capture the run. If that fails, submit it without, and stop capturing.
+
+        ONNX Runtime runs a graph plainly first, then captures it, then replays it, in one call.
         """
-        if self._backend.lanes is None:
-            return None
-        options = require("onnxruntime", "ort-gpu").RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if self._backend.captures:
-            options.add_run_config_entry("gpu_graph_id", str(next(self._ids)) if fixed else _NOT_CAPTURED)
-        return options
+        try:
+            with self._memory.captures:
+                self._run(_run_options(number))
+        except SgError as error:
+            self._memory.end_capture()
+            self._run(_run_options(None))
+            self._backend.stop_captures(error)
+        else:
+            self._opened.captured.add(number)
+
+
+class _HandedSequence(CallSequence):
+    """Calls that the thread of the sessions makes in one go, while the caller is told of each."""
+
+    def __init__(self, calls: Sequence[Call], backend: OrtBackend) -> None:
+        super().__init__(calls)
+        self._backend = backend
+
+    def play(self, done: Callable[[int], None]) -> None:
+        made: SimpleQueue[int | None] = SimpleQueue()
+        ended = False
+
+        def work() -> None:
+            try:
+                for number, call in enumerate(self.calls):
+                    if ended:
+                        return
+                    call()
+                    made.put(number)
+            finally:
+                made.put(None)
+
+        playing = self._backend.start(work)
+        try:
+            for number in iter(made.get, None):
+                done(number)
+        finally:
+            ended = True
+            wait([playing])  # the caller may free the arrays after an error
+        try:
+            playing.result()
+        finally:
+            del playing  # its error holds this frame
+
+
+class OwnThread:
+    """A thread that does the work of all callers, one after another. It ends with this object."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+        self._ident = self._pool.submit(threading.get_ident).result()
+
+    def start(self, work: "Callable[[], Result]") -> "Future[Result]":
+        return self._pool.submit(work)
+
+    def do(self, work: "Callable[[], Result]") -> "Result":
+        """Return work(), or raise its error. Work may do more work."""
+        if threading.get_ident() == self._ident:
+            return work()
+        done = self.start(work)
+        try:
+            return done.result()
+        finally:
+            wait([done])  # an interrupted caller must not leave work behind
+            del done  # its error holds this frame
+
+
+def _run_options(graph_id: int | None) -> Any:
+    """Return the options of a run that only submits its work to the stream.
+
+    graph_id: `gpu_graph_id` of the run, None if it is neither captured nor replayed.
+    """
+    options = require("onnxruntime", "ort-gpu").RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    options.add_run_config_entry("gpu_graph_id", "-1" if graph_id is None else str(graph_id))
+    return options
 
 
 def open_session(
@@ -228,12 +402,14 @@ def open_session(
     provider: Provider = CPU,
     options: Mapping[str, str] | None = None,
     threads: int | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> "InferenceSession":
     """Open a session of the graph at `path`, or of the model `content` with weights next to `path`.
 
     threads: number of threads of a run on the CPU. By default ONNX Runtime decides: one for each
     physical core. It knows of no limits, so if the process may not use all cores, the default is
     the number that it may use.
+    shared: weights that are on the provider's device already, by name; see `ort_weights`.
 
     Warns about nodes that the provider does not run. Raises EngineError if ONNX Runtime cannot open
     the graph or cannot load the provider, and BundleError if the weights are a link that it does
@@ -249,15 +425,20 @@ def open_session(
         settings.intra_op_num_threads = threads
     if content is not None:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    for name, value in (shared or {}).items():
+        settings.add_initializer(name, value)
     if provider is not CPU:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        ort.preload_dlls()  # load CUDA and cuDNN from NVIDIA's Python packages
+        preload_libraries()
+    for name, value in provider.settings.items():
+        settings.add_session_config_entry(name, value)
     try:
         session = ort.InferenceSession(
             str(path) if content is None else content,
             settings,
             providers=[(provider.name, dict(options or {}))],
             disabled_optimizers=provider.disabled_optimizers,
+            enable_fallback=0,  # to the CPU, which it prints to standard output
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         if "escapes model directory" in str(error):
@@ -273,7 +454,7 @@ def open_session(
         )
     if provider is not CPU and (strays := strays_of(session, provider.name)):
         LOG.warning(
-            "%s: %d nodes are not run by %s: %s; build with --batch, so that shapes are known",
+            "%s: %d nodes are not run by %s: %s; build with a `batch`, so that shapes are known",
             path.name,
             len(strays),
             provider.name,

@@ -8,9 +8,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.build_command import build_command
@@ -55,6 +56,7 @@ class TrtBackend:
         facts = [engine for engine in bundle.manifest.engines if engine.library == library]
         self._engines = {engine.file: self._deserialize(engine) for engine in facts}
         self._configs = {engine.file: self._config(engine) for engine in facts}
+        self._compiled: set[str] = set()  # engines that have new kernels
         self._lock = threading.Lock()
 
     @property
@@ -88,15 +90,21 @@ class TrtBackend:
                 context.set_input_shape(name, tuple(shape))
         return context
 
+    def compiled(self, file: str) -> None:
+        """Note that a context of the engine `file` made its first run, which compiles kernels."""
+        if self._configs[file] is not None:
+            with self._lock:
+                self._compiled.add(file)
+
     def keep(self) -> None:
         """Write the kernels that TensorRT-RTX compiled for this GPU to the user's cache folder."""
-        for file, config in self._configs.items():
-            if config is None:
-                continue
+        with self._lock:
+            files, self._compiled = self._compiled, set()
+        for file in files:
             with contextlib.suppress(OSError):  # a cache that cannot be written must not end a run
                 path = self._cache_file(file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                content = bytes(config.get_runtime_cache().serialize())
+                content = bytes(self._configs[file].get_runtime_cache().serialize())
                 if not path.exists() or path.stat().st_size != len(content):
                     with replacing(path) as temporary:
                         temporary.write_bytes(content)
@@ -122,12 +130,16 @@ class TrtBackend:
     def _config(self, engine: EngineFacts) -> Any:
         """Return TensorRT-RTX's runtime config of an engine, None for TensorRT.
 
-        It includes the kernels that earlier processes cached.
+        It includes the kernels that earlier processes cached. Kernels for the shapes of a profile
+        are compiled in the first run of a context. By default they are compiled in the background,
+        and a CUDA graph that is captured meanwhile keeps the slower kernels for any shape.
         """
         if not hasattr(self._trt, "IRuntimeCache"):
             return None
         config = self._engines[engine.file].create_runtime_config()
         config.set_execution_context_allocation_strategy(self._user_managed)
+        strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):
             path = self._cache_file(engine.file)
@@ -142,13 +154,18 @@ class TrtLane:
 
     def __init__(self, backend: TrtBackend, memory: CudaMemory) -> None:
         self.memory: Any = memory
+        self.library = ENGINE_NAMES[backend.library]
         self._backend = backend
         self._scratch = memory.empty((backend.scratch_bytes,), "uint8")
         self._contexts: dict[tuple[str, int], Any] = {}
+        self._ran: set[tuple[str, int]] = set()
         self._unused: dict[tuple[int, ...], CudaArray] = {}
 
     def enter(self) -> None:
         self.memory.enter()
+
+    def release(self) -> None:
+        pass  # CUDA graphs are destroyed with the sequences that hold them
 
     def bind(
         self,
@@ -162,7 +179,7 @@ class TrtLane:
         found = self._backend.bundle.manifest.engine(graph, batch, self._backend.library)
         if found is None:
             raise BundleError(
-                f"{self._backend.bundle.path}: {graph.name} has no engine of {ENGINE_NAMES[self._backend.library]} for "
+                f"{self._backend.bundle.path}: {graph.name} has no engine of {self.library} for "
                 f"batches of {batch}; build it again: "
                 f"{build_command(self._backend.bundle.manifest, str(self._backend.bundle.path), batch=batch)}"
             )
@@ -173,17 +190,18 @@ class TrtLane:
             if tensor.name not in arrays:
                 shape = tuple(context.get_tensor_shape(tensor.name))
                 arrays[tensor.name] = self._discard(shape, tensor.dtype)
-
-        def call() -> None:
-            for name, array in arrays.items():
-                context.set_tensor_address(name, array.address)
-            if not context.execute_async_v3(self.memory.stream):
-                raise EngineError(f"{engine.file}: {ENGINE_NAMES[self._backend.library]} failed; see its log messages")
-
-        return call
+        return TrtCall(self, engine.file, profile, context, arrays)
 
     def sequence(self, calls: Sequence[Call]) -> CallSequence:
-        return CapturedSequence(calls, self.memory) if self._backend.captures else CallSequence(calls)
+        if not self._backend.captures:
+            return CallSequence(calls)
+        return CapturedSequence(cast("Sequence[TrtCall]", calls), self.memory)
+
+    def ran(self, file: str, profile: int) -> None:
+        """Note that a context ran. Its first run compiles kernels."""
+        if (file, profile) not in self._ran:
+            self._ran.add((file, profile))
+            self._backend.compiled(file)
 
     def _context(self, engine: EngineFacts, profile: int) -> Any:
         key = engine.file, profile
@@ -198,15 +216,43 @@ class TrtLane:
         return self._unused[shape]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrtCall:
+    """A run of the engine in `file` with one profile over given arrays, by the tensor's name."""
+
+    lane: TrtLane
+    file: str
+    profile: int
+    context: Any
+    arrays: Mapping[str, Any]
+
+    def __call__(self) -> None:
+        context = self.context
+        for name, array in self.arrays.items():
+            context.set_tensor_address(name, array.address)
+        if not context.execute_async_v3(self.lane.memory.stream):
+            raise EngineError(f"{self.file}: {self.lane.library} failed; see its log messages")
+        self.lane.ran(self.file, self.profile)
+
+    def check_capturable(self) -> None:
+        """Raise EngineError if the library knows that a CUDA graph cannot contain this run.
+
+        TensorRT-RTX says so; TensorRT lets the capture fail.
+        """
+        context = self.context
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self.lane.memory.stream):
+            raise EngineError(f"{self.file}: {self.lane.library} says that it cannot be captured")
+
+
 class CapturedSequence(CallSequence):
     """Calls that are captured as one CUDA graph on the second play, if capture is possible.
 
     On the first play TensorRT may allocate memory and compile kernels. A graph can contain neither.
     """
 
-    def __init__(self, calls: Sequence[Call], memory: CudaMemory) -> None:
+    def __init__(self, calls: Sequence[TrtCall], memory: CudaMemory) -> None:
         super().__init__(calls)
-        self._memory = memory
+        self._runs, self._memory = calls, memory
         self._played = False
         self._graph: Call | None = None
 
@@ -226,6 +272,8 @@ class CapturedSequence(CallSequence):
             super(CapturedSequence, self).play(lambda _: None)
 
         try:
+            for run in self._runs:
+                run.check_capturable()
             return self._memory.capture(plainly)
         except (DeviceError, EngineError) as error:
             LOG.warning("runs are not captured as a CUDA graph, each is launched kernel by kernel: %s", error)

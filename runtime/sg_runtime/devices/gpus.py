@@ -29,12 +29,13 @@ def load_driver() -> Any:
     return driver
 
 
-def find_gpus() -> tuple[Gpu, ...]:
+def find_gpus(extra: str | None = None) -> tuple[Gpu, ...]:
     """Return all GPUs, an empty tuple if there is no driver.
 
+    extra: extra of sg-export that the caller's backend needs; see `require`.
     Raises MissingExtraError if cuda-bindings is not installed, DeviceError if the driver fails.
     """
-    driver = require("cuda.bindings.driver")
+    driver = require("cuda.bindings.driver", extra)
     try:
         status, *_ = driver.cuInit(0)
     except RuntimeError:  # as in load_driver
@@ -43,6 +44,12 @@ def find_gpus() -> tuple[Gpu, ...]:
         return ()
     _check("cuInit", status, driver)
     return tuple(_gpu(driver, index) for index in range(call(driver, "cuDeviceGetCount")))
+
+
+def driver_cuda() -> tuple[int, int]:
+    """Return the latest CUDA version that the driver supports, such as (13, 0)."""
+    number = int(call(load_driver(), "cuDriverGetVersion"))
+    return number // 1000, number % 1000 // 10
 
 
 def _gpu(driver: Any, index: int) -> Gpu:

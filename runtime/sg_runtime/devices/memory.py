@@ -18,7 +18,8 @@ class DeviceArray(Protocol):
     """A C-contiguous array on a device. On the CPU it is a NumPy array.
 
     An index or a slice with step 1 along the first axis returns a view, and so does `reshape`.
-    DLPack exports the array without a copy.
+    `view` returns the bytes of an array with one axis as another dtype. DLPack exports the array
+    without a copy.
     """
 
     @property
@@ -34,6 +35,8 @@ class DeviceArray(Protocol):
 
     def reshape(self, shape: Any, /) -> Any: ...
 
+    def view(self, dtype: Any, /) -> Any: ...
+
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
 
     def __dlpack_device__(self) -> tuple[int, int]: ...
@@ -46,6 +49,14 @@ class Memory(Protocol):
     """
 
     device: str
+
+    def enter(self) -> None:
+        """Make the device current in the calling thread until `leave`."""
+        ...
+
+    def leave(self) -> None:
+        """Make the device current that was so before `enter`."""
+        ...
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
         """Return an uninitialised array. Raises DeviceError if the memory does not suffice."""
@@ -96,6 +107,12 @@ class HostMemory:
     """Memory of the CPU, as NumPy arrays."""
 
     device = "cpu"
+
+    def enter(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """Return an uninitialised array that starts at a multiple of ALIGNMENT bytes."""

@@ -13,6 +13,7 @@ from sg_runtime.manifest.base import (
     GuidanceMode,
     HalfPrecision,
     NetworkName,
+    OnnxTarget,
     Precision,
     Prediction,
     QuantizedType,
@@ -30,7 +31,7 @@ from sg_runtime.manifest.files import (
     schema_of,
     write_manifest,
 )
-from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, Profile, TensorFacts
+from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile, TensorFacts
 from sg_runtime.manifest.guidance import MODES, GuidancePlan, Karras, Mode, Sampling
 from sg_runtime.manifest.model import Level, ModelFacts, Route
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
@@ -59,6 +60,8 @@ __all__ = [
     "Mode",
     "ModelFacts",
     "NetworkName",
+    "OnnxTarget",
+    "PassCost",
     "Precision",
     "Prediction",
     "Profile",

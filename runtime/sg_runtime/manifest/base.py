@@ -29,6 +29,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 QuantizedType = Literal["int8", "fp8"]
 
 
+OnnxTarget = Literal["onnxruntime", "onnxruntime-cuda"]
+"""What ONNX graphs are for: any provider, or ONNX Runtime's CUDA provider."""
+
+
 EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
 ENGINE_NAMES: Mapping[EngineLibrary, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 """Name of each library in messages."""

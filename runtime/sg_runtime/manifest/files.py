@@ -14,8 +14,8 @@ from sg_runtime.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Precision, Strict, check_counts
-from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, Profile
+from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
+from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
@@ -70,6 +70,7 @@ class Manifest(Strict):
     precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
     fp32_layers: modules that stay in FP32, by their names in the checkpoint.
     quantization: how the graphs were quantized; None if they were not.
+    onnx_target: what the ONNX graphs are for.
     opset: ONNX opset of the graphs.
     batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
     condition_rows: number of rows (a time and a class each) in one launch of a condition graph.
@@ -78,6 +79,7 @@ class Manifest(Strict):
     source: checkpoint of the main network.
     weak_source: checkpoint of the weak network; None if there is no weak network.
     files: size and hash of each file, by its path in the bundle.
+    passes: costs of single branches of which a bundle of engines holds no graph.
     """
 
     schema_version: Literal[5]
@@ -88,6 +90,7 @@ class Manifest(Strict):
     precision: Precision
     fp32_layers: tuple[str, ...]
     quantization: Quantization | None
+    onnx_target: OnnxTarget
     opset: int
     batch: int | None
     condition_rows: int
@@ -96,6 +99,7 @@ class Manifest(Strict):
     source: Source
     weak_source: Source | None
     files: dict[str, FileFacts]
+    passes: tuple[PassCost, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "condition_rows")
@@ -200,7 +204,7 @@ def read_manifest(path: Path) -> Manifest:
     from pydantic import ValidationError
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the manifest of a bundle, found {_reason(error)}; rebuild it") from None
@@ -228,7 +232,7 @@ def schema_of(path: Path) -> int:
     """Return the schema version of a manifest that `read_manifest` can read, before any upgrade."""
     import json
 
-    version: int = json.loads(path.read_text(encoding="utf-8"))["schema_version"]
+    version: int = json.loads(path.read_bytes())["schema_version"]
     return version
 
 

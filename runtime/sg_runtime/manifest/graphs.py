@@ -78,6 +78,20 @@ class GraphFacts(Strict):
 
 
 @dataclass(frozen=True, slots=True)
+class PassCost(Strict):
+    """Cost of a single branch of which the bundle holds no graph, for comparison.
+
+    network: network of the branch.
+    level: level of the branch.
+    cost: cost of its graph, which the build traced and did not keep.
+    """
+
+    network: NetworkName
+    level: Level
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
 class Profile(Strict):
     """The shapes of one optimization profile; min = opt = max.
 

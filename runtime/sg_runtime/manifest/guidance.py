@@ -108,7 +108,7 @@ class GuidancePlan(Strict):
             raise UsageError(
                 f"{self.mode} guidance: expected a weak branch sparser than the strong one, found sparsity {weak:g} "
                 f"(weak, {self.weak.keep} tokens) and {strong:g} (strong, {self.strong.keep} tokens); "
-                f"raise --sparsity or lower --strong-sparsity"
+                f"raise `sparsity` or lower `strong_sparsity`"
             )
         if self.row.weak_level == "same" and (self.weak, self.weak_last) != (self.strong, self.strong_last):
             raise UsageError(

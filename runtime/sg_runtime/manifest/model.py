@@ -15,6 +15,10 @@ KEPT: Mapping[str, Callable[[int, float], int]] = {
 """Number of tokens that a branch keeps, from all tokens and the sparsity, by family."""
 
 
+DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
+"""Characters that texts have in place of "-"."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route(Strict):
     """Blocks `start` to `end` (inclusive) that run only on the kept tokens."""
@@ -31,10 +35,13 @@ class Route(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Route":
-        """Parse a route "START-END". Raises UsageError for other text, including several routes."""
+        """Parse a route "START-END", with any dash.
+
+        Raises UsageError for other text, including several routes.
+        """
         if "," in text:
             raise UsageError(f"route {text!r}: expected one route, found several, which are not supported")
-        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+        match = re.fullmatch(rf"\s*(\d+)\s*[{DASHES}]\s*(\d+)\s*", text)
         if match is None:
             raise UsageError(f"route {text!r}: expected START-END, both blocks included, such as 2-24")
         return cls(int(match[1]), int(match[2]))

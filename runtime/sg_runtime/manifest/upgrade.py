@@ -37,13 +37,14 @@ def _from_3(content: dict[str, Any]) -> dict[str, Any]:
 def _from_4(content: dict[str, Any]) -> dict[str, Any]:
     """Upgrade from schema 4 to 5.
 
-    Schema 5 adds `masked`. Graphs of schema 4 read kept tokens by other inputs, which the runtime
-    still fills, and add 1 to the scales of modulations themselves.
+    Schema 5 adds `masked` and `onnx_target`. Graphs of schema 4 read kept tokens by other inputs,
+    which the runtime still fills, and add 1 to the scales of modulations themselves.
     """
+    content = {**content, "schema_version": 5, "onnx_target": "onnxruntime"}
     model = content.get("model")
     if not isinstance(model, dict):
-        return {**content, "schema_version": 5}
-    return {**content, "schema_version": 5, "model": {**model, "masked": model.get("family") == "maskdit"}}
+        return content
+    return {**content, "model": {**model, "masked": model.get("family") == "maskdit"}}
 
 
 _UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}

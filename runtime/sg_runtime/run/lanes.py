@@ -3,6 +3,7 @@
 A thread leases one for a run and reuses the buffers that earlier runs left in it.
 """
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class LanePool:
                 self._check_device(leased.lane, error)
                 raise
             finally:
+                leased.lane.memory.leave()
                 with self._lock:
                     self._idle.append(leased)
         finally:
@@ -60,16 +62,24 @@ class LanePool:
                 self._places.release()
 
     def release(self) -> None:
-        """Free the buffers of all idle lanes."""
+        """Free the buffers of all idle lanes, and what the backend holds for them."""
         with self._lock:
             for leased in self._idle:
                 leased.release()
+                leased.lane.release()
 
     def _check_device(self, lane: Lane, cause: BaseException) -> None:
-        """Raise DeviceError, now and in every later lease, if the device no longer responds."""
+        """Raise DeviceError, now and in every later lease, if the device no longer responds.
+
+        Then the backend is never destroyed. ONNX Runtime destroys captured CUDA graphs with its
+        sessions, and ends the process if CUDA returns an error
+        (https://github.com/microsoft/onnxruntime/pull/32081).
+        """
         try:
             lane.memory.wait()
         except DeviceError as error:
+            if self._lost is None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object((lane, self._backend)))
             self._lost = (
                 f"{lane.memory.device}: the device was lost and this pipeline with it: start the process again "
                 f"({error}; the error before it: {cause})"
@@ -95,6 +105,7 @@ class LaneState:
             needed, free = run_bytes(self._manifest, *key), self.lane.memory.free_bytes()
             if free is not None and needed > free:
                 self.release()
+                self.lane.release()
                 free = self.lane.memory.free_bytes()
             if free is not None and needed > free:
                 raise DeviceMemoryError(

@@ -128,7 +128,15 @@ def test_build_without_onnxruntime_records_no_parity(
         (["--guidance", "both"], "'both' is not one of 'sg', 'cfg', 'cfg+sg', 'none'"),
         (["--precision", "int4"], "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8', 'fp8'"),
         (["--precision", "bf16"], "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16"),
-        (["--target", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx', 'tensorrt'"),
+        (["--target", "openvino"], "'openvino' is not one of 'onnxruntime', 'onnxruntime-cuda', 'tensorrt-rtx'"),
+        (
+            ["--target", "onnxruntime-cuda", "--target", "tensorrt-rtx"],
+            "--target onnxruntime-cuda: expected no other target, found tensorrt-rtx, which does not know its",
+        ),
+        (
+            ["--target", "onnxruntime-cuda", "--precision", "int8"],
+            "onnxruntime-cuda: expected no quantization, found int8",
+        ),
         (
             ["--target", "tensorrt-rtx", "--sm", "90"],
             "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a",

@@ -12,8 +12,10 @@ import pytest
 import tensorrt_rtx
 
 from sg_export.compiler import compile
+from sg_export.cost.step import step_costs
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
+from sg_runtime.bundle import Bundle
 
 RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9", "--sparsity", 0.5)
 VERSION = tensorrt_rtx.__version__
@@ -30,7 +32,7 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_build_of_engines_tells_phases_engines_and_how_to_verify(
+def test_build_of_engines_tells_how_to_verify_first_then_phases_and_engines(
     cli: Callable[..., Any], quick_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
     result = cli("build", quick_checkpoint, *RTX, "--explain-cache", "-o", tmp_path / "out")
@@ -42,12 +44,13 @@ def test_build_of_engines_tells_phases_engines_and_how_to_verify(
         *(f"building guided-16-K: {phase}" for phase in phases),
     ]
     assert f"miss: no engine of guided-16-K in {cache}" in result.stderr
-    first, second, whole, hint = result.stdout.splitlines()
+    first, second, whole = result.stdout.splitlines()
     assert first.startswith("engines/condition.")
     assert f": tensorrt_rtx {VERSION} for SM 89, " in second
     assert "profile batch 1 keeping 16/8 tokens, 2 fused attentions, built in " in second
     assert whole.startswith(f"{tmp_path / 'out'}: 2 graphs, 2 engines, ")
-    assert hint == "the bundle holds engines without ONNX graphs; for verify, build with --keep-onnx"
+    told = "engines run only on the GPUs that they are for, and the ONNX graphs are not kept: give --keep-onnx to "
+    assert result.stderr.startswith(told)  # before the work
     again = cli("build", quick_checkpoint, *RTX, "--explain-cache", "-o", tmp_path / "again", "--quiet")
     assert [line.partition(": ")[2] for line in again.stderr.splitlines()] == ["hit", "hit"]
 
@@ -120,7 +123,23 @@ def test_inspect_of_engines_shows_them_and_the_precision(cli: Callable[..., Any]
     assert f"tensorrt_rtx {VERSION}" in row
     assert "batch 1 keeping 16/8 tokens" in row
     costs = json.loads(cli("inspect", engines, "--json").stdout)["step_costs"]
-    assert [cost["way"] for cost in costs] == ["this bundle"]
+    assert [cost["way"] for cost in costs] == ["unguided", "CFG", "two passes", "this bundle"]
+
+
+def test_costs_of_engines_alone_are_those_of_the_same_bundle_with_graphs(
+    engines: Path, quick_checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = CompileOptions(
+        tmp_path / "kept",
+        (0.5,),
+        precision="fp16",
+        engines=EngineOptions(compute_capabilities=(89,), cache=cache, keep_onnx=True),
+    )
+    alone, kept = Bundle.open(engines).manifest, compile(quick_checkpoint, options).manifest
+    assert step_costs(alone) == step_costs(kept)
+    assert {graph.kind for graph in alone.graphs} == {"condition", "guided"}
+    assert alone.engines == kept.engines  # build times, too: the cache held them
+    assert kept.passes == ()
 
 
 def test_doctor_of_engines_without_a_gpu_ends_with_6(refused: Callable[..., str], engines: Path) -> None:
@@ -147,3 +166,15 @@ def test_generate_and_verify_of_engines_alone_end_with_6(
     assert "expected a GPU of compute capability 89, found none" in message
     assert "expected ONNX graphs, found only engines; rebuild it with --keep-onnx" in refused(6, "verify", engines)
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_of_engines_alone_saves_data_prints_commands_and_writes_no_results(
+    cli: Callable[..., Any], engines: Path, tmp_path: Path
+) -> None:
+    result = cli("verify", engines, "--save-polygraphy", tmp_path / "data", "-o", tmp_path / "verify.json")
+    assert result.exit_code == 0, result.output
+    first, *commands = result.stdout.splitlines()
+    assert first == f"{engines}: nothing was compared: it holds engines alone; run these where their GPU is:"
+    assert len(commands) == len(list((tmp_path / "data").glob("*-inputs.json"))) == 2
+    assert all(line.startswith("POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run ") for line in commands)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from sg_export.cli import main
 from sg_export.cli.errors import Command, Ended, Failure, ending_politely, failure, writing
 from sg_runtime import errors
 
@@ -168,3 +169,17 @@ def test_command_that_fails_beside_an_old_library_names_its_version(
     monkeypatch.setattr("sg_export.cli.errors.outdated", lambda: ["onnx-ir 0.1.9 is older than 0.1.16"])
     message = refused(6, "inspect", tmp_path / "missing.pt")
     assert message.splitlines()[1:] == ["onnx-ir 0.1.9 is older than 0.1.16"]
+
+
+@pytest.mark.parametrize("given", ["–route", "—route", "–-route", "-–route", "—route=2-24"])
+def test_command_given_an_option_with_other_dashes_names_it(given: str) -> None:
+    result = CliRunner().invoke(main, ["inspect", "glyphs", given, "2-24"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: {given.removesuffix('=2-24')}: begins with other dashes than -: give --route"
+    )
+
+
+@pytest.mark.parametrize("value", ["–", "—B", "-route"])
+def test_command_takes_dashes_in_values(value: str) -> None:
+    assert "dashes" not in CliRunner().invoke(main, ["generate", "none", "--class", value, "-o", "a.png"]).stderr

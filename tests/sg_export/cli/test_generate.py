@@ -1,7 +1,9 @@
 """`sg-export generate`."""
 
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,10 +144,24 @@ def test_generate_png_is_a_grid(cli: Callable[..., Any], glyphs_bundle: Path, tm
     result = cli("generate", glyphs_bundle, *FAST, *layout, "-o", tmp_path / "grid.png")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path}/grid.png: 5 images\n"
-    assert result.stderr == "[1/3] sampling\n"
+    first, last = result.stderr.splitlines()
+    assert first == "[1/3] sampling"
+    assert re.fullmatch(r"sampled in [\d.e-]+ s: [\d.e+]+ images/s", last)
     with Image.open(tmp_path / "grid.png") as image:
         assert (image.format, image.mode, image.size) == ("PNG", "L", (3 * 16 * 2, 2 * 16 * 2))
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_generate_in_a_pipe_reports_its_rate_now_and_then(
+    cli: Callable[..., Any], glyphs_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["sg_export.cli.generate"], "TELL_SECONDS", 0.0)
+    result = cli("generate", glyphs_bundle, "--steps", 3, "--count", 1, "-o", tmp_path / "a.png")
+    *rates, last = result.stderr.splitlines()
+    matches = [re.fullmatch(r"\[(\d)/3\] sampling, ([\d.e+]+) images/s", line) for line in rates]
+    assert [match[1] for match in matches if match] == ["1", "2", "3"]
+    _, seconds, _, rate, _ = last.replace("in", "").split()  # of the complete run
+    assert float(seconds) * float(rate) == pytest.approx(1, rel=0.01)
 
 
 def test_generate_quiet_prints_nothing(cli: Callable[..., Any], glyphs_bundle: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The entire command line: help, exit codes, tracebacks, and libraries that are not installed."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -39,6 +40,24 @@ def test_main_help_of_each_command_has_an_example_and_all_options(name: str, cli
     for parameter in main.commands[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.opts[0] in result.stdout
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_main_help_fits_80_columns(name: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = cli(*name.split(), "--help").stdout.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("name", ["build", "calibrate", "generate"])
+def test_main_help_of_many_options_has_headings_and_each_option_once(name: str, cli: Callable[..., Any]) -> None:
+    lines = cli(name, "--help").stdout.splitlines()
+    headings = [line for line in lines if re.fullmatch(r"[A-Z].*:", line)]
+    assert len(headings) >= 4
+    assert headings[-1] == "Options:"
+    shown = [match[1] for line in lines if (match := re.match(r"  (?:-\w, )?(--[a-z-]+)", line))]
+    options = [parameter.opts[0] for parameter in main.commands[name].params if isinstance(parameter, click.Option)]
+    assert sorted(shown) == sorted([*options, "--help"])
 
 
 def test_main_as_a_module_shows_help(environment: dict[str, str], tmp_path: Path) -> None:

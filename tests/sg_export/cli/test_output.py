@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from sg_export.cli.output import cell, log_messages, print_table, progress
+from sg_export.cli.output import cell, log_messages, print_table, progress, with_options
 
 
 class Terminal(io.StringIO):
@@ -126,3 +126,26 @@ def test_progress_on_a_stream_that_is_full_lets_the_work_go_on(monkeypatch: pyte
     report_twice(quiet=False)
     with log_messages():
         logging.getLogger("sg_export").warning("not heard")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`heads`: expected 2; give `heads`", "--heads: expected 2; give --heads"),
+        ("give `prediction` flow", "give --prediction flow"),
+        ("give `weights` ema, or `weights` net.a", "give --weights ema, or --key net.a"),
+        ("give one of them as `weights`", "give one of them as --key"),
+        ("give `libraries` tensorrt_rtx, which", "give --target tensorrt-rtx, which"),
+        ("more `samples`, or other `data`", "more --calib-samples, or other --calib-data"),
+        ("output: exists: give another `output`, or `force`", "output: exists: give another --output, or --force"),
+        ("see `Bundle.open(path)`", "see `Bundle.open(path)`"),
+    ],
+)
+def test_with_options_names_options_in_place_of_parameters(message: str, shown: str) -> None:
+    assert with_options(message) == shown
+
+
+def test_log_messages_name_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with log_messages():
+        logging.getLogger("sg_engines").warning("`timing_cache`: not used")
+    assert capsys.readouterr().err == "warning: --timing-cache: not used\n"

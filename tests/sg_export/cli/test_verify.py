@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -161,6 +162,32 @@ def test_verify_to_a_file_that_it_reads_is_refused(
     for path in (bundle / "manifest.json", bundle / "graphs/weights.bin", tiny_checkpoint):
         message = refused(2, "verify", bundle, "--checkpoint", tiny_checkpoint, "-o", path)
         assert message == f"{path}: is an input of this command: give another --output"
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny-weak.safetensors"])
+def test_verify_to_the_checkpoint_that_it_finds_by_name_is_refused(
+    name: str, refused: Callable[..., str], tiny_autoguidance_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bundle").symlink_to(tiny_autoguidance_bundle)
+    path = tmp_path / name
+    path.write_bytes(b"not to be lost")
+    message = refused(2, "verify", tmp_path / "bundle", "-o", path)
+    assert message == f"{path}: is an input of this command: give another --output"
+    assert path.read_bytes() == b"not to be lost"
+
+
+def test_verify_of_a_bundle_of_links_passes(cli: Callable[..., Any], bundle: Path, tmp_path: Path) -> None:
+    """A cache of Hugging Face holds links to files with other names."""
+    snapshot = tmp_path / "cache/snapshots/0123abc"
+    (tmp_path / "cache/blobs").mkdir(parents=True)
+    files = [file for file in bundle.rglob("*") if file.is_file()]
+    for number, file in enumerate(files):
+        link = snapshot / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(shutil.copy(file, tmp_path / f"cache/blobs/{number}"), link.parent))
+    given = ("--checkpoint", bundle.parent / "tiny.safetensors", "-o", tmp_path / "verify.json")
+    result = cli("verify", snapshot, *given)
+    assert result.exit_code == 0, result.output
 
 
 def test_verify_without_room_for_its_folder_of_data_is_refused(

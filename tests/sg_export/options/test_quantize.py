@@ -17,7 +17,7 @@ IMPOSSIBLE = QualityGates(1.0, 0.0)
     ("settings", "message"),
     [
         ({"method": "largest"}, "method: expected one of min-max, percentile, entropy, found 'largest'"),
-        ({"table": Path("a"), "data": Path("b")}, "table and data: expected one of them"),
+        ({"table": Path("a"), "data": Path("b")}, "`table` and `data`: expected one of them"),
         ({"type": "int4"}, "type: expected one of int8, fp8, found 'int4'"),
     ],
 )

@@ -8,18 +8,26 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tensorrt_rtx
 
+from sg_engines.trt import EngineRecipe, build_engine
 from sg_export.compiler import compile
+from sg_export.graph.opset import DEFAULT_OPSET
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.trace import trace
+from sg_export.graph.weights import write_graphs
+from sg_export.loading import LoadedModel, load_model
 from sg_export.models.dit import ENDS
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
+from sg_export.options.quantize import QuantizeOptions
 from sg_export.packing import engines
-from sg_export.packing.engines import check_libraries, count_fused_attention
+from sg_export.packing.engines import check_libraries, check_timing_cache, count_fused_attention, profile_shapes
 from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.gpus import Gpu
@@ -204,7 +212,7 @@ def test_compile_of_unfused_attention_fails_unless_it_is_allowed(
 ) -> None:
     monkeypatch.setattr(engines, "FUSED_ATTENTION", rb"a kernel that no plan has")
     with pytest.raises(
-        EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*--allow-unf"
+        EngineError, match=r"guided-16-K\..*: expected 2 fused attention kernels.*found 0: .*`allow_unf"
     ):
         build()
     assert [path.name for path in tmp_path.iterdir()] == []
@@ -238,6 +246,28 @@ def test_compile_with_a_timing_cache_warns_that_it_has_none(
     assert not (tmp_path / "timing.cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "Is a directory"),
+        ("none/timing.cache", "No such file or directory"),
+        ("file/timing.cache", "Not a directory"),
+    ],
+)
+def test_check_timing_cache_that_cannot_be_written_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    check_timing_cache(EngineOptions(timing_cache=path))  # TensorRT-RTX has none
+    monkeypatch.setattr(engines, "has_timing_cache", lambda library: True)  # as TensorRT has
+    with pytest.raises(UsageError) as caught:
+        check_timing_cache(EngineOptions(timing_cache=path))
+    assert str(caught.value) == (f"`timing_cache` {path}: cannot be read and written ({reason}): give another file")
+    check_timing_cache(EngineOptions(timing_cache=tmp_path / "new.cache"))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.slow
 def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp_path: Path) -> None:
     state = quick.state()
@@ -255,7 +285,7 @@ def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp
 def test_check_libraries_for_tensorrt_without_a_gpu_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_gpus", lambda: ())
     with pytest.raises(
-        EngineError, match="found no GPU: build on the machine with that GPU, or give --target tensorrt-rtx"
+        EngineError, match="found no GPU: build on the machine with that GPU, or give `libraries` tensorrt_rtx"
     ) as e:
         check_libraries(("tensorrt",))
     assert e.value.exit_code == 4
@@ -269,16 +299,36 @@ def test_check_libraries_that_are_not_installed_says_how_to_get_them(monkeypatch
             check_libraries((library,))  # type: ignore[arg-type]
 
 
+def test_check_libraries_that_are_too_old_names_the_version_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 8 and 10.0 to 10.2 lack names that the engines' builder and runtime use."""
+    monkeypatch.setattr(metadata, "requires", lambda _: ["tensorrt-rtx>=99; extra == 'tensorrt-rtx'"])
+    with pytest.raises(MissingExtraError, match=r"^tensorrt-rtx 1\.\S+ is older than 99, which sg-export needs: pip"):
+        check_libraries(("tensorrt_rtx",))
+
+
+def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_gpus", lambda: (Gpu("Orin", 87),))
+    quantized = EngineOptions(("tensorrt",)).products("fp16", "fp8")
+    with pytest.raises(UsageError, match=r"precision: Orin \(SM 87\): .* found fp8: give another precision"):
+        check_libraries(("tensorrt",), quantized)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"precision": "fp8"}, "precision: expected one of fp32, fp16, bf16, found 'fp8'"),
         (
             {"engines": EngineOptions(("tensorrt",), compute_capabilities=(90,))},
-            "compute_capabilities 90: TensorRT builds for the GPU that it runs",
+            "`compute_capabilities` 90: TensorRT builds for the GPU that it runs",
         ),
         ({"batch": 2, "engines": EngineOptions()}, "batch: expected none next to engines, which have image counts"),
         ({"precision": "bf16"}, "precision bf16: ONNX Runtime's CPU"),
+        ({"onnx_target": "cuda"}, "onnx_target: expected one of onnxruntime, onnxruntime-cuda, found 'cuda'"),
+        ({"onnx_target": "onnxruntime-cuda", "engines": EngineOptions()}, "onnxruntime-cuda: expected no engines"),
+        (
+            {"onnx_target": "onnxruntime-cuda", "quantize": QuantizeOptions("int8")},
+            "onnxruntime-cuda: expected no quantization, found int8: .* give --precision fp16, or --target onnxruntime",
+        ),
     ],
     ids=str,
 )
@@ -307,3 +357,40 @@ def test_compile_for_both_targets_has_graphs_for_one_and_engines_for_the_other(b
     assert engines_of(bundle).keys() == {"condition", "dense"}
     assert all(graph.file is not None for graph in bundle.manifest.graphs)
     assert json.loads((bundle.path / "manifest.json").read_text())["batch"] is None
+
+
+def guided_spec(loaded: LoadedModel, strong: float) -> GraphSpec:
+    return GraphSpec("guided", (loaded.level(strong), loaded.level(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("strong", "kept"),
+    [
+        (0.0, {"rows_weak": (3, 8), "restore_weak": (3, 16)}),
+        (0.25, {"rows_strong": (3, 12), "restore_strong": (3, 16), "rows_weak": (3, 8), "restore_weak": (3, 16)}),
+    ],
+)
+def test_profile_shapes_have_a_row_for_each_kept_token_and_for_each_token(
+    tiny_checkpoint: Path, strong: float, kept: dict[str, tuple[int, ...]]
+) -> None:
+    loaded = load_model(tiny_checkpoint)
+    spec = guided_spec(loaded, strong)
+    shapes = profile_shapes(Profile(3, tuple(level.keep for level in spec.levels)), spec, loaded.facts)
+    latent = (3, *loaded.facts.latent)
+    assert shapes == {"x": latent, "r": latent, "modulations": (3, loaded.facts.modulations), **kept}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symbolic", [True, False], ids=["any K", "one K"])
+@pytest.mark.parametrize("batch", [None, 3], ids=["any batch", "one batch"])
+def test_engine_of_rows_that_the_runtime_uploads_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, batch: int | None, symbolic: bool
+) -> None:
+    """The profile also fits graphs with fixed sizes, which are those of the profile."""
+    loaded = load_model(tiny_checkpoint)
+    spec = guided_spec(loaded, 0.25)
+    (model,) = trace(loaded.model, [spec], loaded.facts, batch, DEFAULT_OPSET, symbolic_keep=symbolic)
+    (path,) = write_graphs([model], tmp_path, "weights.bin")
+    shapes = profile_shapes(Profile(3, (12, 8)), spec, loaded.facts)
+    build_engine(tensorrt_rtx, path, EngineRecipe((shapes,), (86,)), tmp_path / "plan", lambda *_: None)
+    assert read_rtx_header(tmp_path / "plan").compute_capabilities == (86,)

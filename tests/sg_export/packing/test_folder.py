@@ -28,7 +28,7 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_check_output_of_a_whole_bundle_passes_with_force_alone(bundle: Path) -> None:
     check_output(bundle, force=True)
-    with pytest.raises(UsageError, match="bundle: exists: give another --output, or --force to replace it"):
+    with pytest.raises(UsageError, match="bundle: exists: give another `output`, or `force` to replace it"):
         check_output(bundle, force=False)
 
 
@@ -51,22 +51,22 @@ def test_check_output_of_a_bundle_with_foreign_files_names_them(
     with pytest.raises(UsageError) as caught:
         check_output(bundle, force=True)
     assert str(caught.value) == (
-        f"{bundle}: expected only files of the bundle, found {found}: --force would delete them: move them, or give "
-        f"another --output"
+        f"{bundle}: expected only files of the bundle, found {found}: `force` would delete them: move them, or give "
+        f"another `output`"
     )
 
 
 def test_check_output_of_a_bundle_with_a_link_names_it(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (bundle / "data").symlink_to("../data")
-    with pytest.raises(UsageError, match="found data: --force would delete them"):
+    with pytest.raises(UsageError, match="found data: `force` would delete them"):
         check_output(bundle, force=True)
 
 
 @pytest.mark.parametrize("name", [".", "manifest.json", "last.pt"])
 def test_check_output_that_holds_an_input_raises(name: str, bundle: Path) -> None:
     """An input is refused also if it is the bundle itself (--like) or one of its own files."""
-    with pytest.raises(UsageError, match=r"bundle: holds .*, which this build reads: give another --output"):
+    with pytest.raises(UsageError, match=r"bundle: holds .*, which this build reads: give another `output`"):
         check_output(bundle, force=True, inputs=[bundle / name])
     check_output(bundle, force=True, inputs=[bundle.parent / "last.pt"])
 
@@ -146,7 +146,7 @@ VAGUE = OSError("problem writing element 23552 to file")
 @pytest.mark.parametrize(
     ("error", "disk", "message"),
     [
-        (FULL, "out", "out: the disk is full; free some space, or give --output on another disk"),
+        (FULL, "out", "out: the disk is full; free some space, or give an `output` on another disk"),
         (FULL, "", "out: the disk is full; free"),  # the partial file is gone again
         (FULL, "scratch", "the disk of temporary files is full; free some space, or set TMPDIR to a folder on"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "out", "out: the disk is full; free"),

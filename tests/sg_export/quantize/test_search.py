@@ -233,7 +233,7 @@ def test_compile_that_fails_its_gates_writes_nothing(
     quantize = quantize_tiny("int8", gates=QualityGates(1.0, 0.0), exclude=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "_least", lambda passes, most: 0)
-        with pytest.raises(GateError, match=r"int8: expected a cosine .*: try another .* or --allow-qua") as caught:
+        with pytest.raises(GateError, match=r"int8: expected a cosine .*: try another .* or `allow_qua") as caught:
             compile(tiny_checkpoint, CompileOptions(tmp_path / "out", (0.5,), quantize=quantize))
     assert caught.value.exit_code == 5
     assert not list(tmp_path.iterdir())
@@ -268,7 +268,7 @@ def test_compile_with_no_layer_that_may_be_quantized_returns_all(reference: Bund
 
 
 def test_plan_with_an_unknown_layer_names_near_ones(reference: Bundle, quantize_tiny: Quantize) -> None:
-    with pytest.raises(UsageError, match=r"--exclude blocks.1.mlp.fc: .*near: blocks.1.mlp.fc[12]"):
+    with pytest.raises(UsageError, match=r"`exclude` blocks.1.mlp.fc: .*near: blocks.1.mlp.fc[12]"):
         decide_quantization(reference, quantize_tiny("int8", exclude=("blocks.1.mlp.fc",)), "fp32", (), silent)
 
 
@@ -297,7 +297,7 @@ def test_plan_that_does_not_fit_is_refused(
         (tiny_bundle, "expected a bundle in int8, found one in fp32"),
         (tmp_path, "expected a bundle with this model's 16 layers, found one of 15; only one of them has blocks.0."),
     ):
-        with pytest.raises(UsageError, match=f"--like {path}: {message}"):
+        with pytest.raises(UsageError, match=f"`like` {path}: {message}"):
             decide_quantization(reference, quantize_tiny("int8", exclude=(), like=path), "fp32", (), silent)
     with pytest.raises(UsageError, match="expected a bundle in fp8, found one in int8"):
         decide_quantization(reference, quantize_tiny("fp8", exclude=(), like=tiny_int8_bundle), "fp32", (), silent)
@@ -364,14 +364,14 @@ def engine_options(output: Path, kind: str, sms: Sequence[int], quantize: Quanti
 @pytest.mark.parametrize(
     ("kind", "sms", "message"),
     [
-        ("fp8", (), "precision fp8: expected compute_capabilities of 89 or above for TensorRT-RTX"),
+        ("fp8", (), "`precision` fp8: expected `compute_capabilities` of 89 or above for TensorRT-RTX"),
         (
             "fp8",
             (86,),
-            "compute_capabilities 86: expected matrix products in bf16, fp16, fp32, int8, found fp8: .*: 89, 120, 121",
+            "86: expected matrix products in bf16, fp16, fp32, int8, found fp8: .*: 89, 120, 121",
         ),
-        ("fp8", (89, 86), "compute_capabilities 86: "),
-        ("int8", (75,), "compute_capabilities 75: expected matrix products in fp16, found int8"),
+        ("fp8", (89, 86), "`compute_capabilities` 86: "),
+        ("int8", (75,), "`compute_capabilities` 75: expected matrix products in fp16, found int8"),
     ],
 )
 def test_options_of_engines_for_gpus_without_the_type_are_refused(

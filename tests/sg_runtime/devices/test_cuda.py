@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 import sg_runtime.devices.cuda
 import sg_runtime.devices.gpus
 from sg_runtime.devices import dlpack
-from sg_runtime.devices.cuda import CudaArray, CudaMemory, stream_handle
-from sg_runtime.devices.gpus import Gpu, find_gpus, load_driver
+from sg_runtime.devices.cuda import CudaArray, CudaMemory, keep_current, stream_handle, use_gpu
+from sg_runtime.devices.gpus import Gpu, call, driver_cuda, find_gpus, load_driver
 from sg_runtime.devices.memory import ALIGNMENT, Table
 from sg_runtime.errors import DeviceError, DeviceMemoryError, UsageError
 
@@ -28,7 +29,10 @@ REAL = importlib.import_module("cuda.bindings.driver")
 
 @pytest.fixture
 def memory(driver: Driver) -> CudaMemory:
-    return CudaMemory()
+    """Return the memory of the GPU that is current."""
+    memory = CudaMemory()
+    memory.enter()
+    return memory
 
 
 def numbers(*shape: int) -> NDArray[np.float32]:
@@ -72,7 +76,7 @@ def driver_calls() -> Iterator[tuple[str, int]]:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(node, ast.Call):
                 continue
-            if isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cu"):
+            if isinstance(node.func, ast.Attribute) and re.match("cu[A-Z]", node.func.attr):
                 yield node.func.attr, len(node.args)
             if isinstance(node.func, ast.Name) and node.func.id == "call":
                 name = node.args[1]
@@ -101,7 +105,7 @@ def test_driver_has_the_member(member: tuple[str, ...]) -> None:
 
 def test_stand_in_has_the_functions_that_are_called_with_the_drivers_parameters() -> None:
     names = {name for name, _ in driver_calls()}
-    assert {name for name in vars(Driver) if name.startswith("cu")} == names
+    assert {name for name in vars(Driver) if re.match("cu[A-Z]", name)} == names
     for name in names:
         own = [*inspect.signature(getattr(Driver, name)).parameters][1:]  # without self
         assert own == [*inspect.signature(getattr(REAL, name)).parameters]
@@ -109,6 +113,11 @@ def test_stand_in_has_the_functions_that_are_called_with_the_drivers_parameters(
 
 def test_find_gpus_of_the_stand_in_is_one(driver: Driver) -> None:
     assert find_gpus() == (Gpu("a stand-in", 89),)
+
+
+def test_driver_cuda_is_its_major_and_minor_version(driver: Driver) -> None:
+    for driver.version, expected in ((12080, (12, 8)), (13000, (13, 0)), (13010, (13, 1))):
+        assert driver_cuda() == expected
 
 
 def test_load_driver_without_a_gpu_says_what_it_gave(driver: Driver) -> None:
@@ -172,6 +181,13 @@ def test_index_that_gives_no_view_is_refused(array: CudaArray, index: Any) -> No
 def test_reshape_is_the_same_values(array: CudaArray, shape: Any) -> None:
     found = array.reshape(shape)
     assert (found.address, found.shape, found.dtype, found.owner) == (4096, tuple(shape), np.float32, "owner")
+
+
+def test_view_of_bytes_is_another_dtype(memory: CudaMemory) -> None:
+    content = there(memory, np.arange(8, dtype=np.uint8))
+    view = content[4:8].view(np.float16)
+    assert (view.shape, view.dtype, view.owner) == ((2,), np.float16, content.owner)
+    np.testing.assert_array_equal(memory.download(view), np.arange(4, 8, dtype=np.uint8).view(np.float16))
 
 
 @pytest.mark.parametrize("shape", [(), (23,), (6, 5), (0, 24)], ids=str)
@@ -302,6 +318,56 @@ def test_memory_that_another_thread_gives_back_is_free(driver: Driver, memory: C
     thread.start()
     thread.join(60)
     assert driver.used == 0
+
+
+REFUSED = [CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED]
+
+
+@pytest.mark.parametrize("status", REFUSED, ids=lambda status: status.name)
+def test_memory_that_the_driver_does_not_free_is_freed_with_the_next(
+    driver: Driver, memory: CudaMemory, status: CUresult
+) -> None:
+    """The driver refuses frees while another library captures."""
+    first, second = memory.empty((3,), np.float32), memory.empty((5,), np.float32)
+    driver.statuses["cuMemFree"] = status
+    del first
+    assert driver.used == 32
+    del driver.statuses["cuMemFree"]
+    del second
+    assert driver.used == 0
+    driver.statuses["cuMemFree"] = status
+    kept = [memory.empty((3,), np.float32)]
+    kept.clear()
+    del driver.statuses["cuMemFree"]
+    assert memory.empty((1,), np.float32).nbytes == 4
+    assert driver.used == 0
+
+
+def test_memory_waits_for_captures_in_the_global_mode(driver: Driver, memory: CudaMemory) -> None:
+    """An allocation starts after the capture, and a free is put off, whichever thread asks."""
+    kept, made = [memory.empty((3,), np.float32)], []
+    thread = threading.Thread(target=lambda: made.append(memory.empty((5,), np.float32)))
+    with memory.captures:
+        driver.capture_globally(memory.stream)
+        kept.clear()
+        thread.start()
+        thread.join(0.05)
+        assert (made, driver.used) == ([], 12)
+        assert driver.end_globally(memory.stream) == []
+    thread.join(60)
+    assert (len(made), driver.used) == (1, 20)
+
+
+def test_end_capture_of_a_stream_ends_and_discards_it(driver: Driver, memory: CudaMemory) -> None:
+    memory.end_capture()
+    assert "cuStreamEndCapture" not in driver.calls
+    array = there(memory, numbers(2))
+    driver.capture_globally(memory.stream)
+    memory.copy(array, array)
+    memory.end_capture()
+    assert not driver.capturing(memory.stream)
+    assert not driver.graphs
+    assert memory.download(array).tolist() == [0, 1]
 
 
 def test_enter_makes_the_gpu_that_of_the_thread(driver: Driver, memory: CudaMemory) -> None:
@@ -437,6 +503,7 @@ def test_stream_handle_of_something_else_is_refused(stream: Any) -> None:
 def test_memory_in_a_given_stream_makes_none(driver: Driver) -> None:
     given = driver.stream()
     memory = CudaMemory(0, SimpleNamespace(cuda_stream=given))
+    memory.enter()
     assert memory.stream == given
     np.testing.assert_array_equal(memory.download(there(memory, numbers(3))), numbers(3))
     assert "cuStreamCreate" not in driver.calls
@@ -444,13 +511,79 @@ def test_memory_in_a_given_stream_makes_none(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("default", [0, 1, 2])
-def test_memory_in_a_default_stream_has_one_of_its_own_which_arrays_come_into(driver: Driver, default: int) -> None:
-    """ONNX Runtime takes 0 as "no stream", and DLPack forbids it."""
-    memory = CudaMemory(0, SimpleNamespace(cuda_stream=default))
-    assert memory.stream > 2
-    foreign = Foreign(there(memory, numbers(2)))
-    np.testing.assert_array_equal(memory.download(memory.hold(foreign)), numbers(2))
-    assert foreign.streams == [memory.stream]
+def test_memory_in_a_default_stream_has_one_of_its_own_in_order_with_it(
+    driver: Driver, memory: CudaMemory, default: int
+) -> None:
+    """ONNX Runtime takes 0 as "no stream", and DLPack forbids it.
+
+    What the caller has submitted before `enter` is done before the run, and what it submits after
+    `leave` is done after the run.
+    """
+    own, foreign = there(memory, numbers(2)), Foreign(there(memory, numbers(2)))
+    memory.wait()
+    done: list[str] = []
+    joined = CudaMemory(0, SimpleNamespace(cuda_stream=default))
+    assert joined.stream > 2
+    driver.put(default, lambda: done.append("caller, before"))
+    joined.enter()
+    driver.put(joined.stream, lambda: done.append("run"))
+    np.testing.assert_array_equal(joined.download(joined.hold(foreign)), numbers(2))
+    assert foreign.streams == [joined.stream]
+    driver.put(joined.stream, lambda: done.append("end of run"))
+    joined.leave()
+    driver.put(default, lambda: done.append("caller, after"))
+    assert done == ["caller, before", "run"]
+    call(driver, "cuStreamSynchronize", default)
+    assert done == ["caller, before", "run", "end of run", "caller, after"]
+    joined.enter()
+    joined.copy(own, own)
+    joined.wait()
+    joined.leave()
+
+
+def test_memory_in_another_stream_records_no_event(driver: Driver) -> None:
+    """The caller's own stream is in order already."""
+    for stream in (None, driver.stream()):
+        memory = CudaMemory(0, stream)
+        memory.enter()
+        memory.leave()
+    assert not [name for name in driver.calls if "Event" in name]
+
+
+def test_memory_in_a_stream_of_another_gpu_is_refused(driver: Driver) -> None:
+    driver.count = 2
+    with pytest.raises(UsageError) as caught:
+        CudaMemory(0, SimpleNamespace(cuda_stream=driver.stream(1)))
+    assert str(caught.value) == (
+        "stream: expected a CUDA stream of cuda:0, found one of cuda:1: load the pipeline with device='cuda:1'"
+    )
+    assert caught.value.exit_code == 2
+    assert CudaMemory(1, driver.stream(1)).device == "cuda:1"
+
+
+def test_memory_in_a_stream_that_does_not_exist_is_refused(driver: Driver) -> None:
+    with pytest.raises(UsageError, match=r"^stream: expected a CUDA stream of cuda:0, found 0x77 \(.*INVALID_HANDLE"):
+        CudaMemory(0, 0x77)
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_memory_gives_the_thread_its_current_gpu_back(driver: Driver, before: int | None) -> None:
+    driver.count = 2
+    if before is not None:
+        use_gpu(before)
+    memory = CudaMemory(0)
+    assert driver.current == before
+    memory.enter()
+    assert driver.current == 0
+    array = memory.empty((3,), np.float32)
+    memory.leave()
+    assert driver.current == before
+    assert (memory.empty((3,), np.float32).nbytes, memory.free_bytes()) == (12, driver.total - 12)
+    del array
+    assert driver.current == before
+    with keep_current():
+        use_gpu(0)
+    assert driver.current == before
 
 
 def test_memory_keeps_the_callers_stream_alive(driver: Driver) -> None:

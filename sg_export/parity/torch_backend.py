@@ -1,0 +1,90 @@
+"""A backend that computes the graphs of a bundle with its networks in PyTorch, on the CPU."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sg_export.graph.check import check_reference
+from sg_export.graph.module import subset
+from sg_export.loading import LoadedModel
+from sg_runtime.backends.base import Call, CallSequence
+from sg_runtime.devices.memory import HostMemory
+from sg_runtime.guidance import guide
+from sg_runtime.manifest import GraphFacts
+
+
+def evaluate(
+    loaded: LoadedModel, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]
+) -> OrderedDict[str, NDArray[Any]]:
+    """Compute the outputs of a graph with the network that it was traced from.
+
+    A guided graph is computed in two separate, complete passes. Raises CheckpointError if a value
+    is not finite.
+    """
+    given = {name: torch.from_numpy(np.asarray(value)) for name, value in feeds.items()}
+    model = loaded.model
+    with torch.no_grad():
+        if graph.kind == "condition":
+            condition = model.condition(given["t"], given["class"]).numpy()
+            check_reference(loaded, graph.name, condition)
+            return OrderedDict(modulations=condition)
+        scaled, modulations = given["c_in"] * given["x"], given["modulations"]
+        if graph.kind == "guided":
+            other = given.get("modulations_weak", modulations)
+            strong = model.predict(scaled, modulations, subset(given, "_strong"))
+            weak = model.predict(scaled, other, subset(given, "_weak"))
+            output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
+        else:
+            output = model.predict(scaled, modulations, subset(given))
+        prediction = given["c_skip"] * given["x"] + given["c_out"] * output
+        following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
+    check_reference(loaded, graph.name, prediction.numpy(), following.numpy())
+    return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
+
+
+class TorchBackend:
+    """PyTorch in place of a bundle's graphs; see `sg_runtime.backends.base.Backend`."""
+
+    def __init__(self, network: Callable[[GraphFacts], LoadedModel], batch: int) -> None:
+        """Set up the backend. network: returns the network of a graph. batch: images of a run."""
+        self.name = "pytorch"
+        self.lanes: int | None = None
+        self.batches: tuple[int, ...] | None = (batch,)
+        self._network = network
+
+    def lane(self) -> "TorchLane":
+        return TorchLane(self._network)
+
+    def keep(self) -> None:
+        pass
+
+
+class TorchLane:
+    """A lane of a TorchBackend."""
+
+    def __init__(self, network: Callable[[GraphFacts], LoadedModel]) -> None:
+        self.memory: Any = HostMemory()
+        self._network = network
+
+    def enter(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def bind(
+        self, graph: GraphFacts, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, fixed: bool = False
+    ) -> Call:
+        def call() -> None:
+            found = evaluate(self._network(graph), graph, inputs)
+            for name, target in outputs.items():
+                np.copyto(target, found[name])
+
+        return call
+
+    def sequence(self, calls: Sequence[Call]) -> CallSequence:
+        return CallSequence(calls)

@@ -5,7 +5,7 @@
 # make test    all tests that need no GPU
 # make coverage  the same with coverage, and lint: what CI runs
 # make lint    ruff and mypy
-# make check-gpu  what only a GPU can show: tests and benchmarks/gpu_check.py, with the machine's own python3
+# make check-gpu  all that only a GPU can show, in five minutes, with the machine's own python3; PART="speed eager": parts
 # make clean   remove what these made, .venv included
 #
 # Needs Python >= 3.10 with pip, and make. `make PYTHON=python3.12 test` chooses the interpreter that .venv is made with,
@@ -57,8 +57,7 @@ lint: $(VENV)/installed-dev
 
 # PyTorch with CUDA and onnxruntime-gpu are not in constraints.txt, so this does not use .venv.
 check-gpu:
-	$(PYTHON) -m pytest -m gpu tests/sg_runtime/test_gpu.py
-	$(PYTHON) -m benchmarks.gpu_check driver ort teardown micro xl
+	$(PYTHON) -m benchmarks.gpu $(PART)
 
 clean:
 	rm -rf $(VENV) demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,8 @@
-"""Compare graph forms of a guided DiT-XL/2 step on ONNX Runtime's CUDA provider.
-
-    python -m benchmarks.cuda_forms --output forms.jsonl
+"""A guided step of DiT-XL/2, built node by node in several forms for ONNX Runtime's CUDA provider.
 
 Each form is the complete step for one image in FP16, from one latent to the next. The weights are
-random and the route is 2-24. The graph is built node by node, compared with PyTorch in FP32, and
-timed as one CUDA graph. Needs a GPU, PyTorch with CUDA and onnxruntime-gpu >= 1.31.1.
+random and the route is 2-24. PyTorch computes the same step in FP32. The part `forms` compares and
+times the forms.
 
 attention  plain: MatMul, Softmax, MatMul for each branch.
            mha: com.microsoft.MultiHeadAttention for each branch.
@@ -15,16 +13,18 @@ norm       vector: SkipLayerNormalization with the modulation as gamma and beta 
            works for several images.
 """
 
-import argparse
-import json
-import statistics
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.gpu.sessions import Bound
+
+Weights = Mapping[str, NDArray[Any]]
+MICROSOFT = "com.microsoft"
 
 WIDTH, DEPTH, HEADS, TOKENS, ROUTE = 1152, 28, 16, 256, (2, 25)
 VECTORS = 8
@@ -39,21 +39,26 @@ KEPT = {"0/0.5": (256, 128), "0.5/0.9": (128, 26)}
 class Builder:
     """Builder of the nodes and initializers of one step."""
 
-    def __init__(self, attention: str, norm: str, weights: dict[str, np.ndarray], depth: int) -> None:
+    def __init__(self, attention: str, norm: str, weights: Weights, depth: int) -> None:
         self.attention_form, self.norm_form, self.weights, self.depth = attention, norm, weights, depth
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
-    def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def ops(self, kind: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any) -> list[str]:
+        """Add a node and return the names of its outputs."""
         names = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
         node = helper.make_node(kind, list(inputs), names, f"{kind}_{len(self.nodes)}", domain=domain, **attributes)
         self.nodes.append(node)
-        return names[0] if outputs == 1 else names
+        return names
 
-    def contrib(self, kind: str, *inputs: str, **attributes: Any) -> Any:
-        return self.op(kind, *inputs, domain="com.microsoft", **attributes)
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output and return its name."""
+        return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
-    def constant(self, name: str, value: np.ndarray) -> str:
+    def contrib(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        return self.op(kind, *inputs, domain=MICROSOFT, **attributes)
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
         self.initializers.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
@@ -86,10 +91,10 @@ class Builder:
             )  # fmt: skip
         # Packed attention has columns (heads, 3, size), the other forms (3, heads, size).
         qkv = self.op("Add", qkv, self.weight(f"{block}.qkv.bias"))
-        parts = [qkv] if len(counts) == 1 else self.op("Split", qkv, self.ints(*counts), outputs=len(counts), axis=0)
+        parts = [qkv] if len(counts) == 1 else self.ops("Split", qkv, self.ints(*counts), outputs=len(counts), axis=0)
         done = []
         for count, part in zip(counts, parts, strict=True):
-            heads = self.op("Split", part, outputs=3, axis=-1, num_outputs=3)
+            heads = self.ops("Split", part, outputs=3, axis=-1, num_outputs=3)
             if self.attention_form == "mha":
                 q, k, v = (self.op("Reshape", one, self.ints(1, count, WIDTH)) for one in heads)
                 out = self.contrib("MultiHeadAttention", q, k, v, num_heads=HEADS)
@@ -97,7 +102,7 @@ class Builder:
                 q, k, v = (self.op("Reshape", one, self.ints(1, count, HEADS, size)) for one in heads)
                 q, v = (self.op("Transpose", one, perm=[0, 2, 1, 3]) for one in (q, v))
                 k = self.op("Transpose", k, perm=[0, 2, 3, 1])
-                scale = self.constant("attention_scale", np.float16(size**-0.5))
+                scale = self.constant("attention_scale", np.array(size**-0.5, np.float16))
                 scores = self.op("Softmax", self.op("MatMul", self.op("Mul", q, scale), k), axis=-1)
                 out = self.op("Transpose", self.op("MatMul", scores, v), perm=[0, 2, 1, 3])
             done.append(self.op("Reshape", out, self.ints(count, WIDTH)))
@@ -112,8 +117,8 @@ class Builder:
         one, zero = self.constant("one", np.ones(WIDTH, np.float16)), self.constant("zero", np.zeros(WIDTH, np.float16))
         vector = self.norm_form == "vector"
         gamma, beta = (scale, shift) if vector else (one, zero)
-        normed, _, _, total = self.contrib(
-            "SkipLayerNormalization", x, gated, gamma, beta, bias, outputs=4, epsilon=1e-6
+        normed, _, _, total = self.ops(
+            "SkipLayerNormalization", x, gated, gamma, beta, bias, outputs=4, domain=MICROSOFT, epsilon=1e-6
         )
         self.nodes[-1].output[1:3] = ["", ""]
         return total, normed if vector else self.op("Add", self.op("Mul", normed, scale), shift)
@@ -124,7 +129,7 @@ class Builder:
         names = []
         for block in range(self.depth + 1):
             count = VECTORS if block < self.depth else 2
-            names += self.op("Split", f"vectors.{block}", outputs=count, axis=0, num_outputs=count)
+            names += self.ops("Split", f"vectors.{block}", outputs=count, axis=0, num_outputs=count)
         # Each vector is (1, D). SkipLayerNormalization expects (D,); a Reshape runs no kernel.
         self.vectors = [self.op("Reshape", name, self.ints(WIDTH)) for name in names]
         patches = self.op("Reshape", "x", self.ints(4, 16, 2, 16, 2))
@@ -156,13 +161,13 @@ class Builder:
             last = block == self.depth - 1
             following = [self.vectors[-2], self.vectors[-1]] if last else [self.vector(block + 1, n) for n in (0, 1)]
             x, normed = self.add_norm(x, y, v[6], v[7], *following)
-        strong, weak = self.op("Split", normed, outputs=2, axis=0, num_outputs=2)  # equal numbers of rows
-        two = self.constant("scale", np.float16(2))
+        strong, weak = self.ops("Split", normed, outputs=2, axis=0, num_outputs=2)  # equal numbers of rows
+        two = self.constant("scale", np.array(2, np.float16))
         combined = self.op("Add", weak, self.op("Mul", self.op("Sub", strong, weak), two))
         out = self.op("Cast", self.op("MatMul", combined, self.weight("head")), to=TensorProto.FLOAT)
         out = self.op("Reshape", out, self.ints(16, 16, 2, 2, 4))
         out = self.op("Reshape", self.op("Transpose", out, perm=[4, 0, 2, 1, 3]), self.ints(1, 4, 32, 32))
-        step = self.constant("step", np.float32(-1 / 40))
+        step = self.constant("step", np.array(-1 / 40, np.float32))
         self.nodes.append(helper.make_node("Add", ["x", self.op("Mul", out, step)], ["next"]))
         rows = sum(kept)
         inputs = [
@@ -178,11 +183,11 @@ class Builder:
         ]
         outputs = [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, 4, 32, 32])]
         graph = helper.make_graph(self.nodes, "step", inputs, outputs, list(self.initializers.values()))
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def random_weights(depth: int) -> dict[str, np.ndarray]:
+def random_weights(depth: int) -> Weights:
     """Return random FP16 weights.
 
     Each tensor has its own memory. The columns of qkv have the order (3, heads, size).
@@ -196,14 +201,14 @@ def random_weights(depth: int) -> dict[str, np.ndarray]:
     return weights | {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in ends.items()}
 
 
-def packed_columns(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def packed_columns(weights: Weights) -> Weights:
     """Return the weights of the same network for packed attention.
 
     The columns of qkv are reordered to (heads, 3, size). The bias of qkv keeps its order.
     """
     size = WIDTH // HEADS
 
-    def packed(value: np.ndarray) -> np.ndarray:
+    def packed(value: NDArray[Any]) -> NDArray[Any]:
         return np.ascontiguousarray(
             value.reshape(WIDTH, 3, HEADS, size).transpose(0, 2, 1, 3).reshape(WIDTH, 3 * WIDTH)
         )
@@ -211,7 +216,7 @@ def packed_columns(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: packed(value) if name.endswith(".qkv") else value for name, value in weights.items()}
 
 
-def feeds(kept: tuple[int, int], depth: int) -> dict[str, np.ndarray]:
+def feeds(kept: tuple[int, int], depth: int) -> Weights:
     """Return the inputs of a step.
 
     keep: indices of the kept tokens of both branches in the dense rows, one branch after the other.
@@ -231,9 +236,7 @@ def feeds(kept: tuple[int, int], depth: int) -> dict[str, np.ndarray]:
     return {"x": x, **own, "keep": np.concatenate(parts), "restore": np.concatenate(restore)}
 
 
-def reference(
-    weights: dict[str, np.ndarray], given: dict[str, np.ndarray], kept: tuple[int, int], depth: int, device: str
-) -> Any:
+def reference(weights: Weights, given: Weights, kept: tuple[int, int], depth: int, device: str) -> Any:
     """Compute the same step in PyTorch in FP32."""
     import torch
     import torch.nn.functional as F
@@ -267,116 +270,17 @@ def reference(
     return f["x"] - out.reshape(16, 16, 2, 2, 4).permute(4, 0, 2, 1, 3).reshape(1, 4, 32, 32) / 40
 
 
-def captured_session(path: Path, stream: Any) -> Any:
-    """Open a session of the CUDA provider on a PyTorch stream. Its runs can be captured."""
-    import onnxruntime as ort
+def bound(
+    attention: str, norm: str, kept: tuple[int, int], weights: Weights, given: Weights, depth: int
+) -> tuple[Bound, Any]:
+    """Return a step in a session on the GPU, and the tensor that it writes the next latent to.
 
-    options = {
-        "device_id": "0",
-        "user_compute_stream": str(stream.cuda_stream),
-        "enable_cuda_graph": "1",
-        "use_tf32": "0",
-    }
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    providers = [("CUDAExecutionProvider", options)]
-    return ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
-
-
-def run_graph(session: Any, binding: Any, number: str) -> None:
-    """Run without waiting.
-
-    number: ID of the CUDA graph to capture or replay; "-1" runs without a CUDA graph.
+    weights: those of `random_weights`. given: those of `feeds`.
     """
-    import onnxruntime as ort
-
-    choice = ort.RunOptions()
-    choice.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    choice.add_run_config_entry("gpu_graph_id", number)
-    session.run_with_iobinding(binding, choice)
-
-
-def measure(attention: str, norm: str, pair: str, weights: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
-    """Measure the distance to PyTorch, the kernels, and the milliseconds of a replay."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
-    kept = KEPT[pair]
     own = packed_columns(weights) if attention == "packed" else weights
     model = Builder(attention, norm, own, depth).step(kept)
-    stream = torch.cuda.Stream()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step.onnx"
-        onnx.save(model, path, save_as_external_data=True, location="weights.bin")
-        session = captured_session(path, stream)
-    given = feeds(kept, depth)
-    tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
-    tensors["next"] = torch.empty(1, 4, 32, 32, device="cuda")
-    kinds = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.int64: TensorProto.INT64}
-    binding = session.io_binding()
-    for name, tensor in tensors.items():
-        bind = binding.bind_output if name == "next" else binding.bind_input
-        bind(name, "cuda", 0, kinds[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-    torch.cuda.synchronize()
-
-    def run(number: str) -> None:
-        run_graph(session, binding, number)
-
-    run("-1")
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        run("-1")
-        torch.cuda.synchronize()
-    rows = [
-        (e.key[:90], e.count, round(e.self_device_time_total))
-        for e in profiled.key_averages()
-        if e.self_device_time_total > 0
-    ]
-    rows.sort(key=lambda row: -row[2])
-    run("1")
-    torch.cuda.synchronize()
-    wanted = reference(weights, given, kept, depth, "cuda")
-    distance = float((tensors["next"] - wanted).norm() / (wanted - tensors["x"]).norm())
-    times = []
-    for _ in range(50):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            begin.record()
-            run("1")
-            end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {
-        "attention": attention,
-        "norm": norm,
-        "pair": pair,
-        "ms": round(middle, 4),
-        "quartiles": [round(low, 4), round(high, 4)],
-        "kernels": sum(row[1] for row in rows),
-        "kernel_us": sum(row[2] for row in rows),
-        "distance": distance,
-        "top": rows[:14],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--form", choices=["/".join(form) for form in FORMS], nargs="+")
-    parser.add_argument("--depth", type=int, default=DEPTH)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    weights = random_weights(options.depth)
-    for pair in KEPT:
-        for attention, norm in [tuple(form.split("/")) for form in options.form or []] or FORMS:
-            try:
-                row = measure(attention, norm, pair, weights, options.depth)
-            except Exception as error:
-                row = {"attention": attention, "norm": norm, "pair": pair, "error": repr(error)[:500]}
-            print(json.dumps(row), flush=True)
-            if options.output:
-                with options.output.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    target = torch.empty(1, 4, 32, 32, device="cuda")
+    inputs = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
+    return Bound(model, inputs, "next", target), target

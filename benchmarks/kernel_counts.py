@@ -95,6 +95,7 @@ KERNELS = {
     "Cos": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Cos<T>::ComputeInternal"),
     "Sin": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sin<T>::ComputeInternal"),
     "Sigmoid": Kernel(FLOATS, 1, f"{_CUDA}/activation/activations.cc: Sigmoid<T>::ComputeInternal"),
+    "Equal": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Equal<T>::ComputeInternal"),
     "FastGelu": Kernel(FLOATS, 1, f"{_CONTRIB}/fast_gelu.cc: FastGelu<T>::ComputeInternal"),
     "Gather": Kernel(DATA, 1, f"{_CUDA}/tensor/gather.cc: Gather::ComputeInternal"),
     "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu.cc: Gelu<T>::ComputeInternal"),

@@ -198,4 +198,4 @@ def _explained(error: Exception, output: Path, target: Path, temporary: Path) ->
 
 
 def _full_message(output: Path) -> str:
-    return f"{output}: the disk is full; free some space, or give an `output` on another disk"
+    return f"{output}: the disk is full; free some space, or give `output` on another disk"

@@ -297,7 +297,7 @@ def test_choose_of_a_third_finds_the_level_by_the_tokens_it_keeps(
     """However many digits are given, they keep the same tokens: of 16 two thirds, rounded."""
     third = Level(1 / 3, count)
     graph = next(graph for graph in two_networks.graphs if graph.kind == "sparse" and graph.network == "weak")
-    graphs = (*(other for other in two_networks.graphs if other != graph), replace(graph, levels=(third,)))
+    graphs = (*(other for other in two_networks.graphs if other != graph), replace(graph, levels=(third,), inputs=()))
     manifest = replace(two_networks, graphs=graphs, model=replace(two_networks.model, family=family))
     for sparsity in (0.333, 0.3333333, 1 / 3):
         assert choose(manifest, sparsity=sparsity).weak == third

@@ -264,7 +264,7 @@ def test_open_backend_of_graphs_in_bf16_names_the_precision(tiny_bundle: Path, d
     bundle = Bundle(tiny_bundle, replace(opened.manifest, precision="bf16"))
     assert refused(lambda: open_backend(bundle, device)) == (
         f"{tiny_bundle}: its graphs are in BF16, which ONNX Runtime's CPU provider does not run; build it with "
-        f"`precision` fp32, or for a GPU with `libraries` tensorrt_rtx"
+        f"`precision` fp32, or for a GPU with `onnx_target` onnxruntime-cuda or `libraries` tensorrt_rtx"
     )
 
 

@@ -139,7 +139,7 @@ def test_build_without_onnxruntime_records_no_parity(
         ),
         (
             ["--target", "tensorrt-rtx", "--sm", "90"],
-            "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for a",
+            "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121: for others, such as H100 (90)",
         ),
         (["--target", "tensorrt-rtx", "--sm", "7.5"], "--sm 75: expected matrix products in fp16, found fp32: give"),
         (["--target", "tensorrt-rtx", "--sm", "ada"], "'ada': expected a compute capability, for example 8.6 or 86"),

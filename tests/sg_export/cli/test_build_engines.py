@@ -169,9 +169,10 @@ def test_generate_and_verify_of_engines_alone_end_with_6(
 
 
 def test_verify_of_engines_alone_saves_data_prints_commands_and_writes_no_results(
-    cli: Callable[..., Any], engines: Path, tmp_path: Path
+    cli: Callable[..., Any], engines: Path, quick_checkpoint: Path, tmp_path: Path
 ) -> None:
-    result = cli("verify", engines, "--save-polygraphy", tmp_path / "data", "-o", tmp_path / "verify.json")
+    outputs = ("--save-polygraphy", tmp_path / "data", "-o", tmp_path / "verify.json")
+    result = cli("verify", engines, "--checkpoint", quick_checkpoint, *outputs)
     assert result.exit_code == 0, result.output
     first, *commands = result.stdout.splitlines()
     assert first == f"{engines}: nothing was compared: it holds engines alone; run these where their GPU is:"

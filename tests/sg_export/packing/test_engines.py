@@ -309,7 +309,7 @@ def test_check_libraries_that_are_too_old_names_the_version_to_install(monkeypat
 def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_gpus", lambda: (Gpu("Orin", 87),))
     quantized = EngineOptions(("tensorrt",)).products("fp16", "fp8")
-    with pytest.raises(UsageError, match=r"precision: Orin \(SM 87\): .* found fp8: give another precision"):
+    with pytest.raises(UsageError, match=r"`precision`: Orin \(SM 87\): .* found fp8: give another precision"):
         check_libraries(("tensorrt",), quantized)
 
 
@@ -327,7 +327,7 @@ def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.M
         ({"onnx_target": "onnxruntime-cuda", "engines": EngineOptions()}, "onnxruntime-cuda: expected no engines"),
         (
             {"onnx_target": "onnxruntime-cuda", "quantize": QuantizeOptions("int8")},
-            "onnxruntime-cuda: expected no quantization, found int8: .* give --precision fp16, or --target onnxruntime",
+            "onnxruntime-cuda: expected no quantization, found int8: .* give `precision` fp16, or `onnx_target` onnxruntime",
         ),
     ],
     ids=str,

@@ -146,7 +146,7 @@ VAGUE = OSError("problem writing element 23552 to file")
 @pytest.mark.parametrize(
     ("error", "disk", "message"),
     [
-        (FULL, "out", "out: the disk is full; free some space, or give an `output` on another disk"),
+        (FULL, "out", "out: the disk is full; free some space, or give `output` on another disk"),
         (FULL, "", "out: the disk is full; free"),  # the partial file is gone again
         (FULL, "scratch", "the disk of temporary files is full; free some space, or set TMPDIR to a folder on"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "out", "out: the disk is full; free"),

@@ -24,6 +24,7 @@ from sg_runtime.errors import BundleError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import HalfPrecision, Prediction
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.run.kept import restore, rows
 from sg_runtime.sampling import precondition
 
 HALVES: list[HalfPrecision] = ["fp16", "bf16"]
@@ -49,9 +50,11 @@ def test_verify_of_half_precision_passes_within_its_gates_alone(half_bundle: Pat
 
 def test_verify_saves_commands_for_what_polygraphy_can_run(half_bundle: Path, tmp_path: Path) -> None:
     parity = verify(half_bundle, times=(0.5,), save_polygraphy=tmp_path)
-    graphs = Bundle.open(half_bundle).manifest.graphs
-    fp16 = Bundle.open(half_bundle).manifest.precision == "fp16"
-    assert len(parity.commands) == (len(graphs) if fp16 else 0)
+    manifest = Bundle.open(half_bundle).manifest
+    onnx_files = [command for command in parity.commands if " --onnxrt " in command]
+    assert len(onnx_files) == (len(manifest.graphs) if manifest.precision == "fp16" else 0)
+    profiles = sum(len(engine.profiles) for engine in manifest.engines)
+    assert len(parity.commands) == len(onnx_files) + profiles
     assert all(command.endswith("--atol 0.02 --rtol 0.02") for command in parity.commands)
 
 
@@ -106,10 +109,12 @@ def test_half_precision_is_finite_at_all_times(
         x = generator.standard_normal((2, *facts.latent), np.float32)
         x *= np.float32(max(time, 1))
         labels = np.array([0, facts.num_classes])
-        (rows,) = modulate.run(None, {"t": np.full(2, scaling.t, np.float32), "class": labels})
+        (modulations,) = modulate.run(None, {"t": np.full(2, scaling.t, np.float32), "class": labels})
         scalars = {"scale": 4, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
         inputs = {name: np.array(value, np.float32) for name, value in (scalars | {"a": 1, "b": 1, "e": 0}).items()}
-        inputs |= {"x": x, "r": x, "modulations": rows, "keep_weak": np.tile(np.arange(8), (2, 1))}
+        inputs |= {"x": x, "r": x, "modulations": modulations}
+        keep = np.tile(np.arange(8), (2, 1))
+        inputs |= {"rows_weak": rows(keep, facts.tokens), "restore_weak": restore(keep, facts.tokens, facts.masked)}
         for found in step.run(None, inputs):
             assert np.isfinite(found).all(), time
         if number % 10 == 0:

@@ -96,6 +96,7 @@ KERNELS = {
     "Sin": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sin<T>::ComputeInternal"),
     "Sigmoid": Kernel(FLOATS, 1, f"{_CUDA}/activation/activations.cc: Sigmoid<T>::ComputeInternal"),
     "Equal": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Equal<T>::ComputeInternal"),
+    "Expand": Kernel(DATA, 1, f"{_CUDA}/tensor/expand.cc: Expand::ComputeInternal"),
     "FastGelu": Kernel(FLOATS, 1, f"{_CONTRIB}/fast_gelu.cc: FastGelu<T>::ComputeInternal"),
     "Gather": Kernel(DATA, 1, f"{_CUDA}/tensor/gather.cc: Gather::ComputeInternal"),
     "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu.cc: Gelu<T>::ComputeInternal"),
@@ -108,6 +109,7 @@ KERNELS = {
     "Slice": Kernel(DATA, 1, f"{_CUDA}/tensor/slice.cc: Slice<dynamic>::ComputeInternal"),
     "Softmax": Kernel(FLOATS, 1, f"{_CUDA}/math/softmax.cc: Softmax<T>::ComputeInternal"),
     "Split": Kernel(DATA, _equal_parts, f"{_CUDA}/tensor/split.cc: SplitKernel::ComputeInternal"),
+    "Tile": Kernel(DATA, 1, f"{_CUDA}/tensor/tile.cc: Tile::ComputeInternal"),
     "Transpose": Kernel(DATA, 1, f"{_CUDA}/tensor/transpose.cc: Transpose::DoTranspose"),
     "Unsqueeze": Kernel(DATA, 0, f"{_CUDA}/tensor/unsqueeze.cc: registered with Alias(0, 0)"),
 }

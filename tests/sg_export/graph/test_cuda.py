@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from sg_export.graph.emulate import emulated
 from sg_export.graph.half import fp32_layers, to_half
 from sg_export.graph.module import examples
 from sg_export.graph.opset import DEFAULT_OPSET
-from sg_export.graph.spec import GraphSpec, graph_inputs
+from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN
-from sg_export.graph.trace import trace
+from sg_export.graph.trace import _finished, trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig
@@ -45,18 +46,40 @@ def dit(make_model: Callable[..., LoadedModel]) -> LoadedModel:
     return make_model(DiT, CONFIG, Route(1, 1))
 
 
-@pytest.fixture(scope="module", params=["dit", "maskdit"])
-def loaded(dit: LoadedModel, make_model: Callable[..., LoadedModel], request: pytest.FixtureRequest) -> LoadedModel:
-    return dit if request.param == "dit" else make_model(MaskDiT, CONFIG, Route(1, 1))
+@dataclass(frozen=True)
+class Network:
+    """A network and the graphs of it that are lowered, for `batch` images."""
+
+    loaded: LoadedModel
+    batch: int | None
+    specs: tuple[GraphSpec, ...] = SPECS
+
+
+@pytest.fixture(scope="module", params=["dit-1", "dit-any", "maskdit-1"])
+def network(dit: LoadedModel, make_model: Callable[..., LoadedModel], request: pytest.FixtureRequest) -> Network:
+    if request.param == "maskdit-1":
+        return Network(make_model(MaskDiT, CONFIG, Route(1, 1)), 1, (CONDITION, SPARSE, GUIDED))
+    return Network(dit, 1 if request.param == "dit-1" else None)
 
 
 @cache
-def graphs(loaded: LoadedModel, batch: int | None, precision: Precision, *, cuda: bool = True) -> list[ir.Model]:
+def traced(network: Network) -> list[ir.Model]:
+    """Return all graphs before they are lowered."""
+    loaded = network.loaded
+    return trace(loaded.model, network.specs, loaded.facts, network.batch, DEFAULT_OPSET, lower=lambda graph: None)
+
+
+@cache
+def graphs(network: Network, precision: Precision, *, cuda: bool = True) -> dict[GraphSpec, ir.Model]:
     """Return all graphs in the form for CUDA or in the generic form, with the types of a build."""
     lower = partial(lower_for_cuda, precision=precision) if cuda else lower_attention
-    models = trace(loaded.model, SPECS, loaded.facts, batch, DEFAULT_OPSET, lower=lower)
+    loaded = network.loaded
+    models = {
+        spec: _finished(model.clone(), graph_outputs(spec, loaded.facts, network.batch), lower)
+        for spec, model in zip(network.specs, traced(network), strict=True)
+    }
     if precision != "fp32":
-        for model, spec in zip(models, SPECS, strict=True):
+        for spec, model in models.items():
             tokens_in_half = cuda and precision == "fp16" and spec is not CONDITION
             layers = fp32_layers(loaded.model, precision)
             to_half(model.graph, precision, layers, tokens_in_half=tokens_in_half)
@@ -64,45 +87,43 @@ def graphs(loaded: LoadedModel, batch: int | None, precision: Precision, *, cuda
 
 
 @cache
-def plain(loaded: LoadedModel, batch: int | None) -> dict[GraphSpec, bytes]:
+def plain(network: Network) -> dict[GraphSpec, bytes]:
     """Return the generic graphs in FP32, with their weights inside them."""
-    found = graphs(loaded, batch, "fp32", cuda=False)
-    return {spec: ir.to_proto(model).SerializeToString() for spec, model in zip(SPECS, found, strict=True)}
+    found = graphs(network, "fp32", cuda=False)
+    return {spec: ir.to_proto(model).SerializeToString() for spec, model in found.items()}
 
 
-def feeds_of(loaded: LoadedModel, spec: GraphSpec, batch: int | None) -> dict[str, NDArray[Any]]:
-    inputs = graph_inputs(spec, loaded.facts, batch)
-    values = examples(inputs, loaded.facts, {"B": 2, "S": 5}, torch.Generator().manual_seed(3))
+def feeds_of(network: Network, spec: GraphSpec) -> dict[str, NDArray[Any]]:
+    facts = network.loaded.facts
+    inputs = graph_inputs(spec, facts, network.batch)
+    values = examples(inputs, facts, {"B": 2, "S": 5}, torch.Generator().manual_seed(3))
     return {name: value.numpy() for name, value in values.items()}
 
 
-def distances(loaded: LoadedModel, batch: int | None, precision: Precision, folder: Path) -> dict[GraphSpec, float]:
+def distances(network: Network, precision: Precision, folder: Path) -> dict[GraphSpec, float]:
     """Return the distance of each graph in the form for CUDA to the generic graph in FP32."""
-    paths = write_graphs(graphs(loaded, batch, precision), folder, "weights.bin")
+    paths = write_graphs([*graphs(network, precision).values()], folder, "weights.bin")
     found = {}
-    for spec, path in zip(SPECS, paths, strict=True):
+    for spec, path in zip(network.specs, paths, strict=True):
         check_graph(path)
-        check_types(path, precision, fp32_layers(loaded.model, precision))
-        feeds = feeds_of(loaded, spec, batch)
-        wanted = run_onnx(path, feeds, plain(loaded, batch)[spec])
+        check_types(path, precision, fp32_layers(network.loaded.model, precision))
+        feeds = feeds_of(network, spec)
+        wanted = run_onnx(path, feeds, plain(network)[spec])
         outputs = run_onnx(path, feeds, None if precision == "fp32" else emulated(path))
         found[spec] = max(relative_l2(one, other) for one, other in zip(outputs, wanted, strict=True))
     return found
 
 
-@pytest.mark.parametrize("batch", [None, 1])
-def test_lower_for_cuda_gives_the_results_of_the_generic_form(
-    loaded: LoadedModel, batch: int | None, tmp_path: Path
-) -> None:
+def test_lower_for_cuda_gives_the_results_of_the_generic_form(network: Network, tmp_path: Path) -> None:
     # Only the order of the sums differs.
-    assert max(distances(loaded, batch, "fp32", tmp_path).values()) < BASES["fp32"].gates.graph
+    assert max(distances(network, "fp32", tmp_path).values()) < BASES["fp32"].gates.graph
 
 
-@pytest.mark.parametrize(("precision", "batch"), [("fp16", 1), ("fp16", None), ("bf16", 1)])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_lower_for_cuda_in_half_precision_is_within_the_gate(
-    loaded: LoadedModel, precision: HalfPrecision, batch: int | None, tmp_path: Path
+    network: Network, precision: HalfPrecision, tmp_path: Path
 ) -> None:
-    found = distances(loaded, batch, precision, tmp_path)
+    found = distances(network, precision, tmp_path)
     assert max(found.values()) < BASES[precision].gates.graph
     assert min(found.values()) > BASES["fp32"].gates.graph  # the results are in half precision
 
@@ -111,11 +132,9 @@ def operators(graph: ir.Graph) -> Counter[str]:
     return Counter(node.op_type for node in graph)
 
 
-@pytest.mark.parametrize("batch", [None, 1])
-def test_lower_for_cuda_leaves_one_fused_operator_per_attention_norm_and_gelu(
-    dit: LoadedModel, batch: int | None
-) -> None:
-    for spec, model in zip(SPECS, graphs(dit, batch, "fp32"), strict=True):
+@pytest.mark.parametrize("network", ["dit-1", "dit-any"], indirect=True)
+def test_lower_for_cuda_leaves_one_fused_operator_per_attention_norm_and_gelu(network: Network) -> None:
+    for spec, model in graphs(network, "fp32").items():
         if spec is CONDITION:
             assert MICROSOFT not in model.opset_imports
             continue
@@ -130,20 +149,18 @@ def test_lower_for_cuda_leaves_one_fused_operator_per_attention_norm_and_gelu(
         # One modulated norm follows no residual sum: the first of each part of the network. The
         # last norm of a guided graph is modulated after the branches are combined.
         fused = found["SkipLayerNormalization"]
-        shared = batch == 1 and spec not in (EQUAL, UNEQUAL)
+        shared = network.batch == 1 and spec not in (EQUAL, UNEQUAL)
         assert fused == ({DENSE: 6, SPARSE: 4, GUIDED: 3}[spec] if shared else 0)
 
 
-def test_lower_for_cuda_keeps_the_cost_of_a_graph(dit: LoadedModel) -> None:
-    for batch in (None, 1):
-        both = zip(SPECS, graphs(dit, batch, "fp32", cuda=False), graphs(dit, batch, "fp32"), strict=True)
-        for spec, generic, cuda in both:
-            before, after = count_cost(generic.graph), count_cost(cuda.graph)
-            assert (after.linear_macs, after.attention_macs) == (before.linear_macs, before.attention_macs), spec.name
+def test_lower_for_cuda_keeps_the_cost_of_a_graph(network: Network) -> None:
+    for spec, cuda in graphs(network, "fp32").items():
+        before, after = count_cost(graphs(network, "fp32", cuda=False)[spec].graph), count_cost(cuda.graph)
+        assert (after.linear_macs, after.attention_macs) == (before.linear_macs, before.attention_macs), spec.name
 
 
 def test_lower_for_cuda_in_fp16_converts_tokens_and_modulations_once(dit: LoadedModel) -> None:
-    graph = graphs(dit, None, "fp16")[SPECS.index(GUIDED)].graph
+    graph = graphs(Network(dit, None), "fp16")[GUIDED].graph
     casts = [node for node in graph if node.op_type == "Cast"]
     # Modulations, embedded tokens, tokens of the last norm, and both vectors of its modulation.
     assert len(casts) == 5
@@ -152,15 +169,11 @@ def test_lower_for_cuda_in_fp16_converts_tokens_and_modulations_once(dit: Loaded
     assert [node.outputs[0].dtype.name for node in norms] == ["FLOAT16"] * 6 + ["FLOAT"]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("precision", "batch"), [("fp32", 1), ("fp32", None), ("fp16", 1), ("fp16", None), ("bf16", 1)]
-)
-def test_every_operator_has_a_kernel_and_fewer_are_launched(
-    loaded: LoadedModel, precision: Precision, batch: int | None
-) -> None:
-    both = zip(SPECS, graphs(loaded, batch, "fp32", cuda=False), graphs(loaded, batch, precision), strict=True)
-    for spec, generic, cuda in both:
-        before, after = launches(generic.graph).total(), launches(cuda.graph).total()
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_every_operator_has_a_kernel_and_fewer_are_launched(network: Network, precision: Precision) -> None:
+    for spec, cuda in graphs(network, precision).items():
+        before = launches(graphs(network, "fp32", cuda=False)[spec].graph).total()
+        after = launches(cuda.graph).total()
         if spec is CONDITION:
             assert before > 0
         elif precision != "fp32":  # in FP32, attention of few tokens has no fused kernel

@@ -327,7 +327,7 @@ def test_check_libraries_for_a_gpu_without_a_type_names_it(monkeypatch: pytest.M
         ({"onnx_target": "onnxruntime-cuda", "engines": EngineOptions()}, "onnxruntime-cuda: expected no engines"),
         (
             {"onnx_target": "onnxruntime-cuda", "quantize": QuantizeOptions("int8")},
-            "onnxruntime-cuda: expected no quantization, found int8: .* give `precision` fp16, or `onnx_target` onnxruntime",
+            "onnxruntime-cuda: expected no quantization, found int8: .* give `precision` fp16, or `onnx_target`",
         ),
     ],
     ids=str,

@@ -88,12 +88,12 @@ class PreparedRun:
 
     @property
     def structure(self) -> Hashable:
-        """What the launches of the run depend on.
+        """What the launches of the run depend on, besides its updates.
 
         It is the same for other conditioning and other kept tokens.
         """
         branches = tuple((branch.network, branch.levels) for branch in self.branches)
-        return self.guidance, self.times, self.scales, self.images, branches
+        return self.guidance, self.scales, self.images, branches
 
     def active(self, index: int) -> tuple[PreparedBranch, ...]:
         """Return the branches that run in an evaluation."""

@@ -1,6 +1,5 @@
 """Device buffers of a run: tables with the inputs of all evaluations, and bound launches."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,7 +74,7 @@ class Workspace:
         self._tables: dict[Source, Table] = {}
         self._calls: dict[Key, Call] = {}
         self._sequences: dict[tuple[Key, ...], CallSequence] = {}
-        self._programs: OrderedDict[Hashable, _Program] = OrderedDict()
+        self._programs: dict[Hashable, _Program] = {}
         self._uploaded: _Program | None = None
         self._state = self._start = 0
 
@@ -113,12 +112,11 @@ class Workspace:
         The same run with other images, classes or seeds is the same program.
         """
         key = (run.structure, tuple(updates), fused, self._state, self._start)
-        if key not in self._programs:
-            self._programs[key] = self._made(run, updates, fused)
-        self._programs.move_to_end(key)
-        while len(self._programs) > PROGRAMS:
-            self._programs.popitem(last=False)
-        return self._programs[key]
+        program = self._programs.pop(key, None) or self._made(run, updates, fused)
+        self._programs[key] = program  # as the last one
+        if len(self._programs) > PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return program
 
     def _made(self, run: PreparedRun, updates: Sequence[Update], fused: bool) -> "_Program":
         program = _Program()

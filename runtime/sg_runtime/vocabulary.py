@@ -16,8 +16,15 @@ Role = Literal["state", "held", "rows", "restore", "keep", "scalar"]
 COEFFICIENTS = ("c_in", "c_skip", "c_out", "a", "b", "e")
 SCALARS = ("scale", *COEFFICIENTS)
 
-HELD = ("modulations",)
-"""Names of the inputs for a branch's conditioning in one evaluation."""
+HELD: Mapping[str, Literal["evaluation", "image"]] = {
+    "modulations": "evaluation",
+    "text_keys": "image",
+    "text_values": "image",
+}
+"""Inputs for a branch's conditioning, by name.
+
+Those per evaluation depend on time, those per image are the same in all evaluations of an image.
+"""
 
 KEPT: tuple[Role, ...] = ("rows", "restore")
 """Roles of the inputs for the kept tokens of a branch."""
@@ -31,9 +38,9 @@ class Input:
 
     name: name of the tensor in the graph.
     role: "state" for the latents x and r, (B, C, H, W); "held" for the conditioning of a branch,
-    (B, M); "rows" and "restore" for the kept tokens of a branch, see `sg_runtime.run.kept`; "keep"
-    for the same in graphs of schema 4 and earlier, (B, K); "scalar" for a number that all images
-    share.
+    (B, …), see `HELD`; "rows" and "restore" for the kept tokens of a branch, see
+    `sg_runtime.run.kept`; "keep" for the same in graphs of schema 4 and earlier, (B, K); "scalar"
+    for a number that all images share.
     branch: 0 for the strong or only branch; 1 for the weak branch; None if it belongs to no branch.
     """
 
@@ -42,16 +49,17 @@ class Input:
     branch: int | None = None
 
 
-def step_inputs(branches: int, separate: bool) -> tuple[Input, ...]:
+def step_inputs(branches: int, held: Iterable[str], separate: Iterable[str] = ()) -> tuple[Input, ...]:
     """Return the inputs, in order, of a step graph whose one or two branches drop tokens.
 
-    separate: whether the weak branch has separate conditioning.
+    held: names of the inputs for the conditioning. separate: those that the weak branch has of its
+    own.
     """
-    held = [Input(name, "held", 0) for name in HELD]
-    held += [Input(f"{name}_weak", "held", 1) for name in HELD if separate]
+    conditioning = [Input(name, "held", 0) for name in held]
+    conditioning += [Input(f"{name}_weak", "held", 1) for name in separate]
     kept = [Input(f"{role}{end}", role, number) for number, end in _ends(branches) for role in KEPT]
     scalars = [Input(name, "scalar") for name in (SCALARS if branches == 2 else COEFFICIENTS)]
-    return (Input("x", "state"), *held, *kept, *scalars, Input("r", "state"))
+    return (Input("x", "state"), *conditioning, *kept, *scalars, Input("r", "state"))
 
 
 def _ends(branches: int) -> Iterable[tuple[int, str]]:
@@ -63,7 +71,7 @@ INPUTS: Mapping[str, Input] = {
     tensor.name: tensor
     for count in (1, 2)
     for tensor in (
-        *step_inputs(count, count == 2),
+        *step_inputs(count, HELD, HELD if count == 2 else ()),
         *(Input(f"keep{end}", "keep", number) for number, end in _ends(count)),
     )
 }

@@ -99,7 +99,7 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     """
     precision = options.precision
     most = BASES[precision].build_limit if options.quantize is None else MAX_QUANTIZED_ERROR
-    inputs = graph_inputs(spec, loaded.facts, options.batch)
+    inputs = graph_inputs(spec, loaded.facts, options.batch, held=loaded.model.network.held)
     generator = torch.Generator().manual_seed(1)
     values = examples(inputs, loaded.facts, {"B": 2, "S": 2}, generator)
     try:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from sg_export.graph.spec import GraphSpec
-from sg_export.models.sparse import SparseModel
+from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
 from sg_runtime.manifest import GraphKind, ModelFacts, TensorFacts
+from sg_runtime.vocabulary import HELD
 
 
 class GraphModule(nn.Module):
@@ -30,23 +31,28 @@ def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) ->
     """Compute the outputs of a graph of this kind from its inputs by name."""
     if kind == "condition":
         return (model.condition(given["t"], given["class"]),)
-    x, modulations = given["x"], given["modulations"]
+    x, branches = given["x"], branch_inputs(kind, given)
     if kind == "guided":
-        output = model.guided(
-            given["c_in"] * x,
-            modulations,
-            subset(given, "_strong"),
-            subset(given, "_weak"),
-            given["scale"],
-            given.get("modulations_weak"),
-        )
+        output = model.guided(given["c_in"] * x, branches[0], branches[1], given["scale"])
     else:
-        output = model.predict(given["c_in"] * x, modulations, subset(given))
+        output = model.predict(given["c_in"] * x, branches[0].held, branches[0].keep)
     prediction = given["c_skip"] * x + given["c_out"] * output
     return prediction, given["a"] * x + given["b"] * prediction + given["e"] * given["r"]
 
 
-def subset(given: Mapping[str, Tensor], end: str = "") -> Subset | None:
+def branch_inputs(kind: GraphKind, given: Mapping[str, Tensor]) -> list[BranchInputs]:
+    """Return the inputs of the one branch of a step graph, or of the strong and the weak branch.
+
+    The weak branch shares what has no input of its own.
+    """
+    held = {name: given[name] for name in HELD if name in given}
+    if kind != "guided":
+        return [BranchInputs(held, _subset(given, ""))]
+    own = {name: given.get(f"{name}_weak", shared) for name, shared in held.items()}
+    return [BranchInputs(held, _subset(given, "_strong")), BranchInputs(own, _subset(given, "_weak"))]
+
+
+def _subset(given: Mapping[str, Tensor], end: str) -> Subset | None:
     """Return the kept tokens of the branch whose inputs have this end; None for all tokens."""
     return Subset(given[f"rows{end}"], given[f"restore{end}"]) if f"rows{end}" in given else None
 

@@ -3,7 +3,7 @@
 Each graph is one computation of a `SparseModel`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sg_runtime.manifest import (
@@ -16,7 +16,7 @@ from sg_runtime.manifest import (
     NetworkName,
     TensorFacts,
 )
-from sg_runtime.vocabulary import step_inputs
+from sg_runtime.vocabulary import HELD, step_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +80,31 @@ def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
 
 
 def graph_inputs(
-    spec: GraphSpec, model: ModelFacts, batch: int | None, *, symbolic_keep: bool = False
+    spec: GraphSpec,
+    model: ModelFacts,
+    batch: int | None,
+    *,
+    symbolic_keep: bool = False,
+    held: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[TensorFacts, ...]:
     """Return the inputs of a graph, in order.
 
     batch: number of images; None for the symbolic dimension "B".
     symbolic_keep: make the numbers of kept tokens the symbolic dimensions "K", or "K_strong" and
     "K_weak", so that one graph serves all levels.
+    held: shape, for one image, of each input for the conditioning, by name, as the network's
+    `held`; modulations alone if None.
     """
     if spec.kind == "condition":
         return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
     images = "B" if batch is None else batch
+    held = {"modulations": (model.modulations,)} if held is None else held
     tensors = []
-    for tensor in step_inputs(len(spec.levels), spec.null_weak):
+    for tensor in step_inputs(len(spec.levels), held, conditioned(held) if spec.null_weak else ()):
         if tensor.role == "state":
             tensors.append(TensorFacts(tensor.name, "float32", (images, *model.latent)))
         elif tensor.role == "held":
-            tensors.append(TensorFacts(tensor.name, "float32", (images, model.modulations)))
+            tensors.append(TensorFacts(tensor.name, "float32", (images, *held[tensor.name.removesuffix("_weak")])))
         elif tensor.role == "scalar":
             tensors.append(TensorFacts(tensor.name, "float32", ()))
         elif tensor.branch is not None and (keep := spec.levels[tensor.branch].keep) < model.tokens:
@@ -107,6 +115,16 @@ def graph_inputs(
     return tuple(tensors)
 
 
+def conditioned(held: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the inputs for the conditioning that depend on class or prompt.
+
+    If there are inputs per image, they hold the prompt, and the modulations depend on time alone.
+    Otherwise the modulations also depend on the class.
+    """
+    names = tuple(held)
+    return tuple(name for name in names if HELD[name] == "image") or names
+
+
 def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
     """Return the sizes of the symbolic dimensions of kept tokens; see `graph_inputs`.
 
@@ -114,7 +132,7 @@ def keep_sizes(spec: GraphSpec, keep: Sequence[int]) -> dict[str, int]:
     """
     if spec.kind not in ("sparse", "guided"):
         return {}
-    names = [tensor.name for tensor in step_inputs(len(spec.levels), False) if tensor.role == "rows"]
+    names = [tensor.name for tensor in step_inputs(len(spec.levels), ()) if tensor.role == "rows"]
     return dict(zip(map(_keep_dimension, names), keep, strict=False))
 
 

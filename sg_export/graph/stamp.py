@@ -1,20 +1,23 @@
 """Assembly of single graphs from the ONNX program of a network.
 
 A program has the nodes of all graphs of a network. If a graph runs consecutive layers of one form,
-it has one node `Layers` for them. Its inputs are the packed tokens and the modulations. Each form
-has a body. A body is the nodes of one traced layer. It starts at nodes `Inside`, one for each input
-of `Layers`, and ends at a value that is listed in `Program.bodies`.
+it has one node `Layers` for them. Its inputs are the packed tokens, what the branches hold, and the
+rows of their subsets. Each form has a body. A body is the nodes of one traced layer. It starts at
+nodes `Inside`, one for each input of `Layers`, and ends at the output of the `Layer` that is listed
+in `Program.bodies`.
 
 `assemble` copies the nodes of one graph. It replaces each `Layers` by one copy of the body per
-layer, with the names, the weights and the slice of modulations of that layer.
+layer, with the names and the weights of that layer and its part of what the branches hold.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
+
+from sg_export.models.branches import Place
 
 DOMAIN = "sg_export"
 """Domain of the operators `Layers` (attributes form, first, count) and `Inside` (place)."""
@@ -24,25 +27,39 @@ MODULE = "sg_export.module"
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The traced layer of a form.
+
+    index: index of the layer.
+    held: names of the inputs of `Layers` that branches hold, by their places among the inputs.
+    output: output of the layer.
+    """
+
+    index: int
+    held: Mapping[int, str]
+    output: ir.Value
+
+
+@dataclass(frozen=True)
 class Program:
     """All graphs of a network in one model.
 
     model: the exported program.
     inputs: for each graph, its inputs by their names in the graph.
     outputs: for each graph, its outputs by their names in the graph.
-    bodies: for each form, the index of the traced layer and the output of the body.
+    bodies: for each form, the traced layer.
     weight: function from a weight's name in the program to an initializer.
     layer_name: function from a layer's index to the name of its module.
-    layer_modulations: function from a layer's index to the slice of its modulations.
+    layer_inputs: function from a layer's index to its part of the held inputs, by name.
     """
 
     model: ir.Model
     inputs: Sequence[Mapping[str, ir.Value]]
     outputs: Sequence[Mapping[str, ir.Value]]
-    bodies: Sequence[tuple[int, ir.Value]]
+    bodies: Sequence[Layer]
     weight: Callable[[str], ir.Value]
     layer_name: Callable[[int], str]
-    layer_modulations: Callable[[int], slice]
+    layer_inputs: Callable[[int], Mapping[str, Place]]
 
     @cached_property
     def names(self) -> Mapping[ir.Value, str]:
@@ -55,7 +72,7 @@ class Program:
     @cached_property
     def forms(self) -> "Sequence[_Body]":
         """Bodies of the forms, with their nodes."""
-        return [_Body(index, output, self.above([output])) for index, output in self.bodies]
+        return [_Body(layer, self.above([layer.output])) for layer in self.bodies]
 
     def above(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
         """Return the nodes that compute these values, in the program's order, without `Inside`."""
@@ -98,10 +115,9 @@ def assemble(program: Program, number: int, name: str) -> ir.Model:
 
 @dataclass(frozen=True)
 class _Body:
-    """One traced layer: its nodes in order, without `Inside`."""
+    """One traced layer and its nodes in order, without `Inside`."""
 
-    index: int
-    output: ir.Value
+    layer: Layer
     nodes: Sequence[ir.Node]
 
     @cached_property
@@ -115,11 +131,19 @@ class _Body:
             if source is not None and is_marker(source, "Inside")
         }
 
-    @cached_property
-    def slices(self) -> Container[ir.Node]:
-        """Nodes that slice the layer's modulations out of the modulations of all layers."""
-        found = {use.node for value, place in self.entries.items() if place > 0 for use in value.uses()}
-        return found | {use.node for node in found if node.op_type == "Unsqueeze" for use in node.outputs[0].uses()}
+    def cuts(self, places: Mapping[str, Place]) -> dict[ir.Node, Place]:
+        """Return the nodes that cut a layer's part out of the held inputs, with that part.
+
+        places: the part that the copy takes of each held input, by name.
+        """
+        found: dict[ir.Node, Place] = {}
+        for value, number in self.entries.items():
+            place = places.get(self.layer.held.get(number, ""))
+            if place is not None:
+                direct = [use.node for use in value.uses()]
+                axes = [node for node in direct if node.op_type == "Unsqueeze"]
+                found |= dict.fromkeys([*direct, *(use.node for node in axes for use in node.outputs[0].uses())], place)
+        return found
 
 
 @dataclass
@@ -158,14 +182,14 @@ class _Copy:
         """Copy the nodes of consecutive layers; return the output of the last layer."""
         form, first, count = (node.attributes[key].as_int() for key in ("form", "first", "count"))
         body, names = self.program.forms[form], self.program.layer_name
-        tokens, *modulations = (value for value in values if value is not None)
+        tokens, *others = (value for value in values if value is not None)
         for index in range(first, first + count):
-            copies = {value: (tokens, *modulations)[place] for value, place in body.entries.items()}
-            renamed = (names(body.index), names(index))
+            copies = {value: (tokens, *others)[place] for value, place in body.entries.items()}
+            renamed = (names(body.layer.index), names(index))
+            cuts = body.cuts(self.program.layer_inputs(index))
             for inner in body.nodes:
-                places = self.program.layer_modulations(index) if inner in body.slices else None
-                self._add(inner, copies, renamed, places)
-            tokens = copies[body.output]
+                self._add(inner, copies, renamed, cuts.get(inner))
+            tokens = copies[body.layer.output]
         return tokens
 
     def _inputs(
@@ -178,20 +202,22 @@ class _Copy:
         node: ir.Node,
         copies: dict[ir.Value, ir.Value],
         renamed: tuple[str, str] | None = None,
-        places: slice | None = None,
+        place: Place | None = None,
     ) -> None:
         """Copy one node.
 
         renamed: the module names of the traced layer and of the layer that the copy belongs to.
-        places: the slice of the layer's modulations, if the node slices them out of all.
+        place: the layer's part of a held input, if the node cuts it out.
         """
         size = self._size(node)
         inputs, attributes = size or (self._inputs(node, copies, renamed), list(node.attributes.values()))
         module = _renamed(node.metadata_props[MODULE], renamed)
-        if renamed is not None and places is not None:
+        if renamed is not None and place is not None:
             module = renamed[1]
-            if node.op_type == "Slice":
-                inputs[1:3] = self._place(places.start), self._place(places.stop)
+            if node.op_type == "Slice" and isinstance(place, slice):
+                inputs[1:3] = (self._number(f"end.{end}", [end]) for end in (place.start, place.stop))
+            elif node.op_type == "Gather" and isinstance(place, int):
+                inputs[1] = self._number(f"entry.{place}", place)
         made = ir.Node(
             node.domain,
             node.op_type,
@@ -241,9 +267,9 @@ class _Copy:
             self.weights[own] = self.program.weight(own)
         return self.weights[own]
 
-    def _place(self, place: int) -> ir.Value:
-        """Return a constant (1,) int64 for an end of a slice of modulations."""
-        return self._constant(f"modulations.{place}", ir.tensor([place], dtype=ir.DataType.INT64))
+    def _number(self, name: str, number: int | list[int]) -> ir.Value:
+        """Return a constant int64 for a place in a held input: () for a number, (1,) for a list."""
+        return self._constant(name, ir.tensor(number, dtype=ir.DataType.INT64))
 
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the one initializer for all constants of this type, shape and content."""

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from sg_export.graph.attention import lower_attention, translate_attention
 from sg_export.graph.module import compute, examples
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
-from sg_export.graph.stamp import DOMAIN, MODULE, Program, assemble
-from sg_export.models.branches import Branches
+from sg_export.graph.stamp import DOMAIN, MODULE, Layer, Program, assemble
+from sg_export.models.branches import Branch, Branches
 from sg_export.models.sparse import SparseModel
+from sg_export.models.subset import Subset
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import ModelFacts, TensorFacts
 
@@ -63,7 +64,8 @@ def trace(
     ExportError if PyTorch cannot export the model.
     """
     names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
-    inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
+    held = model.network.held
+    inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep, held=held) for spec in specs]
     outputs = [graph_outputs(spec, facts, batch) for spec in specs]
     exported, layers = _export(model, specs, names, inputs, facts, opset, each_layer)
     starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
@@ -71,10 +73,10 @@ def trace(
         exported,
         inputs=[{tensor.name: next(starts) for tensor in tensors} for tensors in inputs],
         outputs=[{tensor.name: next(ends) for tensor in tensors} for tensors in outputs],
-        bodies=list(zip(layers, ends, strict=True)),
+        bodies=[Layer(index, held, end) for (index, held), end in zip(layers, ends, strict=True)],
         weight=lambda name: _weight(model, name),
         layer_name=model.network.layer_name,
-        layer_modulations=model.network.layer_modulations,
+        layer_inputs=model.network.layer_inputs,
     )
     return [_finished(assemble(program, number, name), outputs[number], lower) for number, name in enumerate(names)]
 
@@ -87,11 +89,8 @@ def _export(
     facts: ModelFacts,
     opset: int,
     each_layer: bool,
-) -> tuple[ir.Model, list[int]]:
-    """Export all graphs as one program without weights; return it with the traced layers' indices.
-
-    See `sg_export.graph.stamp.Program`.
-    """
+) -> tuple[ir.Model, list[tuple[int, dict[int, str]]]]:
+    """Export all graphs as one program without weights; return it with `_State.traced`."""
     state = _State(model)
     program = _Program(state, specs, [[tensor.name for tensor in own] for own in inputs]).eval()
     every = list(itertools.chain.from_iterable(inputs))
@@ -122,34 +121,36 @@ class _State:
     """A replacement for `SparseModel.run_layers` while tracing.
 
     It traces one layer of each form as a body, and replaces consecutive layers of one form by one
-    node. A form is the kind of a layer, with the numbers of tokens and modulations of the branches
-    that the layer runs on.
+    node. A form is the kind of a layer, with the branches that the layer runs on: their numbers of
+    tokens, what they hold and share, and whether they have a subset.
 
     bodies: outputs of the bodies.
-    traced: indices of the traced layers, one per body.
+    traced: for each body, the index of the traced layer, and the names of the inputs that are held
+    tensors, by their place among the inputs.
     at: the graph that is being traced; None before and after tracing.
     """
 
     def __init__(self, model: SparseModel) -> None:
         self.model = model
         self.bodies: list[Tensor] = []
-        self.traced: list[int] = []
+        self.traced: list[tuple[int, dict[int, str]]] = []
         self.at: GraphSpec | None = None
         self._forms: dict[Hashable, int] = {}
 
     def __call__(self, layers: range, tokens: Tensor, branches: Branches) -> Tensor:
-        network, counts = self.model.network, branches.counts
+        network, arguments = self.model.network, _Arguments(branches)
         for kind, run in itertools.groupby(layers, network.layer_kind):
             first, *others = run
-            values = (tokens, *branches.modulations)
-            form = self._forms.setdefault((kind, *map(str, counts), len(values)), len(self._forms))
+            values = (tokens, *arguments.values)
+            form = self._forms.setdefault((kind, *arguments.form), len(self._forms))
             if form == len(self.bodies):
-                inside, *modulations = (
+                inside, *own = (
                     _marker("Inside", [value], value.shape, place=place) for place, value in enumerate(values)
                 )
-                own = Branches(counts, tuple(modulations)).of(network.layer_modulations(first))
-                self.traced.append(first)
-                self.bodies.append(network.layer(first, inside, own))
+                self.traced.append((first, {1 + place: name for place, name in arguments.held.items()}))
+                self.bodies.append(
+                    network.layer(first, inside, arguments.branches(own).of(network.layer_inputs(first)))
+                )
             shape = (*tokens.shape[:2], self.bodies[form].shape[2])
             tokens = _marker("Layers", values, shape, form=form, first=first, count=1 + len(others))
         return tokens
@@ -162,6 +163,46 @@ class _State:
             yield
         finally:
             self.model.run_layers = original
+
+
+class _Arguments:
+    """The tensors of branches as arguments of a function.
+
+    values: the tensors; what branches share is one of them.
+    held: names of those that are held, by their place in `values`.
+    form: a description of the branches that is equal if they differ only in the tensors' content.
+    """
+
+    def __init__(self, branches: Branches) -> None:
+        self.values: list[Tensor] = []
+        self.held: dict[int, str] = {}
+        self._parts = [
+            (
+                branch.count,
+                branch.subset and (self._place(branch.subset.rows), self._place(branch.subset.restore)),
+                {name: self._place(tensor, name) for name, tensor in branch.held.items()},
+            )
+            for branch in branches
+        ]
+        self.form = tuple((str(count), subset, *held.items()) for count, subset, held in self._parts)
+
+    def _place(self, tensor: Tensor, name: str | None = None) -> int:
+        found = next((place for place, value in enumerate(self.values) if value is tensor), len(self.values))
+        if found == len(self.values):
+            self.values.append(tensor)
+            self.held |= {} if name is None else {found: name}
+        return found
+
+    def branches(self, values: Sequence[Tensor]) -> Branches:
+        """Return the branches with `values` in place of their tensors."""
+        return Branches(
+            Branch(
+                count,
+                subset and Subset(values[subset[0]], values[subset[1]]),
+                {name: values[place] for name, place in held.items()},
+            )
+            for count, subset, held in self._parts
+        )
 
 
 class _Program(nn.Module):
@@ -280,7 +321,10 @@ def _finished(model: ir.Model, outputs: Sequence[TensorFacts], lower: Callable[[
 
 
 def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
-    """Rename the tracer's symbolic dimensions to those of `inputs`, in all values and in sums."""
+    """Rename the tracer's symbolic dimensions to those of `inputs`, in all values.
+
+    Terms and factors are sorted: PyTorch's order depends on what else the program has.
+    """
     names: dict[str, str] = {}
     for value, facts in zip(graph.inputs, inputs, strict=True):
         assert value.shape is not None
@@ -292,7 +336,8 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
         if isinstance(dim, int):
             return dim
         name = dim.value and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.value)
-        return name and " + ".join(sorted(name.split(" + ")))  # PyTorch's order depends on the program
+        name = name and re.sub(r"\w+(\*\w+)+", lambda match: "*".join(sorted(match[0].split("*"))), name)
+        return name and " + ".join(sorted(name.split(" + ")))
 
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sg_export.models.branches import Branches, join
+from sg_export.models.branches import Branches, Place, join
 
 ENDS = ("x_embedder", "t_embedder", "y_embedder", "final_layer.linear")
 """Embedders and head, in FP32: no later layer corrects their rounding, and they cost little."""
@@ -244,6 +244,11 @@ class DiT(nn.Module):
         """
         return sum(layer.modulations for layer in [*self.stack, self.final_layer])
 
+    @property
+    def held(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the modulations of one image, by name."""
+        return {"modulations": (self.modulations,)}
+
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """Compute the modulations of all layers: t (S,) float32, classes (S,) int64 → (S, M)."""
         layers = [*self.stack, self.final_layer]
@@ -258,14 +263,14 @@ class DiT(nn.Module):
         """Run layer `index` on packed tokens: (B, R, D) → (B, R, D)."""
         return self.stack[index](tokens, branches)
 
-    def layer_modulations(self, index: int) -> slice:
-        """Return the slice of M that holds the modulations of layer `index`.
+    def layer_inputs(self, index: int) -> dict[str, Place]:
+        """Return the slice of M that holds the modulations of layer `index`, by name.
 
         Index `layers` is the final layer.
         """
         layers = [*self.stack, self.final_layer]
         start = sum(layer.modulations for layer in layers[:index])
-        return slice(start, start + layers[index].modulations)
+        return {"modulations": slice(start, start + layers[index].modulations)}
 
     def layer_kind(self, index: int) -> Hashable:
         """Return the same kind for all blocks."""
@@ -281,7 +286,7 @@ class DiT(nn.Module):
 
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
         """Apply the last modulation: normed (B, R, D) → (B, R, D)."""
-        shift, scale = branches.of(self.layer_modulations(self.layers)).vectors(2)
+        shift, scale = branches.of(self.layer_inputs(self.layers)).vectors(2)
         return branches.each(modulate, normed, shift, scale)
 
     def project(self, tokens: Tensor) -> Tensor:

@@ -77,11 +77,10 @@ class MaskDiT(DiT):
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
         """Run layer `index` on packed tokens (B, R, D).
 
-        The first decoder block first adds the decoder's position embedding to the N tokens of each
-        branch.
+        The first decoder block first adds the decoder's position embedding.
         """
         if index == self.config.depth + 1:
-            tokens = tokens + self.decoder_pos_embed.repeat(1, len(branches.counts), 1)
+            tokens = tokens + branches.at(self.decoder_pos_embed)
         return super().layer(index, tokens, branches)
 
     def layer_kind(self, index: int) -> Hashable:

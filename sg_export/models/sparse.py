@@ -4,17 +4,31 @@ It consists of the layers before the route, the route on the kept tokens, the la
 and the combination of the two branches.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from sg_export.models.branches import Branches, join
+from sg_export.models.branches import Branch, Branches, Place, join
 from sg_export.models.subset import Subset
 from sg_runtime.manifest import Route
 
 Keep = Tensor | Subset | None
 """Kept tokens of a branch: indices (B, K) int64 within each image, or rows; None for all tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class BranchInputs:
+    """The inputs of one branch, without the image.
+
+    held: what does not change within a step, by name; see `Network.held`. Branches share what is
+    the same tensor.
+    keep: the kept tokens; None for a dense branch.
+    """
+
+    held: Mapping[str, Tensor]
+    keep: Keep = None
 
 
 class Network(Protocol):
@@ -24,14 +38,15 @@ class Network(Protocol):
     of packed tokens. Packed tokens are the tokens of one or more branches, see `Branches`.
 
     layers: number of layers, without the final layer.
-    modulations: M.
+    held: shape, for one image, of each tensor that does not change within a step, by name:
+    "modulations" is (M,). Networks with text also hold "text_keys" and "text_values".
     ends: names of the modules that stay in FP32.
     mask: mask token (1, 1, D) that replaces dropped tokens after the route, of the width there;
     None if dropped tokens bypass the route.
     """
 
     layers: int
-    modulations: int
+    held: Mapping[str, tuple[int, ...]]
     ends: tuple[str, ...]
     mask: Tensor | None
 
@@ -49,13 +64,16 @@ class Network(Protocol):
     def layer(self, index: int, tokens: Tensor, branches: Branches) -> Tensor:
         """Run layer `index` on packed tokens: (B, R, D) → (B, R, D).
 
-        The output may have another width, which the next layer expects. branches: with the
-        modulations of this layer only.
+        The output may have another width, which the next layer expects. branches: with this
+        layer's part of the held tensors, see `layer_inputs`.
         """
         ...
 
-    def layer_modulations(self, index: int) -> slice:
-        """Return the slice of M that holds the modulations of layer `index`."""
+    def layer_inputs(self, index: int) -> Mapping[str, Place]:
+        """Return layer `index`'s part of the held tensors, by name; see `Branches.of`.
+
+        "modulations" has a slice of M. The kinds of parts are the same for all layers of a kind.
+        """
         ...
 
     def layer_kind(self, index: int) -> Hashable:
@@ -76,7 +94,7 @@ class Network(Protocol):
     def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
         """Apply the last modulation: normed (B, R, D) → (B, R, D). It is affine in `normed`.
 
-        branches: with the modulations of all layers.
+        branches: with the held tensors of all layers. Only "modulations" are used.
         """
         ...
 
@@ -100,36 +118,28 @@ class SparseModel(nn.Module):
 
         keep: the kept tokens; None for a dense branch.
         """
-        return self.predict(x, self.condition(t, classes), keep)
+        return self.predict(x, {"modulations": self.condition(t, classes)}, keep)
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M)."""
         return self.network.condition(t, classes)
 
-    def predict(self, x: Tensor, modulations: Tensor, keep: Keep = None) -> Tensor:
-        """Run one branch on given modulations: x (B, C, H, W) → output (B, C, H, W).
+    def predict(self, x: Tensor, held: Mapping[str, Tensor], keep: Keep = None) -> Tensor:
+        """Run one branch: x (B, C, H, W) → output (B, C, H, W).
 
-        modulations: (B, M). keep: the kept tokens; None for a dense branch.
+        held: what does not change within a step, by name; see `Network.held`. keep: the kept
+        tokens; None for a dense branch.
         """
-        normed, branches = self._normed(x, (modulations,), (keep,))
+        normed, branches = self._normed(x, (BranchInputs(held, keep),))
         return self.network.project(self.network.modulate(normed, branches))
 
-    def guided(
-        self,
-        x: Tensor,
-        modulations: Tensor,
-        keep_strong: Keep,
-        keep_weak: Keep,
-        scale: Tensor,
-        modulations_weak: Tensor | None = None,
-    ) -> Tensor:
+    def guided(self, x: Tensor, strong: BranchInputs, weak: BranchInputs, scale: Tensor) -> Tensor:
         """Run both branches and combine them, weak + scale * (strong - weak) → output (B, C, H, W).
 
         Every weight is read once, for the packed tokens of both branches. The branches are combined
         at the first point at which that is exact: all later operations are affine and the same for
         both branches, and the factors of the branches, scale and 1 - scale, sum to one. With shared
-        modulations this point is after the last normalisation, with `modulations_weak` after the
-        last modulation.
+        modulations this point is after the last normalisation, otherwise after the last modulation.
         """
 
         def combined(packed: Tensor) -> Tensor:
@@ -137,43 +147,48 @@ class SparseModel(nn.Module):
             return weak + scale * (strong - weak)
 
         network = self.network
-        if modulations_weak is None:
-            normed, branches = self._normed(x, (modulations,), (keep_strong, keep_weak))
-            return network.project(network.modulate(combined(normed), branches))
-        normed, branches = self._normed(x, (modulations, modulations_weak), (keep_strong, keep_weak))
+        normed, branches = self._normed(x, (strong, weak))
+        if branches.shares("modulations"):
+            return network.project(network.modulate(combined(normed), Branches(branches[:1])))
         return network.project(combined(network.modulate(normed, branches)))
 
-    def _normed(self, x: Tensor, modulations: tuple[Tensor, ...], keeps: tuple[Keep, ...]) -> tuple[Tensor, Branches]:
-        """Run everything up to the last normalisation, for one branch per entry of `keeps`.
+    def _normed(self, x: Tensor, inputs: tuple[BranchInputs, ...]) -> tuple[Tensor, Branches]:
+        """Run everything up to the last normalisation, for one branch per entry of `inputs`.
 
-        Returns packed tokens (B, number of branches * N, D). Branches that share their modulations
-        share the layers before the route.
+        Returns packed tokens (B, number of branches * N, D). Branches that share everything that
+        they hold share the layers before the route.
         """
         network, start, stop = self.network, self.route.start, self.route.end + 1
         embedded = network.embed(x)
         count = embedded.shape[1]
-        prefix = Branches((count,) * len(modulations), modulations)
-        embedded = self.run_layers(range(start), join([embedded] * len(modulations)), prefix)
-        whole = [*prefix.split(embedded)] * (len(keeps) // len(modulations))
+        complete = Branches(Branch(count, None, given.held) for given in inputs)
+        prefix = Branches(complete[:1]) if complete.alike else complete
+        embedded = self.run_layers(range(start), join([embedded] * len(prefix)), prefix)
+        whole = [*prefix.split(embedded)] * (len(complete) // len(prefix))
 
         mask = network.mask
-        subsets = [Subset.of(keep, count, mask is not None) if isinstance(keep, Tensor) else keep for keep in keeps]
+        subsets = [
+            Subset.of(given.keep, count, mask is not None) if isinstance(given.keep, Tensor) else given.keep
+            for given in inputs
+        ]
         kept = [
             tokens if subset is None else subset.take(tokens) for tokens, subset in zip(whole, subsets, strict=True)
         ]
-        route = Branches(tuple(tokens.shape[1] for tokens in kept), modulations)
+        route = Branches(
+            Branch(tokens.shape[1], subset, given.held)
+            for tokens, subset, given in zip(kept, subsets, inputs, strict=True)
+        )
         kept = [*route.split(self.run_layers(range(start, stop), join(kept), route))]
 
-        suffix = Branches((count,) * len(keeps), modulations)
         tokens = join(
             [
                 routed if subset is None else subset.put_back(before if mask is None else mask, routed)
                 for before, subset, routed in zip(whole, subsets, kept, strict=True)
             ]
         )
-        return network.norm(self.run_layers(range(stop, network.layers), tokens, suffix)), suffix
+        return network.norm(self.run_layers(range(stop, network.layers), tokens, complete)), complete
 
     def _run_layers(self, layers: range, tokens: Tensor, branches: Branches) -> Tensor:
         for index in layers:
-            tokens = self.network.layer(index, tokens, branches.of(self.network.layer_modulations(index)))
+            tokens = self.network.layer(index, tokens, branches.of(self.network.layer_inputs(index)))
         return tokens

@@ -42,3 +42,14 @@ class Subset:
     def put_back(self, dropped: Tensor, routed: Tensor) -> Tensor:
         """Return all tokens: dropped (B, N, D) or (1, 1, D), routed (B, K, D) → (B, N, D)."""
         return F.embedding(self.restore, torch.cat([dropped.flatten(0, 1), routed.flatten(0, 1)]))
+
+    def positions(self) -> Tensor:
+        """Return the positions of the kept tokens within their image: (B, K) int64."""
+        return self.rows % self.restore.shape[1]
+
+    def all_positions(self) -> Tensor:
+        """Return the positions 0 … N - 1 for each image: (B, N) int64.
+
+        B follows from the sum, so a graph reads no shape.
+        """
+        return 0 * self.restore + torch.arange(self.restore.shape[1], device=self.restore.device)

@@ -197,7 +197,7 @@ def pack(
                     network=spec.network,
                     levels=spec.levels,
                     file=f"graphs/{path.name}" if options.has_onnx else None,
-                    inputs=graph_inputs(spec, source.facts, options.batch),
+                    inputs=graph_inputs(spec, source.facts, options.batch, held=source.model.network.held),
                     outputs=graph_outputs(spec, source.facts, options.batch),
                     cost=costs[spec],
                     parity=check_parity(source, spec, path, options),

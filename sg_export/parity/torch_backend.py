@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from sg_export.graph.check import check_reference
-from sg_export.graph.module import subset
+from sg_export.graph.module import branch_inputs
 from sg_export.loading import LoadedModel
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.devices.memory import HostMemory
@@ -32,14 +32,10 @@ def evaluate(
             condition = model.condition(given["t"], given["class"]).numpy()
             check_reference(loaded, graph.name, condition)
             return OrderedDict(modulations=condition)
-        scaled, modulations = given["c_in"] * given["x"], given["modulations"]
-        if graph.kind == "guided":
-            other = given.get("modulations_weak", modulations)
-            strong = model.predict(scaled, modulations, subset(given, "_strong"))
-            weak = model.predict(scaled, other, subset(given, "_weak"))
-            output = torch.from_numpy(guide(strong.numpy(), weak.numpy(), float(given["scale"])))
-        else:
-            output = model.predict(scaled, modulations, subset(given))
+        scaled = given["c_in"] * given["x"]
+        output, *weak = (model.predict(scaled, one.held, one.keep) for one in branch_inputs(graph.kind, given))
+        if weak:
+            output = torch.from_numpy(guide(output.numpy(), weak[0].numpy(), float(given["scale"])))
         prediction = given["c_skip"] * given["x"] + given["c_out"] * output
         following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
     check_reference(loaded, graph.name, prediction.numpy(), following.numpy())

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sg_export.graph.module import GraphModule, examples, subset
+from sg_export.graph.module import GraphModule, branch_inputs, examples
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.loading import LoadedModel, load_model
 from sg_export.models.subset import Subset
@@ -61,15 +61,13 @@ def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: 
         values["modulations_weak"] = loaded.model.condition(t, torch.tensor([5, 5]))
     v = SimpleNamespace(**values)
     prediction, following = GraphModule(loaded.model, spec, list(values))(*values.values())
-    if spec.kind == "guided":
-        strong = loaded.model.predict(v.c_in * v.x, v.modulations, subset(values, "_strong"))
-        weak = loaded.model.predict(
-            v.c_in * v.x, values.get("modulations_weak", v.modulations), subset(values, "_weak")
-        )
-        output = weak + v.scale * (strong - weak)
+    output, *others = (
+        loaded.model.predict(v.c_in * v.x, one.held, one.keep) for one in branch_inputs(spec.kind, values)
+    )
+    assert len(others) == (spec.kind == "guided")
+    for weak in others:
+        strong, output = output, weak + v.scale * (output - weak)
         assert (strong - weak).norm() / output.norm() > 0.01
-    else:
-        output = loaded.model.predict(v.c_in * v.x, v.modulations, subset(values))
     wanted = v.c_skip * v.x + v.c_out * output
     # Combining before the head instead of after it changes the order of sums: a few FP32 steps of
     # 1.2e-7 each.

@@ -105,6 +105,17 @@ def test_inputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[Ten
     assert graph_inputs(spec, facts, 3) == tuple(fixed)
 
 
+TEXT = {"modulations": (24,), "text_keys": (3, 4, 8), "text_values": (3, 4, 8)}
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["same text", "other text"])
+def test_inputs_of_a_network_with_text_share_the_modulations(null: bool, facts: ModelFacts) -> None:
+    held = [TensorFacts(name, "float32", ("B", *shape)) for name, shape in TEXT.items()]
+    own = [TensorFacts(f"{tensor.name}_weak", "float32", tensor.shape) for tensor in held[1:]] if null else []
+    spec = GraphSpec("guided", (FULL, HALF), null_weak=null)
+    assert graph_inputs(spec, facts, None, held=TEXT) == (X, *held, *own, *kept(8, "_weak"), SCALE, *TAIL)
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [

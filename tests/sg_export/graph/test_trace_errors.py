@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Failing(SparseModel):
     error: BaseException
     wrapped = False
 
-    def predict(self, x: torch.Tensor, modulations: torch.Tensor, keep: Any = None) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, held: Mapping[str, torch.Tensor], keep: Any = None) -> torch.Tensor:
         try:
             raise self.error
         except TypeError as error:
@@ -73,8 +74,8 @@ def test_trace_leaves_pytorchs_logs_as_they_were(loaded: LoadedModel) -> None:
 
 def test_trace_of_a_model_that_branches_on_data_raises(loaded: LoadedModel) -> None:
     class Branching(SparseModel):
-        def predict(self, x: torch.Tensor, modulations: torch.Tensor, keep: Any = None) -> torch.Tensor:
-            return x if x.sum() > 0 else super().predict(x, modulations, keep)
+        def predict(self, x: torch.Tensor, held: Mapping[str, torch.Tensor], keep: Any = None) -> torch.Tensor:
+            return x if x.sum() > 0 else super().predict(x, held, keep)
 
     model = Branching(loaded.model.network, Route(0, 0)).eval()  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=f"^graph dense: PyTorch {re.escape(torch.__version__)} cannot export it: "):

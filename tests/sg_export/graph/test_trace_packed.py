@@ -1,4 +1,4 @@
-"""Guided graphs of small random models of both families.
+"""Guided graphs of small random models of both families and of a network with text.
 
 Each weight is read once, and two separate passes give the same result.
 """
@@ -13,9 +13,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from text import TextDiT, held_by_branches
 from torch import Tensor
 
-from sg_export.graph.module import examples, subset
+from sg_export.graph.module import branch_inputs, examples
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.graph.trace import trace
@@ -36,7 +37,11 @@ BOUND = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """A guided graph: the tokens that each branch keeps, and whether the weak one has no class."""
+    """A guided graph of a network.
+
+    strong, weak: number of tokens that each branch keeps.
+    null: whether the weak branch has no class, or text of its own.
+    """
 
     network: type[DiT]
     route: Route
@@ -59,6 +64,9 @@ CASES = {
     "tread whole no class": Case(DiT, WHOLE, 4, 9, True),
     "maskdit": Case(MaskDiT, WHOLE, 9, 4, False),
     "maskdit no class": Case(MaskDiT, WHOLE, 7, 4, True),
+    "text": Case(TextDiT, SPLIT, 9, 4, False),
+    "text cfg": Case(TextDiT, LAST, 9, 9, True),
+    "text cfg+sg": Case(TextDiT, SPLIT, 7, 4, True),
 }
 
 
@@ -109,16 +117,32 @@ def test_trace_has_attention_for_each_branch_and_one_prefix(traced: Traced) -> N
     assert counts["LayerNormalization"] == 2 * blocks + 1 + (case.network is MaskDiT)
 
 
+def test_trace_combines_the_branches_where_it_is_first_exact(traced: Traced) -> None:
+    """After the last normalisation if they share modulations, also if their text differs."""
+    (scale,) = (value for value in traced.model.graph.inputs if value.name == "scale")
+    (scaled,) = (use.node for use in scale.uses())
+    (difference,) = (value.producer() for value in scaled.inputs if value is not scale and value is not None)
+    assert difference is not None
+    halves = difference.inputs[0] and difference.inputs[0].producer()
+    assert halves is not None
+    last = halves.inputs[0] and halves.inputs[0].producer()
+    assert last is not None
+    own_modulations = traced.case.null and traced.case.network is not TextDiT
+    assert [node.op_type for node in (scaled, difference, halves)] == ["Mul", "Sub", "Split"]
+    assert last.op_type == ("Concat" if own_modulations else "LayerNormalization")
+
+
 def values_of(case: Case, loaded: LoadedModel) -> dict[str, Tensor]:
     """Return random inputs of the graph; the modulations are of random times and classes."""
     generator = torch.Generator().manual_seed(0)
-    inputs = graph_inputs(case.spec, loaded.facts, IMAGES)
-    values = examples(inputs, loaded.facts, {}, generator)
-    t = torch.rand(IMAGES, generator=generator)
-    values["modulations"] = loaded.model.condition(t, torch.tensor([0, 2]))
-    if case.null:
-        values["modulations_weak"] = loaded.model.condition(t, torch.full((IMAGES,), CONFIG.num_classes))
-    return values
+    network = loaded.model.network
+    values = examples(graph_inputs(case.spec, loaded.facts, IMAGES, held=network.held), loaded.facts, {}, generator)
+    t, classes = torch.rand(IMAGES, generator=generator), torch.tensor([0, 2])
+    nothing = CONFIG.num_classes if case.null else None
+    strong, weak = held_by_branches(network, t, classes, nothing, generator)
+    given = strong | {f"{name}_weak": held for name, held in weak.items() if held is not strong[name]}
+    assert given.keys() <= values.keys()
+    return values | given
 
 
 def test_trace_equals_two_passes_in_pytorch(traced: Traced, tmp_path: Path) -> None:
@@ -129,8 +153,7 @@ def test_trace_equals_two_passes_in_pytorch(traced: Traced, tmp_path: Path) -> N
     found = dict(
         zip(("prediction", "next"), session.run(None, {name: t.numpy() for name, t in v.items()}), strict=True)
     )
-    strong = model.predict(v["c_in"] * v["x"], v["modulations"], subset(v, "_strong"))
-    weak = model.predict(v["c_in"] * v["x"], v.get("modulations_weak", v["modulations"]), subset(v, "_weak"))
+    strong, weak = (model.predict(v["c_in"] * v["x"], one.held, one.keep) for one in branch_inputs("guided", v))
     assert (strong - weak).norm() > 1e-2 * strong.norm()
     prediction = v["c_skip"] * v["x"] + v["c_out"] * (weak + v["scale"] * (strong - weak))
     wanted = {"prediction": prediction, "next": v["a"] * v["x"] + v["b"] * prediction + v["e"] * v["r"]}

@@ -1,28 +1,33 @@
 """Both branches in one packed pass compared with two passes.
 
-The comparison covers shapes, routes, pairs and both families.
+The comparison covers shapes, routes, pairs, both families and a network with text.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
+import text
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from text import TextDiT, held_by_branches
 from torch import Tensor
 
+from sg_export.graph.spec import conditioned
 from sg_export.loading import LoadedModel
-from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.dit import DiT, DiTConfig, modulate
 from sg_export.models.maskdit import MaskDiT
-from sg_export.models.sparse import SparseModel
+from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_runtime.manifest import Route
 
 # FP32 rounds to 6e-8, and sums of another length accumulate the rounding in another order: at most
 # 1.6e-6 in 3000 random cases. Inputs of the other branch change the result by 1e-2 or more: see
 # `test_guided_depends_on_each_branch`.
 BOUND = 1e-5
+
+NETWORKS = [DiT, MaskDiT, TextDiT]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Case:
     route: route of the network.
     strong: number of tokens that the strong branch keeps; None for all.
     weak: number of tokens that the weak branch keeps; None for all.
-    null: whether the weak branch has no class.
+    null: whether the weak branch has no class, or text of its own.
     images: number of images.
     scale: guidance scale.
     seed: seed of the inputs.
@@ -70,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
     keeps = st.one_of(st.none(), st.integers(1, side * side))
     return Case(
-        network=draw(st.sampled_from([DiT, MaskDiT])),
+        network=draw(st.sampled_from(NETWORKS)),
         config=config,
         route=Route(start, integers(start, depth - 1)),
         strong=draw(keeps),
@@ -90,19 +95,29 @@ def subset(tokens: int, keep: int | None, images: int, generator: torch.Generato
     return order[:, :keep].sort(dim=1).values
 
 
-def inputs(case: Case, loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return x, modulations, keep_strong, keep_weak and modulations_weak.
-
-    modulations_weak is None if the weak branch has the same modulations.
-    """
+def inputs(case: Case, loaded: LoadedModel) -> tuple[Tensor, BranchInputs, BranchInputs]:
+    """Return x and the inputs of the strong and the weak branch."""
     config, generator = case.config, torch.Generator().manual_seed(case.seed)
     x = torch.randn((case.images, config.channels, config.image_size, config.image_size), generator=generator)
     t = torch.rand(case.images, generator=generator)
     classes = torch.randint(config.num_classes, (case.images,), generator=generator)
-    strong, weak = (subset(config.tokens, keep, case.images, generator) for keep in (case.strong, case.weak))
-    nothing = torch.full_like(classes, config.num_classes)
-    own = loaded.model.condition(t, nothing) if case.null else None
-    return x, loaded.model.condition(t, classes), strong, weak, own
+    keeps = [subset(config.tokens, keep, case.images, generator) for keep in (case.strong, case.weak)]
+    nothing = config.num_classes if case.null else None
+    held = held_by_branches(loaded.model.network, t, classes, nothing, generator)
+    strong, weak = (BranchInputs(*given) for given in zip(held, keeps, strict=True))
+    return x, strong, weak
+
+
+def changed(branch: BranchInputs, change: Callable[[Tensor], Tensor]) -> BranchInputs:
+    """Return the branch with changed kept tokens."""
+    assert isinstance(branch.keep, Tensor)
+    return replace(branch, keep=change(branch.keep))
+
+
+def only(branch: BranchInputs, images: slice) -> BranchInputs:
+    """Return the inputs of some of the images."""
+    held = {name: values[images] for name, values in branch.held.items()}
+    return replace(changed(branch, lambda keep: keep[images]), held=held)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -125,69 +140,88 @@ SMALL = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2,
 @example(case=Case(DiT, SMALL, Route(1, 1), None, None, True, 2, 2.5, 0))
 @example(case=Case(MaskDiT, SMALL, Route(0, 0), 5, 3, False, 2, 2.5, 0))
 @example(case=Case(MaskDiT, SMALL, Route(0, 0), None, 3, True, 2, 2.5, 0))
+@example(case=Case(TextDiT, SMALL, Route(1, 1), None, 3, False, 2, 2.5, 0))
+@example(case=Case(TextDiT, SMALL, Route(1, 1), None, None, True, 2, 2.5, 0))
+@example(case=Case(TextDiT, SMALL, Route(1, 1), None, 3, True, 2, 2.5, 0))
+@example(case=Case(TextDiT, SMALL, Route(0, 2), 5, 3, True, 2, 2.5, 0))
 def test_guided_is_the_combination_of_two_passes(case: Case, make_model: Callable[..., LoadedModel]) -> None:
     loaded = make_model(case.network, case.config, case.route, case.seed)
-    x, modulations, keep_strong, keep_weak, own = inputs(case, loaded)
+    x, *branches = inputs(case, loaded)
     scale = torch.tensor(case.scale)
-    found = loaded.model.guided(x, modulations, keep_strong, keep_weak, scale, own)
-    strong = loaded.model.predict(x, modulations, keep_strong)
-    weak = loaded.model.predict(x, modulations if own is None else own, keep_weak)
+    found = loaded.model.guided(x, *branches, scale)
+    strong, weak = (loaded.model.predict(x, branch.held, branch.keep) for branch in branches)
     assert distance(found, weak + scale * (strong - weak)) <= BOUND
 
 
-@pytest.mark.parametrize("network", [DiT, MaskDiT])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("null", [False, True], ids=["same class", "no class"])
 def test_guided_depends_on_each_branch(null: bool, network: type[DiT], make_model: Callable[..., LoadedModel]) -> None:
     case = Case(network, SMALL, Route(1, 1), 5, 3, null, 2, 2.5, 0)
     loaded = make_model(network, SMALL, case.route)
-    x, modulations, keep_strong, keep_weak, own = inputs(case, loaded)
-    assert keep_strong is not None
-    assert keep_weak is not None
+    x, strong, weak = inputs(case, loaded)
     scale = torch.tensor(case.scale)
-
-    def guided(strong: Tensor, weak: Tensor, scale: Tensor = scale, own: Tensor | None = own) -> Tensor:
-        return loaded.model.guided(x, modulations, strong, weak, scale, own)
-
-    base = guided(keep_strong, keep_weak)
-    others = [guided(keep_strong.flip(0), keep_weak), guided(keep_strong, keep_weak.flip(0))]
-    others += [guided(keep_strong, keep_weak, scale + 0.1)]
-    others += [guided(keep_strong, keep_weak, own=own.flip(1))] if own is not None else []
+    base = loaded.model.guided(x, strong, weak, scale)
+    own = [name for name in weak.held if weak.held[name] is not strong.held[name]]
+    assert own == (list(conditioned(weak.held)) if null else [])
+    weaks = [replace(weak, held={**weak.held, name: weak.held[name].flip(-1)}) for name in own]
+    others = [
+        loaded.model.guided(x, changed(strong, lambda keep: keep.flip(0)), weak, scale),
+        loaded.model.guided(x, strong, changed(weak, lambda keep: keep.flip(0)), scale),
+        loaded.model.guided(x, strong, weak, scale + 0.1),
+        *(loaded.model.guided(x, strong, other, scale) for other in weaks),
+    ]
     assert all(distance(other, base) > 1e-2 for other in others)
 
 
-@pytest.mark.parametrize("network", [DiT, MaskDiT])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_guided_of_an_image_is_independent_of_its_batch(
     network: type[DiT], make_model: Callable[..., LoadedModel]
 ) -> None:
     case = Case(network, SMALL, Route(1, 1), 5, 3, True, 3, 2.5, 0)
     loaded = make_model(network, SMALL, case.route)
-    given_inputs = inputs(case, loaded)
-    x, modulations, strong, weak, own = (value for value in given_inputs if value is not None)
-    together = loaded.model.guided(x, modulations, strong, weak, torch.tensor(2.5), own)
+    x, *branches = inputs(case, loaded)
+    together = loaded.model.guided(x, *branches, torch.tensor(2.5))
     for k in range(case.images):
         one = slice(k, k + 1)
-        alone = loaded.model.guided(x[one], modulations[one], strong[one], weak[one], torch.tensor(2.5), own[one])
+        strong, weak = (only(branch, one) for branch in branches)
+        alone = loaded.model.guided(x[one], strong, weak, torch.tensor(2.5))
         assert distance(together[one], alone) <= BOUND
 
 
+@pytest.mark.parametrize("network", [DiT, TextDiT])
 @pytest.mark.parametrize("null", [False, True], ids=["same class", "no class"])
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_guided_at_the_ends_of_the_scale_is_one_branch(
-    scale: float, null: bool, make_model: Callable[..., LoadedModel]
+    scale: float, null: bool, network: type[DiT], make_model: Callable[..., LoadedModel]
 ) -> None:
-    case = Case(DiT, SMALL, Route(1, 1), 5, 3, null, 2, scale, 0)
-    loaded = make_model(DiT, SMALL, case.route)
-    x, modulations, strong, weak, own = inputs(case, loaded)
-    branch = loaded.model.predict(x, modulations, strong)
-    if scale == 0:
-        branch = loaded.model.predict(x, modulations if own is None else own, weak)
-    assert distance(loaded.model.guided(x, modulations, strong, weak, torch.tensor(scale), own), branch) <= BOUND
+    case = Case(network, SMALL, Route(1, 1), 5, 3, null, 2, scale, 0)
+    loaded = make_model(network, SMALL, case.route)
+    x, strong, weak = inputs(case, loaded)
+    alone = strong if scale == 1 else weak
+    branch = loaded.model.predict(x, alone.held, alone.keep)
+    assert distance(loaded.model.guided(x, strong, weak, torch.tensor(scale)), branch) <= BOUND
+
+
+@pytest.mark.parametrize(("null", "prefix"), [(False, 9), (True, 18)], ids=["same text", "other text"])
+def test_guided_modulates_all_rows_at_once_and_shares_the_prefix_if_the_text_is_the_same(
+    null: bool, prefix: int, make_model: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(TextDiT, SMALL, Route(1, 1), None, 3, null, 2, 2.5, 0)
+    loaded, rows = make_model(TextDiT, SMALL, case.route), list[int]()
+
+    def counted(part: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        rows.append(part.shape[1])
+        return modulate(part, shift, scale)
+
+    monkeypatch.setattr(text, "modulate", counted)
+    loaded.model.guided(*inputs(case, loaded), torch.tensor(2.5))
+    assert rows == [prefix, prefix, 12, 12, 18, 18]  # twice in each block
 
 
 def test_forward_is_condition_then_predict(make_model: Callable[..., LoadedModel]) -> None:
     model = make_model(DiT, SMALL, Route(1, 1)).model
     x, t, classes = torch.full((1, 2, 6, 6), 0.5), torch.tensor([0.3]), torch.tensor([2])
-    assert torch.equal(model(x, t, classes), model.predict(x, model.condition(t, classes)))
+    assert torch.equal(model(x, t, classes), model.predict(x, {"modulations": model.condition(t, classes)}))
     assert math.isfinite(float(model(x, t, classes).norm()))
 
 

@@ -14,13 +14,14 @@ code (commit 44ce5c4). Conventions of the training code:
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sg_export.adapters import dit, tread
 from sg_export.checkpoint import Checkpoint
-from sg_export.models.prx import PRX, PRXConfig
+from sg_export.models.prx import PERIOD, PRX, THETA, TIME_FACTOR, PRXConfig
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import Route
 from sg_runtime.manifest.model import KEPT
@@ -159,3 +160,43 @@ def infer_config(
         bottleneck=dit.shape_of(checkpoint, "img_in.0.weight", "bottleneck", "values")[0] if bottleneck else None,
         resolution=any(name.startswith("resolution_embedder.") for name in tensors),
     )
+
+
+def check_config(stated: Mapping[str, Any], config: PRXConfig, where: str) -> None:
+    """Raise CheckpointError unless diffusers' configuration of a transformer is that of `config`.
+
+    It states what tensors do not show: the constants of RoPE and of the sinusoids, and how channels
+    and patch size make the values of a patch. Fields that begin with "_" are about the file.
+
+    stated: content of config.json.
+    where: its place, for the error.
+    """
+    axis = config.width // config.heads // 2
+    expected = {
+        "in_channels": config.channels,
+        "patch_size": config.patch,
+        "context_in_dim": config.context,
+        "hidden_size": config.width,
+        "mlp_ratio": config.mlp_width / config.width,
+        "num_heads": config.heads,
+        "depth": config.depth,
+        "axes_dim": [axis, axis],
+        "theta": THETA,
+        "time_factor": TIME_FACTOR,
+        "time_max_period": PERIOD,
+        "bottleneck_size": config.bottleneck,
+        "resolution_embeds": config.resolution,
+    }
+    for name, found in stated.items():
+        if name.startswith("_"):
+            continue
+        if name not in expected:
+            raise CheckpointError(f"{where}: {name}: expected no such field, found {found}: it is not supported")
+        if name == "axes_dim" and found is None:
+            found = [32, 32]
+        if name == "mlp_ratio" and isinstance(found, float | int) and int(config.width * found) == config.mlp_width:
+            continue
+        if found != expected[name]:
+            raise CheckpointError(
+                f"{where}: {name}: expected {expected[name]}, as in the tensors or all published models, found {found}"
+            )

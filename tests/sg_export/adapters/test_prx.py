@@ -98,7 +98,9 @@ def test_load_network_of_a_composer_file_takes_averaged_weights_if_there_are_any
 
 def test_load_network_of_a_patch_that_no_published_model_has_needs_the_sample() -> None:
     state = state_of(PRXConfig((4, 6), 2, 5, 16, 1, 2, 20, 5, 3))
-    with pytest.raises(UsageError, match=r"channels \* patch² = 20.*found none; the published models have 16 and 2, 32"):
+    with pytest.raises(
+        UsageError, match=r"channels \* patch² = 20.*found none; the published models have 16 and 2, 32"
+    ):
         prx.load_network(checkpoint(state), (4, 6))
     with pytest.raises(UsageError, match=r"channels \* patch² = 20.*found 5 and 1"):
         prx.load_network(checkpoint(state), (4, 6), sample=(5, 1))
@@ -120,7 +122,9 @@ def test_load_network_refuses_a_size_that_is_no_multiple_of_the_patch(size: tupl
     ],
 )
 def test_load_network_refuses_a_variant_by_the_tensor_that_shows_it(name: str, meaning: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: expected none, found one: {meaning}.*not supported"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(name)}: expected none, found one: {meaning}.*not supported"
+    ):
         prx.load_network(checkpoint({**state_of(CONFIG), name: torch.ones(1)}), (4, 6))
 
 
@@ -155,3 +159,46 @@ def test_kept_count_rounds_half_to_even(tokens: int, sparsity: float, kept: int)
 
 def test_usual_route_is_that_of_the_public_recipe() -> None:
     assert prx.usual_route(16) == Route(2, 12)
+
+
+STATED: dict[str, Any] = {
+    "_class_name": "PRXTransformer2DModel",
+    "_diffusers_version": "0.42.1",
+    "axes_dim": [4, 4],
+    "bottleneck_size": 4,
+    "context_in_dim": 5,
+    "depth": 1,
+    "hidden_size": 16,
+    "in_channels": 3,
+    "mlp_ratio": 1.3,
+    "num_heads": 2,
+    "patch_size": 16,
+    "resolution_embeds": True,
+    "theta": 10000,
+    "time_factor": 1000.0,
+    "time_max_period": 10000,
+}
+"""config.json of `PIXEL`, as diffusers 0.42.1 writes it. int(1.3 * 16) is 20."""
+
+
+def test_check_config_accepts_the_config_of_the_network() -> None:
+    prx.check_config(STATED, PIXEL, "config.json")
+
+
+def test_check_config_takes_upstreams_default_of_axes() -> None:
+    config = PRXConfig((4, 6), 1, 32, 128, 2, 2, 20, 5, 3)
+    prx.check_config({"axes_dim": None}, config, "config.json")
+    with pytest.raises(CheckpointError, match=r"axes_dim: expected \[4, 4\].*found \[32, 32\]"):
+        prx.check_config({"axes_dim": None}, PIXEL, "config.json")
+
+
+@pytest.mark.parametrize("name", [name for name in STATED if name[0] != "_"])
+def test_check_config_refuses_another_value_by_its_field(name: str) -> None:
+    other = [2, 6] if name == "axes_dim" else not STATED[name] if name == "resolution_embeds" else STATED[name] + 1
+    with pytest.raises(CheckpointError, match=rf"^config\.json: {name}: expected .*, found {re.escape(str(other))}$"):
+        prx.check_config({**STATED, name: other}, PIXEL, "config.json")
+
+
+def test_check_config_refuses_an_unknown_field() -> None:
+    with pytest.raises(CheckpointError, match="guidance_embeds: expected no such field, found True"):
+        prx.check_config({**STATED, "guidance_embeds": True}, PIXEL, "config.json")

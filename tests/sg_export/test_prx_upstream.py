@@ -20,8 +20,9 @@ from weights import random_state, relative_error
 from sg_export.adapters import prx
 from sg_export.checkpoint import Checkpoint, CheckpointFacts
 from sg_export.models import prx as models
+from sg_export.models.dit import modulate
 from sg_export.models.prx import PRX, text_bias
-from sg_export.models.sparse import SparseModel
+from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
 from sg_runtime.manifest import Route, Source
 
@@ -29,6 +30,7 @@ FACTS = json.loads((HERE / "prx_upstream.json").read_bytes())
 CASES: dict[str, Any] = {case["name"]: case for case in FACTS["cases"]}
 RUNS = [(name, "dense") for name in CASES]
 ROUTED = [(name, f"routed-{sparsity}") for name, case in CASES.items() for sparsity in case["sparsities"]]
+TEXT = ("text_keys", "text_values", "text_bias")
 ROUTED_BY_NAME = dict(reversed(ROUTED))
 
 BOUND = 1e-5
@@ -68,14 +70,27 @@ def arrays_of(name: str) -> dict[str, Tensor]:
         }
 
 
+def held_by(network: Any, arrays: dict[str, Tensor], prompt: str = "") -> dict[str, Tensor]:
+    """Return what a branch holds. prompt: start of the names of embeddings and mask."""
+    keys, values = network.prompt(arrays[f"{prompt}embeddings"])
+    held = {"modulations": network.condition(arrays["t"]), "text_keys": keys, "text_values": values}
+    return held | {"text_bias": text_bias(arrays[f"{prompt}mask"])}
+
+
+def model_of(network: Any, name: str) -> SparseModel:
+    """Return the network of a case with the case's route."""
+    return SparseModel(network, Route(*CASES[name]["route"]))
+
+
+def kept_in(arrays: dict[str, Tensor], run: str) -> Tensor | None:
+    """Return the indices of the kept tokens of a run."""
+    return arrays[run.replace("routed", "keep")] if run.startswith("routed") else None
+
+
 def predict(network: Any, name: str, run: str, **changed: Tensor) -> Tensor:
     """Return our prediction for one run. changed: inputs in place of the stored ones."""
     arrays = arrays_of(name) | changed
-    keys, values = network.prompt(arrays["embeddings"])
-    held = {"modulations": network.condition(arrays["t"]), "text_keys": keys, "text_values": values}
-    held["text_bias"] = text_bias(arrays["mask"])
-    keep = None if run == "dense" else arrays[run.replace("routed", "keep")]
-    return SparseModel(network, Route(*CASES[name]["route"])).predict(arrays["x"], held, keep)
+    return model_of(network, name).predict(arrays["x"], held_by(network, arrays), kept_in(arrays, run))
 
 
 def error(network: Any, name: str, run: str, **changed: Tensor) -> float:
@@ -99,6 +114,54 @@ def test_kept_count_is_that_of_the_training_code(name: str, run: str) -> None:
     arrays, sparsity = arrays_of(name), float(run.removeprefix("routed-"))
     kept = arrays[run.replace("routed", "keep")].shape[1]
     assert prx.kept_count(network_of(name).config.tokens, sparsity) == kept
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
+@pytest.mark.parametrize(
+    ("strong", "weak"),
+    [("dense", "routed-0.5"), ("dense", "null-dense"), ("routed-0.5", "null-routed-0.5"), ("dense", "null-routed-0.5")],
+    ids=["SG", "CFG", "CFG of routed branches", "CFG + SG"],
+)
+@pytest.mark.parametrize("name", ["latent", "pixel"])
+def test_guided_equals_the_combination_of_upstreams_predictions(
+    name: str, strong: str, weak: str, scale: float
+) -> None:
+    network, arrays = network_of(name), arrays_of(name)
+    held = held_by(network, arrays)
+    other = held
+    if weak.startswith("null-"):
+        other = held | {key: held_by(network, arrays, "null-")[key] for key in TEXT}
+    branches = (
+        BranchInputs(held, kept_in(arrays, strong)),
+        BranchInputs(other, kept_in(arrays, weak.removeprefix("null-"))),
+    )
+    found = model_of(network, name).guided(arrays["x"], *branches, torch.tensor(scale))
+    wanted = arrays[weak] + scale * (arrays[strong] - arrays[weak])
+    # The combination multiplies the errors of the predictions by up to `scale`.
+    assert relative_error(found.numpy(), wanted.numpy()) <= BOUND * max(scale, 1.0)
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["SG", "CFG"])
+def test_guided_runs_a_block_before_the_route_once_for_branches_with_the_same_text(
+    null: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, arrays, rows = network_of("latent"), arrays_of("latent"), list[int]()
+
+    def counted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        rows.append(x.shape[1])
+        return modulate(x, shift, scale)
+
+    monkeypatch.setattr(models, "modulate", counted)
+    held = held_by(network, arrays)
+    other = held | {key: held_by(network, arrays, "null-")[key] for key in TEXT} if null else held
+    keep = arrays["keep-0.5"]
+    branches = BranchInputs(held), BranchInputs(other, keep)
+    model_of(network, "latent").guided(arrays["x"], *branches, torch.tensor(2.0))
+    count = network.config.tokens
+    prefix = 2 * count if null else count
+    # Time alone makes the modulations: they are shared, so each is one operation on all rows. The
+    # last one follows the combination of the branches.
+    assert rows == [*[prefix] * 2, *[count + keep.shape[1]] * 2, *[2 * count] * 2, count]
 
 
 @pytest.mark.parametrize("published", FACTS["published"], ids=lambda published: published["name"])

@@ -126,7 +126,7 @@ class Attention(nn.Module):
     def _attend(self, held: Mapping[str, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys = torch.cat([held["text_keys"], key], dim=1)
         values = torch.cat([held["text_values"], value], dim=1)
-        bias = F.pad(held["text_bias"], (0, key.shape[1]))[:, None, None]
+        bias = F.pad(held["text_bias"].to(query.dtype), (0, key.shape[1]))[:, None, None]
         q, k, v = (self._by_head(tokens).transpose(1, 2) for tokens in (query, keys, values))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 

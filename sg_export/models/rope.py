@@ -37,9 +37,9 @@ def rope_table(grid: Sequence[int], sizes: Sequence[int], theta: float) -> Tenso
 def rotate(x: Tensor, rows: Tensor) -> Tensor:
     """Rotate queries or keys of all heads: x (B, R, heads, d), rows (1 or B, R, 2d) → like x.
 
-    The pair (a, b) becomes (a cos - b sin, b cos + a sin). rows: the rows of `rope_table` at the
-    positions of the tokens.
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin), in the wider type of both arguments.
+    rows: the rows of `rope_table` at the positions of the tokens.
     """
     cosines, sines = rows[:, :, None].chunk(2, dim=-1)
     first, second = x.unflatten(-1, (-1, 2)).chunk(2, dim=-1)  # type: ignore[no-untyped-call]
-    return x * cosines + torch.cat([second, first], dim=-1).flatten(-2) * sines
+    return (x * cosines + torch.cat([second, first], dim=-1).flatten(-2) * sines).to(x.dtype)

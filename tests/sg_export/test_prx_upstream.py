@@ -186,6 +186,16 @@ def test_parameters_of_published_shapes_equal_upstream(published: dict[str, Any]
     assert prx.SAMPLES[config.channels * config.patch**2] == (config.channels, config.patch)
 
 
+@pytest.mark.parametrize("run", ["dense", "routed-0.5"])
+def test_prediction_in_bf16_is_near(run: str) -> None:
+    network, arrays = copy_of("latent").to(torch.bfloat16), arrays_of("latent")
+    changed = {key: arrays[key].to(torch.bfloat16) for key in ("x", "embeddings")}
+    found = predict(network, "latent", run, **changed)
+    assert found.dtype == torch.bfloat16
+    # BF16 rounds to 4e-3. The errors of some twenty operations in a row add up.
+    assert relative_error(found.float().numpy(), arrays[run].numpy()) <= 5e-2
+
+
 @pytest.mark.parametrize("name", ["latent", "pixel"])
 def test_prediction_of_an_image_is_independent_of_its_batch(name: str) -> None:
     run, arrays = ROUTED_BY_NAME[name], arrays_of(name)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from cases import HERE
@@ -19,17 +21,21 @@ from weights import random_state, relative_error
 
 from sg_export.adapters import prx
 from sg_export.checkpoint import Checkpoint, CheckpointFacts
+from sg_export.graph.opset import DEFAULT_OPSET
+from sg_export.graph.spec import GraphSpec
+from sg_export.graph.trace import trace
 from sg_export.models import prx as models
 from sg_export.models.dit import modulate
 from sg_export.models.prx import PRX, text_bias
 from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
-from sg_runtime.manifest import Route, Source
+from sg_runtime.manifest import Level, ModelFacts, Route, Source
 
 FACTS = json.loads((HERE / "prx_upstream.json").read_bytes())
 CASES: dict[str, Any] = {case["name"]: case for case in FACTS["cases"]}
 RUNS = [(name, "dense") for name in CASES]
 ROUTED = [(name, f"routed-{sparsity}") for name, case in CASES.items() for sparsity in case["sparsities"]]
+FACTORS = ("c_in", "c_skip", "c_out", "a", "b", "e")
 TEXT = ("text_keys", "text_values", "text_bias")
 ROUTED_BY_NAME = dict(reversed(ROUTED))
 
@@ -139,6 +145,45 @@ def test_guided_equals_the_combination_of_upstreams_predictions(
     wanted = arrays[weak] + scale * (arrays[strong] - arrays[weak])
     # The combination multiplies the errors of the predictions by up to `scale`.
     assert relative_error(found.numpy(), wanted.numpy()) <= BOUND * max(scale, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "weak"), [("latent", "routed-0.5"), ("pixel", "null-routed-0.5")], ids=["SG", "CFG + SG of pixels"]
+)
+def test_guided_graph_equals_the_combination_of_upstreams_predictions(name: str, weak: str) -> None:
+    network, arrays, scale = network_of(name), arrays_of(name), 2.0
+    images, tokens = len(arrays["t"]), network.config.tokens
+    keep = arrays["keep-0.5"]
+    spec = GraphSpec("guided", (Level(0.0, tokens), Level(0.5, keep.shape[1])), null_weak=weak.startswith("null-"))
+    facts = ModelFacts(
+        family="prx",
+        prediction="flow",
+        space="latent",
+        latent=(network.config.channels, *network.config.image_size),
+        patch=network.config.patch,
+        tokens=tokens,
+        width=network.config.width,
+        depth=network.config.depth,
+        heads=network.config.heads,
+        num_classes=1,
+        modulations=network.modulations,
+        parameters=1,
+        route=None,
+        class_names=None,
+        ends=network.ends,
+        masked=False,
+    )
+    (model,) = trace(model_of(network, name), [spec], facts, images, DEFAULT_OPSET)
+    subset = Subset.of(keep, tokens, masked=False)
+    values = {"x": arrays["x"], "r": torch.zeros_like(arrays["x"]), **held_by(network, arrays)}
+    values |= {"rows_weak": subset.rows, "restore_weak": subset.restore, "scale": torch.tensor(scale)}
+    if spec.null_weak:
+        values |= {f"{key}_weak": held_by(network, arrays, "null-")[key] for key in TEXT}
+    values |= {factor: torch.tensor(1.0 if factor in ("c_in", "c_out") else 0.0) for factor in FACTORS}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    prediction, _ = session.run(None, {key: value.numpy() for key, value in values.items()})
+    wanted = arrays[weak] + scale * (arrays["dense"] - arrays[weak])
+    assert relative_error(prediction, wanted.numpy()) <= BOUND * scale
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["SG", "CFG"])

@@ -20,6 +20,7 @@ HELD: Mapping[str, Literal["evaluation", "image"]] = {
     "modulations": "evaluation",
     "text_keys": "image",
     "text_values": "image",
+    "text_bias": "image",
 }
 """Inputs for a branch's conditioning, by name.
 

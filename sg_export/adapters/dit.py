@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sg_export.checkpoint import Checkpoint
 from sg_export.models.dit import DiT, DiTConfig
@@ -89,7 +89,7 @@ def assemble(
     Raises CheckpointError for tensors that are missing, unknown, of another shape or not finite.
     """
     file, tensors, facts, config = checkpoint.source.file, checkpoint.tensors, checkpoint.facts, network.config
-    _check_tensors(file, family, tensors, network)
+    check_tensors(file, family, tensors, network)
     names = facts.class_names
     if names is not None and len(names) != config.num_classes:
         raise CheckpointError(f"{file}: class_names: expected {config.num_classes} names, found {len(names)}")
@@ -115,7 +115,11 @@ def assemble(
     return SparseModel(network, layers).eval().requires_grad_(False), model_facts
 
 
-def _check_tensors(file: str, family: str, tensors: Mapping[str, Tensor], network: DiT) -> None:
+def check_tensors(file: str, family: str, tensors: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Raise CheckpointError unless `tensors` are those of the network, float and finite.
+
+    The error names what is missing, unknown, of another shape or not finite.
+    """
     expected = network.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]

@@ -16,6 +16,7 @@ from sg_export.graph.stamp import DOMAIN
 from sg_runtime.errors import ExportError
 
 _T = onnx.defs.OpSchema.FormalParameter
+_BIAS = _T("bias", "T", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional)
 _ATTENTION = onnxscript.values.Op(
     onnxscript.values.Opset(DOMAIN, 1),
     "Attention",
@@ -23,12 +24,16 @@ _ATTENTION = onnxscript.values.Op(
         "Attention",
         DOMAIN,
         1,
-        inputs=[_T("query", "T"), _T("key", "T"), _T("value", "T")],
+        inputs=[_T("query", "T"), _T("key", "T"), _T("value", "T"), _BIAS],
         outputs=[_T("output", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
     ),
 )
-"""Operator for softmax(query keyᵀ / √size) value; all are (B, heads, tokens, size)."""
+"""Operator for softmax(query keyᵀ / √size + bias) value.
+
+query, key and value are (B, heads, tokens, size). The bias is optional: (B, 1, 1, tokens), one
+value per key.
+"""
 
 
 def translate_attention(
@@ -43,15 +48,17 @@ def translate_attention(
 ) -> Any:
     """Translate aten.scaled_dot_product_attention to a node `Attention`.
 
-    Raises ExportError for any mask, dropout, causality, scale or grouped heads.
+    attn_mask: a bias, see `_ATTENTION`. Raises ExportError for a boolean mask, dropout, causality,
+    scale or grouped heads.
     """
-    if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
+    boolean = attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL
+    if boolean or dropout_p or is_causal or scale is not None or enable_gqa:
         raise ExportError("attention: expected the plain form of scaled_dot_product_attention")
-    return _ATTENTION(query, key, value)
+    return _ATTENTION(query, key, value) if attn_mask is None else _ATTENTION(query, key, value, attn_mask)
 
 
 def lower_attention(graph: ir.Graph) -> None:
-    """Replace every `Attention` by Mul, Transpose, MatMul, Softmax, MatMul.
+    """Replace every `Attention` by Mul, Transpose, MatMul, (Add,) Softmax, MatMul.
 
     Backends fuse this pattern. The query is scaled, not the scores, so that half-precision scores
     stay in range.
@@ -60,7 +67,7 @@ def lower_attention(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type != "Attention":
             continue
-        query, key, value = (tensor for tensor in node.inputs if tensor is not None)
+        query, key, value, *biases = (tensor for tensor in node.inputs if tensor is not None)
         assert query.shape is not None
         assert key.shape is not None
         size = query.shape[-1]
@@ -72,6 +79,8 @@ def lower_attention(graph: ir.Graph) -> None:
         batch, heads, tokens, _ = key.shape
         keys = _node(graph, node, "Transpose", [source], [batch, heads, size, tokens], perm=order)
         scores = _node(graph, node, "MatMul", [scaled, keys], [*query.shape[:3], tokens])
+        for bias in biases:  # none or one
+            scores = _node(graph, node, "Add", [scores, bias], [*query.shape[:3], tokens])
         weights = _node(graph, node, "Softmax", [scores], [*query.shape[:3], tokens], axis=-1)
         output = _node(graph, node, "MatMul", [weights, value], node.outputs[0].shape or ())
         output.name = node.outputs[0].name

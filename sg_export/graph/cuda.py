@@ -47,7 +47,7 @@ def lower_for_cuda(graph: ir.Graph, precision: Precision) -> None:
     """Bring a traced FP32 graph to the form of ONNX Runtime's CUDA provider, in place.
 
     precision: type that `to_half` gives the products afterwards. Raises ExportError for an
-    attention whose inputs do not come from (B, tokens, heads * size).
+    attention whose inputs do not come from (B, tokens, heads * size), or that has a bias.
     """
     _share_splits(graph)
     _fuse_attention(graph)
@@ -93,6 +93,11 @@ def _share_splits(graph: ir.Graph) -> None:
 
 def _fuse_attention(graph: ir.Graph) -> None:
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]:
+        if len(node.inputs) > 3:
+            raise ExportError(
+                f"attention {node.outputs[0].name}: expected no bias, found {node.inputs[3]}; build with `onnx_target` "
+                f"onnxruntime"
+            )
         query, key, value = (_tokens(node, tensor) for tensor in node.inputs)
         heads = _dims(node.inputs[0])[1]
         (turned,) = _nodes(node.outputs[0], "Transpose")  # the exporter's form of the model's code

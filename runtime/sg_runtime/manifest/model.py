@@ -11,6 +11,7 @@ from sg_runtime.manifest.base import Prediction, Strict, check_counts, number, w
 KEPT: Mapping[str, Callable[[int, float], int]] = {
     "tread": lambda tokens, sparsity: tokens - int(tokens * sparsity),
     "maskdit": lambda tokens, sparsity: int(tokens * (1 - sparsity)),
+    "prx": lambda tokens, sparsity: tokens - min(max(round(tokens * sparsity), sparsity > 0), tokens - 1),
 }
 """Number of tokens that a branch keeps, from all tokens and the sparsity, by family."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from sg_runtime.errors import ExportError
 from sg_runtime.manifest import Level, Route
 
 DENSE = GraphSpec("dense", (Level(0.0, 16),))
+BOOLEAN = ir.Value(name="mask", type=ir.TensorType(ir.DataType.BOOL))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_trace_of_a_model_that_branches_on_data_raises(loaded: LoadedModel) -> N
 
 @pytest.mark.parametrize(
     "change",
-    [{"attn_mask": 1}, {"dropout_p": 0.1}, {"is_causal": True}, {"scale": 0.5}, {"enable_gqa": True}],
+    [{"attn_mask": BOOLEAN}, {"dropout_p": 0.1}, {"is_causal": True}, {"scale": 0.5}, {"enable_gqa": True}],
     ids=lambda change: next(iter(change)),
 )
 def test_attention_in_another_form_raises(change: dict[str, Any]) -> None:

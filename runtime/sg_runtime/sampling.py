@@ -12,6 +12,7 @@ flow: z_t = (1 - t) x + t z with noise z. Sampling goes from t = 1 to 0 along th
 edm: x + sigma z. Sampling goes from the highest sigma to 0 (Karras et al. 2022).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,19 @@ def updates(
     half of a Heun step averages slopes: r + (x - r) / 2 + h (p x + q D) / 2, with x the state after
     the first half.
     """
-    return tuple(_updates(sampler, prediction, times, churn or Churn(0.0)))
+    return _updates(sampler, prediction, tuple(times), churn or Churn(0.0))
 
 
-def _updates(sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn) -> Iterator[Update]:
+@functools.lru_cache(maxsize=16)  # many runs have the same updates
+def _updates(
+    sampler: SamplerName, prediction: Prediction, times: tuple[float, ...], churn: Churn
+) -> tuple[Update, ...]:
+    return tuple(_each_update(sampler, prediction, times, churn))
+
+
+def _each_update(
+    sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn
+) -> Iterator[Update]:
     for step, (t, t_next) in enumerate(pairwise(times)):
         gamma = min(churn.amount / (len(times) - 1), math.sqrt(2) - 1) if churn.low <= t <= churn.high else 0.0
         t_hat = t + gamma * t

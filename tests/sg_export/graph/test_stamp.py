@@ -66,7 +66,6 @@ def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
         pytest.param(MaskDiT, SHORT, Route(0, 3), KINDS[2:4], 2, False, id="maskdit"),
         pytest.param(MaskDiT, SHORT, Route(0, 3), KINDS[2:3], None, True, id="maskdit symbolic"),
         pytest.param(TextDiT, SHORT, Route(1, 1), KINDS[2::2], 1, False, id="text"),
-        pytest.param(TextDiT, SHORT, Route(0, 1), KINDS[3:], None, True, id="text symbolic"),
     ],
 )
 def test_trace_of_each_kind_of_layer_once_equals_the_trace_of_all(

@@ -381,8 +381,7 @@ def test_profile_shapes_have_a_row_for_each_kept_token_and_for_each_token(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("symbolic", [True, False], ids=["any K", "one K"])
-@pytest.mark.parametrize("batch", [None, 3], ids=["any batch", "one batch"])
+@pytest.mark.parametrize(("batch", "symbolic"), [(None, True), (3, False)], ids=["any sizes", "one size"])
 def test_engine_of_rows_that_the_runtime_uploads_is_built(
     tiny_checkpoint: Path, tmp_path: Path, batch: int | None, symbolic: bool
 ) -> None:

@@ -51,14 +51,14 @@ MUTANTS = (
     ),
     Mutant(
         "sg_export/models/branches.py",
-        "packed[:, end - count : end]",
-        "packed[:, :count]",
+        "packed[:, end - branch.count : end]",
+        "packed[:, : branch.count]",
         "tests/sg_export/models",
     ),
     Mutant(
         "sg_export/graph/stamp.py",
-        "self._place(places.start), self._place(places.stop)",
-        "self._place(0), self._place(places.stop - places.start)",
+        "for end in (place.start, place.stop))",
+        "for end in (0, place.stop - place.start))",
         "tests/sg_export/graph/test_stamp.py -k names",
     ),
     Mutant(
@@ -99,8 +99,8 @@ MUTANTS = (
     ),
     Mutant(
         "runtime/sg_runtime/run/launches.py",
-        "owner = name if run.guidance.row.separate else BRANCHES[0]",
-        "owner = BRANCHES[0]",
+        "owner = number if run.guidance.row.separate else 0",
+        "owner = 0",
         "tests/sg_runtime/run/test_launches.py",
     ),
     Mutant(

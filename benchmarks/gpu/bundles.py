@@ -88,7 +88,7 @@ def glyphs(folder: Path, precision: Any, batch: int | None, *, plain: bool = Fal
     """Return a bundle of `glyphs` at sparsities 0 and 0.5, which is built once in `folder`.
 
     batch: number of images that its graphs are fixed to, or None for any number.
-    plain: whether the graphs are those that the CPU runs, without TARGET.
+    plain: whether to leave out TARGET, so that the CPU can run the graphs.
     """
     from sg_export import CompileOptions, compile
 

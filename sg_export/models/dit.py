@@ -7,6 +7,7 @@ as in upstream's `dit.py` (commit fccf77c), so upstream's state dicts load uncha
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,11 +200,66 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class DiT(nn.Module):
-    """A class-conditional DiT, an implementation of `sg_export.models.sparse.Network`.
+class AdaLNNetwork(nn.Module):
+    """The members of `sg_export.models.sparse.Network` that all networks with adaLN layers share.
 
     Dropped tokens bypass the route.
     """
+
+    final_layer: FinalLayer
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Return None: dropped tokens bypass the route."""
+        return None
+
+    @property
+    def stack(self) -> list[Any]:
+        """Layers in order, without the final layer."""
+        return [*self.blocks]  # type: ignore[misc]  # a ModuleList
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, without the final layer."""
+        return len(self.stack)
+
+    @property
+    def modulations(self) -> int:
+        """Size of all modulations, M.
+
+        The modulations of the layers come in order, followed by the final layer's modulations.
+        """
+        return sum(layer.modulations for layer in [*self.stack, self.final_layer])
+
+    def all_modulations(self, active: Tensor) -> Tensor:
+        """Compute the modulations of all layers: SiLU of the condition (S, D) → (S, M)."""
+        return torch.cat([layer.modulation(active) for layer in [*self.stack, self.final_layer]], dim=-1)
+
+    def layer_inputs(self, index: int) -> dict[str, Place]:
+        """Return the slice of M that holds the modulations of layer `index`, by name.
+
+        Index `layers` is the final layer.
+        """
+        layers = [*self.stack, self.final_layer]
+        start = sum(layer.modulations for layer in layers[:index])
+        return {"modulations": slice(start, start + layers[index].modulations)}
+
+    def layer_kind(self, index: int) -> Hashable:
+        """Return the same kind for all blocks."""
+        return "block"
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Apply the last LayerNorm: tokens (B, R, D) → (B, R, D)."""
+        return self.final_layer.norm_final(tokens)
+
+    def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
+        """Apply the last modulation: normed (B, R, D) → (B, R, D)."""
+        shift, scale = branches.of(self.layer_inputs(self.layers)).vectors(2)
+        return branches.each(modulate, normed, shift, scale)
+
+
+class DiT(AdaLNNetwork):
+    """A class-conditional DiT, an implementation of `sg_export.models.sparse.Network`."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -222,38 +278,13 @@ class DiT(nn.Module):
         return ENDS
 
     @property
-    def mask(self) -> Tensor | None:
-        """Return None: dropped tokens bypass the route."""
-        return None
-
-    @property
-    def stack(self) -> list[Modulated]:
-        """Layers in order, without the final layer."""
-        return [*self.blocks]
-
-    @property
-    def layers(self) -> int:
-        """Number of layers, without the final layer."""
-        return len(self.stack)
-
-    @property
-    def modulations(self) -> int:
-        """Size of all modulations, M.
-
-        The modulations of the layers come in order, followed by the final layer's modulations.
-        """
-        return sum(layer.modulations for layer in [*self.stack, self.final_layer])
-
-    @property
     def held(self) -> dict[str, tuple[int, ...]]:
         """Shape of the modulations of one image, by name."""
         return {"modulations": (self.modulations,)}
 
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """Compute the modulations of all layers: t (S,) float32, classes (S,) int64 → (S, M)."""
-        layers = [*self.stack, self.final_layer]
-        active = layers[0].adaLN_modulation[0](self.t_embedder(t) + self.y_embedder(classes))  # the SiLU of all layers
-        return torch.cat([layer.modulation(active) for layer in layers], dim=-1)
+        return self.all_modulations(F.silu(self.t_embedder(t) + self.y_embedder(classes)))
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed images: x (B, C, H, W) → tokens (B, N, D)."""
@@ -263,31 +294,9 @@ class DiT(nn.Module):
         """Run layer `index` on packed tokens: (B, R, D) → (B, R, D)."""
         return self.stack[index](tokens, branches)
 
-    def layer_inputs(self, index: int) -> dict[str, Place]:
-        """Return the slice of M that holds the modulations of layer `index`, by name.
-
-        Index `layers` is the final layer.
-        """
-        layers = [*self.stack, self.final_layer]
-        start = sum(layer.modulations for layer in layers[:index])
-        return {"modulations": slice(start, start + layers[index].modulations)}
-
-    def layer_kind(self, index: int) -> Hashable:
-        """Return the same kind for all blocks."""
-        return "block"
-
     def layer_name(self, index: int) -> str:
         """Return the name of a layer's module, the prefix of its weights' names."""
         return next(name for name, module in self.named_modules() if module is self.stack[index])
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        """Apply the last LayerNorm: tokens (B, R, D) → (B, R, D)."""
-        return self.final_layer.norm_final(tokens)
-
-    def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
-        """Apply the last modulation: normed (B, R, D) → (B, R, D)."""
-        shift, scale = branches.of(self.layer_inputs(self.layers)).vectors(2)
-        return branches.each(modulate, normed, shift, scale)
 
     def project(self, tokens: Tensor) -> Tensor:
         """Map tokens to the output: tokens (B, N, D) → output (B, C, H, W)."""

@@ -6,7 +6,7 @@ computes those of all blocks once. Module names and formulas are as in `PRXTrans
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sg_export.models.branches import Branches, Place, join
-from sg_export.models.dit import FREQUENCIES, FinalLayer, modulate
+from sg_export.models.dit import FREQUENCIES, AdaLNNetwork, FinalLayer, modulate
 from sg_export.models.rope import rope_table, rotate
 
 ENDS = ("img_in", "time_in", "txt_in", "resolution_embedder", "final_layer.linear")
@@ -226,7 +226,7 @@ def text_bias(mask: Tensor) -> Tensor:
     return (mask == 0).float() * PADDED
 
 
-class PRX(nn.Module):
+class PRX(AdaLNNetwork):
     """A text-conditional PRX, an implementation of `sg_export.models.sparse.Network`.
 
     Dropped tokens bypass the route. In every block they are no keys either. Branches hold, for all
@@ -260,21 +260,6 @@ class PRX(nn.Module):
         return ENDS
 
     @property
-    def mask(self) -> Tensor | None:
-        """Return None: dropped tokens bypass the route."""
-        return None
-
-    @property
-    def layers(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
-    @property
-    def modulations(self) -> int:
-        """Size of all modulations, M: those of the blocks in order, then the final layer's."""
-        return sum(layer.modulations for layer in (*self.blocks, self.final_layer))
-
-    @property
     def held(self) -> dict[str, tuple[int, ...]]:
         """Shape, for one image, of the tensors that do not change within a step, by name."""
         c = self.config
@@ -287,8 +272,7 @@ class PRX(nn.Module):
         if self.resolution_embedder is not None:
             resolution = torch.tensor(self.config.image_size, dtype=torch.float32, device=t.device)
             condition = condition + self.resolution_embedder(resolution)
-        active = F.silu(condition)
-        return torch.cat([layer.modulation(active) for layer in (*self.blocks, self.final_layer)], dim=-1)
+        return self.all_modulations(F.silu(condition))
 
     def prompt(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the normed keys and the values of the text in all blocks.
@@ -314,27 +298,12 @@ class PRX(nn.Module):
 
         Index `layers` is the final layer.
         """
-        layers = (*self.blocks, self.final_layer)
-        start = sum(layer.modulations for layer in layers[:index])
-        modulations: dict[str, Place] = {"modulations": slice(start, start + layers[index].modulations)}
-        return modulations if index == self.layers else {**modulations, "text_keys": index, "text_values": index}
-
-    def layer_kind(self, index: int) -> Hashable:
-        """Return the same kind for all blocks."""
-        return "block"
+        places = super().layer_inputs(index)
+        return places if index == self.layers else {**places, "text_keys": index, "text_values": index}
 
     def layer_name(self, index: int) -> str:
         """Return the name of a block, the prefix of its weights' names."""
         return f"blocks.{index}"
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        """Apply the last LayerNorm: tokens (B, R, D) → (B, R, D)."""
-        return self.final_layer.norm_final(tokens)
-
-    def modulate(self, normed: Tensor, branches: Branches) -> Tensor:
-        """Apply the last modulation: normed (B, R, D) → (B, R, D)."""
-        shift, scale = branches.of(self.layer_inputs(self.layers)).vectors(2)
-        return branches.each(modulate, normed, shift, scale)
 
     def project(self, tokens: Tensor) -> Tensor:
         """Map tokens to the output: tokens (B, N, D) → output (B, C, H, W)."""

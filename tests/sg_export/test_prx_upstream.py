@@ -197,6 +197,7 @@ def test_guided_runs_a_block_before_the_route_once_for_branches_with_the_same_te
         return modulate(x, shift, scale)
 
     monkeypatch.setattr(models, "modulate", counted)
+    monkeypatch.setattr("sg_export.models.dit.modulate", counted)  # of the last norm
     held = held_by(network, arrays)
     other = held | {key: held_by(network, arrays, "null-")[key] for key in TEXT} if null else held
     keep = arrays["keep-0.5"]

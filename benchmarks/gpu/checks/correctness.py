@@ -161,7 +161,7 @@ def disturbed_capture(context: Context) -> Iterator[Finding]:
             try:
                 torch.empty(64 << 20, dtype=torch.uint8, device=context.device)
                 torch.cuda.empty_cache()
-            except RuntimeError as error:  # PyTorch's call may be the one that fails
+            except RuntimeError as error:  # PyTorch's allocation may fail, too
                 errors.append(str(error).splitlines()[0])
 
     with warnings_of_runtime() as warned:

@@ -23,7 +23,7 @@ RUNS = {True: 7, False: 3}
 
 
 def guided_step_and_loop(context: Context) -> Iterator[Finding]:
-    """Complete runs of 40 Euler steps. The time of a step is that of a run / 40.
+    """Complete runs of 40 Euler steps. The time of a step is the time of a run divided by 40.
 
     The time to submit a step is the host's; if it equals the time of a step, the host is the limit.
     Memory is what the pipeline has taken of the GPU so far; it runs both settings. The products are

@@ -11,7 +11,7 @@ from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import Level, ModelFacts, Source
+from sg_runtime.manifest import Level, ModelFacts, Sampling, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,13 @@ class LoadedModel:
 
     model: network in FP32 and evaluation mode, called as `model(x, t, classes, keep)`.
     facts: facts of the network.
+    sampling: the family's default sampling.
     source: file name and hash of the checkpoint.
     """
 
     model: SparseModel
     facts: ModelFacts
+    sampling: Sampling
     source: Source
 
     def kept_count(self, sparsity: float) -> int:
@@ -67,8 +69,9 @@ def load_model(
 
 
 def _model_of(read: Checkpoint, overrides: Overrides) -> LoadedModel:
-    model, facts = find_adapter(read).build(read, overrides)
-    return LoadedModel(model, facts, read.source)
+    adapter = find_adapter(read)
+    model, facts = adapter.build(read, overrides)
+    return LoadedModel(model, facts, adapter.sampling(read, facts), read.source)
 
 
 def load_weak(
@@ -99,7 +102,7 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
         raise UsageError(
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )
-    return LoadedModel(model, facts, read.source)
+    return LoadedModel(model, facts, strong.sampling, read.source)
 
 
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
@@ -108,10 +111,10 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     Raises CheckpointError if the file is missing or has another hash, and BundleError if the loaded
     model does not have the facts of the manifest.
     """
-    source, model = bundle.manifest.source, bundle.manifest.model
+    source, model, sampling = bundle.manifest.source, bundle.manifest.model, bundle.manifest.sampling
     read = _read_of(bundle, source, checkpoint, "checkpoint")
     loaded = _model_of(read, _overrides_of(bundle))
-    if loaded.facts != model:
+    if (loaded.facts, replace(loaded.sampling, steps=sampling.steps)) != (model, sampling):
         raise BundleError(
             f"{bundle.path}: its manifest describes another model than {read.source.file}: build it again"
         )

@@ -10,7 +10,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from sg_runtime.errors import CalibrationError
 from sg_runtime.files import replacing, sha256_of
 from sg_runtime.manifest import GuidancePlan, Manifest, ModelFacts
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.sampling import integrate, run_times, updates
+from sg_runtime.sampling import integrate, trajectory
 
 Array = NDArray[Any]
 Split = Literal["calibration", "search", "gate"]
@@ -183,8 +183,8 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
 def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, classes: Sequence[int], seeds: Sequence[int]) -> Shard:
     """Sample a guided Heun run and return the states along it."""
     manifest = pipe.bundle.manifest
-    times = run_times(steps, manifest.sampling.karras)
-    run = updates("heun", manifest.model.prediction, times)
+    path = trajectory(replace(manifest.sampling, steps=steps, sampler="heun"), manifest.model.prediction)
+    run = path.updates
     counters = [(update.step, update.evaluation) for update in run]
     plan = pipe.prepare([update.time for update in run], classes, seeds, counters=counters, guidance=guidance)
     states: list[Array] = []
@@ -193,7 +193,7 @@ def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, classes: Sequence[i
         states.append(x)
         return run[index].next(x, pipe.guided(x, plan, index), r)
 
-    integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
+    integrate(run, advance, np.float32(path.start) * pipe.initial_noise(seeds))
     step, evaluation = np.array(counters, np.int64).T
     time = np.array([update.time for update in run])
     return Shard(np.stack(states), time, step, evaluation, np.array(classes, np.int64), np.array(seeds, np.uint64))

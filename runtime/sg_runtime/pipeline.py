@@ -33,7 +33,7 @@ from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LanePool, LaneState
 from sg_runtime.run.prepared import Batch, PreparedRun, prepare
 from sg_runtime.run.sample import Run, check_finite, noise, sample_group
-from sg_runtime.sampling import SAMPLERS, Churn, Update, run_times, updates
+from sg_runtime.sampling import SAMPLERS, Churn, Update, trajectory
 
 Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
@@ -289,9 +289,9 @@ class Pipeline:
         seeds = checked_seeds(seeds, len(labels))
         model = self.bundle.manifest.model
         if churn is not None and model.prediction != "edm":
-            raise UsageError(f"churn: expected an edm model, found a {model.prediction} model")
-        times = run_times(steps, defaults.karras)
-        run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), fused, self.chunk)
+            raise UsageError(f"churn: expected an edm model, found a model of {model.prediction}")
+        path = trajectory(replace(defaults, steps=steps, sampler=sampler), model.prediction, churn)
+        run = Run(chosen, path.start, path.updates, fused, self.chunk)
         with self._running() as (leased, runner):
             memory, groups, finished = leased.lane.memory, list(runner.groups(len(labels))), count(1)
 

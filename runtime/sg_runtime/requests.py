@@ -58,10 +58,11 @@ def check_times(model: ModelFacts, times: Sequence[float]) -> None:
     for time in times:
         if not abs(time) <= FLOAT32_MAX:
             raise UsageError(f"time {time:g}: expected a finite float32 number")
-        if model.prediction == "flow" and not 0 <= time <= 1:
-            raise UsageError(f"time {time:g}: expected 0 (image) to 1 (noise) for a flow model")
-        if model.prediction == "edm" and time <= 0:
-            raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
+        if model.prediction == "edm":
+            if time <= 0:
+                raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
+        elif not 0 <= time <= 1:
+            raise UsageError(f"time {time:g}: expected 0 (image) to 1 (noise) for a model of {model.prediction}")
 
 
 def checked_seeds(seeds: Sequence[int], images: int | None = None) -> list[int]:

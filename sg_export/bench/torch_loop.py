@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import Level
 from sg_runtime.run.sample import noise
-from sg_runtime.sampling import precondition, run_times, updates
+from sg_runtime.sampling import precondition, trajectory
 
 
 class TorchLoop:
@@ -47,13 +48,13 @@ class TorchLoop:
         self._facts, guidance = loaded.facts, manifest.guidance
         mode = "default" if device == "cpu" else "max-autotune"
         self._networks = [self._ready(network, compiled, mode) for network in (loaded, weak)]
-        times = run_times(steps, manifest.sampling.karras)
-        self._updates = updates(manifest.sampling.sampler, self._facts.prediction, times)
+        path = trajectory(replace(manifest.sampling, steps=steps), self._facts.prediction)
+        self._updates = path.updates
         self._table = guidance_table(
             guidance, self._updates, levels(manifest), levels(manifest, guidance.row.weak_network)
         )
         seeds = range(len(classes))
-        self._start = self._put(np.float32(times[0]) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
+        self._start = self._put(np.float32(path.start) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
         labels = torch.tensor(classes, device=device)
         self._classes = [labels, torch.full_like(labels, self._facts.num_classes) if guidance.row.null_weak else labels]
         self._keeps = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sg_runtime.guidance import StepGuidance, guidance_table, levels
 from sg_runtime.manifest import Cost, Level, Manifest, NetworkName, Route
-from sg_runtime.sampling import run_times, updates
+from sg_runtime.sampling import trajectory
 
 PUBLISHED = {
     ("unguided", 0.0, 0.0): 114.42,
@@ -76,8 +76,7 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
 
 def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
     """Return the guidance of each evaluation of a default run."""
-    sampling = manifest.sampling
-    run = updates(sampling.sampler, manifest.model.prediction, run_times(sampling.steps, sampling.karras))
+    run = trajectory(manifest.sampling, manifest.model.prediction).updates
     return guidance_table(
         manifest.guidance, run, levels(manifest), levels(manifest, manifest.guidance.row.weak_network)
     )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,12 +28,10 @@ from sg_runtime.manifest import (
     FileFacts,
     GraphFacts,
     GuidancePlan,
-    Karras,
     Manifest,
     NetworkName,
     PassCost,
     Quantization,
-    Sampling,
 )
 
 CONDITION_ROWS = 40
@@ -41,13 +39,6 @@ CONDITION_ROWS = 40
 
 It is fixed so that the result of a row does not depend on the other rows. It equals the default
 number of steps so that a default run reads the weights once.
-"""
-
-
-EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
-"""Noise levels of EDM models: the defaults of NVlabs/edm (`generate.py`, `edm_sampler`).
-
-The samplers of both families use them.
 """
 
 
@@ -79,11 +70,7 @@ def manifest_of(
         created_by=f"sg-export {__version__}",
         model=loaded.facts,
         guidance=plan,
-        sampling=(
-            Sampling("euler", options.steps, None)
-            if loaded.facts.prediction == "flow"
-            else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
-        ),
+        sampling=loaded.sampling if options.steps is None else replace(loaded.sampling, steps=options.steps),
         precision=options.precision,
         fp32_layers=layers,
         quantization=quantization,

@@ -4,6 +4,7 @@ All other implementations are compared with it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from sg_export.loading import LoadedModel
 from sg_runtime import philox
 from sg_runtime.guidance import guidance_table, guide
-from sg_runtime.manifest import GuidancePlan, Karras, Level, SamplerName
-from sg_runtime.sampling import Churn, Update, integrate, precondition, run_times, updates
+from sg_runtime.manifest import GuidancePlan, Level, SamplerName
+from sg_runtime.sampling import Churn, Update, integrate, precondition, trajectory
 
 
 def sample(
@@ -28,7 +29,6 @@ def sample(
     weak: LoadedModel | None = None,
     levels: Sequence[Level] = (),
     weak_levels: Sequence[Level] = (),
-    karras: Karras | None = None,
     churn: Churn | None = None,
 ) -> NDArray[np.float32]:
     """Sample images (B, C, H, W) float32.
@@ -36,11 +36,11 @@ def sample(
     Noise and kept tokens are those that the runtime draws for these seeds. classes: class indices;
     `num_classes` is "no class". weak: network of the weak branch, if it is not the strong branch's.
     levels, weak_levels: levels of the strong and the weak branch that a changing sparsity goes
-    through; without weak_levels, the weak branch uses `levels`. karras: noise levels of an edm
-    model.
+    through; without weak_levels, the weak branch uses `levels`.
     """
-    facts, times = loaded.facts, run_times(steps, karras)
-    run = updates(sampler, facts.prediction, times, churn)
+    facts = loaded.facts
+    path = trajectory(replace(loaded.sampling, steps=steps, sampler=sampler), facts.prediction, churn)
+    run = path.updates
     table = guidance_table(guidance, run, levels, weak_levels or levels)
     strong_classes = torch.tensor(classes)
     weak_classes = torch.full_like(strong_classes, facts.num_classes) if guidance.row.null_weak else strong_classes
@@ -72,5 +72,5 @@ def sample(
     def noise(purpose: int, step: int) -> NDArray[np.float32]:
         return np.stack([philox.normal(seed, purpose, facts.latent, step=step) for seed in seeds])
 
-    start = np.float32(times[0]) * noise(philox.INITIAL_NOISE, 0)
+    start = np.float32(path.start) * noise(philox.INITIAL_NOISE, 0)
     return integrate(run, advance, start, lambda step: noise(philox.CHURN, step))

@@ -47,6 +47,7 @@ from sg_runtime.manifest import (
     Manifest,
     Precision,
     SamplerName,
+    Shifted,
     schema_of,
 )
 from sg_runtime.pipeline import Pipeline
@@ -305,7 +306,8 @@ def _feed(
     scaling = precondition(manifest.model.prediction, time)
     if graph.kind == "condition":
         return feed | {"t": np.full(sizes["S"], scaling.t, np.float32), "class": classes[: sizes["S"]].numpy()}
-    step = updates("heun", manifest.model.prediction, (_time(manifest, t + 0.1), time, 0.0))[1]
+    floor = manifest.sampling.time_floor
+    step = updates("heun", manifest.model.prediction, (_time(manifest, t + 0.1), time, 0.0), time_floor=floor)[1]
     scalars = {"scale": 2.5, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
     scalars |= {"a": step.a, "b": step.b, "e": step.e}
     feed |= {name: np.array(value, np.float32) for name, value in scalars.items() if name in feed}
@@ -315,15 +317,16 @@ def _feed(
             if name in feed:
                 feed[name] = loaded.model.condition(torch.full((rows,), scaling.t), labels).numpy()
     # Scale the noise to the noise level of the time.
-    return feed | {name: feed[name] * np.float32(max(time, 1.0)) for name in ("x", "r")}
+    level = np.float32(manifest.sampling.noise_scale * max(time, 1.0))
+    return feed | {name: feed[name] * level for name in ("x", "r")}
 
 
 def _time(manifest: Manifest, t: float) -> float:
     """Return `t`; for an edm model, the sigma at fraction `t` of its run, counted from the end."""
-    if manifest.sampling.karras is None:
+    times = manifest.sampling.times
+    if isinstance(times, Shifted):
         return t
-    low, high = manifest.sampling.karras.sigma_min, manifest.sampling.karras.sigma_max
-    rho = manifest.sampling.karras.rho
+    low, high, rho = times.sigma_min, times.sigma_max, times.rho
     return float((low ** (1 / rho) + t * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
 
 
@@ -359,7 +362,6 @@ def _compare_run(
         weak=weak if guidance.row.weak_network == "weak" else None,
         levels=levels(manifest),
         weak_levels=levels(manifest, guidance.row.weak_network),
-        karras=manifest.sampling.karras,
     )
     gates, name = BASES[manifest.precision].gates, _run_name(guidance, sampler, fused)
     check_reference(loaded, name, wanted)

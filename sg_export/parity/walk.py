@@ -12,7 +12,7 @@ from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan, SamplerName, StratumQuality
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.prepared import PreparedRun
-from sg_runtime.sampling import integrate, run_times, updates
+from sg_runtime.sampling import integrate, trajectory
 
 BranchPredictor = Callable[[Array, PreparedRun, int], tuple[Array, Array]]
 """Function (x, plan, evaluation) → (strong prediction, weak prediction).
@@ -82,8 +82,8 @@ def walk(
     which takes a second run.
     """
     manifest = pipe.bundle.manifest
-    times = run_times(steps, manifest.sampling.karras)
-    run = updates("euler", manifest.model.prediction, times)
+    path = trajectory(replace(manifest.sampling, steps=steps, sampler="euler"), manifest.model.prediction)
+    run = path.updates
     states: list[Array] = []
     found: list[tuple[Array, Array]] = []
 
@@ -98,7 +98,7 @@ def walk(
                 found.append(pair)
             return run[index].next(x, guide(*pair, guidance.scale), r)
 
-        return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
+        return integrate(run, advance, np.float32(path.start) * pipe.initial_noise(seeds))
 
     samples = run_with(0)
     sparse = max(guidance.strong.sparsity, guidance.weak.sparsity) > 0

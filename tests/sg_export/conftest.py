@@ -10,6 +10,7 @@ import torch
 from weights import random_state
 
 from sg_export.adapters import maskdit as maskdit_adapter
+from sg_export.adapters.dit import default_sampling
 from sg_export.loading import LoadedModel
 from sg_export.models import maskdit
 from sg_export.models.dit import DiT, DiTConfig
@@ -109,6 +110,7 @@ def make_model() -> MakeModel:
         )
         layers = Route(0, config.depth) if masked else route
         model = SparseModel(network, layers).eval().requires_grad_(False)
-        return LoadedModel(model, facts, Source("random.pt", "0" * 64, "bare", None))
+        sampling = default_sampling(facts.prediction)
+        return LoadedModel(model, facts, sampling, Source("random.pt", "0" * 64, "bare", None))
 
     return make

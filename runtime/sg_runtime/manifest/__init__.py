@@ -32,13 +32,14 @@ from sg_runtime.manifest.files import (
     write_manifest,
 )
 from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile, TensorFacts
-from sg_runtime.manifest.guidance import MODES, GuidancePlan, Karras, Mode, Sampling
+from sg_runtime.manifest.guidance import EVEN, MODES, GuidancePlan, Karras, Mode, Sampling, Shifted
 from sg_runtime.manifest.model import Level, ModelFacts, Route
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
 __all__ = [
     "ENGINE_NAMES",
     "ENGINE_TARGETS",
+    "EVEN",
     "FLOAT32_MAX",
     "FLOAT32_MIN",
     "MANIFEST_FILE",
@@ -71,6 +72,7 @@ __all__ = [
     "Route",
     "SamplerName",
     "Sampling",
+    "Shifted",
     "Source",
     "StratumQuality",
     "TensorFacts",

@@ -17,7 +17,7 @@ GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
 NetworkName = Literal["main", "weak"]
 
 
-Prediction = Literal["flow", "edm"]
+Prediction = Literal["flow", "edm", "x0"]
 
 
 HalfPrecision = Literal["fp16", "bf16"]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
 from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
-from sg_runtime.manifest.guidance import GuidancePlan, Sampling
+from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.upgrade import upgraded
 from sg_runtime.vocabulary import INPUTS
 
-SCHEMA_VERSION: Literal[5] = 5
+SCHEMA_VERSION: Literal[6] = 6
 
 
 MANIFEST_FILE = "manifest.json"
@@ -66,7 +66,7 @@ class Manifest(Strict):
     created_by: name and version of the program that built the bundle.
     model: facts of the network.
     guidance: default guidance plan.
-    sampling: default sampler and steps.
+    sampling: default sampler and steps, and the model's times and noise.
     precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
     fp32_layers: modules that stay in FP32, by their names in the checkpoint.
     quantization: how the graphs were quantized; None if they were not.
@@ -82,7 +82,7 @@ class Manifest(Strict):
     passes: costs of single branches of which a bundle of engines holds no graph.
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
@@ -108,8 +108,12 @@ class Manifest(Strict):
         for network in ("main", "weak") if self.weak_source else ("main",):
             if self.graph("condition", network=network) is None:
                 raise UsageError(f"graphs: expected a condition graph for the {network} network, found none")
-        if (self.sampling.karras is None) != (self.model.prediction == "flow"):
-            raise UsageError("sampling: karras: expected noise levels for an edm model and none for a flow model")
+        if isinstance(self.sampling.times, Karras) != (self.model.prediction == "edm"):
+            raise UsageError(
+                "sampling: times: expected noise levels for an edm model, and times from 1 to 0 for other models"
+            )
+        if self.sampling.time_floor and self.model.prediction != "x0":
+            raise UsageError(f"sampling: time_floor: expected 0 for a model of {self.model.prediction}")
         if self.guidance.row.weak_network == "weak" and self.weak_source is None:
             raise UsageError("weak_source: expected a checkpoint for autoguidance, found none")
         plan = self.guidance

@@ -47,4 +47,18 @@ def _from_4(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "model": {**model, "masked": model.get("family") == "maskdit"}}
 
 
-_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
+def _from_5(content: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade from schema 5 to 6.
+
+    In schema 5 a model without noise levels has evenly spaced times.
+    """
+    content = {**content, "schema_version": 6}
+    if isinstance(sampling := content.get("sampling"), dict) and "karras" in sampling:
+        conventions = {name: value for name, value in sampling.items() if name != "karras"}
+        levels = sampling["karras"]
+        even = {"shift": 1.0, "last": None}
+        content["sampling"] = {**conventions, "times": even if levels is None else levels}
+    return content
+
+
+_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}

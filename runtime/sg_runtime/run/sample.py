@@ -29,8 +29,8 @@ class Run:
     """Parameters of a sampling run.
 
     guidance: guidance of the run.
-    start: time at which the run starts; the initial noise is multiplied by it.
-    updates: updates from `start` on.
+    start: standard deviation of the state at the start.
+    updates: updates from there on.
     fused: whether a fused graph of both branches is used if the bundle has it.
     chunk: number of evaluations whose conditioning is held at a time; None for the largest number
         that fits into CHUNK_BYTES.

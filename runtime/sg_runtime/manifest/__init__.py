@@ -18,6 +18,7 @@ from sg_runtime.manifest.base import (
     Prediction,
     QuantizedType,
     SamplerName,
+    TensorFacts,
 )
 from sg_runtime.manifest.files import (
     MANIFEST_FILE,
@@ -31,9 +32,9 @@ from sg_runtime.manifest.files import (
     schema_of,
     write_manifest,
 )
-from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile, TensorFacts
-from sg_runtime.manifest.guidance import MODES, GuidancePlan, Karras, Mode, Sampling
-from sg_runtime.manifest.model import Level, ModelFacts, Route
+from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile
+from sg_runtime.manifest.guidance import MODES, SUBSET_RULES, GuidancePlan, Karras, Mode, Sampling, SubsetRule
+from sg_runtime.manifest.model import Labels, Level, ModelFacts, Route, Text
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "MANIFEST_FILE",
     "MODES",
     "SCHEMA_VERSION",
+    "SUBSET_RULES",
     "Cost",
     "EngineFacts",
     "EngineLibrary",
@@ -54,6 +56,7 @@ __all__ = [
     "GuidancePlan",
     "HalfPrecision",
     "Karras",
+    "Labels",
     "LayerChoice",
     "Level",
     "Manifest",
@@ -73,7 +76,9 @@ __all__ = [
     "Sampling",
     "Source",
     "StratumQuality",
+    "SubsetRule",
     "TensorFacts",
+    "Text",
     "adapter",
     "json_schema",
     "read_manifest",

@@ -11,14 +11,14 @@ from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import Level, ModelFacts, Sampling, Source
+from sg_runtime.manifest import Labels, Level, ModelFacts, Sampling, Source, Text
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A checkpoint as a PyTorch model.
 
-    model: network in FP32 and evaluation mode, called as `model(x, t, classes, keep)`.
+    model: network in FP32 and evaluation mode, called as `model(x, t, conditions, keep)`.
     facts: facts of the network.
     sampling: the family's default sampling.
     source: file name and hash of the checkpoint.
@@ -93,7 +93,7 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
     heads = facts.heads if given.heads is None else given.heads
     completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
     model, weak_facts = find_adapter(read).build(read, completed)
-    same = replace(weak_facts, class_names=facts.class_names, space=facts.space)
+    same = replace(weak_facts, conditions=_named_as(facts.conditions, weak_facts.conditions), space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
         differences = "; ".join(
@@ -103,6 +103,12 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )
     return LoadedModel(model, facts, strong.sampling, read.source)
+
+
+def _named_as(named: Labels | Text, conditions: Labels | Text) -> Labels | Text:
+    """Return `conditions` with the names of the classes in `named`."""
+    both = isinstance(named, Labels) and isinstance(conditions, Labels) and named.count == conditions.count
+    return named if both else conditions
 
 
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:

@@ -11,7 +11,7 @@ from sg_export.checkpoint import Checkpoint
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import EVEN, Karras, ModelFacts, Prediction, Route, Sampling
+from sg_runtime.manifest import EVEN, Karras, Labels, ModelFacts, Prediction, Route, Sampling
 
 LABELS = "y_embedder.embedding_table.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -120,11 +120,10 @@ def assemble(
         width=config.width,
         depth=config.depth,
         heads=config.heads,
-        num_classes=config.num_classes,
-        modulations=network.modulations,
+        conditions=Labels(config.num_classes, names),
+        held=network.held,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         route=route,
-        class_names=names,
         ends=network.ends,
         masked=network.mask is not None,
     )

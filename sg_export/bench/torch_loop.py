@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sg_export.graph.module import columns_in_torch
 from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_runtime import philox
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Conditions
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import Level
 from sg_runtime.run.sample import noise
@@ -34,7 +36,7 @@ class TorchLoop:
         bundle: Bundle,
         checkpoint: str | Path | None,
         weak_checkpoint: str | Path | None,
-        classes: Sequence[int],
+        conditions: Conditions,
         steps: int,
         compiled: bool,
         device: str,
@@ -53,12 +55,17 @@ class TorchLoop:
         self._table = guidance_table(
             guidance, self._updates, levels(manifest), levels(manifest, guidance.row.weak_network)
         )
-        seeds = range(len(classes))
+        seeds = range(len(conditions))
         self._start = self._put(np.float32(path.start) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
-        labels = torch.tensor(classes, device=device)
-        self._classes = [labels, torch.full_like(labels, self._facts.num_classes) if guidance.row.null_weak else labels]
+        self._conditions = [
+            {name: values.to(device) for name, values in columns_in_torch(conditions, weak=weak).items()}
+            for weak in (False, guidance.row.null_weak)
+        ]
         self._keeps = [
-            [self._subsets(seeds, level, number, update.step, update.evaluation) for number, level in enumerate(pair)]
+            [
+                self._subsets(seeds, level, number, *guidance.draw(update.step, update.evaluation))
+                for number, level in enumerate(pair)
+            ]
             for update, pair in zip(self._updates, [(g.strong, g.weak) for g in self._table], strict=True)
         ]
 
@@ -81,7 +88,7 @@ class TorchLoop:
     def _predict(self, branch: int, x: Tensor, at: float, keep: Tensor | None) -> Tensor:
         scaling = precondition(self._facts.prediction, at)
         t = torch.full((len(x),), scaling.t, device=self._device)
-        output = self._networks[branch]((scaling.c_in * x).to(self._dtype), t, self._classes[branch], keep)
+        output = self._networks[branch]((scaling.c_in * x).to(self._dtype), t, self._conditions[branch], keep)
         prediction: Tensor = scaling.c_skip * x + scaling.c_out * output.float()
         return prediction
 

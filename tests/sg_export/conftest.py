@@ -16,7 +16,7 @@ from sg_export.models import maskdit
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import ModelFacts, Route, Source
+from sg_runtime.manifest import Labels, ModelFacts, Route, Source
 
 MakeModel = Callable[..., LoadedModel]
 
@@ -100,11 +100,10 @@ def make_model() -> MakeModel:
             width=config.width,
             depth=config.depth,
             heads=config.heads,
-            num_classes=config.num_classes,
-            modulations=network.modulations,
+            conditions=Labels(config.num_classes, None),
+            held=network.held,
             parameters=sum(tensor.numel() for tensor in state.values()),
             route=Route(0, config.depth - 1) if masked else route,
-            class_names=None,
             ends=network.ends,
             masked=masked,
         )

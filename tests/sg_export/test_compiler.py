@@ -56,7 +56,12 @@ def test_compile_states_what_was_decided(tiny_bundle: Path, tiny_checkpoint: Pat
     assert manifest.model == loaded.facts
     assert manifest.guidance == GuidancePlan("sg", FULL, HALF, 2.0)
     assert manifest.sampling == Sampling("euler", 40, EVEN)
-    assert (manifest.precision, manifest.opset, manifest.batch, manifest.condition_rows) == ("fp32", 20, None, 40)
+    assert (manifest.precision, manifest.opset, manifest.batch, manifest.hoisted_rows["condition"]) == (
+        "fp32",
+        20,
+        None,
+        40,
+    )
     assert manifest.source.file == tiny_checkpoint.name
     assert manifest.source.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
     assert (manifest.source.weights, manifest.source.reference) == ("bare", None)

@@ -29,7 +29,7 @@ from sg_export.models.dit import modulate
 from sg_export.models.prx import PRX, text_bias
 from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
-from sg_runtime.manifest import Level, ModelFacts, Route, Source
+from sg_runtime.manifest import Labels, Level, ModelFacts, Route, Source
 
 FACTS = json.loads((HERE / "prx_upstream.json").read_bytes())
 CASES: dict[str, Any] = {case["name"]: case for case in FACTS["cases"]}
@@ -165,11 +165,10 @@ def test_guided_graph_equals_the_combination_of_upstreams_predictions(name: str,
         width=network.config.width,
         depth=network.config.depth,
         heads=network.config.heads,
-        num_classes=1,
-        modulations=network.modulations,
+        conditions=Labels(1, None),
+        held=network.held,
         parameters=1,
         route=None,
-        class_names=None,
         ends=network.ends,
         masked=False,
     )

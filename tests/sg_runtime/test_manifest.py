@@ -441,7 +441,7 @@ def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:
     assert manifest.graph("guided", 16, 8, null_weak=True) is None
     assert manifest.graph("guided", 16, 8, network="weak") is None
     assert manifest.graph("dense", 8) is None
-    assert manifest.condition("main").file == "graphs/condition.onnx"
+    assert manifest.hoisted("main")[0].file == "graphs/condition.onnx"
 
 
 def test_graph_of_a_weak_branch_without_a_class_is_another(tiny_cfg_sg_bundle: Path) -> None:
@@ -457,7 +457,7 @@ def test_graph_of_another_network_is_another(tiny_autoguidance_bundle: Path) -> 
     manifest = read_manifest(tiny_autoguidance_bundle / "manifest.json")
     files = [manifest.graph("dense", 16, network=network) for network in ("main", "weak")]
     assert [graph and graph.file for graph in files] == ["graphs/dense.onnx", "graphs/weak-dense.onnx"]
-    assert manifest.condition("weak").file == "graphs/weak-condition.onnx"
+    assert manifest.hoisted("weak")[0].file == "graphs/weak-condition.onnx"
 
 
 def test_condition_of_a_network_that_is_not_there_names_the_build(tiny_bundle: Path) -> None:

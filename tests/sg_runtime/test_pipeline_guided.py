@@ -62,7 +62,7 @@ def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Prepar
     assert plan.weak is not None
     for branch, count in ((plan.strong, 12), (plan.weak, 8)):
         # "B" is class 1, so there are two distinct classes.
-        assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.modulations)
+        assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.held["modulations"][0])
         assert branch.held["modulations"].values.dtype == np.float32
         assert branch.held["modulations"].rows.tolist() == [0, 1, 0]
         for keep in branch.keep:

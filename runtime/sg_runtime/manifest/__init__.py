@@ -18,6 +18,7 @@ from sg_runtime.manifest.base import (
     Prediction,
     QuantizedType,
     SamplerName,
+    TensorFacts,
 )
 from sg_runtime.manifest.files import (
     MANIFEST_FILE,
@@ -31,9 +32,19 @@ from sg_runtime.manifest.files import (
     schema_of,
     write_manifest,
 )
-from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile, TensorFacts
-from sg_runtime.manifest.guidance import EVEN, MODES, GuidancePlan, Karras, Mode, Sampling, Shifted
-from sg_runtime.manifest.model import Level, ModelFacts, Route
+from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile
+from sg_runtime.manifest.guidance import (
+    EVEN,
+    MODES,
+    SUBSET_RULES,
+    GuidancePlan,
+    Karras,
+    Mode,
+    Sampling,
+    Shifted,
+    SubsetRule,
+)
+from sg_runtime.manifest.model import Labels, Level, ModelFacts, Route, Text
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
 __all__ = [
@@ -45,6 +56,7 @@ __all__ = [
     "MANIFEST_FILE",
     "MODES",
     "SCHEMA_VERSION",
+    "SUBSET_RULES",
     "Cost",
     "EngineFacts",
     "EngineLibrary",
@@ -55,6 +67,7 @@ __all__ = [
     "GuidancePlan",
     "HalfPrecision",
     "Karras",
+    "Labels",
     "LayerChoice",
     "Level",
     "Manifest",
@@ -75,7 +88,9 @@ __all__ = [
     "Shifted",
     "Source",
     "StratumQuality",
+    "SubsetRule",
     "TensorFacts",
+    "Text",
     "adapter",
     "json_schema",
     "read_manifest",

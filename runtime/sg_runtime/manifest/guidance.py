@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest.base import (
@@ -18,6 +18,9 @@ from sg_runtime.manifest.base import (
     pair,
 )
 from sg_runtime.manifest.model import Level
+
+SubsetRule = Literal["fresh", "fixed"]
+SUBSET_RULES: tuple[SubsetRule, ...] = get_args(SubsetRule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class GuidancePlan(Strict):
     scale_last: guidance scale in the last step; None if it does not change.
     interval: lowest and highest time (t, or sigma of an edm model) at which guidance applies; None
     for all times. Outside it the strong branch runs alone (Kynkäänniemi et al. 2024).
+    subset: "fresh" to draw kept tokens in every evaluation, "fixed" to draw them once per run.
     """
 
     mode: GuidanceMode
@@ -89,9 +93,11 @@ class GuidancePlan(Strict):
     weak_last: Level | None = None
     scale_last: float | None = None
     interval: tuple[float, float] | None = None
+    subset: SubsetRule = "fresh"
 
     def __post_init__(self) -> None:
         choice("guidance", self.mode, tuple(MODES))
+        choice("subset", self.subset, SUBSET_RULES)
         for scale in (self.scale, self.scale_last):
             if scale is not None and not abs(number("scale", scale)) <= FLOAT32_MAX:
                 raise UsageError(f"scale: expected a finite float32 number, found {scale}")
@@ -114,6 +120,10 @@ class GuidancePlan(Strict):
             raise UsageError(
                 f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
             )
+
+    def draw(self, step: int, evaluation: int) -> tuple[int, int]:
+        """Return the counters, step and evaluation, with which kept tokens are drawn."""
+        return (step, evaluation) if self.subset == "fresh" else (0, 0)
 
     @property
     def row(self) -> Mode:

@@ -16,7 +16,7 @@ import torch
 from text import TextDiT, held_by_branches
 from torch import Tensor
 
-from sg_export.graph.module import branch_inputs, examples
+from sg_export.graph.module import branch_inputs, random_inputs
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.graph.trace import trace
@@ -136,7 +136,9 @@ def values_of(case: Case, loaded: LoadedModel) -> dict[str, Tensor]:
     """Return random inputs of the graph; the modulations are of random times and classes."""
     generator = torch.Generator().manual_seed(0)
     network = loaded.model.network
-    values = examples(graph_inputs(case.spec, loaded.facts, IMAGES, held=network.held), loaded.facts, {}, generator)
+    values = random_inputs(
+        graph_inputs(case.spec, loaded.facts, IMAGES, held=network.held), loaded.facts, {}, generator
+    )
     t, classes = torch.rand(IMAGES, generator=generator), torch.tensor([0, 2])
     nothing = CONFIG.num_classes if case.null else None
     strong, weak = held_by_branches(network, t, classes, nothing, generator)

@@ -221,7 +221,9 @@ def test_guided_modulates_all_rows_at_once_and_shares_the_prefix_if_the_text_is_
 def test_forward_is_condition_then_predict(make_model: Callable[..., LoadedModel]) -> None:
     model = make_model(DiT, SMALL, Route(1, 1)).model
     x, t, classes = torch.full((1, 2, 6, 6), 0.5), torch.tensor([0.3]), torch.tensor([2])
-    assert torch.equal(model(x, t, classes), model.predict(x, {"modulations": model.condition(t, classes)}))
+    assert torch.equal(
+        model(x, t, classes), model.predict(x, {"modulations": model.hoist("condition", {"t": t, "class": classes})[0]})
+    )
     assert math.isfinite(float(model(x, t, classes).norm()))
 
 

@@ -292,7 +292,7 @@ def test_advance_of_any_updates_is_the_formula(
         for index, (step, number, *rest) in enumerate(flat)
     ]
     rng = np.random.default_rng(seed)
-    modulations = rng.standard_normal((len(run), 2, manifest.model.modulations)).astype(np.float32)
+    modulations = rng.standard_normal((len(run), 2, manifest.model.held["modulations"][0])).astype(np.float32)
     scales, kept = tuple(entry[4] for entry in flat), [entry[5] for entry in flat]
 
     def branch(held: Sequence[int], counts: Sequence[int]) -> PreparedBranch:

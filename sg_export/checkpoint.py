@@ -220,7 +220,9 @@ def checkpoint_files(path: Path, weights: str | None = None) -> Files:
     try:
         names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
         shards = tuple(path.parent / name for name in names)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if configs:
+            read_config(path)
         return Files((path,), None, configs, variant)
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{path}: expected its shards in the same folder, found {listed(outside)}")

@@ -26,6 +26,11 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.]+?(?<!-of-\d{5}
 INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
 
 
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder with a configuration of diffusers, of any class."""
+    return any((path / name).is_file() for name in (PIPELINE_FILE, CONFIGS["transformer"]))
+
+
 def find_configs(folder: Path) -> dict[str, Path]:
     """Return the configurations in a folder by component: "pipeline" and the keys of `CONFIGS`.
 
@@ -33,12 +38,12 @@ def find_configs(folder: Path) -> dict[str, Path]:
     "transformer" alone. Raises CheckpointError for another folder, and for a component that is
     missing.
     """
+    if not is_folder(folder):
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint file, or a folder of diffusers with {PIPELINE_FILE} or "
+            f"{CONFIGS['transformer']}, found {what_is(str(folder))}"
+        )
     if not (folder / PIPELINE_FILE).is_file():
-        if not (folder / CONFIGS["transformer"]).is_file():
-            raise CheckpointError(
-                f"{folder}: expected a checkpoint file, or a folder of diffusers with {PIPELINE_FILE} or "
-                f"{CONFIGS['transformer']}, found {what_is(str(folder))}"
-            )
         _check_class(folder / CONFIGS["transformer"], (TRANSFORMER,))
         return {"transformer": folder / CONFIGS["transformer"]}
     _check_class(folder / PIPELINE_FILE, PIPELINES)

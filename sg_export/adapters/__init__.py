@@ -65,8 +65,9 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
     ends = tuple(f".{adapter.KEYS[0]}" for adapter in ADAPTERS.values())
     prefix = next((name.removesuffix(end) for name in checkpoint.tensors for end in ends if name.endswith(end)), None)
     remedy = f"; there is one under {prefix}: give `weights` {prefix}" if prefix else ""
+    *others, last = ADAPTERS
     if not prefix and (other := what_network_is(checkpoint.tensors)) is not None:
-        raise CheckpointError(f"{path}: expected a checkpoint of {' or '.join(ADAPTERS)}, found {other}")
+        raise CheckpointError(f"{path}: expected a checkpoint of {', '.join(others)} or {last}, found {other}")
     raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}{remedy}")
 
 

@@ -142,8 +142,15 @@ def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
     and pipeline. A file alone has the shift of the published models. Its layout of names tells
     whose scheduler and whose default noise scale it has, diffusers' or the training code's.
 
-    Raises CheckpointError for a scheduler that is not supported.
+    Raises CheckpointError for a scheduler that is not supported, and for numbers that cannot be.
     """
+    try:
+        return _sampling(checkpoint, facts)
+    except UsageError as error:
+        raise CheckpointError(f"{checkpoint.source.file}: {error}") from None
+
+
+def _sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
     stated = checkpoint.facts
     shift = prx_configs.SHIFT if stated.time_shift is None else stated.time_shift
     if _is_training_layout(checkpoint):

@@ -5,6 +5,7 @@ A folder has configurations of its pipeline, transformer, scheduler and autoenco
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sg_export.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ def scheduler_times(shift: float, count: int = 1000) -> Shifted:
     It shifts the smallest of its `count` training times, 1 / count, before a run, and all times of
     a run again.
     """
-    return Shifted(shift, shift / (shift + count - 1))
+    return replace(Shifted(shift, None), last=shift / (shift + count - 1))
 
 
 def read_scheduler(stated: Mapping[str, Any], place: str) -> Shifted:
@@ -152,7 +153,7 @@ def read_scheduler(stated: Mapping[str, Any], place: str) -> Shifted:
         raise CheckpointError(f"{place}: shift: expected a number, found {shift!r}")
     try:
         return scheduler_times(float(shift), count)
-    except (UsageError, ZeroDivisionError, OverflowError):
+    except UsageError:
         raise CheckpointError(f"{place}: shift: expected a float32 number above 0, found {shift}") from None
 
 

@@ -3,6 +3,7 @@
 They need the extra `diffusers`. `test_diffusers_folder.py` has the same without it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_load_model_of_what_save_pretrained_writes(
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("config", [CONFIG, PIXEL], ids=["latent", "pixel"])
 def test_run_of_a_pipeline_is_its_trajectory(config: PRXConfig, shift: float, tmp_path: Path) -> None:
-    """The times, the velocity of x0 with its floor, the noise scale and Euler's method are upstream's.
+    """Times, velocity of x0 with its floor, noise scale and Euler's method are upstream's.
 
     Both run the network in FP32, and sum in another order.
     """
@@ -89,10 +90,7 @@ def test_run_of_a_pipeline_is_its_trajectory(config: PRXConfig, shift: float, tm
         tmp_path / "prx", overrides=Overrides(size=(latent[0] * per, latent[1] * per), text_tokens=PROMPT_TOKENS)
     )
     model, prediction = loaded.model, loaded.facts.prediction
-    sampling = loaded.sampling
-    path = trajectory(
-        type(sampling)("euler", STEPS, sampling.times, sampling.noise_scale, sampling.time_floor), prediction
-    )
+    path = trajectory(replace(loaded.sampling, steps=STEPS), prediction)
 
     def advance(index: int, x: Any, r: Any) -> Any:
         update = path.updates[index]

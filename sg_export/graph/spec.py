@@ -64,8 +64,8 @@ def graphs_for(
 
     They are the hoisted graphs, one graph per level, and one guided graph per pair of levels that
     the mode allows. sg and cfg+sg pair each strong level with the sparser weak levels. cfg pairs
-    each level with itself. In autoguidance the weak levels belong to another network, so there are no
-    pairs, and that network has hoisted and single-branch graphs too.
+    each level with itself. In autoguidance the weak levels belong to another network, so there are
+    no pairs, and that network has hoisted and single-branch graphs too.
 
     hoisted: kinds of the hoisted graphs.
     """

@@ -285,7 +285,7 @@ class PRX(AdaLNNetwork):
         embeddings (S, L, context), mask (S, L), 0 for padding → text_keys and text_values,
         (S, depth, L, D) each, and text_bias (S, L) float32.
         """
-        text = self.txt_in(embeddings)
+        text = self.txt_in(embeddings.to(self.txt_in.weight.dtype))
         keys, values = zip(*(block.text(text) for block in self.blocks), strict=True)
         return torch.stack(keys, dim=1), torch.stack(values, dim=1), text_bias(mask)
 

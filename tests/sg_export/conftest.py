@@ -96,6 +96,7 @@ def make_model() -> MakeModel:
             prediction="edm" if masked else "flow",
             space="latent",
             latent=(config.channels, config.image_size, config.image_size),
+            pixels_per_latent=None,
             patch=config.patch,
             tokens=config.tokens,
             width=config.width,

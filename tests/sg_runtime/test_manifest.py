@@ -96,6 +96,7 @@ def models(draw: st.DrawFn) -> ModelFacts:
         prediction=draw(st.sampled_from(["flow", "edm"])),
         space=draw(st.sampled_from(["pixel", "latent"])),
         latent=draw(st.tuples(counts, counts, counts)),
+        pixels_per_latent=draw(st.none() | counts),
         patch=patch,
         tokens=draw(st.integers(2, 1000)),
         width=width,

@@ -20,6 +20,7 @@ profiled on an H100 (benchmarks/results/gpu_h100.json, `micro_one` and `xl`).
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ from sg_runtime.manifest import Level, ModelFacts, OnnxTarget, Precision, Route
 HALVES = ("FLOAT16", "BFLOAT16")
 FLOATS = ("FLOAT", *HALVES)
 DATA = (*FLOATS, "INT64", "BOOL")
+PROCESSORS = 132
+"""Multiprocessors of the GPU that the launches are counted for, an H100."""
+
 _CUDA, _CONTRIB = "onnxruntime/core/providers/cuda", "onnxruntime/contrib_ops/cuda/bert"
 
 Launches = int | Callable[[ir.Node], int]
@@ -71,19 +75,51 @@ def _joined(node: ir.Node) -> int:
 
 
 def _attention(node: ir.Node) -> int:
-    """Launches of a MultiHeadAttention with three inputs (B, tokens, D) and no bias.
+    """Launches of a MultiHeadAttention with three inputs (B, tokens, D).
 
-    In half precision: one fused kernel and one memset (cuDNN's kernel on an H100). In FP32: the
-    memory-efficient kernel from 256 queries or keys on; below, four transposes, two products and a
-    softmax.
+    In half precision without a bias: flash attention, one kernel, and a second one that combines
+    parts if the keys are split. In FP16 and FP32 with a bias, and in FP32 from 256 queries or keys
+    on: the memory-efficient kernel. Otherwise: four transposes, two products and a softmax. A
+    symbolic batch counts as one image, which has the most launches.
     """
     query, key = node.inputs[:2]
     assert query is not None
     assert key is not None
-    if str(query.dtype) in HALVES:
-        return 2
-    lengths = [value.shape[1] for value in (query, key) if value.shape is not None]
-    return 1 if any(isinstance(length, int) and length >= 256 for length in lengths) else 7
+    assert query.shape is not None
+    assert key.shape is not None
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    kind, (_, queries, width), keys = str(query.dtype), query.shape, key.shape[1]
+    assert isinstance(queries, int)
+    assert isinstance(keys, int)
+    assert isinstance(width, int)
+    if kind in HALVES and bias is None:
+        heads = node.attributes["num_heads"].as_int()
+        return 1 + (_parts_of_keys(_images(query.shape[0]), queries, keys, heads, width // heads) > 1)
+    multiple = 16 if kind == "FLOAT" else 8
+    long = kind == "FLOAT16" or (kind == "FLOAT" and max(queries, keys) >= 256)
+    return 1 if long and (bias is None or queries % multiple == 0) else 7
+
+
+def _images(batch: int | ir.SymbolicDim) -> int:
+    """Return the smallest size of a batch dimension, as 2 of "2*B"."""
+    first = str(batch).partition("*")[0]
+    return int(first) if first.isdecimal() else 1
+
+
+def _parts_of_keys(images: int, queries: int, keys: int, heads: int, size: int) -> int:
+    """Return the number of parts that flash attention computes the keys in, on `PROCESSORS`.
+
+    If the blocks of 64 queries are fewer than 0.8 of the processors, the keys are cut into the
+    smallest number of parts whose use of the processors is at least 0.85 of the best.
+    """
+    blocks = images * heads * math.ceil(queries / 64)
+    most = math.ceil(keys / (256 if size <= 64 else 128 if size <= 128 else 64))
+    if blocks >= 0.8 * PROCESSORS:
+        return 1
+    parts = [n for n in range(1, most + 1) if n == 1 or math.ceil(most / n) != math.ceil(most / (n - 1))]
+    waves = {n: blocks * n / PROCESSORS for n in parts}
+    use = {n: wave / math.ceil(wave) for n, wave in waves.items()}
+    return next(n for n in parts if use[n] >= 0.85 * max(use.values()))
 
 
 KERNELS = {

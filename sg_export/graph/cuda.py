@@ -5,8 +5,9 @@ tracing, in place of `lower_attention`. The graph computes the same; `benchmarks
 counts the kernels of both forms and names the kernel of every operator.
 
 * Attention is `com.microsoft.MultiHeadAttention` with inputs (B, tokens, heads * size), one per
-  branch. Branches with equal numbers of tokens are rows of one attention. A bias per key is
-  repeated for the queries, because the kernels take a bias per query and key.
+  branch. Branches with equal numbers of tokens are rows of one attention. Others are one sequence
+  if it is short, with a bias that separates them. A bias per key is repeated for the queries,
+  because the kernels take a bias per query and key.
 * LayerNormalization takes the modulation as its scale and bias, which are (B, 1, D).
 * With one image and one condition, `com.microsoft.SkipLayerNormalization` takes the residual sum
   and the bias before the gate as well. Its vectors have one axis, so it cannot serve more images.
@@ -43,6 +44,15 @@ MOST_OUTPUTS = 32
 With more, ONNX Runtime copies the addresses from the host in every run.
 """
 
+MOST_MASKED = 512
+"""Most packed tokens of branches that attend as one sequence.
+
+One sequence has two launches, a Split and an attention. Two branches have at least seven: two
+Slices, two Splits, two attentions and a Concat. One sequence also computes the weights between
+branches, which are 0. That is up to 0.04 of a block's multiply-adds at the width of XL/2, and 0.11
+at that of S/2.
+"""
+
 
 def lower_for_cuda(graph: ir.Graph, precision: Precision) -> None:
     """Bring a traced FP32 graph to the form of ONNX Runtime's CUDA provider, in place.
@@ -53,7 +63,7 @@ def lower_for_cuda(graph: ir.Graph, precision: Precision) -> None:
     """
     _share_splits(graph)
     _fuse_attention(graph)
-    _join_equal_branches(graph)
+    _join_branches(graph, precision)
     _fuse_gelu(graph)
     _fuse_modulation(graph)
     if _batch(graph) == 1:
@@ -151,53 +161,88 @@ def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
     )
 
 
-def _join_equal_branches(graph: ir.Graph) -> None:
-    """Make branches with equal numbers of tokens the rows of one attention.
+def _join_branches(graph: ir.Graph, precision: Precision) -> None:
+    """Compute the attentions of all branches of a layer at once.
 
-    Packed tokens (B, n * T, D) are the memory of (B * n, T, D), so no kernel cuts or joins them.
+    Branches with equal numbers of tokens are rows of one attention: packed tokens (B, n * T, D) are
+    the memory of (B * n, T, D), so no kernel cuts or joins them. Other branches become one sequence
+    with a bias that gives the tokens of another branch the weight 0.
     """
     for concat in [node for node in graph if node.op_type == "Concat"]:
         attentions = [node for value in concat.inputs if (node := _source(value, "MultiHeadAttention")) is not None]
-        found = _cut_equally(attentions) if len(attentions) == len(concat.inputs) else None
+        found = _cut(attentions) if len(attentions) == len(concat.inputs) else None
         if found is None:
             continue
-        (packed, split), first, branches = found, attentions[0], len(attentions)
+        packed, split, counts = found
         images, rows, width = _dims(packed)
         assert isinstance(rows, int)
-        assert isinstance(width, int)
-        batch = images * branches if isinstance(images, int) else ir.SymbolicDim(f"{branches}*{images}")
-        count = rows // branches
-        shape = integers(graph, -1, count, width)
-        (tokens,) = insert(graph, first, "Reshape", [packed, shape], [[batch, count, width]])
+        first, branches, equal = attentions[0], len(attentions), len(set(counts)) == 1
+        if not equal and not _can_mask(rows, precision):
+            continue
+        batch, count, tokens, mask = images, rows, packed, list[ir.Value | None]()
+        if equal:
+            batch = images * branches if isinstance(images, int) else ir.SymbolicDim(f"{branches}*{images}")
+            count = rows // branches
+            shape = integers(graph, -1, count, _width(packed))
+            (tokens,) = insert(graph, first, "Reshape", [packed, shape], [[batch, count, width]])
+        else:
+            mask = [None, None, _mask(graph, counts)]
         shapes = [[batch, count, _width(value)] for value in split.outputs]
         thirds = insert(graph, first, "Split", [tokens], shapes, axis=2, num_outputs=len(shapes))
-        inputs = [thirds[value.index() or 0] for value in first.inputs if value is not None]
+        inputs = [*(thirds[value.index() or 0] for value in first.inputs if value is not None), *mask]
         heads = first.attributes["num_heads"].as_int()
-        (attended,) = insert(
-            graph, first, "MultiHeadAttention", inputs, [shapes[-1]], domain=MICROSOFT, num_heads=heads
-        )
-        back = integers(graph, -1, rows, _width(attended))
-        (output,) = insert(graph, concat, "Reshape", [attended, back], [_dims(concat.outputs[0])])
+        (output,) = insert(graph, first, "MultiHeadAttention", inputs, [shapes[-1]], domain=MICROSOFT, num_heads=heads)
+        if equal:
+            back = integers(graph, -1, rows, _width(output))
+            (output,) = insert(graph, concat, "Reshape", [output, back], [_dims(concat.outputs[0])])
         concat.outputs[0].replace_all_uses_with(output)
 
 
-def _cut_equally(attentions: Sequence[ir.Node]) -> tuple[ir.Value, ir.Node] | None:
-    """Return the packed tokens of these attentions and the Split of the first one.
+def _can_mask(rows: int, precision: Precision) -> bool:
+    """Whether packed branches of `rows` tokens attend as one sequence; see `MOST_MASKED`.
+
+    The fused kernel that takes a bias needs 16 bytes in a row of it, times 4 in FP32.
+    """
+    return precision != "bf16" and rows % (16 if precision == "fp32" else 8) == 0 and rows <= MOST_MASKED
+
+
+def _mask(graph: ir.Graph, counts: Sequence[int]) -> ir.Value:
+    """Return the bias that separates branches with these numbers of tokens, made once.
+
+    It is (1, 1, tokens, tokens): 0 within a branch, and the lowest FP16 elsewhere. The exponential
+    of its difference to any score of a few thousand is 0 in FP32. An infinite bias would make NaN
+    in kernels that see the keys of another branch first.
+    """
+    name = f"{graph.name}.branches.{'_'.join(map(str, counts))}"
+    if name not in graph.initializers:
+        branch = np.repeat(np.arange(len(counts)), counts)
+        bias = np.where(branch[:, None] == branch, 0, np.finfo(np.float16).min).astype(np.float32)[None, None]
+        tensor = ir.tensor(bias, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=ir.Shape(bias.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def _cut(attentions: Sequence[ir.Node]) -> tuple[ir.Value, ir.Node, list[int]] | None:
+    """Return the packed tokens of these attentions, the Split of the first one, and their numbers.
 
     Returns None unless the inputs of each attention come from one Split of one Slice, and the
-    Slices are equal and consecutive parts of all tokens.
+    Slices are consecutive parts of all tokens.
     """
     splits = [{value.producer() for value in node.inputs if value is not None} for node in attentions]
     cuts = [cut for (split, *others) in splits if split and not others and (cut := _source(split.inputs[0], "Slice"))]
     sources, starts = {cut.inputs[0] for cut in cuts}, [_integers(cut.inputs[1])[0] for cut in cuts]
     if len(cuts) != len(attentions) or len(sources) != 1:
         return None
-    (packed,), (split,), count = sources, splits[0], _dims(cuts[0].outputs[0])[1]
+    (packed,), (split,), counts = sources, splits[0], [_dims(cut.outputs[0])[1] for cut in cuts]
     assert packed is not None
     assert split is not None
-    if not isinstance(count, int) or [count * number for number in range(len(cuts))] != starts:
+    fixed = [count for count in counts if isinstance(count, int)]
+    ends = list(itertools.accumulate(fixed))
+    if len(fixed) != len(counts) or starts != [0, *ends[:-1]] or ends[-1] != _dims(packed)[1]:
         return None
-    return (packed, split) if _dims(packed)[1] == count * len(cuts) else None
+    return packed, split, fixed
 
 
 def _fuse_gelu(graph: ir.Graph) -> None:

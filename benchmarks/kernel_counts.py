@@ -13,7 +13,10 @@ which launches as many kernels, and the scale of attention in the generic form b
 saves one kernel per attention. A profile on a GPU decides in the end.
 
 The types of the kernels are those of the kernel classes in the released binary (names of their
-type information in libonnxruntime_providers_cuda.so). Paths are those of ONNX Runtime's sources.
+type information in libonnxruntime_providers_cuda.so). Paths are those of ONNX Runtime's sources. A
+line number is that of release 1.31.1 (commit 6af1a93). It is where the source prepares or checks
+the launch, and comes from the binary, which stores file and line of each such call. Other rows have
+no such call. Their launches, and the conditions of MultiHeadAttention, were read in other commits.
 The launches of MultiHeadAttention, Concat, Gather, FastGelu and LayerNormalization were also
 profiled on an H100 (benchmarks/results/gpu_h100.json, `micro_one` and `xl`).
 """
@@ -133,17 +136,26 @@ KERNELS = {
     "Sigmoid": Kernel(FLOATS, 1, f"{_CUDA}/activation/activations.cc: Sigmoid<T>::ComputeInternal"),
     "Equal": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Equal<T>::ComputeInternal"),
     "Expand": Kernel(DATA, 1, f"{_CUDA}/tensor/expand.cc: Expand::ComputeInternal"),
-    "FastGelu": Kernel(FLOATS, 1, f"{_CONTRIB}/fast_gelu.cc: FastGelu<T>::ComputeInternal"),
+    "FastGelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu_approximate_impl.cu:72, 83, 107 or 121: LaunchFastGeluKernel"),
     "Gather": Kernel(DATA, 1, f"{_CUDA}/tensor/gather.cc: Gather::ComputeInternal"),
-    "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu.cc: Gelu<T>::ComputeInternal"),
+    "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu_impl.cu:34: LaunchGeluKernel"),
     "Gemm": Kernel(FLOATS, 2, f"{_CUDA}/math/gemm.cc: Gemm<T>::ComputeInternal, the bias and the product"),
     "LayerNormalization": Kernel(FLOATS, 1, f"{_CUDA}/nn/layer_norm_impl.cu: HostApplyLayerNorm"),
     "MatMul": Kernel(FLOATS, 1, f"{_CUDA}/math/matmul.cc: MatMul<T>::ComputeInternal"),
-    "MultiHeadAttention": Kernel(FLOATS, _attention, f"{_CONTRIB}/multihead_attention.cc: ComputeInternal"),
+    "MultiHeadAttention": Kernel(
+        FLOATS,
+        _attention,
+        f"{_CONTRIB}/multihead_attention.cc: ComputeInternal; flash_attention/flash_fwd_launch_template.h:82, or 121 "
+        f"with parts of the keys; cutlass_fmha/fmha_launch_template.h:258",
+    ),
     "Reshape": Kernel(DATA, 0, f"{_CUDA}/tensor/reshape.cc: registered with Alias(0, 0)"),
     "SkipLayerNormalization": Kernel(FLOATS, 1, f"{_CONTRIB}/skip_layer_norm.cc: LaunchSkipLayerNormKernel"),
     "Slice": Kernel(DATA, 1, f"{_CUDA}/tensor/slice.cc: Slice<dynamic>::ComputeInternal"),
-    "Softmax": Kernel(FLOATS, 1, f"{_CUDA}/math/softmax.cc: Softmax<T>::ComputeInternal"),
+    "Softmax": Kernel(
+        FLOATS,
+        1,
+        f"{_CUDA}/math/softmax_impl.cu:95 or 134",
+    ),
     "Split": Kernel(DATA, _equal_parts, f"{_CUDA}/tensor/split.cc: SplitKernel::ComputeInternal"),
     "Tile": Kernel(DATA, 1, f"{_CUDA}/tensor/tile.cc: Tile::ComputeInternal"),
     "Transpose": Kernel(DATA, 1, f"{_CUDA}/tensor/transpose.cc: Transpose::DoTranspose"),

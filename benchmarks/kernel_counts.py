@@ -134,6 +134,7 @@ KERNELS = {
     "Cos": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Cos<T>::ComputeInternal"),
     "Sin": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sin<T>::ComputeInternal"),
     "Sigmoid": Kernel(FLOATS, 1, f"{_CUDA}/activation/activations.cc: Sigmoid<T>::ComputeInternal"),
+    "Div": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Div<T>::ComputeInternal"),
     "Equal": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Equal<T>::ComputeInternal"),
     "Expand": Kernel(DATA, 1, f"{_CUDA}/tensor/expand.cc: Expand::ComputeInternal"),
     "FastGelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu_approximate_impl.cu:72, 83, 107 or 121: LaunchFastGeluKernel"),
@@ -142,11 +143,17 @@ KERNELS = {
     "Gemm": Kernel(FLOATS, 2, f"{_CUDA}/math/gemm.cc: Gemm<T>::ComputeInternal, the bias and the product"),
     "LayerNormalization": Kernel(FLOATS, 1, f"{_CUDA}/nn/layer_norm_impl.cu: HostApplyLayerNorm"),
     "MatMul": Kernel(FLOATS, 1, f"{_CUDA}/math/matmul.cc: MatMul<T>::ComputeInternal"),
+    "Mod": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Mod::ComputeInternal"),
     "MultiHeadAttention": Kernel(
         FLOATS,
         _attention,
         f"{_CONTRIB}/multihead_attention.cc: ComputeInternal; flash_attention/flash_fwd_launch_template.h:82, or 121 "
         f"with parts of the keys; cutlass_fmha/fmha_launch_template.h:258",
+    ),
+    "Pad": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/tensor/pad.cc: Pad<T>::ComputeInternal"),
+    "Pow": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Pow::ComputeInternal"),
+    "ReduceMean": Kernel(
+        ("FLOAT", "FLOAT16"), 1, f"{_CUDA}/reduction/reduction_ops.cc: ReduceMean<T>::ComputeInternal"
     ),
     "Reshape": Kernel(DATA, 0, f"{_CUDA}/tensor/reshape.cc: registered with Alias(0, 0)"),
     "SkipLayerNormalization": Kernel(FLOATS, 1, f"{_CONTRIB}/skip_layer_norm.cc: LaunchSkipLayerNormKernel"),
@@ -157,6 +164,7 @@ KERNELS = {
         f"{_CUDA}/math/softmax_impl.cu:95 or 134",
     ),
     "Split": Kernel(DATA, _equal_parts, f"{_CUDA}/tensor/split.cc: SplitKernel::ComputeInternal"),
+    "Sqrt": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sqrt<T>::ComputeInternal"),
     "Tile": Kernel(DATA, 1, f"{_CUDA}/tensor/tile.cc: Tile::ComputeInternal"),
     "Transpose": Kernel(DATA, 1, f"{_CUDA}/tensor/transpose.cc: Transpose::DoTranspose"),
     "Unsqueeze": Kernel(DATA, 0, f"{_CUDA}/tensor/unsqueeze.cc: registered with Alias(0, 0)"),

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from small_prx import CONFIG, DENSE, GUIDED, SPECS, SmallPRX, small_prx
 
+from benchmarks.kernel_counts import launches
 from sg_export.cost.count import count_cost
 from sg_export.graph.check import check_graph, check_types, run_onnx
 from sg_export.graph.cuda import lower_for_cuda
@@ -104,6 +105,12 @@ def test_norms_of_heads_are_fused_by_onnx_runtime(prx: SmallPRX, tmp_path: Path)
     optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
     found = Counter(node.op_type for node in optimized.graph.node)
     assert found["SimplifiedLayerNormalization"] == 2 * CONFIG.depth
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_every_operator_of_a_graph_with_text_has_a_kernel(precision: Precision, prx: SmallPRX) -> None:
+    for spec in SPECS:
+        assert launches(lowered(prx, spec, precision).graph).total() > 0
 
 
 def test_lower_for_cuda_of_a_graph_with_text_keeps_its_cost(prx: SmallPRX) -> None:

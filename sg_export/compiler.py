@@ -65,7 +65,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     engine_files = {
         name: graphs
         for name, graphs in files.items()
-        if options.libraries and (graphs[0].kind in ("condition", "guided") or not guided_alone(plan))
+        if options.libraries and (graphs[0].hoisted or graphs[0].kind == "guided" or not guided_alone(plan))
     }
     passes = 1 if options.quantize is None else 2
     tracings = len({spec.network for spec in specs})

@@ -11,20 +11,22 @@ from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import Level, ModelFacts, Source
+from sg_runtime.manifest import Labels, Level, ModelFacts, Sampling, Source, Text
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A checkpoint as a PyTorch model.
 
-    model: network in FP32 and evaluation mode, called as `model(x, t, classes, keep)`.
+    model: network in FP32 and evaluation mode, called as `model(x, t, conditions, keep)`.
     facts: facts of the network.
+    sampling: the family's default sampling.
     source: file name and hash of the checkpoint.
     """
 
     model: SparseModel
     facts: ModelFacts
+    sampling: Sampling
     source: Source
 
     def kept_count(self, sparsity: float) -> int:
@@ -67,8 +69,9 @@ def load_model(
 
 
 def _model_of(read: Checkpoint, overrides: Overrides) -> LoadedModel:
-    model, facts = find_adapter(read).build(read, overrides)
-    return LoadedModel(model, facts, read.source)
+    adapter = find_adapter(read)
+    model, facts = adapter.build(read, overrides)
+    return LoadedModel(model, facts, adapter.sampling(read, facts), read.source)
 
 
 def load_weak(
@@ -90,7 +93,7 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
     heads = facts.heads if given.heads is None else given.heads
     completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
     model, weak_facts = find_adapter(read).build(read, completed)
-    same = replace(weak_facts, class_names=facts.class_names, space=facts.space)
+    same = replace(weak_facts, conditions=_named_as(facts.conditions, weak_facts.conditions), space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
         differences = "; ".join(
@@ -99,7 +102,13 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
         raise UsageError(
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )
-    return LoadedModel(model, facts, read.source)
+    return LoadedModel(model, facts, strong.sampling, read.source)
+
+
+def _named_as(named: Labels | Text, conditions: Labels | Text) -> Labels | Text:
+    """Return `conditions` with the names of the classes in `named`."""
+    both = isinstance(named, Labels) and isinstance(conditions, Labels) and named.count == conditions.count
+    return named if both else conditions
 
 
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
@@ -108,10 +117,10 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     Raises CheckpointError if the file is missing or has another hash, and BundleError if the loaded
     model does not have the facts of the manifest.
     """
-    source, model = bundle.manifest.source, bundle.manifest.model
+    source, model, sampling = bundle.manifest.source, bundle.manifest.model, bundle.manifest.sampling
     read = _read_of(bundle, source, checkpoint, "checkpoint")
     loaded = _model_of(read, _overrides_of(bundle))
-    if loaded.facts != model:
+    if (loaded.facts, replace(loaded.sampling, steps=sampling.steps)) != (model, sampling):
         raise BundleError(
             f"{bundle.path}: its manifest describes another model than {read.source.file}: build it again"
         )

@@ -8,7 +8,7 @@ from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.sparse import SparseModel
 from sg_export.recognize import what_network_is
 from sg_runtime.errors import CheckpointError
-from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest import ModelFacts, Route, Sampling
 
 
 class Adapter(Protocol):
@@ -31,6 +31,10 @@ class Adapter(Protocol):
 
     def build(self, checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
         """Build the network of a checkpoint, in evaluation mode, and return it with its facts."""
+        ...
+
+    def sampling(self, checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+        """Return the default sampling of the network that `build` returns with `facts`."""
         ...
 
 

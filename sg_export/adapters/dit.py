@@ -11,11 +11,27 @@ from sg_export.checkpoint import Checkpoint
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import ModelFacts, Prediction, Route
+from sg_runtime.manifest import EVEN, Karras, Labels, ModelFacts, Prediction, Route, Sampling
 
 LABELS = "y_embedder.embedding_table.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Number of heads by width, for S, B, L and XL (arXiv 2212.09748, table 1)."""
+
+NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
+"""Noise levels of EDM models: the defaults of NVlabs/edm (`generate.py`, `edm_sampler`).
+
+The samplers of both families of DiTs use them.
+"""
+
+STEPS = 40
+"""Default number of steps of DiTs."""
+
+
+def default_sampling(prediction: Prediction) -> Sampling:
+    """Return the default sampling of a DiT."""
+    if prediction == "edm":
+        return Sampling("heun", STEPS, NOISE_LEVELS)
+    return Sampling("euler", STEPS, EVEN)
 
 
 def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:
@@ -104,11 +120,10 @@ def assemble(
         width=config.width,
         depth=config.depth,
         heads=config.heads,
-        num_classes=config.num_classes,
-        modulations=network.modulations,
+        conditions=Labels(config.num_classes, names),
+        held=network.held,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         route=route,
-        class_names=names,
         ends=network.ends,
         masked=network.mask is not None,
     )

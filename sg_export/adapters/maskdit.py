@@ -21,7 +21,7 @@ from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
 from sg_export.models.maskdit import DECODER_WIDTH, MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest import ModelFacts, Route, Sampling
 from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "maskdit"
@@ -90,3 +90,8 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     complete = replace(checkpoint, tensors={**zeros, **tensors})
     # The layer between encoder and decoder also runs on the kept tokens: it is part of the route.
     return dit.assemble(complete, FAMILY, network, "edm", route, Route(0, config.depth))
+
+
+def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+    """Return the default sampling, EDM's."""
+    return dit.default_sampling(facts.prediction)

@@ -23,7 +23,7 @@ from sg_export.adapters import dit, tread
 from sg_export.checkpoint import Checkpoint
 from sg_export.models.prx import PERIOD, PRX, THETA, TIME_FACTOR, PRXConfig
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import Route
+from sg_runtime.manifest import Prediction, Route, Sampling, Shifted
 from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "prx"
@@ -47,6 +47,32 @@ RENAMED = {
     r"k_norm": "attention.norm_added_k",
 }
 """Names of diffusers by patterns of the training code's names, without block and ending."""
+
+SHIFT = 3.0
+"""Shift of the times of the published models."""
+
+STEPS = 28
+"""Default number of steps of diffusers' pipelines of PRX."""
+
+TIME_FLOOR = 0.05
+"""Least divisor of the velocity of a model that predicts x0, in both codes."""
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+"""The supported scheduler of diffusers."""
+
+UNSUPPORTED = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+"""Fields of the scheduler that change its times or its step."""
+
+DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+"""Fields of the scheduler that have an effect only with `use_dynamic_shifting`."""
 
 VARIANTS = {
     "sprint_fuse.": "the fusion of SPRINT",
@@ -160,6 +186,47 @@ def infer_config(
         bottleneck=dit.shape_of(checkpoint, "img_in.0.weight", "bottleneck", "values")[0] if bottleneck else None,
         resolution=any(name.startswith("resolution_embedder.") for name in tensors),
     )
+
+
+def default_sampling(prediction: Prediction, times: Shifted, noise_scale: float) -> Sampling:
+    """Return the default sampling of a PRX model: Euler's method, as in both codes."""
+    return Sampling("euler", STEPS, times, noise_scale, TIME_FLOOR if prediction == "x0" else 0.0)
+
+
+def scheduler_times(shift: float, count: int = 1000) -> Shifted:
+    """Return the times of diffusers' scheduler (0.42.1, `scheduling_flow_match_euler_discrete.py`).
+
+    It shifts the smallest of its `count` training times, 1 / count, before a run, and all times of
+    a run again.
+    """
+    return Shifted(shift, shift / (shift + count - 1))
+
+
+def read_scheduler(stated: Mapping[str, Any], where: str) -> Shifted:
+    """Return the times that diffusers' configuration of a scheduler states.
+
+    stated: content of scheduler_config.json. where: its place, for errors.
+
+    Raises CheckpointError for another scheduler, and for a field that is not supported.
+    """
+    if (found := stated.get("_class_name")) != SCHEDULER:
+        raise CheckpointError(f"{where}: _class_name: expected {SCHEDULER}, found {found}: it is not supported")
+    for name, found in stated.items():
+        if name.startswith("_") or name in ("shift", "num_train_timesteps", *DYNAMIC):
+            continue
+        if name not in UNSUPPORTED:
+            raise CheckpointError(f"{where}: {name}: expected no such field, found {found}: it is not supported")
+        if found not in (None, False):
+            raise CheckpointError(f"{where}: {name}: expected none, found {found}: it is not supported")
+    shift, count = stated.get("shift", 1.0), stated.get("num_train_timesteps", 1000)
+    if type(count) is not int or count < 2:
+        raise CheckpointError(f"{where}: num_train_timesteps: expected a number of at least 2, found {count!r}")
+    if type(shift) not in (int, float):
+        raise CheckpointError(f"{where}: shift: expected a number, found {shift!r}")
+    try:
+        return scheduler_times(float(shift), count)
+    except (UsageError, ZeroDivisionError, OverflowError):
+        raise CheckpointError(f"{where}: shift: expected a float32 number above 0, found {shift}") from None
 
 
 def check_config(stated: Mapping[str, Any], config: PRXConfig, where: str) -> None:

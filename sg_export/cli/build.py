@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model", required=False)
 @guidance_options
-@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
+@click.option("--steps", type=click.IntRange(min=1), help="Default sampling steps.  [default: 40; 28 for PRX]")
 @model_options
 @click.option(
     "--precision",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 def build(
     model: str | None,
     guidance: GuidanceChoice,
-    steps: int,
+    steps: int | None,
     source: ModelSource,
     precision: Any,
     base_precision: Any,

@@ -116,7 +116,7 @@ model_options = Group(
         click.option("--route", type=RouteType(), help="Blocks that run on the kept tokens, both included: 2-24."),
         click.option(
             "--prediction",
-            type=click.Choice(["flow", "edm"]),
+            type=click.Choice(["flow", "edm", "x0"]),
             help="Prediction type of the network, if the checkpoint does not state it.",
         ),
         click.option(

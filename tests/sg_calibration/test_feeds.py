@@ -80,9 +80,7 @@ def test_collect_has_the_states_of_a_run(collected: list[Path], pipe: Pipeline, 
     shard, plan = read_shard(collected[0], facts), built_guidances(pipe.bundle.manifest)[0]
     np.testing.assert_array_equal(shard.x[0], pipe.initial_noise(shard.seed.tolist()))
     # The next state computed by hand: x - dt * (v0 + v1) / 2, in float32.
-    prepared = pipe.prepare(
-        shard.time, shard.classes(facts), shard.seed.tolist(), counters=shard.counters, guidance=plan
-    )
+    prepared = pipe.prepare(shard.time, shard.conditions, shard.seed.tolist(), counters=shard.counters, guidance=plan)
     step = shard.time[0] - shard.time[1]
     slopes = [pipe.guided(shard.x[k], prepared, k) for k in range(2)]
     np.testing.assert_allclose(shard.x[1], shard.x[0] - step * slopes[0], rtol=1e-4, atol=1e-5)
@@ -215,7 +213,7 @@ def arrays(**changes: Any) -> dict[str, Any]:
 def test_read_shard_without_seeds_and_counters_has_them(tmp_path: Path, facts: ModelFacts) -> None:
     np.savez(tmp_path / "own.npz", **arrays())
     shard = read_shard(tmp_path / "own.npz", facts)
-    assert shard.classes(facts) == [0, 4, None]
+    assert shard.conditions == [0, 4, None]
     assert shard.counters == [(0, 0), (1, 0)]
     assert shard.seed.tolist() == [0, 1, 2]
 

@@ -51,7 +51,7 @@ def seen_by_hand(pipe: Pipeline, pair: int, shards: list[Shard]) -> dict[str, di
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found: dict[str, dict[float, float]] = {name: {} for name in sources.values()}
     for shard in shards:
-        images = (shard.classes(pipe.bundle.manifest.model), shard.seed.tolist())
+        images = (shard.conditions, shard.seed.tolist())
         prepared = pipe.prepare(shard.time, *images, counters=shard.counters, guidance=plan)
         assert prepared.weak is not None
         held = prepared.strong.held["modulations"]

@@ -111,7 +111,6 @@ def test_sample_of_any_mode_agrees_with_pytorch_in_two_passes(
         weak=weak,
         levels=levels(manifest),
         weak_levels=levels(manifest, "weak"),
-        karras=manifest.sampling.karras,
     )
     assert distance(found, expected) < CLOSE_RUN
 
@@ -125,9 +124,7 @@ def test_sample_with_churn_agrees_with_pytorch_in_two_passes(
     manifest = pipe.bundle.manifest
     found = pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler, churn=churn)
     loaded = checkpoint(tiny_edm_bundle.parent / manifest.source.file)
-    expected = two_pass.sample(
-        loaded, manifest.guidance, [0, 3, 5], SEEDS[:3], 5, sampler, karras=manifest.sampling.karras, churn=churn
-    )
+    expected = two_pass.sample(loaded, manifest.guidance, [0, 3, 5], SEEDS[:3], 5, sampler, churn=churn)
     assert distance(found, expected) < CLOSE_RUN
     assert distance(found, pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler)) > 1e-2
 
@@ -140,7 +137,7 @@ def test_sample_of_an_edm_model_starts_from_the_highest_sigma(tiny_edm_bundle: P
     pipe = Pipeline.load(tiny_edm_bundle)
     manifest = pipe.bundle.manifest
     assert manifest.sampling.sampler == "heun"
-    assert manifest.sampling.karras == Karras(0.002, 80.0, 7.0)
+    assert manifest.sampling.times == Karras(0.002, 80.0, 7.0)
     x = np.float32(80) * pipe.initial_noise([7])
     # x + (0 - 80) (x - D) / 80 in FP32 leaves a rounding of x, about 1e-5, in a D of size 1.
     np.testing.assert_allclose(
@@ -153,7 +150,7 @@ def test_sample_of_an_edm_model_feeds_its_noise_levels(record: Callable[[Path], 
     recorder = record(tiny_edm_bundle)
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     pipe.sample([0], [0], steps=4, sampler="euler")
-    sigmas = np.array(run_times(4, pipe.bundle.manifest.sampling.karras)[:-1])
+    sigmas = np.array(run_times(4, pipe.bundle.manifest.sampling.times)[:-1])
     condition, *steps = recorder.runs
     np.testing.assert_allclose(condition.feeds["t"][:4], np.log(sigmas) / 4, rtol=1e-6)  # rounded to float32
     assert [run.name for run in steps] == ["guided-12-8"] * 4
@@ -296,7 +293,7 @@ def test_sample_with_churn_adds_the_documented_noise(record: Callable[[Path], An
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     churn, seeds = Churn(1.0, high=30.0), [5, 6, 7]
     pipe.sample([0, 1, None], seeds, steps=4, sampler="euler", churn=churn)
-    run = updates("euler", "edm", run_times(4, pipe.bundle.manifest.sampling.karras), churn)
+    run = updates("euler", "edm", run_times(4, pipe.bundle.manifest.sampling.times), churn)
     assert [update.noise > 0 for update in run] == [False, True, True, True]
     x = np.float32(80) * pipe.initial_noise(seeds)
     for update, done in zip(run, recorder.runs[1:], strict=True):
@@ -436,7 +433,7 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"scale": float("nan")}, "scale: expected a finite float32 number, found nan"),
         ({"scale": float("-inf")}, "scale: expected a finite float32 number, found -inf"),
         ({"scale": (1.0, float("inf"))}, "scale: expected a finite float32 number, found inf"),
-        ({"churn": Churn(1.0)}, "churn: expected an edm model, found a flow model"),
+        ({"churn": Churn(1.0)}, "churn: expected an edm model, found a model of flow"),
         ({"churn": 1.0}, r"churn: expected a Churn, found 1\.0"),
         ({"classes": 0}, "classes: expected a sequence with a class for each image, found 0"),
         ({"classes": "A"}, "classes: expected a sequence with a class for each image, found 'A'"),

@@ -1,11 +1,13 @@
 """PRX checkpoints in the layouts of diffusers and of the training code, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import HERE
 from torch import Tensor
 from weights import random_state
 
@@ -13,7 +15,8 @@ from sg_export.adapters import prx
 from sg_export.checkpoint import Checkpoint, CheckpointFacts, read_checkpoint
 from sg_export.models.prx import PRX, PRXConfig
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import Route, Source
+from sg_runtime.manifest import Route, Sampling, Shifted, Source
+from sg_runtime.sampling import run_times
 
 CONFIG = PRXConfig((4, 6), 1, 32, 16, 2, 2, 20, 5, 3)
 PIXEL = PRXConfig((32, 16), 16, 3, 16, 1, 2, 20, 5, 3, bottleneck=4, resolution=True)
@@ -202,3 +205,56 @@ def test_check_config_refuses_another_value_by_its_field(name: str) -> None:
 def test_check_config_refuses_an_unknown_field() -> None:
     with pytest.raises(CheckpointError, match="guidance_embeds: expected no such field, found True"):
         prx.check_config({**STATED, "guidance_embeds": True}, PIXEL, "config.json")
+
+
+FACTS = json.loads((HERE / "prx_upstream.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "case", FACTS["schedules"], ids=lambda case: f"{case['shift']:g}-{case['num_train_timesteps']}-{case['steps']}"
+)
+def test_read_scheduler_gives_the_times_of_diffusers(case: dict[str, Any]) -> None:
+    """Diffusers rounds its times to float32."""
+    stated = {**FACTS["scheduler"], "shift": case["shift"], "num_train_timesteps": case["num_train_timesteps"]}
+    times = run_times(case["steps"], prx.read_scheduler(stated, "scheduler_config.json"))
+    assert times == pytest.approx(case["sigmas"], rel=2**-22)
+
+
+def test_read_scheduler_of_missing_fields_takes_upstreams_defaults() -> None:
+    stated = {"_class_name": FACTS["scheduler"]["_class_name"]}
+    assert prx.read_scheduler(stated, "") == prx.read_scheduler(FACTS["scheduler"], "") == Shifted(1.0, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "_class_name: expected FlowMatchEulerDiscreteScheduler, found DDIMSchedule"),
+        ({"_class_name": None}, "_class_name: expected FlowMatchEulerDiscreteScheduler, found None"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting: expected none, found True: it is not supported"),
+        ({"shift_terminal": 0.02}, "shift_terminal: expected none, found 0.02: it is not supported"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas: expected none, found True: it is not supported"),
+        ({"use_exponential_sigmas": True}, "use_exponential_sigmas: expected none, found True: it is not supported"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas: expected none, found True: it is not supported"),
+        ({"invert_sigmas": True}, "invert_sigmas: expected none, found True: it is not supported"),
+        ({"stochastic_sampling": True}, "stochastic_sampling: expected none, found True: it is not supported"),
+        ({"solver": "heun"}, "solver: expected no such field, found heun: it is not supported"),
+        ({"shift": "3"}, "shift: expected a number, found '3'"),
+        ({"shift": True}, "shift: expected a number, found True"),
+        ({"shift": 0.0}, "shift: expected a float32 number above 0, found 0.0"),
+        ({"shift": -999.0}, "shift: expected a float32 number above 0, found -999.0"),
+        ({"shift": float("nan")}, "shift: expected a float32 number above 0, found nan"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps: expected a number of at least 2, found 1"),
+        ({"num_train_timesteps": 1e3}, "num_train_timesteps: expected a number of at least 2, found 1000.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_read_scheduler_refuses_what_is_not_supported_by_its_field(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        prx.read_scheduler({**FACTS["scheduler"], **change}, "scheduler_config.json")
+    assert str(caught.value).startswith(f"scheduler_config.json: {message}")
+
+
+def test_default_sampling_is_that_of_both_codes() -> None:
+    times = Shifted(3.0, None)
+    assert prx.default_sampling("flow", times, 1.0) == Sampling("euler", 28, times, 1.0, 0.0)
+    assert prx.default_sampling("x0", times, 2.0) == Sampling("euler", 28, times, 2.0, 0.05)

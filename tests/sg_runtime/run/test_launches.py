@@ -474,7 +474,7 @@ def test_condition_of_any_row_count_runs_at_one_length(
     runner = GraphRunner(manifest, recorder.lane(), 3)
     t, classes = np.linspace(0, 1, rows, dtype=np.float32), np.arange(rows) % 6
     found = runner.condition("main", t, classes)
-    assert found.shape == (rows, manifest.model.modulations)
+    assert found.shape == (rows, manifest.model.held["modulations"][0])
     assert [len(run.feeds["t"]) for run in recorder.runs] == [CONDITION_ROWS] * -(-rows // CONDITION_ROWS)
     assert {run.output for run in recorder.runs} == {"modulations"}
     for row in {0, rows // 2, rows - 1}:
@@ -535,7 +535,7 @@ def test_launch_of_a_graph_of_schema_4_feeds_tokens(record: Callable[[Path], Any
     assert graph is not None
     kept = tuple(TensorFacts(f"keep_{end}", "int64", ("B", n)) for end, n in (("strong", 12), ("weak", 8)))
     inputs = (*(tensor for tensor in graph.inputs if not tensor.name.startswith(("rows", "restore"))), *kept)
-    earlier = replace(own.manifest, graphs=(own.manifest.condition("main"), replace(graph, inputs=inputs)))
+    earlier = replace(own.manifest, graphs=(own.manifest.hoisted("main")[0], replace(graph, inputs=inputs)))
     (launch,) = launches(earlier, own.plan, 0, 0.0, 1.0, 0.0)
     for end, branch in zip(("strong", "weak"), own.plan.branches, strict=True):
         (keep,) = launch.inputs[f"keep_{end}"].kept(own.plan, [0], earlier.model)

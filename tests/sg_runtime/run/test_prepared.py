@@ -110,7 +110,7 @@ def test_prepare_of_no_guidance_has_no_weak_branch(setup: Callable[[Path], Setup
     own = setup(tiny_bundle)
     plan = own.plan(choose(own.manifest, mode="none", strong_sparsity=0.25))
     assert plan.weak is None
-    assert plan.strong.held["modulations"].values.shape == (4, 3, own.manifest.model.modulations)
+    assert plan.strong.held["modulations"].values.shape == (4, 3, own.manifest.model.held["modulations"][0])
     assert plan.strong.levels == (QUARTER,) * 4
     check_subsets(plan.strong, philox.STRONG)
 

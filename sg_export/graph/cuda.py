@@ -398,7 +398,7 @@ def _start_in_half(graph: ir.Graph) -> None:
     `to_half` then leaves everything between in FP16, as nothing there is in FP32.
     """
     norms = [node for node in graph if node.op_type == "LayerNormalization"]
-    if not norms:  # condition
+    if not norms:  # a hoisted graph
         return
     half = HALF["fp16"]
     embedded = next(node for node in graph if weight_of(node) is not None).outputs[0]

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from small_prx import CONFIG, DENSE, GUIDED, SPECS, SmallPRX, small_prx
+from traced_prx import CONFIG, DENSE, GUIDED, SPECS, TracedPRX, traced_prx
 
 from benchmarks.kernel_counts import launches
 from sg_export.cost.count import count_cost
@@ -27,11 +27,11 @@ from sg_runtime.manifest import Precision
 
 
 @pytest.fixture(scope="module")
-def prx() -> SmallPRX:
-    return small_prx(symbolic=False)
+def prx() -> TracedPRX:
+    return traced_prx(symbolic=False)
 
 
-def lowered(prx: SmallPRX, spec: GraphSpec, precision: Precision) -> ir.Model:
+def lowered(prx: TracedPRX, spec: GraphSpec, precision: Precision) -> ir.Model:
     """Return a graph in the form for CUDA, with the types of a build."""
     model = prx.graph(spec, partial(lower_for_cuda, precision=precision))
     if precision != "fp32":
@@ -42,7 +42,7 @@ def lowered(prx: SmallPRX, spec: GraphSpec, precision: Precision) -> ir.Model:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
 def test_lower_for_cuda_of_a_graph_with_text_gives_the_results_of_the_generic_form(
-    spec: GraphSpec, precision: Precision, prx: SmallPRX, tmp_path: Path
+    spec: GraphSpec, precision: Precision, prx: TracedPRX, tmp_path: Path
 ) -> None:
     (tmp_path / "plain").mkdir()
     (plain,) = write_graphs([prx.graph(spec)], tmp_path / "plain", "weights.bin")
@@ -57,7 +57,7 @@ def test_lower_for_cuda_of_a_graph_with_text_gives_the_results_of_the_generic_fo
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_lower_for_cuda_has_one_attention_per_branch_with_one_bias_per_shape(
-    precision: Precision, prx: SmallPRX
+    precision: Precision, prx: TracedPRX
 ) -> None:
     graph = lowered(prx, GUIDED, precision).graph
     attentions = [node for node in graph if node.op_type == "MultiHeadAttention"]
@@ -82,13 +82,13 @@ def test_lower_for_cuda_has_one_attention_per_branch_with_one_bias_per_shape(
     assert Counter(node.op_type for node in graph)["Transpose"] == 2
 
 
-def test_lower_for_cuda_in_bf16_has_attentions_of_half_precision_blocks_in_bf16(prx: SmallPRX) -> None:
+def test_lower_for_cuda_in_bf16_has_attentions_of_half_precision_blocks_in_bf16(prx: TracedPRX) -> None:
     graph = lowered(prx, GUIDED, "bf16").graph
     types = [node.outputs[0].dtype for node in graph if node.op_type == "MultiHeadAttention"]
     assert types == [HALF["bf16"]] * 3 + [ir.DataType.FLOAT] * 2
 
 
-def test_lower_for_cuda_in_fp16_squares_heads_in_fp32(prx: SmallPRX) -> None:
+def test_lower_for_cuda_in_fp16_squares_heads_in_fp32(prx: TracedPRX) -> None:
     graph = lowered(prx, GUIDED, "fp16").graph
     squares = [node for node in graph if node.op_type in ("Pow", "ReduceMean", "Sqrt", "Div")]
     assert len(squares) == 4 * 2 * CONFIG.depth
@@ -97,7 +97,7 @@ def test_lower_for_cuda_in_fp16_squares_heads_in_fp32(prx: SmallPRX) -> None:
     assert [node.outputs[0].dtype for node in norms[:-1]] == [HALF["fp16"]] * (len(norms) - 1)
 
 
-def test_norms_of_heads_are_fused_by_onnx_runtime(prx: SmallPRX, tmp_path: Path) -> None:
+def test_norms_of_heads_are_fused_by_onnx_runtime(prx: TracedPRX, tmp_path: Path) -> None:
     (path,) = write_graphs([lowered(prx, DENSE, "fp32")], tmp_path, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -108,18 +108,18 @@ def test_norms_of_heads_are_fused_by_onnx_runtime(prx: SmallPRX, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_every_operator_of_a_graph_with_text_has_a_kernel(precision: Precision, prx: SmallPRX) -> None:
+def test_every_operator_of_a_graph_with_text_has_a_kernel(precision: Precision, prx: TracedPRX) -> None:
     for spec in SPECS:
         assert launches(lowered(prx, spec, precision).graph).total() > 0
 
 
-def test_lower_for_cuda_of_a_graph_with_text_keeps_its_cost(prx: SmallPRX) -> None:
+def test_lower_for_cuda_of_a_graph_with_text_keeps_its_cost(prx: TracedPRX) -> None:
     for spec in SPECS:
         before, after = count_cost(prx.graph(spec).graph), count_cost(lowered(prx, spec, "fp32").graph)
         assert (after.linear_macs, after.attention_macs) == (before.linear_macs, before.attention_macs)
 
 
-def test_lower_for_cuda_of_padding_ignores_it(prx: SmallPRX, tmp_path: Path) -> None:
+def test_lower_for_cuda_of_padding_ignores_it(prx: TracedPRX, tmp_path: Path) -> None:
     (path,) = write_graphs([lowered(prx, GUIDED, "fp32")], tmp_path, "weights.bin")
     feeds = prx.feeds(GUIDED)
     other = {name: np.array(value) for name, value in feeds.items()}

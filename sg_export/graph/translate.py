@@ -1,5 +1,6 @@
 """Translation of an exported PyTorch program to ONNX."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,11 +12,12 @@ from sg_export.graph.attention import translate_attention
 
 
 def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
-    """Translate a program to ONNX; the program is not usable afterwards.
+    """Translate a program to ONNX. The program cannot be used afterwards.
 
-    The exporter decomposes a program first: it traces the program two more times to replace
-    operators that it has no translation for, and changes in place. The networks of this package
-    have neither, so the program is translated as it is. If that fails, it is decomposed.
+    PyTorch's exporter first decomposes a program: it traces it two more times, to replace operators
+    that have no translation and operators that change a tensor in place. The networks of this
+    package have neither, so their programs are translated as they are. A program that cannot be
+    translated as it is, is decomposed.
 
     Raises OnnxExporterError if PyTorch cannot translate the program.
     """
@@ -29,19 +31,37 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
 
 def _translated(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     exported = torch.onnx.export(
-        program,
-        opset_version=opset,
-        optimize=False,
-        verbose=False,
-        custom_translation_table={
-            torch.ops.aten.scaled_dot_product_attention.default: translate_attention,
-            torch.ops.aten.to.dtype: _translate_to,
-        },
+        program, opset_version=opset, optimize=False, verbose=False, custom_translation_table=_TRANSLATIONS
     )
     assert exported is not None
     return exported.model
 
 
-def _translate_to(x: Any, dtype: int, *_: Any) -> Any:
-    """Translate aten.to.dtype."""
+def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """Translate aten.flatten; the axes after the flattened ones have fixed sizes."""
+    rank = len(x.shape)
+    return _reshape(x, [*[0] * (start_dim % rank), -1, *x.shape[end_dim % rank + 1 :]])
+
+
+def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
+    """Translate aten.unflatten; the axes after the divided one have fixed sizes."""
+    axis = dim % len(x.shape)
+    return _reshape(x, [*[0] * axis, *sizes, *x.shape[axis + 1 :]])
+
+
+def _reshape(x: Any, shape: Sequence[int]) -> Any:
+    """Make a Reshape. A size of 0 is that of the same axis of `x`, so the graph reads no shape."""
+    return opset18.Reshape(x, opset18.Constant(value_ints=shape))
+
+
+def _to(x: Any, dtype: int, *_: Any) -> Any:
+    """Translate aten.to."""
     return opset18.Identity(x) if x.dtype == dtype else opset18.Cast(x, to=dtype)
+
+
+_TRANSLATIONS = {
+    torch.ops.aten.scaled_dot_product_attention.default: translate_attention,
+    torch.ops.aten.flatten.using_ints: _flatten,
+    torch.ops.aten.unflatten.int: _unflatten,
+    torch.ops.aten.to.dtype: _to,
+}

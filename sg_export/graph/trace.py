@@ -28,7 +28,7 @@ from sg_export.graph.attention import lower_attention
 from sg_export.graph.module import compute, examples
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Layer, Program, assemble
-from sg_export.graph.translate import translate
+from sg_export.graph.translate import translate, was_interrupt
 from sg_export.models.branches import Branch, Branches
 from sg_export.models.sparse import SparseModel
 from sg_export.models.subset import Subset
@@ -100,7 +100,7 @@ def _export(
         with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
             exported = translate(torch.export.export(program, values, dynamic_shapes=(dynamic,)), opset)
     except Exception as error:  # PyTorch's exporter raises many kinds
-        if _was_interrupt(error):
+        if was_interrupt(error):
             raise KeyboardInterrupt from None
         at = ", ".join(name for name, spec in zip(names, specs, strict=True) if state.at in (spec, None))
         raise ExportError(f"graph {at}: PyTorch {torch.__version__} cannot export it: {error}") from error
@@ -336,18 +336,6 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([named(dim) for dim in value.shape])
-
-
-def _was_interrupt(error: BaseException | None) -> bool:
-    """Whether the cause of an error is Ctrl-C.
-
-    If it comes while PyTorch reads an argument, PyTorch reports it in the text of a TypeError.
-    """
-    while error is not None:
-        if "KeyboardInterrupt" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Translation of an exported PyTorch program to ONNX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,12 +21,26 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
 
     Raises OnnxExporterError if PyTorch cannot translate the program.
     """
-    program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+    program.run_decompositions = lambda *_: program
     try:
         return _translated(program, opset)
-    except OnnxExporterError:
+    except OnnxExporterError as error:
+        if was_interrupt(error):
+            raise
         del program.run_decompositions
         return _translated(program, opset)
+
+
+def was_interrupt(error: BaseException | None) -> bool:
+    """Whether the cause of an error is Ctrl-C.
+
+    If it comes while PyTorch reads an argument, PyTorch reports it in the text of a TypeError.
+    """
+    while error is not None:
+        if "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _translated(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
@@ -51,7 +65,8 @@ def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
 
 def _reshape(x: Any, shape: Sequence[int]) -> Any:
     """Make a Reshape. A size of 0 is that of the same axis of `x`, so the graph reads no shape."""
-    return opset18.Reshape(x, opset18.Constant(value_ints=shape))
+    sizes: Any = opset18.Constant(value_ints=shape)
+    return opset18.Reshape(x, sizes)
 
 
 def _to(x: Any, dtype: int, *_: Any) -> Any:
@@ -59,7 +74,7 @@ def _to(x: Any, dtype: int, *_: Any) -> Any:
     return opset18.Identity(x) if x.dtype == dtype else opset18.Cast(x, to=dtype)
 
 
-_TRANSLATIONS = {
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: translate_attention,
     torch.ops.aten.flatten.using_ints: _flatten,
     torch.ops.aten.unflatten.int: _unflatten,

@@ -21,7 +21,7 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
 
     Raises OnnxExporterError if PyTorch cannot translate the program.
     """
-    program.run_decompositions = lambda *_: program
+    program.run_decompositions = lambda *_: program  # the exporter calls it first
     try:
         return _translated(program, opset)
     except OnnxExporterError as error:

@@ -149,7 +149,7 @@ def main() -> None:
                     generator, shape = np.random.default_rng(0), loaded.facts
                     latent = (batch, *shape.latent)
                     x = generator.standard_normal(latent, dtype=np.float32)
-                    classes = generator.integers(0, shape.num_classes, batch)
+                    classes = generator.integers(0, shape.labels.count, batch)
                     setting = Setting(bundle, loaded, strong, weak, x, classes, options.threads, Path(scratch))
                     rows += measure(name, setting, options.sides, options.rounds)
     for row in rows:
@@ -227,8 +227,8 @@ def condition_share(setting: Setting, rounds: int) -> float:
     number of rows.
     """
     manifest = setting.bundle.manifest
-    rows = manifest.condition_rows
-    session = setting.session(setting.bundle.onnx(manifest.condition("main")))
+    rows = manifest.hoisted_rows["condition"]
+    session = setting.session(setting.bundle.onnx(manifest.hoisted("main")[0]))
     feeds = {"t": np.linspace(0, 1, rows, dtype=np.float32), "class": np.zeros(rows, np.int64)}
     times = []
     for _ in range(rounds + 1):
@@ -241,7 +241,8 @@ def condition_share(setting: Setting, rounds: int) -> float:
 def modulations(setting: Setting, classes: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the modulations that `condition` computes for these classes."""
     with torch.no_grad():
-        rows = setting.loaded.model.condition(torch.full((len(classes),), TIME), torch.from_numpy(classes))
+        given = {"t": torch.full((len(classes),), TIME), "class": torch.from_numpy(classes)}
+        (rows,) = setting.loaded.model.hoist("condition", given)
     found: NDArray[np.float32] = rows.numpy()
     return found
 
@@ -363,7 +364,7 @@ def cfg(setting: Setting) -> Side:
     """
     manifest, count = setting.bundle.manifest, len(setting.x)
     session = setting.session(setting.bundle.onnx(graph_of(manifest, setting.loaded, 0.0)))
-    classes = np.concatenate([setting.classes, np.full(count, setting.loaded.facts.num_classes)])
+    classes = np.concatenate([setting.classes, np.full(count, setting.loaded.facts.labels.count)])
     rows = modulations(setting, classes)
 
     def run() -> object:

@@ -36,7 +36,7 @@ from sg_export.graph.spec import GraphSpec
 from sg_export.graph.trace import trace
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import Level, ModelFacts, OnnxTarget, Precision, Route
+from sg_runtime.manifest import Labels, Level, ModelFacts, OnnxTarget, Precision, Route
 
 HALVES = ("FLOAT16", "BFLOAT16")
 FLOATS = ("FLOAT", *HALVES)
@@ -146,16 +146,16 @@ def xl_step(target: OnnxTarget, precision: Precision, batch: int | None) -> ir.G
         prediction="flow",
         space="latent",
         latent=(4, 32, 32),
+        pixels_per_latent=None,
         patch=2,
         tokens=256,
         width=1152,
         depth=28,
         heads=16,
-        num_classes=1000,
-        modulations=network.modulations,
+        conditions=Labels(1000, None),
+        held=network.held,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         route=model.route,
-        class_names=None,
         ends=network.ends,
         masked=False,
     )

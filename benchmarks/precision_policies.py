@@ -263,7 +263,7 @@ def feeds(
     facts, seeds = loaded.facts, range(IMAGES)
     generator = np.random.default_rng(number)
     x = generator.standard_normal((IMAGES, *facts.latent), dtype=np.float32)
-    classes = generator.integers(0, facts.num_classes, IMAGES)
+    classes = generator.integers(0, facts.labels.count, IMAGES)
     session = open_session(graphs.condition, None if exact else emulated(graphs.condition))
     (modulations,) = session.run(None, {"t": np.full(IMAGES, TIMES[number], np.float32), "class": classes})
     scalars = {"scale": SCALE, "c_in": 1, "c_skip": 0, "c_out": 1, "a": 1, "b": 0, "e": 0}

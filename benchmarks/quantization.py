@@ -200,7 +200,7 @@ def guided_feeds(reference: Bundle, settings: FeedSettings, folder: Path) -> lis
     feeds = []
     for path in collect(pipe, [guidance], settings, folder, identity_of(manifest), lambda *_: None):
         shard = read_shard(path, manifest.model)
-        images = (shard.classes(manifest.model), shard.seed.tolist())
+        images = (shard.conditions, shard.seed.tolist())
         plan = pipe.prepare(shard.time, *images, counters=shard.counters, guidance=guidance)
         for index, x in enumerate(shard.x):
             (launch,) = launches(manifest, plan, index, 0.0, 1.0, 0.0)

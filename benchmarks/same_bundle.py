@@ -52,7 +52,7 @@ def compared(before: Bundle, after: Bundle) -> dict[str, Any]:
             "same_inputs": (graph.inputs, graph.outputs) == (other.inputs, other.outputs),
         }
     model = before.manifest.model
-    classes, seeds = [k % model.num_classes for k in range(CLASSES)], range(CLASSES)
+    classes, seeds = [k % model.labels.count for k in range(CLASSES)], range(CLASSES)
     first, second = (Pipeline.load(bundle.path).sample(classes, seeds, steps=STEPS) for bundle in (before, after))
     return {
         "checkpoint": before.manifest.source.name,

@@ -11,20 +11,22 @@ from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import Level, ModelFacts, Source
+from sg_runtime.manifest import Labels, Level, ModelFacts, Sampling, Source, Text
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A checkpoint as a PyTorch model.
 
-    model: network in FP32 and evaluation mode, called as `model(x, t, classes, keep)`.
+    model: network in FP32 and evaluation mode, called as `model(x, t, conditions, keep)`.
     facts: facts of the network.
+    sampling: the family's default sampling.
     source: file name and hash of the checkpoint.
     """
 
     model: SparseModel
     facts: ModelFacts
+    sampling: Sampling
     source: Source
 
     def kept_count(self, sparsity: float) -> int:
@@ -67,8 +69,9 @@ def load_model(
 
 
 def _model_of(read: Checkpoint, overrides: Overrides) -> LoadedModel:
-    model, facts = find_adapter(read).build(read, overrides)
-    return LoadedModel(model, facts, read.source)
+    adapter = find_adapter(read)
+    model, facts = adapter.build(read, overrides)
+    return LoadedModel(model, facts, adapter.sampling(read, facts), read.source)
 
 
 def load_weak(
@@ -86,11 +89,11 @@ def load_weak(
 
 
 def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> LoadedModel:
-    facts, given = strong.facts, merge_facts(read, overrides)
-    heads = facts.heads if given.heads is None else given.heads
-    completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
+    facts, given, known = strong.facts, merge_facts(read, overrides), _stated_by(strong.facts)
+    stated = {f.name: value for f in fields(given) if (value := getattr(given, f.name)) is not None}
+    completed = replace(known, **stated)
     model, weak_facts = find_adapter(read).build(read, completed)
-    same = replace(weak_facts, class_names=facts.class_names, space=facts.space)
+    same = replace(weak_facts, conditions=_named_as(facts.conditions, weak_facts.conditions), space=facts.space)
     if same != facts:
         differing = [f.name for f in fields(facts) if getattr(same, f.name) != getattr(facts, f.name)]
         differences = "; ".join(
@@ -99,7 +102,13 @@ def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> Loa
         raise UsageError(
             f"{read.source.file}: expected an earlier checkpoint of the network in {strong.source.file}; {differences}"
         )
-    return LoadedModel(model, facts, read.source)
+    return LoadedModel(model, facts, strong.sampling, read.source)
+
+
+def _named_as(named: Labels | Text, conditions: Labels | Text) -> Labels | Text:
+    """Return `conditions` with the names of the classes in `named`."""
+    both = isinstance(named, Labels) and isinstance(conditions, Labels) and named.count == conditions.count
+    return named if both else conditions
 
 
 def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedModel:
@@ -108,10 +117,10 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     Raises CheckpointError if the file is missing or has another hash, and BundleError if the loaded
     model does not have the facts of the manifest.
     """
-    source, model = bundle.manifest.source, bundle.manifest.model
+    source, model, sampling = bundle.manifest.source, bundle.manifest.model, bundle.manifest.sampling
     read = _read_of(bundle, source, checkpoint, "checkpoint")
-    loaded = _model_of(read, _overrides_of(bundle))
-    if loaded.facts != model:
+    loaded = _model_of(read, _stated_by(model))
+    if (loaded.facts, replace(loaded.sampling, steps=sampling.steps)) != (model, sampling):
         raise BundleError(
             f"{bundle.path}: its manifest describes another model than {read.source.file}: build it again"
         )
@@ -129,19 +138,21 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
         if checkpoint is not None:
             raise UsageError(f"{bundle.path}: has no weak network: leave out `weak_checkpoint`")
         return None
-    return _weak_of(_read_of(bundle, source, checkpoint, "weak_checkpoint"), strong, _overrides_of(bundle))
+    return _weak_of(_read_of(bundle, source, checkpoint, "weak_checkpoint"), strong, _stated_by(strong.facts))
 
 
-def _overrides_of(bundle: Bundle) -> Overrides:
-    """Return the facts of the model that the bundle was built with."""
-    model = bundle.manifest.model
-    return Overrides(model.route, model.heads, model.prediction)
+def _stated_by(model: ModelFacts) -> Overrides:
+    """Return the facts that lead to this model again."""
+    known = Overrides(model.route, model.heads, model.prediction)
+    if isinstance(model.conditions, Text):
+        return replace(known, size=model.picture, text_tokens=model.conditions.tokens)
+    return known
 
 
 def found_by_name(bundle: Bundle, source: Source) -> Path | None:
-    """Return a checkpoint's file next to the bundle or in the current folder, if it is there."""
+    """Return a checkpoint next to the bundle or in the current folder, if it is there."""
     candidates = (bundle.path.parent / source.file, Path(source.file))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, parameter: str) -> Checkpoint:
@@ -157,13 +168,14 @@ def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, para
                 f"folder: give `{parameter}`"
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found {what_is(str(checkpoint))}"
         )
-    if (found_hash := sha256_of(*checkpoint_files(path))) != source.sha256:
+    weights = None if source.weights == "bare" else source.weights
+    if (found_hash := sha256_of(*checkpoint_files(path, weights).all)) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
             f"found {found_hash[:12]}…: give that checkpoint, or build a new bundle from this one"
         )
-    return read_checkpoint(checkpoint, None if source.weights == "bare" else source.weights, found_hash)
+    return read_checkpoint(checkpoint, weights, found_hash)

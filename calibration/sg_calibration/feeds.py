@@ -10,7 +10,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_calibration.settings import SEEDS, FeedSettings
-from sg_runtime.errors import CalibrationError
+from sg_runtime.conditions import Conditions, examples, of_classes, of_prompts
+from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.manifest import GuidancePlan, Manifest, ModelFacts
+from sg_runtime.manifest import GuidancePlan, Labels, Manifest, ModelFacts
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.sampling import integrate, run_times, updates
+from sg_runtime.sampling import integrate, trajectory
 
 Array = NDArray[Any]
 Split = Literal["calibration", "search", "gate"]
@@ -40,20 +41,18 @@ class Shard:
     time: t or sigma of each evaluation, (E,) float64.
     step: step of each evaluation, (E,) int64; a counter of the draw of kept tokens.
     evaluation: number of each evaluation within its step, (E,) int64; a counter of the same draw.
-    label: class of each image, (B,) int64; `num_classes` is "no class".
     seed: seed of each image, (B,) uint64.
+    conditions: conditions of the images. A file holds the rows of the B images: "label" (B,) int64,
+    with the number of classes for "no class", or for a text model "embeddings" (B, L, C) float32
+    and "mask" (B, L) int64, and the same with "negative_" for the weak branch.
     """
 
     x: Array
     time: Array
     step: Array
     evaluation: Array
-    label: Array
     seed: Array
-
-    def classes(self, model: ModelFacts) -> list[int | None]:
-        """Return the labels in the form that a pipeline takes: None is "no class"."""
-        return [None if label == model.num_classes else int(label) for label in self.label]
+    conditions: Conditions
 
     @property
     def counters(self) -> list[tuple[int, int]]:
@@ -67,19 +66,30 @@ _UNREADABLE = (
 )
 """Exceptions that NumPy raises for a file that is not an archive of arrays."""
 
-_TYPES = {"x": "float32", "time": "float64", "step": "int64", "evaluation": "int64", "label": "int64", "seed": "uint64"}
+_Types = dict[str, tuple[str, tuple[int, ...]]]
+
+_TYPES: _Types = {
+    "x": ("float32", ()),
+    "time": ("float64", ()),
+    "step": ("int64", ()),
+    "evaluation": ("int64", ()),
+    "seed": ("uint64", ()),
+}
 
 
-def images_of(split: Split, model: ModelFacts, count: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the classes (round-robin) and the seeds of `count` images of a split.
+def images_of(split: Split, model: ModelFacts, count: int, seed: int = 0) -> tuple[Conditions, list[int]]:
+    """Return the conditions and the seeds of `count` images of a split.
 
-    Splits share no seeds, so their noise and kept tokens differ too. Splits share no classes. An
-    exception is a model with fewer than four classes, where every split has all of them.
+    Classes come in turn. Prompts are random, see `sg_runtime.conditions.examples`. Splits share no
+    seeds, so their noise, kept tokens and prompts differ too. Splits share no classes. An exception
+    is a model with fewer than four classes, where every split has all of them.
     """
-    classes = [label for label in range(model.num_classes) if model.num_classes < 4 or label % 4 in _PLACES[split]]
-    return [classes[image % len(classes)] for image in range(count)], [
-        _SEEDS[split] + seed + image for image in range(count)
-    ]
+    seeds = [_SEEDS[split] + seed + image for image in range(count)]
+    if not isinstance(model.conditions, Labels):
+        return examples(model, count, seeds[0]), seeds
+    every = range(model.conditions.count)
+    classes = [label for label in every if len(every) < 4 or label % 4 in _PLACES[split]]
+    return of_classes(model.conditions, [classes[image % len(classes)] for image in range(count)]), seeds
 
 
 def collect(
@@ -112,7 +122,7 @@ def collect(
                 f"{folder}: expected shards of this model with these settings, found others: give an empty folder"
             )
         _check_hashes(folder, known)
-    classes, seeds = images_of("calibration", pipe.bundle.manifest.model, settings.samples, settings.seed)
+    conditions, seeds = images_of("calibration", pipe.bundle.manifest.model, settings.samples, settings.seed)
     size = min(pipe.batch, settings.samples)
     jobs = [(plan, first) for plan in guidances for first in range(0, settings.samples, size)]
     shards = []
@@ -122,7 +132,8 @@ def collect(
         if name not in known:
             report(f"collecting {name}", number, len(jobs))
             batch = slice(first, first + size)
-            _write(shards[-1], _run(pipe, plan, settings.steps, classes[batch], seeds[batch]))
+            images = conditions.of(np.arange(settings.samples)[batch])
+            _write(shards[-1], _run(pipe, plan, settings.steps, images, seeds[batch]))
             known[name] = sha256_of(shards[-1])
             with replacing(folder / SHARDS_FILE) as temporary:
                 temporary.write_text(json.dumps({**facts, "shards": known}, indent=1) + "\n")
@@ -141,7 +152,7 @@ def given_shards(folder: Path) -> list[Path]:
         _check_hashes(folder, _manifest(folder)["shards"])
     shards = sorted(folder.glob("*.npz"))
     if not shards:
-        raise CalibrationError(f"{folder}: expected .npz files with x, time and label, found none")
+        raise CalibrationError(f"{folder}: expected .npz files with x, time and conditions, found none")
     return shards
 
 
@@ -155,11 +166,15 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
             found = {name: archive[name] for name in archive.files}
     except _UNREADABLE as error:
         raise CalibrationError(f"{path}: expected a NumPy archive, found something else ({error})") from None
-    if missing := {"x", "time", "label"} - found.keys():
-        raise CalibrationError(f"{path}: expected arrays x, time and label, found no {', '.join(sorted(missing))}")
-    if unknown := found.keys() - _TYPES.keys():
-        raise CalibrationError(f"{path}: expected only {', '.join(_TYPES)}, found also {', '.join(sorted(unknown))}")
-    evaluations, images = found["time"].size, found["label"].size
+    required, optional = _condition_types(model)
+    types = {**required, **_TYPES, **optional}
+    if missing := {"x", "time", *required} - found.keys():
+        wanted = ", ".join(("x", "time", *required))
+        raise CalibrationError(f"{path}: expected arrays {wanted}, found no {', '.join(sorted(missing))}")
+    if unknown := found.keys() - types.keys():
+        raise CalibrationError(f"{path}: expected only {', '.join(types)}, found also {', '.join(sorted(unknown))}")
+    first = next(iter(required))
+    evaluations, images = found["time"].size, len(found[first]) if found[first].ndim else 0
     defaults = {
         "step": np.arange(evaluations, dtype=np.int64),
         "evaluation": np.zeros(evaluations, np.int64),
@@ -167,41 +182,73 @@ def read_shard(path: Path, model: ModelFacts) -> Shard:
     }
     found = defaults | found
     latent = (evaluations, images, *model.latent)
-    shapes = {"x": latent, "label": (images,), "seed": (images,)}
-    for name in ("time", "label", *_TYPES):  # time and label come first: their lengths fix the shapes of the others
-        dtype = _TYPES[name]
+    shapes: dict[str, tuple[int, ...]] = {"x": latent, "seed": (images,)}
+    shapes |= {name: (images, *shape) for name, (_, shape) in {**required, **optional}.items()}
+    for name in ("time", *required, *(name for name in types if name in found)):  # the first two fix the shapes
+        dtype = types[name][0]
         array, shape = found[name], shapes.get(name, (evaluations,))
         if array.dtype != dtype or array.shape != shape:
             raise CalibrationError(f"{path}: {name}: expected {dtype} of {shape}, found {array.dtype} of {array.shape}")
     if not all(np.isfinite(found[name]).all() for name in ("x", "time")):
         raise CalibrationError(f"{path}: expected finite numbers, found NaN or infinity in x or time")
-    if found["label"].min(initial=0) < 0 or found["label"].max(initial=0) > model.num_classes:
-        raise CalibrationError(f"{path}: label: expected 0 to {model.num_classes} (no class), found others")
-    return Shard(**{field.name: found[field.name] for field in fields(Shard)})
+    return Shard(**{name: found[name] for name in _TYPES}, conditions=_conditions(path, model, found))
 
 
-def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, classes: Sequence[int], seeds: Sequence[int]) -> Shard:
+def _condition_types(model: ModelFacts) -> tuple[_Types, _Types]:
+    """Return type and shape per image of a file's arrays of conditions: required, optional."""
+    if isinstance(model.conditions, Labels):
+        return {"label": ("int64", ())}, {}
+    text = model.conditions
+    both = {"embeddings": ("float32", (text.tokens, text.width)), "mask": ("int64", (text.tokens,))}
+    return both, {f"negative_{name}": kind for name, kind in both.items()}
+
+
+def _conditions(path: Path, model: ModelFacts, found: Mapping[str, Array]) -> Conditions:
+    """Return the conditions in a file's arrays."""
+    try:
+        if isinstance(model.conditions, Labels):
+            if found["label"].min(initial=0) < 0 or found["label"].max(initial=0) > model.conditions.count:
+                raise UsageError(f"label: expected 0 to {model.conditions.count} (no class), found others")
+            return of_classes(model.conditions, found["label"].tolist())
+        negative = (found.get("negative_embeddings"), found.get("negative_mask"))
+        return of_prompts(model, found["embeddings"], found["mask"], *negative)
+    except UsageError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+
+
+def _arrays(conditions: Conditions) -> dict[str, Array]:
+    """Return conditions as the arrays of a file, see `Shard`."""
+    own = conditions.rows(weak=False)
+    if "class" in own:
+        return {"label": own["class"]}
+    negative = {} if conditions.weak is None else conditions.rows(weak=True)
+    return own | {f"negative_{name}": values for name, values in negative.items()}
+
+
+def _run(pipe: Pipeline, guidance: GuidancePlan, steps: int, conditions: Conditions, seeds: Sequence[int]) -> Shard:
     """Sample a guided Heun run and return the states along it."""
     manifest = pipe.bundle.manifest
-    times = run_times(steps, manifest.sampling.karras)
-    run = updates("heun", manifest.model.prediction, times)
+    path = trajectory(replace(manifest.sampling, steps=steps, sampler="heun"), manifest.model.prediction)
+    run = path.updates
     counters = [(update.step, update.evaluation) for update in run]
-    plan = pipe.prepare([update.time for update in run], classes, seeds, counters=counters, guidance=guidance)
+    plan = pipe.prepare([update.time for update in run], conditions, seeds, counters=counters, guidance=guidance)
     states: list[Array] = []
 
     def advance(index: int, x: Array, r: Array) -> Array:
         states.append(x)
         return run[index].next(x, pipe.guided(x, plan, index), r)
 
-    integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
+    integrate(run, advance, np.float32(path.start) * pipe.initial_noise(seeds))
     step, evaluation = np.array(counters, np.int64).T
     time = np.array([update.time for update in run])
-    return Shard(np.stack(states), time, step, evaluation, np.array(classes, np.int64), np.array(seeds, np.uint64))
+    return Shard(np.stack(states), time, step, evaluation, np.array(seeds, np.uint64), conditions)
 
 
 def _write(path: Path, shard: Shard) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **{field.name: getattr(shard, field.name) for field in fields(Shard)})
+        np.savez(
+            stream, allow_pickle=False, **{name: getattr(shard, name) for name in _TYPES}, **_arrays(shard.conditions)
+        )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -92,11 +92,11 @@ def measure(
     runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
     for number, shard in enumerate(shards):
         report(f"measuring ranges, shard {number + 1}")
-        images += len(shard.label)
+        images += len(shard.seed)
         for guidance in guidances:
             plan = pipe.prepare(
                 shard.time,
-                shard.classes(manifest.model),
+                shard.conditions,
                 shard.seed.tolist(),
                 counters=shard.counters,
                 guidance=guidance,

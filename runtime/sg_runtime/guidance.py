@@ -10,7 +10,7 @@ import numpy as np
 from sg_runtime.arrays import Array
 from sg_runtime.build_command import model_command, number_text
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.manifest import MODES, GuidanceMode, GuidancePlan, Level, Manifest, NetworkName, SubsetRule
 from sg_runtime.manifest.base import choice, number, pair
 from sg_runtime.manifest.model import KEPT
 from sg_runtime.sampling import Update
@@ -127,6 +127,7 @@ def choose(
     sparsity: Ramp | None = None,
     scale: Ramp | None = None,
     interval: tuple[float, float] | None = None,
+    subset: SubsetRule | None = None,
 ) -> GuidancePlan:
     """Return the bundle's guidance plan with the given parts replaced.
 
@@ -139,7 +140,7 @@ def choose(
     choice("guidance", chosen, tuple(MODES))
     row = MODES[chosen]
     network = row.weak_network
-    manifest.condition(network)  # raises if the bundle lacks the network
+    manifest.hoisted(network)  # raises if the bundle lacks the network
     strong = (plan.strong, plan.strong_last)
     if strong_sparsity is not None:
         strong = _ends(manifest, strong_sparsity, "main", chosen, "--strong-sparsity")
@@ -155,7 +156,8 @@ def choose(
         raise UsageError(_without_sparsity(manifest, chosen, strong[0], network))
     first, last = (plan.scale, plan.scale_last) if scale is None else ramp_ends("scale", scale)
     within = plan.interval if interval is None else pair("interval", interval, "the lowest and the highest time")
-    return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within)
+    rule = plan.subset if subset is None else subset
+    return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within, rule)
 
 
 def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:

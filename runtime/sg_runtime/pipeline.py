@@ -15,16 +15,16 @@ from sg_runtime import philox
 from sg_runtime.arrays import Array, Indices
 from sg_runtime.backends import Backend, open_backend
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Classes, Conditions, examples, of_prompts, parse
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.guidance import Ramp, choose, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule
 from sg_runtime.manifest.base import choice, flag, items, number, whole_number
 from sg_runtime.requests import (
     check_times,
     checked_seeds,
-    class_index,
     expect,
     expect_callable,
     given_subset,
@@ -33,9 +33,8 @@ from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LanePool, LaneState
 from sg_runtime.run.prepared import Batch, PreparedRun, prepare
 from sg_runtime.run.sample import Run, check_finite, noise, sample_group
-from sg_runtime.sampling import SAMPLERS, Churn, Update, run_times, updates
+from sg_runtime.sampling import SAMPLERS, Churn, Update, trajectory
 
-Classes = Sequence[int | str | None]
 Progress = Callable[[int, int], None]
 """Called with (evaluations done, evaluations in total) of a run."""
 
@@ -144,7 +143,8 @@ class Pipeline:
         """
         whole_number("images", images)
         for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
-            self.sample([None] * images, range(images), steps=steps, guidance=guidance)
+            conditions = examples(self.bundle.manifest.model, images)
+            self.sample(conditions, range(images), steps=steps, guidance=guidance)
 
     def release(self) -> None:
         """Free the buffers of all idle lanes. Later runs allocate them again."""
@@ -158,12 +158,14 @@ class Pipeline:
         sparsity: Ramp | None = None,
         scale: Ramp | None = None,
         interval: tuple[float, float] | None = None,
+        subset: SubsetRule | None = None,
     ) -> GuidancePlan:
         """Return the bundle's guidance plan with the given parts replaced.
 
         A pair instead of a number changes along a cosine from the first step to the last step.
         sparsity: sparsity of the weak branch.
         interval: lowest and highest time (t, or sigma of an edm model) at which guidance applies.
+        subset: "fresh" to draw kept tokens in every evaluation, "fixed" to draw them once per run.
         Raises UsageError if this bundle was not built for the plan; the message gives the build
         command that adds it.
         """
@@ -174,13 +176,45 @@ class Pipeline:
             sparsity=sparsity,
             scale=scale,
             interval=interval,
+            subset=subset,
         )
+
+    def prompts(
+        self,
+        prompt_embeds: object,
+        prompt_mask: object = None,
+        *,
+        negative_embeds: object = None,
+        negative_mask: object = None,
+        images: int | None = None,
+    ) -> Conditions:
+        """Return prompts of a text model, to sample with.
+
+        prompt_embeds: (P, L, C) floats, the embeddings of P prompts by the model's text encoder. L
+        and C are those of `bundle.manifest.model.conditions`. NumPy arrays, or arrays of another
+        library on the CPU.
+        prompt_mask: (P, L), 1 for a token and 0 for padding; by default no padding.
+        negative_embeds, negative_mask: prompts of the weak branch in the guidance cfg and cfg+sg,
+        usually the encoding of an empty prompt.
+        images: number of images. One prompt, or one negative prompt, serves all of them; otherwise
+        there is one for each. By default P.
+
+        Raises UsageError if the model takes no text, or for arrays of another shape or type.
+        """
+        if images is not None and whole_number("images", images) < 1:
+            raise UsageError(f"images: expected at least 1, found {images}")
+        model = self.bundle.manifest.model
+        return of_prompts(model, prompt_embeds, prompt_mask, negative_embeds, negative_mask, images)
 
     def __call__(
         self,
-        classes: Classes,
-        seeds: Sequence[int],
+        classes: Classes | Conditions | None = None,
+        seeds: Sequence[int] = (),
         *,
+        prompt_embeds: object = None,
+        prompt_mask: object = None,
+        negative_embeds: object = None,
+        negative_mask: object = None,
         steps: int | None = None,
         scale: Ramp | None = None,
         sampler: SamplerName | None = None,
@@ -189,15 +223,29 @@ class Pipeline:
         decode: Callable[[Array], NDArray[Any]] | None = None,
         progress: Progress | None = None,
     ) -> NDArray[Any]:
-        """Sample and decode one image per class and seed. See `sample` for the other arguments.
+        """Sample and decode one image per seed. See `sample` for the other arguments.
 
+        classes: for a class model, the class of each image.
+        prompt_embeds, prompt_mask, negative_embeds, negative_mask: for a text model, see `prompts`.
         decode: turns samples (B, C, H, W) float32 into images.
         Returns the result of `decode` if given. Otherwise returns (B, H, W, C) uint8 for pixel
         models and latents (B, C, H, W) float32 for latent models.
         """
         expect_callable("decode", decode)
+        given = (prompt_embeds, prompt_mask, negative_embeds, negative_mask)
+        if any(value is not None for value in given):
+            if classes is not None:
+                raise UsageError("classes: expected none beside `prompt_embeds`, found some")
+            conditions: Classes | Conditions = self.prompts(
+                *given[:2],
+                negative_embeds=negative_embeds,
+                negative_mask=negative_mask,
+                images=len(checked_seeds(seeds)),
+            )
+        else:
+            conditions = () if classes is None else classes
         x = self.sample(
-            classes,
+            conditions,
             seeds,
             steps=steps,
             scale=scale,
@@ -212,7 +260,7 @@ class Pipeline:
 
     def sample(
         self,
-        classes: Classes,
+        classes: Classes | Conditions,
         seeds: Sequence[int],
         *,
         steps: int | None = None,
@@ -223,11 +271,12 @@ class Pipeline:
         fused: bool = True,
         progress: Progress | None = None,
     ) -> Array:
-        """Sample one image per class and seed, (B, C, H, W) float32.
+        """Sample one image per condition and seed, (B, C, H, W) float32.
 
-        classes: index, name, or None for no class.
-        seeds: 0 to 2**64 - 1. An image depends on its class and seed, not on the other images: bit
-        for bit if the graphs run at one batch size, up to rounding otherwise.
+        classes: for a class model, index, name, or None for no class, of each image; for a text
+        model, what `prompts` returns.
+        seeds: 0 to 2**64 - 1. An image depends on its condition and seed, not on the other images:
+        bit for bit if the graphs run at one batch size, up to rounding otherwise.
         steps, sampler: by default those of the bundle.
         guidance: plan from `self.guidance(…)`; by default the bundle's plan.
         scale: guidance scale that replaces the plan's scale.
@@ -244,7 +293,7 @@ class Pipeline:
 
     def sample_on_device(
         self,
-        classes: Classes,
+        classes: Classes | Conditions,
         seeds: Sequence[int],
         *,
         steps: int | None = None,
@@ -264,7 +313,7 @@ class Pipeline:
 
     def _sample(
         self,
-        classes: Classes,
+        classes: Classes | Conditions,
         seeds: Sequence[int],
         steps: int | None,
         scale: Ramp | None,
@@ -285,15 +334,15 @@ class Pipeline:
         expect_callable("progress", progress)
         expect("churn", churn, Churn, "a Churn")
         chosen = self._scaled(guidance, scale)
-        labels = self._labels(classes)
-        seeds = checked_seeds(seeds, len(labels))
         model = self.bundle.manifest.model
+        conditions = parse(model, classes)
+        seeds = checked_seeds(seeds, len(conditions))
         if churn is not None and model.prediction != "edm":
-            raise UsageError(f"churn: expected an edm model, found a {model.prediction} model")
-        times = run_times(steps, defaults.karras)
-        run = Run(chosen, times[0], updates(sampler, model.prediction, times, churn), fused, self.chunk)
+            raise UsageError(f"churn: expected an edm model, found a model of {model.prediction}")
+        path = trajectory(replace(defaults, steps=steps, sampler=sampler), model.prediction, churn)
+        run = Run(chosen, path.start, path.updates, fused, self.chunk)
         with self._running() as (leased, runner):
-            memory, groups, finished = leased.lane.memory, list(runner.groups(len(labels))), count(1)
+            memory, groups, finished = leased.lane.memory, list(runner.groups(len(conditions))), count(1)
 
             def done() -> None:
                 if progress is not None:
@@ -301,10 +350,10 @@ class Pipeline:
 
             result = None
             for group in groups:
-                group_seeds = [seeds[image] for image in group]
-                state = sample_group(self.bundle.manifest, leased, runner, run, labels[group], group_seeds, done)
+                batch = Batch(conditions.of(group), [seeds[image] for image in group])
+                state = sample_group(self.bundle.manifest, leased, runner, run, batch, done)
                 if result is None:  # the first workspace has checked the free memory
-                    result = memory.empty((len(labels), *state.shape[1:]), np.float32)
+                    result = memory.empty((len(conditions), *state.shape[1:]), np.float32)
                 first, images = int(group[0]), len(np.unique(group))
                 memory.copy(state[:images], result[first : first + images])
             assert result is not None
@@ -322,7 +371,7 @@ class Pipeline:
     def prepare(
         self,
         times: Sequence[float] | Array,
-        classes: Classes,
+        classes: Classes | Conditions,
         seeds: Sequence[int],
         *,
         counters: Sequence[tuple[int, int]] | None = None,
@@ -354,7 +403,7 @@ class Pipeline:
     def prepare_once(
         self,
         t: float,
-        classes: Classes,
+        classes: Classes | Conditions,
         *,
         seeds: Sequence[int] | None = None,
         step: int = 0,
@@ -374,9 +423,10 @@ class Pipeline:
         if whole_number("step", step) < 0:
             raise UsageError(f"step: expected at least 0, found {step}")
         last_step = max(step, self.bundle.manifest.sampling.steps - 1)
-        seeds = range(len(self._labels(classes))) if seeds is None else seeds
+        conditions = parse(self.bundle.manifest.model, classes)
+        seeds = range(len(conditions)) if seeds is None else seeds
         chosen = self._scaled(guidance, scale)
-        run = self._prepare([Update(step, 0, number("t", t), 0.0, 1.0, 0.0)], classes, seeds, chosen, last_step)
+        run = self._prepare([Update(step, 0, number("t", t), 0.0, 1.0, 0.0)], conditions, seeds, chosen, last_step)
         branches = []
         for name, given, branch in zip_longest(("keep_strong", "keep_weak"), (keep_strong, keep_weak), run.branches):
             drawn = None if branch is None else branch.keep[0]
@@ -430,13 +480,6 @@ class Pipeline:
         plan = self.bundle.manifest.guidance if guidance is None else guidance
         return plan if scale is None else with_scale(plan, scale)
 
-    def _labels(self, classes: Classes) -> Indices:
-        """Return the class indices, (B,) int64."""
-        names = items("classes", classes, "a sequence with a class for each image")
-        if not names:
-            raise UsageError("classes: expected at least one, found none")
-        return np.array([class_index(self.bundle.manifest.model, name) for name in names], dtype=np.int64)
-
     @contextmanager
     def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
         """Lease a lane for this thread. Yields the lane and a graph runner in it."""
@@ -466,17 +509,17 @@ class Pipeline:
     def _prepare(
         self,
         places: Sequence[Update],
-        classes: Classes,
+        classes: Classes | Conditions,
         seeds: Sequence[int],
         guidance: GuidancePlan,
         last_step: int | None = None,
     ) -> PreparedRun:
-        labels = self._labels(classes)
-        batch = Batch(labels, checked_seeds(seeds, len(labels)))
         manifest = self.bundle.manifest
+        conditions = parse(manifest.model, classes)
+        batch = Batch(conditions, checked_seeds(seeds, len(conditions)))
         check_times(manifest.model, [update.time for update in places])
         with self._running() as (leased, runner):
-            run = prepare(manifest, runner.condition, guidance, places, batch, last_step)
+            run = prepare(manifest, runner.hoist, guidance, places, batch, last_step)
             leased.lane.memory.wait()  # another lane may use the prepared run
             return run
 

@@ -10,32 +10,6 @@ from sg_runtime.manifest import FLOAT32_MAX, ModelFacts
 from sg_runtime.manifest.base import items, whole_number
 
 
-def class_index(model: ModelFacts, name: int | str | None) -> int:
-    """Return the index of a class given by index or name; None is "no class", index `num_classes`.
-
-    Raises UsageError if no class or several have this name, or if the index is out of range.
-    """
-    if name is None:
-        return model.num_classes
-    if isinstance(name, str):
-        if model.class_names is None or name not in model.class_names:
-            known = "no class names" if model.class_names is None else ", ".join(model.class_names[:80])
-            raise UsageError(
-                f"class {name!r}: expected one of the model's class names, found no match; the model has {known}"
-            )
-        indices = [index for index, known_name in enumerate(model.class_names) if known_name == name]
-        if len(indices) > 1:
-            raise UsageError(
-                f"class {name!r}: expected the name of one class, found it at {', '.join(map(str, indices))}: "
-                f"give the index"
-            )
-        return indices[0]
-    index = whole_number("class", name)
-    if not 0 <= index < model.num_classes:
-        raise UsageError(f"class {index}: expected 0 to {model.num_classes - 1}")
-    return index
-
-
 def given_subset(name: str, given: Indices | None, drawn: Indices | None, tokens: int) -> Indices | None:
     """Return the kept tokens (B, K) of one evaluation: `given`, or `drawn` if `given` is None.
 
@@ -58,10 +32,11 @@ def check_times(model: ModelFacts, times: Sequence[float]) -> None:
     for time in times:
         if not abs(time) <= FLOAT32_MAX:
             raise UsageError(f"time {time:g}: expected a finite float32 number")
-        if model.prediction == "flow" and not 0 <= time <= 1:
-            raise UsageError(f"time {time:g}: expected 0 (image) to 1 (noise) for a flow model")
-        if model.prediction == "edm" and time <= 0:
-            raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
+        if model.prediction == "edm":
+            if time <= 0:
+                raise UsageError(f"time {time:g}: expected a sigma above 0 for an edm model")
+        elif not 0 <= time <= 1:
+            raise UsageError(f"time {time:g}: expected 0 (image) to 1 (noise) for a model of {model.prediction}")
 
 
 def checked_seeds(seeds: Sequence[int], images: int | None = None) -> list[int]:
@@ -71,7 +46,7 @@ def checked_seeds(seeds: Sequence[int], images: int | None = None) -> list[int]:
     """
     found = [whole_number("seed", seed) for seed in items("seeds", seeds, "a sequence of whole numbers")]
     if not found or images not in (None, len(found)):
-        wanted = "at least one" if images is None else f"{images}, one per class"
+        wanted = "at least one" if images is None else f"{images}, one per image"
         raise UsageError(f"seeds: expected {wanted}, found {len(found)}")
     for seed in found:
         if not 0 <= seed < 2**64:

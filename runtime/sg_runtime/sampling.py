@@ -4,11 +4,14 @@ A sampler is a list of updates. Each update evaluates the network once and moves
 
     next = a * x + b * D + e * r
 
-x is the state, D the prediction at x (velocity for flow, denoised image for edm), and r the state
-at the start of the step. A step graph computes `next` itself, so an update is one launch of it.
+x is the state, D the prediction at x (velocity for flow, denoised image for edm and x0), and r the
+state at the start of the step. A step graph computes `next` itself, so an update is one launch of
+it.
 
 flow: z_t = (1 - t) x + t z with noise z. Sampling goes from t = 1 to 0 along the velocity z - x
 (Liu et al. 2022; time convention as in CompVis/tread, `rf.py`).
+x0: the same with a network that predicts x. Its velocity is (z_t - x) / t. t is not taken as less
+than a floor, which keeps the velocity finite (Li and He 2025, arXiv 2511.13720).
 edm: x + sigma z. Sampling goes from the highest sigma to 0 (Karras et al. 2022).
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import Karras, Prediction, SamplerName
+from sg_runtime.manifest import Karras, Prediction, SamplerName, Sampling, Shifted
 from sg_runtime.manifest.base import number
 
 Array = NDArray[np.floating[Any]]
@@ -98,7 +101,7 @@ def precondition(prediction: Prediction, time: float) -> Preconditioning:
 
     Source: Karras et al. 2022, table 1, column EDM.
     """
-    if prediction == "flow":
+    if prediction != "edm":
         return Preconditioning(time, 1.0, 0.0, 1.0)
     variance = time**2 + SIGMA_DATA**2
     return Preconditioning(
@@ -109,21 +112,46 @@ def precondition(prediction: Prediction, time: float) -> Preconditioning:
     )
 
 
-def run_times(steps: int, karras: Karras | None) -> list[float]:
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A run without its conditioning.
+
+    start: standard deviation of the state at the start, which is noise alone.
+    updates: all updates from there to time 0.
+    """
+
+    start: float
+    updates: tuple[Update, ...]
+
+
+def trajectory(sampling: Sampling, prediction: Prediction, churn: Churn | None = None) -> Trajectory:
+    """Return the start and the updates of a run."""
+    times = run_times(sampling.steps, sampling.times)
+    run = updates(sampling.sampler, prediction, times, churn, sampling.time_floor)
+    return Trajectory(sampling.noise_scale * times[0], run)
+
+
+def run_times(steps: int, times: Karras | Shifted) -> list[float]:
     """Return `steps` + 1 times that fall to 0.
 
-    Without `karras`, the times start at 1 and are evenly spaced. Otherwise they are the noise
-    levels of Karras et al. 2022, eq. 5.
+    Noise levels are those of Karras et al. 2022, eq. 5.
     """
-    if karras is None:
-        return [1 - step / steps for step in range(steps)] + [0.0]
-    high, low = karras.sigma_max ** (1 / karras.rho), karras.sigma_min ** (1 / karras.rho)
     places = [step / max(steps - 1, 1) for step in range(steps)]
-    return [((1 - place) * high + place * low) ** karras.rho for place in places] + [0.0]
+    if isinstance(times, Shifted):
+        even = [1 - step / steps for step in range(steps)]
+        if times.last is not None:
+            even = [1 - place + place * times.last for place in places]
+        return [times.shift * u / (times.shift * u + (1 - u)) for u in even] + [0.0]
+    high, low = times.sigma_max ** (1 / times.rho), times.sigma_min ** (1 / times.rho)
+    return [((1 - place) * high + place * low) ** times.rho for place in places] + [0.0]
 
 
 def updates(
-    sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn | None = None
+    sampler: SamplerName,
+    prediction: Prediction,
+    times: Sequence[float],
+    churn: Churn | None = None,
+    time_floor: float = 0.0,
 ) -> tuple[Update, ...]:
     """Return the updates of a run along `times`, which fall to 0.
 
@@ -134,33 +162,33 @@ def updates(
     half of a Heun step averages slopes: r + (x - r) / 2 + h (p x + q D) / 2, with x the state after
     the first half.
     """
-    return _updates(sampler, prediction, tuple(times), churn or Churn(0.0))
+    return _updates(sampler, prediction, tuple(times), churn or Churn(0.0), time_floor)
 
 
 @functools.lru_cache(maxsize=16)  # many runs have the same updates
 def _updates(
-    sampler: SamplerName, prediction: Prediction, times: tuple[float, ...], churn: Churn
+    sampler: SamplerName, prediction: Prediction, times: tuple[float, ...], churn: Churn, time_floor: float
 ) -> tuple[Update, ...]:
-    return tuple(_each_update(sampler, prediction, times, churn))
+    return tuple(_each_update(sampler, prediction, times, churn, time_floor))
 
 
 def _each_update(
-    sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn
+    sampler: SamplerName, prediction: Prediction, times: Sequence[float], churn: Churn, time_floor: float
 ) -> Iterator[Update]:
     for step, (t, t_next) in enumerate(pairwise(times)):
         gamma = min(churn.amount / (len(times) - 1), math.sqrt(2) - 1) if churn.low <= t <= churn.high else 0.0
         t_hat = t + gamma * t
         noise = churn.noise * math.sqrt(t_hat**2 - t**2)
         h = t_next - t_hat
-        p, q = _slope(prediction, t_hat)
+        p, q = _slope(prediction, max(t_hat, time_floor))
         yield Update(step, 0, t_hat, 1 + h * p, h * q, 0.0, noise)
         if sampler == "heun" and t_next > 0:
-            p, q = _slope(prediction, t_next)
+            p, q = _slope(prediction, max(t_next, time_floor))
             yield Update(step, 1, t_next, (1 + h * p) / 2, h * q / 2, 0.5)
 
 
 def _slope(prediction: Prediction, time: float) -> tuple[float, float]:
-    """Return p and q of dx/dt = p x + q D: velocity for flow, (x - denoised) / sigma for edm."""
+    """Return p and q of dx/dt = p x + q D: velocity for flow, (x - denoised) / time otherwise."""
     return (0.0, 1.0) if prediction == "flow" else (1 / time, -1 / time)
 
 

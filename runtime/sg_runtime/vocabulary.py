@@ -16,11 +16,18 @@ Role = Literal["state", "held", "rows", "restore", "keep", "scalar"]
 COEFFICIENTS = ("c_in", "c_skip", "c_out", "a", "b", "e")
 SCALARS = ("scale", *COEFFICIENTS)
 
+HOISTED: Mapping[str, tuple[str, ...]] = {
+    "condition": ("modulations",),
+    "prompt": ("text_keys", "text_values", "text_bias"),
+}
+"""Outputs of the hoisted graphs, which run before the sampling loop, by kind.
+
+Step graphs take them as inputs.
+`condition` depends on time, and in class models also on the class. `prompt` depends on the prompt.
+"""
+
 HELD: Mapping[str, Literal["evaluation", "image"]] = {
-    "modulations": "evaluation",
-    "text_keys": "image",
-    "text_values": "image",
-    "text_bias": "image",
+    name: "evaluation" if kind == "condition" else "image" for kind, names in HOISTED.items() for name in names
 }
 """Inputs for a branch's conditioning, by name.
 

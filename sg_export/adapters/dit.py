@@ -7,15 +7,41 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sg_export.checkpoint import Checkpoint
+from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import ModelFacts, Prediction, Route
+from sg_runtime.manifest import EVEN, Karras, Labels, ModelFacts, Prediction, Route, Sampling
 
 LABELS = "y_embedder.embedding_table.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Number of heads by width, for S, B, L and XL (arXiv 2212.09748, table 1)."""
+
+NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
+"""Noise levels of EDM models: the defaults of NVlabs/edm (`generate.py`, `edm_sampler`).
+
+The samplers of both families of DiTs use them.
+"""
+
+OF_PROMPTS = ("size", "text_tokens", "channels", "patch", "pixels_per_latent", "time_shift", "noise_scale")
+"""Facts that are only about models that are conditioned on text."""
+
+STEPS = 40
+"""Default number of steps of DiTs."""
+
+
+def check_given(file: str, family: str, given: Overrides) -> None:
+    """Raise UsageError for facts that are only about models that are conditioned on text."""
+    for name in ("size", "text_tokens"):
+        if getattr(given, name) is not None:
+            raise UsageError(f"{file}: expected no `{name}` for a model of {family}, whose tensors fix it")
+
+
+def default_sampling(prediction: Prediction) -> Sampling:
+    """Return the default sampling of a DiT."""
+    if prediction == "edm":
+        return Sampling("heun", STEPS, NOISE_LEVELS)
+    return Sampling("euler", STEPS, EVEN)
 
 
 def shape_of(checkpoint: Checkpoint, name: str, *sizes: str) -> torch.Size:
@@ -90,25 +116,29 @@ def assemble(
     """
     file, tensors, facts, config = checkpoint.source.file, checkpoint.tensors, checkpoint.facts, network.config
     check_tensors(file, family, tensors, network)
+    stated = [name for name in OF_PROMPTS if getattr(facts, name) is not None]
+    if stated:
+        raise CheckpointError(f"{file}: {stated[0]}: expected none for a model of {family}, found one")
     names = facts.class_names
     if names is not None and len(names) != config.num_classes:
         raise CheckpointError(f"{file}: class_names: expected {config.num_classes} names, found {len(names)}")
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    space = facts.space or ("pixel" if config.channels in (1, 3) else "latent")
     model_facts = ModelFacts(
         family=family,
         prediction=prediction,
-        space=facts.space or ("pixel" if config.channels in (1, 3) else "latent"),
+        space=space,
         latent=(config.channels, config.image_size, config.image_size),
+        pixels_per_latent=1 if space == "pixel" else None,
         patch=config.patch,
         tokens=config.tokens,
         width=config.width,
         depth=config.depth,
         heads=config.heads,
-        num_classes=config.num_classes,
-        modulations=network.modulations,
+        conditions=Labels(config.num_classes, names),
+        held=network.held,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         route=route,
-        class_names=names,
         ends=network.ends,
         masked=network.mask is not None,
     )

@@ -21,12 +21,13 @@ from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
 from sg_export.models.maskdit import DECODER_WIDTH, MaskDiT
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest import ModelFacts, Route, Sampling
 from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "maskdit"
 DECODER = "decoder_layer.linear.weight"
 KEYS: tuple[str, ...] = (DECODER,)
+PREFIXES: tuple[str, ...] = ("",)
 HEADS = {**dit.HEADS, 1280: 16}
 """Number of heads by width, for S, B, L, XL and upstream's H."""
 
@@ -57,6 +58,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     that neither the tensors nor the user nor the author state.
     """
     file, tensors, given = checkpoint.source.file, checkpoint.tensors, merge_facts(checkpoint, overrides)
+    dit.check_given(file, FAMILY, overrides)
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(
@@ -90,3 +92,8 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     complete = replace(checkpoint, tensors={**zeros, **tensors})
     # The layer between encoder and decoder also runs on the kept tokens: it is part of the route.
     return dit.assemble(complete, FAMILY, network, "edm", route, Route(0, config.depth))
+
+
+def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+    """Return the default sampling, EDM's."""
+    return dit.default_sampling(facts.prediction)

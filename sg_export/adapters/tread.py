@@ -21,7 +21,7 @@ from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import ModelFacts, Route
+from sg_runtime.manifest import ModelFacts, Route, Sampling
 from sg_runtime.manifest.model import KEPT
 
 LOG = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ KEYS: tuple[str, ...] = (
     "blocks.0.adaLN_modulation.1.weight",
     "final_layer.adaLN_modulation.1.weight",
 )
+PREFIXES: tuple[str, ...] = ("",)
 
 
 def kept_count(tokens: int, sparsity: float) -> int:
@@ -61,6 +62,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     user nor the author state.
     """
     file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
+    dit.check_given(file, FAMILY, overrides)
     config = infer_config(checkpoint, given.heads)
     wrapped = "model" in checkpoint.prefix.split(".")
     route, prediction = given.route, given.prediction or ("edm" if wrapped else None)
@@ -71,6 +73,8 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
             f"{file}: the prediction type is unknown: give `prediction` flow (velocity noise - data, noise at t = 1) "
             f"or `prediction` edm; SiT's files are neither"
         )
+    if prediction == "x0":
+        raise UsageError(f"{file}: prediction x0: expected flow or edm, as in all TREAD models")
     if wrapped and prediction == "flow":
         LOG.warning(
             "%s: its names have the prefix of EDM's wrapper, %s, which CompVis/tread's training writes, but its "
@@ -81,6 +85,11 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     with torch.device("meta"):
         network = DiT(config)
     return dit.assemble(checkpoint, FAMILY, network, prediction, route, route or Route(0, config.depth - 1))
+
+
+def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+    """Return the default sampling of flow or of EDM."""
+    return dit.default_sampling(facts.prediction)
 
 
 def infer_config(checkpoint: Checkpoint, heads: int | None) -> DiTConfig:

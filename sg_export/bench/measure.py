@@ -17,6 +17,7 @@ from sg_export.cost.step import step_costs
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Choice, choose_backend
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Conditions, examples
 from sg_runtime.errors import UsageError
 from sg_runtime.host import peak_memory
 from sg_runtime.pipeline import Pipeline
@@ -150,12 +151,12 @@ def bench(
     count = images or pipe.batch
     manifest = opened.manifest
     steps = steps or manifest.sampling.steps
-    classes = [number % manifest.model.num_classes for number in range(count)]
+    conditions = examples(manifest.model, count)
     report("warming up", 0, None)
     pipe.warmup(count, steps=steps)
     peak = peak_memory() if before is None else before - _free_gpu_bytes(choice.number)
 
-    ours = _Ours(pipe, classes, steps)
+    ours = _Ours(pipe, conditions, steps)
     makers: dict[str, Callable[[], float]] = {"ours": ours}
     precisions: dict[str, str] = {"ours": manifest.precision_name}
     for name in baselines:
@@ -163,7 +164,7 @@ def bench(
 
         report(f"loading {name}", 0, None)
         loop = TorchLoop(
-            opened, checkpoint, weak_checkpoint, classes, steps, name == "pytorch-compiled", _torch_device(choice)
+            opened, checkpoint, weak_checkpoint, conditions, steps, name == "pytorch-compiled", _torch_device(choice)
         )
         makers[name], precisions[name] = loop, loop.precision
     seconds = _times(makers, runs, report)
@@ -205,8 +206,8 @@ class _Ours:
     evaluations in a run.
     """
 
-    def __init__(self, pipe: Pipeline, classes: Sequence[int], steps: int) -> None:
-        self._pipe, self._classes, self._count = pipe, classes, steps
+    def __init__(self, pipe: Pipeline, conditions: Conditions, steps: int) -> None:
+        self._pipe, self._conditions, self._count = pipe, conditions, steps
         self.steps: list[float] = []
         self.evaluations = 0
 
@@ -218,7 +219,7 @@ class _Ours:
             self.evaluations = total
 
         began = time.perf_counter()
-        self._pipe.sample(self._classes, range(len(self._classes)), steps=self._count, progress=mark)
+        self._pipe.sample(self._conditions, range(len(self._conditions)), steps=self._count, progress=mark)
         ended = time.perf_counter()
         # The first evaluation is left out: conditioning of the entire run precedes it.
         self.steps += [later - earlier for earlier, later in pairwise(marks)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sg_export.graph.module import columns_in_torch
 from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_runtime import philox
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Conditions
 from sg_runtime.guidance import guidance_table, levels
 from sg_runtime.manifest import Level
 from sg_runtime.run.sample import noise
-from sg_runtime.sampling import precondition, run_times, updates
+from sg_runtime.sampling import precondition, trajectory
 
 
 class TorchLoop:
@@ -33,7 +36,7 @@ class TorchLoop:
         bundle: Bundle,
         checkpoint: str | Path | None,
         weak_checkpoint: str | Path | None,
-        classes: Sequence[int],
+        conditions: Conditions,
         steps: int,
         compiled: bool,
         device: str,
@@ -47,17 +50,22 @@ class TorchLoop:
         self._facts, guidance = loaded.facts, manifest.guidance
         mode = "default" if device == "cpu" else "max-autotune"
         self._networks = [self._ready(network, compiled, mode) for network in (loaded, weak)]
-        times = run_times(steps, manifest.sampling.karras)
-        self._updates = updates(manifest.sampling.sampler, self._facts.prediction, times)
+        path = trajectory(replace(manifest.sampling, steps=steps), self._facts.prediction)
+        self._updates = path.updates
         self._table = guidance_table(
             guidance, self._updates, levels(manifest), levels(manifest, guidance.row.weak_network)
         )
-        seeds = range(len(classes))
-        self._start = self._put(np.float32(times[0]) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
-        labels = torch.tensor(classes, device=device)
-        self._classes = [labels, torch.full_like(labels, self._facts.num_classes) if guidance.row.null_weak else labels]
+        seeds = range(len(conditions))
+        self._start = self._put(np.float32(path.start) * noise(manifest, seeds, philox.INITIAL_NOISE)).float()
+        self._conditions = [
+            {name: values.to(device) for name, values in columns_in_torch(conditions, weak=weak).items()}
+            for weak in (False, guidance.row.null_weak)
+        ]
         self._keeps = [
-            [self._subsets(seeds, level, number, update.step, update.evaluation) for number, level in enumerate(pair)]
+            [
+                self._subsets(seeds, level, number, *guidance.draw(update.step, update.evaluation))
+                for number, level in enumerate(pair)
+            ]
             for update, pair in zip(self._updates, [(g.strong, g.weak) for g in self._table], strict=True)
         ]
 
@@ -80,7 +88,7 @@ class TorchLoop:
     def _predict(self, branch: int, x: Tensor, at: float, keep: Tensor | None) -> Tensor:
         scaling = precondition(self._facts.prediction, at)
         t = torch.full((len(x),), scaling.t, device=self._device)
-        output = self._networks[branch]((scaling.c_in * x).to(self._dtype), t, self._classes[branch], keep)
+        output = self._networks[branch]((scaling.c_in * x).to(self._dtype), t, self._conditions[branch], keep)
         prediction: Tensor = scaling.c_skip * x + scaling.c_out * output.float()
         return prediction
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model", required=False)
 @guidance_options
-@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Default sampling steps.")
+@click.option("--steps", type=click.IntRange(min=1), help="Default sampling steps.  [default: 40; 28 for PRX]")
 @model_options
 @click.option(
     "--precision",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 def build(
     model: str | None,
     guidance: GuidanceChoice,
-    steps: int,
+    steps: int | None,
     source: ModelSource,
     precision: Any,
     base_precision: Any,
@@ -121,7 +121,7 @@ def build(
         refuse_given(QUANTIZATION, f"only with --precision int8 or fp8, found {precision}")
     onnx_target, engines = targets.onnx_target, targets.engines()
     options = CompileOptions(
-        output=output or Path(f"{Path(model).stem}-bundle"),
+        output=output or Path(f"{_name_of(model)}-bundle"),
         **{field.name: getattr(guidance, field.name) for field in fields(guidance)},
         steps=steps,
         precision=precision,
@@ -155,6 +155,12 @@ def build(
             options.libraries
         )
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
+
+
+def _name_of(model: str) -> str:
+    """Return the name of a checkpoint without its ending; a folder has none."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _echo_quantization(bundle: "Bundle") -> None:

@@ -150,7 +150,7 @@ def generate(
             2,
         )
     chosen = [int(name) if re.fullmatch("-?[0-9]{1,9}", name) else name for name in classes]
-    chosen = chosen or list(range(model.num_classes))
+    chosen = chosen or list(range(model.labels.count))
     total = count or min(len(chosen), 64)
     labels = [chosen[k % len(chosen)] for k in range(total)]
     seeds = [(seed + k) % 2**64 for k in range(total)]

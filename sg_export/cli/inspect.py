@@ -11,6 +11,8 @@ import click
 from sg_export.cli.errors import Command
 from sg_export.cli.options import ModelSource, model_options
 from sg_export.cli.output import print_table
+from sg_export.diffusers_folder import is_folder
+from sg_runtime.manifest import Labels, Text
 
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
@@ -33,7 +35,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
       sg-export inspect glyphs-bundle
       sg-export inspect latest.pt --route 2-24 --json
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_folder(Path(path)):
         from sg_runtime.bundle import Bundle
 
         bundle = Bundle.open(path)
@@ -62,7 +64,6 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
 def _model_rows(model: Any) -> list[tuple[str, str]]:
     channels, height, width = model.latent
     shape = f"{height}×{width}×{channels}"
-    names = "" if model.class_names is None else f", {model.class_names[0]} to {model.class_names[-1]}"
     return [
         ("family", model.family),
         ("prediction", model.prediction),
@@ -75,8 +76,16 @@ def _model_rows(model: Any) -> list[tuple[str, str]]:
             "route",
             "unknown: give --route" if model.route is None else f"blocks {model.route.start} to {model.route.end}",
         ),
-        ("classes", f"{model.num_classes}{names}"),
+        ("condition", _conditions(model.conditions)),
     ]
+
+
+def _conditions(conditions: Labels | Text) -> str:
+    """Return in words what a model is conditioned on."""
+    if isinstance(conditions, Labels):
+        names = "" if conditions.names is None else f", {conditions.names[0]} to {conditions.names[-1]}"
+        return f"{conditions.count} classes{names}"
+    return f"text, {conditions.tokens} tokens with {conditions.width} values each"
 
 
 def _print_checkpoint(loaded: "LoadedModel") -> None:

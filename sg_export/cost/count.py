@@ -17,11 +17,11 @@ Dimension = int | ir.SymbolicDim
 def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
     """Count multiply-adds, weight bytes read and peak bytes of activations.
 
-    The result is for one image, or for one row of `condition`. Linear multiply-adds are those of
-    MatMul, Gemm and Conv with a weight. Attention multiply-adds are those of MatMul of two computed
-    tensors, and of MultiHeadAttention. A fixed batch is divided out. A symbolic size has its value
-    in `sizes`; the value is 1 if `sizes` lacks it. A weight's bytes count once for every node that
-    reads it.
+    The result is for one image, or for one row of a hoisted graph. Linear multiply-adds are those
+    of MatMul, Gemm and Conv with a weight. Attention multiply-adds are those of MatMul of two
+    computed tensors, and of MultiHeadAttention. A fixed batch is divided out. A symbolic size has
+    its value in `sizes`; the value is 1 if `sizes` lacks it. A weight's bytes count once for every
+    node that reads it.
     """
     size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
     linear = attention = 0

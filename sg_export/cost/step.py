@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sg_runtime.guidance import StepGuidance, guidance_table, levels
-from sg_runtime.manifest import Cost, Level, Manifest, NetworkName, Route
-from sg_runtime.sampling import run_times, updates
+from sg_runtime.manifest import Cost, GraphFacts, Level, Manifest, NetworkName, Route
+from sg_runtime.sampling import trajectory
 
 PUBLISHED = {
     ("unguided", 0.0, 0.0): 114.42,
@@ -26,14 +26,14 @@ Source: arXiv 2601.01608, which calls them GFLOPs.
 class StepCost:
     """Mean cost of one evaluation of one image, for one way of computing it.
 
-    The bundle runs `condition` once, before the loop. The other ways run it in every pass.
+    The bundle runs the hoisted graphs once, before the loop. The other ways run them in every pass.
 
     way: "this bundle", "unguided", "CFG" or "two passes".
-    linear_macs: multiply-adds of products with a weight, without `condition`.
+    linear_macs: multiply-adds of products with a weight, without hoisted graphs.
     attention_macs: multiply-adds of products of two computed tensors.
-    condition_macs: linear multiply-adds of `condition`.
-    weight_bytes: bytes of weights read, without `condition`.
-    condition_bytes: bytes of weights read by `condition`.
+    condition_macs: linear multiply-adds of hoisted graphs.
+    weight_bytes: bytes of weights read, without hoisted graphs.
+    condition_bytes: bytes of weights read by hoisted graphs.
     activation_bytes: estimated peak bytes of activations.
     published: published linear GMAC for this network and setting; None if there is no figure.
     """
@@ -76,8 +76,7 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
 
 def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
     """Return the guidance of each evaluation of a default run."""
-    sampling = manifest.sampling
-    run = updates(sampling.sampler, manifest.model.prediction, run_times(sampling.steps, sampling.karras))
+    run = trajectory(manifest.sampling, manifest.model.prediction).updates
     return guidance_table(
         manifest.guidance, run, levels(manifest), levels(manifest, manifest.guidance.row.weak_network)
     )
@@ -86,7 +85,7 @@ def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:
 def _passes(manifest: Manifest, way: str, steps: Sequence[Sequence[tuple[NetworkName, Level]]]) -> StepCost:
     """Return the cost of separate passes, each with its own conditioning."""
     passes = [(network, _single(manifest, network, level)) for step in steps for network, level in step]
-    conditions = [manifest.condition(network).cost for network, _ in passes]
+    conditions = [graph.cost for network, _ in passes for graph in manifest.hoisted(network)]
     count = len(steps)
     first = steps[0]
     return StepCost(
@@ -104,7 +103,7 @@ def _passes(manifest: Manifest, way: str, steps: Sequence[Sequence[tuple[Network
 def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
     """Return the cost of the bundle's graphs.
 
-    `condition` runs in blocks of rows, before the loop.
+    Hoisted graphs run in blocks of rows, before the loop.
     """
     plan = manifest.guidance
     costs: list[Cost] = []
@@ -118,20 +117,29 @@ def _bundle(manifest: Manifest, table: Sequence[StepGuidance]) -> StepCost:
             costs += [] if step.weak is None else [_single(manifest, plan.row.weak_network, step.weak)]
         else:
             costs.append(guided.cost)
-    count, rows = len(table), len(table) * (2 if plan.row.null_weak else 1)
-    networks: list[NetworkName] = ["main", "weak"] if plan.row.weak_network == "weak" else ["main"]
-    conditions = [manifest.condition(network).cost for network in networks]
-    reads = math.ceil(rows / manifest.condition_rows)
+    count, networks = len(table), list[NetworkName](["main"])
+    networks += ["weak"] if plan.row.weak_network == "weak" else []
+    hoisted = [graph for network in networks for graph in manifest.hoisted(network)]
+    runs = [(graph, _runs(graph, count, plan.row.null_weak)) for graph in hoisted]
     return StepCost(
         "this bundle",
         linear_macs=sum(cost.linear_macs for cost in costs) / count,
         attention_macs=sum(cost.attention_macs for cost in costs) / count,
-        condition_macs=sum(cost.linear_macs for cost in conditions) * rows / count,
+        condition_macs=sum(graph.cost.linear_macs * rows for graph, rows in runs) / count,
         weight_bytes=sum(cost.weight_bytes for cost in costs) / count,
-        condition_bytes=sum(cost.weight_bytes for cost in conditions) * reads / count,
+        condition_bytes=sum(
+            graph.cost.weight_bytes * math.ceil(rows / manifest.hoisted_rows[graph.kind]) for graph, rows in runs
+        )
+        / count,
         activation_bytes=max(cost.activation_bytes for cost in costs),
         published=None,
     )
+
+
+def _runs(graph: GraphFacts, evaluations: int, null_weak: bool) -> int:
+    """Return the rows of a hoisted graph in a run of one image."""
+    names = {tensor.name for tensor in graph.inputs}
+    return (evaluations if "t" in names else 1) * (2 if null_weak and names != {"t"} else 1)
 
 
 def _single(manifest: Manifest, network: NetworkName, level: Level) -> Cost:

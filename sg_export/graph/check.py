@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sg_export.graph.emulate import emulated
-from sg_export.graph.module import GraphModule, examples
+from sg_export.graph.module import GraphModule, random_inputs
 from sg_export.graph.overflow import first_overflow
 from sg_export.graph.products import belongs, weighted_products
 from sg_export.graph.spec import GraphSpec, graph_inputs
@@ -99,9 +99,9 @@ def check_parity(loaded: LoadedModel, spec: GraphSpec, path: Path, options: Comp
     """
     precision = options.precision
     most = BASES[precision].build_limit if options.quantize is None else MAX_QUANTIZED_ERROR
-    inputs = graph_inputs(spec, loaded.facts, options.batch, held=loaded.model.network.held)
+    inputs = graph_inputs(spec, loaded.facts, options.batch)
     generator = torch.Generator().manual_seed(1)
-    values = examples(inputs, loaded.facts, {"B": 2, "S": 2}, generator)
+    values = random_inputs(inputs, loaded.facts, {"B": 2, "S": 2}, generator)
     try:
         feeds = {name: value.numpy() for name, value in values.items()}
         found = run_onnx(path, feeds, None if precision == "fp32" else emulated(path))

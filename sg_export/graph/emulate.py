@@ -9,14 +9,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_export.graph.half import HALF, cast
+from sg_export.graph.half import HALF, cast, replace_output
 
 ROUNDED = "/Rounded"
 """Suffix of a rounding node: `<operator>/Rounded`."""
 
 
 def emulated(source: Path | ir.Model) -> bytes:
-    """Return a half-precision graph with FP32 operators, as a serialized model.
+    """Return a half-precision graph with FP32 operators, inputs and outputs, as a serialized model.
 
     source: path of the graph, or the graph as a model. The result for a path refers to the weights
     next to the file. A model is changed in place.
@@ -24,6 +24,16 @@ def emulated(source: Path | ir.Model) -> bytes:
     model = source if isinstance(source, ir.Model) else ir.load(source)
     graph, halves = model.graph, tuple(HALF.values())
     widened: dict[ir.Value, ir.Value] = {}
+    for given in graph.inputs:
+        if (half := given.dtype) in halves:
+            assert half is not None
+            given.type, uses = ir.TensorType(ir.DataType.FLOAT), list(given.uses())
+            rounded = cast(graph, given, half)
+            for use in uses:
+                use.node.replace_input_with(use.idx, rounded)
+    for index, output in enumerate(graph.outputs):
+        if output.dtype in halves:
+            replace_output(graph, index, cast(graph, output, ir.DataType.FLOAT))
     for node in list(graph):
         if node.op_type == "Cast":
             continue

@@ -3,9 +3,12 @@
 The output of a half-precision product stays in half precision until an operator combines it with an
 FP32 value: a gate, the residual stream, a LayerNorm. So attention runs in half precision between
 its projections. Modulation, residuals, guidance and the update stay in FP32 without being named.
+
+Norms and rotations of queries and keys are in FP32. An attention is in half precision nevertheless
+if its values come from a half-precision product: queries and keys are converted before it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import get_args
 
 import numpy as np
@@ -17,9 +20,13 @@ from sg_export.models.sparse import SparseModel
 from sg_export.options.types import BASES
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision
+from sg_runtime.vocabulary import HELD
 
-STATISTICS = ("LayerNormalization", "RMSNormalization")
-"""Operators that sum squares."""
+STATISTICS = ("LayerNormalization", "RMSNormalization", "Pow")
+"""Operators that square. FP16 holds squares up to 65504."""
+
+LAYOUT = ("Concat", "Expand", "Gather", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+"""Operators that place values and compute none."""
 
 _PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 HALF: Mapping[HalfPrecision, ir.DataType] = {name: ir.DataType(BASES[name].onnx) for name in _PRECISIONS}
@@ -58,11 +65,12 @@ def to_half(
     tokens_in_half: whether the graph converts its tokens itself. Then no operator is in FP32 by its
     name, and operators that read weights alone, whose results join the tokens, are in half too.
 
-    Inputs and outputs of the graph keep their types. Weights are converted when they are read.
-    Reading raises ExportError if a weight is out of range.
+    Inputs and outputs of the graph keep their types, except those that `is_half` names. Weights are
+    converted when they are read. Reading raises ExportError if a weight is out of range.
     """
     half, layers, exact = HALF[precision], tuple(fp32_layers), () if tokens_in_half else tuple(fp32_operators)
     weighted = {node: name for name, node in weighted_products(graph)}
+    attended = _half_attentions(graph, {node for node, name in weighted.items() if not belongs(name, layers)})
     copies: dict[ir.Value, ir.Value] = {}
 
     def typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -71,6 +79,9 @@ def to_half(
             copies[value] = _constant(value, dtype) if value.is_initializer() else cast(graph, value, dtype)
         return copies[value]
 
+    for value in graph.inputs:
+        if is_half(str(value.name)):
+            value.type = ir.TensorType(half)
     for node in list(graph):
         if node.op_type == "Cast":
             continue
@@ -81,6 +92,8 @@ def to_half(
             wanted = _FP32 if any(belongs(weighted[product], layers) for product in products) else half
         elif node in weighted:
             wanted = _FP32 if belongs(weighted[node], layers) else half
+        elif node in attended:
+            wanted = half
         elif node.op_type in exact or not all(value.dtype == half for value in computed):
             wanted = _FP32
         else:
@@ -93,9 +106,9 @@ def to_half(
                 if output.dtype == _FP32:
                     output.type = ir.TensorType(half)
     for index, output in enumerate(graph.outputs):
-        if output.dtype == half:
-            graph.outputs[index] = typed(output, _FP32)
-            graph.outputs[index].name, output.name = output.name, f"{output.name}.{precision}"
+        wanted = half if is_half(str(output.name)) else _FP32
+        if output.dtype in (_FP32, half) and output.dtype != wanted:
+            replace_output(graph, index, typed(output, wanted))
     for value, copy in copies.items():
         if value.is_initializer():
             if value.uses():
@@ -105,9 +118,66 @@ def to_half(
             graph.register_initializer(copy)
 
 
+def is_half(name: str) -> bool:
+    """Whether an input or output of a half-precision graph is in half precision, by its name.
+
+    These are keys and values of the text: they are large, and only attention reads them. The bias
+    of the text stays in FP32: it is small, and the host makes it.
+    """
+    held = name.removesuffix("_weak")
+    return HELD.get(held) == "image" and held != "text_bias"
+
+
+def _half_attentions(graph: ir.Graph, products: Collection[ir.Node]) -> set[ir.Node]:
+    """Return the nodes of the attentions whose values come from one of these products.
+
+    These are the nodes from the scaled query to the weighted values, and those before them that
+    only place queries, keys, values and bias.
+    """
+    found: set[ir.Node] = set()
+    for softmax in [node for node in graph if node.op_type == "Softmax"]:
+        sums, terms = _before([softmax.inputs[0]], lambda node: node.op_type == "Add")
+        scores = {node for node in terms if node.op_type == "MatMul"}
+        weighted = {use.node for use in softmax.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 0}
+        values, sources = _before([node.inputs[1] for node in weighted], _places)
+        if not sources.isdisjoint(products):
+            inputs, _ = _before([value for node in (*sums, *scores) for value in node.inputs], _places)
+            found |= {softmax, *sums, *scores, *weighted, *values, *inputs}
+    return found
+
+
+def _places(node: ir.Node) -> bool:
+    """Whether a node only places values, or multiplies them by one constant."""
+    factors = [value for value in node.inputs if value is not None and value.is_initializer() and value.shape == ()]
+    return node.op_type in LAYOUT or (node.op_type == "Mul" and bool(factors))
+
+
+def _before(values: Iterable[ir.Value | None], inside: Callable[[ir.Node], bool]) -> tuple[set[ir.Node], set[ir.Node]]:
+    """Return the nodes before `values`, as far as they are `inside`, and those before them."""
+    nodes, ends, rest = set[ir.Node](), set[ir.Node](), list(values)
+    while rest:
+        value = rest.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in nodes:
+            continue
+        if inside(node):
+            nodes.add(node)
+            rest += node.inputs
+        else:
+            ends.add(node)
+    return nodes, ends
+
+
 def half_attentions(graph: ir.Graph) -> int:
     """Count the attentions in half precision. A backend can have a fused kernel for these."""
     return sum(node.op_type == "Softmax" and node.outputs[0].dtype in HALF.values() for node in graph)
+
+
+def replace_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
+    """Make a computed value the output at this index, under the output's name."""
+    output = graph.outputs[index]
+    graph.outputs[index] = value
+    value.name, output.name = output.name, f"{output.name}.{_SUFFIX[output.dtype or _FP32]}"
 
 
 def _constant(value: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from sg_export.graph.spec import GraphSpec
 from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
+from sg_runtime.conditions import Conditions
 from sg_runtime.manifest import GraphKind, ModelFacts, TensorFacts
-from sg_runtime.vocabulary import HELD
+from sg_runtime.vocabulary import HELD, HOISTED
 
 
 class GraphModule(nn.Module):
@@ -27,10 +28,18 @@ class GraphModule(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+def columns_in_torch(conditions: Conditions, *, weak: bool = False) -> dict[str, Tensor]:
+    """Return the condition of each image as the argument `conditions` of a `SparseModel`.
+
+    weak: whether the condition that a weak branch has of its own.
+    """
+    return {name: torch.from_numpy(values) for name, values in conditions.rows(weak=weak).items()}
+
+
 def compute(model: SparseModel, kind: GraphKind, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Compute the outputs of a graph of this kind from its inputs by name."""
-    if kind == "condition":
-        return (model.condition(given["t"], given["class"]),)
+    if kind in HOISTED:
+        return model.hoist(kind, given)
     x, branches = given["x"], branch_inputs(kind, given)
     if kind == "guided":
         output = model.guided(given["c_in"] * x, branches[0], branches[1], given["scale"])
@@ -57,13 +66,13 @@ def _subset(given: Mapping[str, Tensor], end: str) -> Subset | None:
     return Subset(given[f"rows{end}"], given[f"restore{end}"]) if f"rows{end}" in given else None
 
 
-def examples(
+def random_inputs(
     tensors: Sequence[TensorFacts], model: ModelFacts, sizes: Mapping[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Return example values for the inputs of a graph, by name and in order.
 
-    Times are random in [0, 1), classes are 0, kept tokens are random, distinct and sorted, and all
-    other values are normally distributed.
+    Times are random in [0, 1), classes are 0, half of a prompt's tokens are padding, kept tokens
+    are random, distinct and sorted, and all other values are normally distributed.
 
     sizes: values of the symbolic dimensions.
     """
@@ -74,6 +83,8 @@ def examples(
             values[tensor.name] = torch.rand(shape, generator=generator)
         elif tensor.name == "class":
             values[tensor.name] = torch.zeros(shape, dtype=torch.int64)
+        elif tensor.name == "mask":
+            values[tensor.name] = (torch.arange(shape[1]) <= shape[1] // 2).long().expand(shape).clone()
         elif tensor.name.startswith("rows"):
             order = torch.rand((shape[0], model.tokens), generator=generator).argsort(dim=1)
             kept = Subset.of(order[:, : shape[1]].sort(dim=1).values, model.tokens, model.masked)

@@ -3,8 +3,11 @@
 Each graph is one computation of a `SparseModel`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx_ir as ir
 
 from sg_runtime.manifest import (
     MODES,
@@ -16,7 +19,7 @@ from sg_runtime.manifest import (
     NetworkName,
     TensorFacts,
 )
-from sg_runtime.vocabulary import HELD, step_inputs
+from sg_runtime.vocabulary import HELD, HOISTED, step_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class GraphSpec:
     """One graph to trace.
 
     kind: what the graph computes.
-    levels: no level for condition, one level for dense and sparse, strong and weak for guided.
+    levels: none for condition and prompt, one for dense and sparse, strong and weak for guided.
     network: the network that the graph belongs to.
     null_weak: whether the weak branch of a guided graph has the condition "no class".
     """
@@ -33,6 +36,11 @@ class GraphSpec:
     levels: tuple[Level, ...] = ()
     network: NetworkName = "main"
     null_weak: bool = False
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether the graph runs before the sampling loop."""
+        return self.kind in HOISTED
 
     @property
     def name(self) -> str:
@@ -49,56 +57,52 @@ class GraphSpec:
         return "-".join((*prefix, self.kind, *(() if self.kind == "dense" else counts), *suffix))
 
 
-def graphs_for(mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level]) -> list[GraphSpec]:
+def graphs_for(
+    mode: GuidanceMode, strong: Sequence[Level], weak: Sequence[Level], hoisted: Iterable[GraphKind]
+) -> list[GraphSpec]:
     """Return all graphs of a bundle.
 
-    They are the condition, one graph per level, and one guided graph per pair of levels that the
-    mode allows. sg and cfg+sg pair each strong level with the sparser weak levels. cfg pairs each
-    level with itself. In autoguidance the weak levels belong to another network, so there are no
-    pairs, and that network has a condition and single-branch graphs too.
+    They are the hoisted graphs, one graph per level, and one guided graph per pair of levels that
+    the mode allows. sg and cfg+sg pair each strong level with the sparser weak levels. cfg pairs
+    each level with itself. In autoguidance the weak levels belong to another network, so there are
+    no pairs, and that network has hoisted and single-branch graphs too.
+
+    hoisted: kinds of the hoisted graphs.
     """
     row = MODES[mode]
     if row.weak_network == "weak":
-        return [*_singles(strong, "main"), *_singles(weak, "weak")]
+        return [*_singles(strong, "main", hoisted), *_singles(weak, "weak", hoisted)]
     pairs = [(s, w) for s in strong for w in weak if (w.keep < s.keep if row.weak_level == "sparser" else w == s)]
     guided = [GraphSpec("guided", pair, null_weak=row.null_weak) for pair in pairs if row.branches == 2]
-    return [*_singles({*strong, *weak}, "main"), *guided]
+    return [*_singles({*strong, *weak}, "main", hoisted), *guided]
 
 
 def guided_alone(plan: GuidancePlan) -> bool:
-    """Whether a run of the plan needs only the condition and guided graphs."""
+    """Whether a run of the plan needs only the hoisted and guided graphs."""
     ends = (plan.strong_last, plan.weak_last)
     return plan.row.fusible and plan.interval is None and ends == (None, None)
 
 
-def _singles(levels: Iterable[Level], network: NetworkName) -> list[GraphSpec]:
-    """Return the condition of a network and its single-branch graphs, densest first."""
+def _singles(levels: Iterable[Level], network: NetworkName, hoisted: Iterable[GraphKind]) -> list[GraphSpec]:
+    """Return the hoisted graphs of a network and its single-branch graphs, densest first."""
     ordered = sorted(levels, key=lambda level: -level.keep)
     kinds: list[GraphKind] = ["dense" if level.sparsity == 0 else "sparse" for level in ordered]
     branches = [GraphSpec(kind, (level,), network) for kind, level in zip(kinds, ordered, strict=True)]
-    return [GraphSpec("condition", network=network), *branches]
+    return [*(GraphSpec(kind, network=network) for kind in hoisted), *branches]
 
 
 def graph_inputs(
-    spec: GraphSpec,
-    model: ModelFacts,
-    batch: int | None,
-    *,
-    symbolic_keep: bool = False,
-    held: Mapping[str, tuple[int, ...]] | None = None,
+    spec: GraphSpec, model: ModelFacts, batch: int | None, *, symbolic_keep: bool = False
 ) -> tuple[TensorFacts, ...]:
-    """Return the inputs of a graph, in order.
+    """Return the inputs of a graph in FP32, in order.
 
-    batch: number of images; None for the symbolic dimension "B".
+    batch: number of images; None for the symbolic dimension "B". Hoisted graphs have S rows.
     symbolic_keep: make the numbers of kept tokens the symbolic dimensions "K", or "K_strong" and
     "K_weak", so that one graph serves all levels.
-    held: shape, for one image, of each input for the conditioning, by name, as the network's
-    `held`; modulations alone if None.
     """
-    if spec.kind == "condition":
-        return (TensorFacts("t", "float32", ("S",)), TensorFacts("class", "int64", ("S",)))
-    images = "B" if batch is None else batch
-    held = {"modulations": (model.modulations,)} if held is None else held
+    if spec.hoisted:
+        return model.conditions.hoisted[spec.kind]
+    images, held = "B" if batch is None else batch, model.held
     tensors = []
     for tensor in step_inputs(len(spec.levels), held, conditioned(held) if spec.null_weak else ()):
         if tensor.role == "state":
@@ -143,7 +147,21 @@ def _keep_dimension(name: str) -> str:
 
 def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tuple[TensorFacts, ...]:
     """Return the outputs of a graph; arguments as in `graph_inputs`."""
-    if spec.kind == "condition":
-        return (TensorFacts("modulations", "float32", ("S", model.modulations)),)
+    if spec.hoisted:
+        return tuple(TensorFacts(name, "float32", ("S", *model.held[name])) for name in HOISTED[spec.kind])
     latent = ("B" if batch is None else batch, *model.latent)
     return (TensorFacts("prediction", "float32", latent), TensorFacts("next", "float32", latent))
+
+
+_DTYPES: dict[ir.DataType, Literal["float32", "float16", "bfloat16", "int64"]] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+}
+
+
+def typed(tensors: Iterable[TensorFacts], values: Iterable[ir.Value]) -> tuple[TensorFacts, ...]:
+    """Return inputs or outputs of a graph with the types of its values."""
+    types = {value.name: value.dtype for value in values}
+    return tuple(replace(tensor, dtype=_DTYPES[types[tensor.name]]) for tensor in tensors)  # type: ignore[index]

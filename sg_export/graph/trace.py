@@ -25,7 +25,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from sg_export.graph.attention import lower_attention
-from sg_export.graph.module import compute, examples
+from sg_export.graph.module import compute, random_inputs
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Layer, Program, assemble
 from sg_export.graph.translate import translate, was_interrupt
@@ -65,8 +65,7 @@ def trace(
     ExportError if PyTorch cannot export the model.
     """
     names = [spec.shared_name if symbolic_keep else spec.name for spec in specs]
-    held = model.network.held
-    inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep, held=held) for spec in specs]
+    inputs = [graph_inputs(spec, facts, batch, symbolic_keep=symbolic_keep) for spec in specs]
     outputs = [graph_outputs(spec, facts, batch) for spec in specs]
     exported, layers = _export(model, specs, names, inputs, facts, opset, each_layer)
     starts, ends = iter(exported.graph.inputs), iter(exported.graph.outputs)
@@ -234,7 +233,7 @@ def _examples(
     generator = torch.Generator().manual_seed(0)
     dims = {name: torch.export.Dim(name, min=1) for name in _TRACED_SIZES}
     values = [
-        examples(tensors, facts, _TRACED_SIZES, generator)[tensor.name] for tensors in inputs for tensor in tensors
+        random_inputs(tensors, facts, _TRACED_SIZES, generator)[tensor.name] for tensors in inputs for tensor in tensors
     ]
     every = itertools.chain.from_iterable(inputs)
     symbolic = ({i: dims[size] for i, size in enumerate(t.shape) if isinstance(size, str)} for t in every)

@@ -282,6 +282,11 @@ class DiT(AdaLNNetwork):
         """Shape of the modulations of one image, by name."""
         return {"modulations": (self.modulations,)}
 
+    @property
+    def hoisted(self) -> dict[str, tuple[str, ...]]:
+        """Arguments of the methods that compute the held tensors."""
+        return {"condition": ("t", "class")}
+
     def condition(self, t: Tensor, classes: Tensor) -> Tensor:
         """Compute the modulations of all layers: t (S,) float32, classes (S,) int64 → (S, M)."""
         return self.all_modulations(F.silu(self.t_embedder(t) + self.y_embedder(classes)))

@@ -266,6 +266,11 @@ class PRX(AdaLNNetwork):
         text = (c.depth, c.text_tokens, c.width)
         return {"modulations": (self.modulations,), "text_keys": text, "text_values": text, "text_bias": text[1:2]}
 
+    @property
+    def hoisted(self) -> dict[str, tuple[str, ...]]:
+        """Arguments of the methods that compute the held tensors."""
+        return {"condition": ("t",), "prompt": ("embeddings", "mask")}
+
     def condition(self, t: Tensor) -> Tensor:
         """Compute the modulations of all layers: t (S,) float32, 1 for noise → (S, M)."""
         condition = self.time_in(sinusoids(t, FREQUENCIES, TIME_FACTOR))
@@ -274,14 +279,15 @@ class PRX(AdaLNNetwork):
             condition = condition + self.resolution_embedder(resolution)
         return self.all_modulations(F.silu(condition))
 
-    def prompt(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the normed keys and the values of the text in all blocks.
+    def prompt(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the normed keys and the values of the text in all blocks, and the text's bias.
 
-        embeddings (B, L, context) → text_keys, text_values, (B, depth, L, D) each.
+        embeddings (S, L, context), mask (S, L), 0 for padding → text_keys and text_values,
+        (S, depth, L, D) each, and text_bias (S, L) float32.
         """
-        text = self.txt_in(embeddings)
+        text = self.txt_in(embeddings.to(self.txt_in.weight.dtype))
         keys, values = zip(*(block.text(text) for block in self.blocks), strict=True)
-        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+        return torch.stack(keys, dim=1), torch.stack(values, dim=1), text_bias(mask)
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed images: x (B, C, H, W) → tokens (B, N, D), row by row."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sg_export.models.branches import Branch, Branches, Place, join
 from sg_export.models.subset import Subset
 from sg_runtime.manifest import Route
+from sg_runtime.vocabulary import HOISTED
 
 Keep = Tensor | Subset | None
 """Kept tokens of a branch: indices (B, K) int64 within each image, or rows; None for all tokens."""
@@ -39,7 +40,10 @@ class Network(Protocol):
 
     layers: number of layers, without the final layer.
     held: shape, for one image, of each tensor that does not change within a step, by name:
-    "modulations" is (M,). Networks with text also hold "text_keys" and "text_values".
+    "modulations" is (M,). Networks with text also hold "text_keys", "text_values" and "text_bias".
+    hoisted: arguments of the methods that compute the held tensors, by the method's name. These are
+    "condition", and "prompt" for networks with text. Their results are named in
+    `sg_runtime.vocabulary.HOISTED`.
     ends: names of the modules that stay in FP32.
     mask: mask token (1, 1, D) that replaces dropped tokens after the route, of the width there;
     None if dropped tokens bypass the route.
@@ -47,15 +51,9 @@ class Network(Protocol):
 
     layers: int
     held: Mapping[str, tuple[int, ...]]
+    hoisted: Mapping[str, tuple[str, ...]]
     ends: tuple[str, ...]
     mask: Tensor | None
-
-    def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M).
-
-        The step needs nothing else of time and class.
-        """
-        ...
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed images: x (B, C, H, W) → tokens (B, N, D)."""
@@ -113,16 +111,30 @@ class SparseModel(nn.Module):
         self.run_layers: Callable[[range, Tensor, Branches], Tensor] = self._run_layers
         """Function that runs layers in order. `sg_export.graph.trace` replaces it while tracing."""
 
-    def forward(self, x: Tensor, t: Tensor, classes: Tensor, keep: Keep = None) -> Tensor:
-        """Run one branch: x (B, C, H, W), t (B,), classes (B,), keep → output (B, C, H, W).
+    def forward(self, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor], keep: Keep = None) -> Tensor:
+        """Run one branch: x (B, C, H, W), t (B,), conditions, keep → output (B, C, H, W).
 
-        keep: the kept tokens; None for a dense branch.
+        conditions: what the images are conditioned on, with B rows, by name; see `held`. keep: the
+        kept tokens; None for a dense branch.
         """
-        return self.predict(x, {"modulations": self.condition(t, classes)}, keep)
+        return self.predict(x, self.held({"t": t, **conditions}), keep)
 
-    def condition(self, t: Tensor, classes: Tensor) -> Tensor:
-        """Compute the modulations: t (S,) float32, classes (S,) int64 → (S, M)."""
-        return self.network.condition(t, classes)
+    def held(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute what does not change within a step, by name.
+
+        given: "t" (S,) float32, and "class" (S,) int64, or "embeddings" (S, L, C) float32 and
+        "mask" (S, L) int64.
+        """
+        return {
+            name: output
+            for kind in self.network.hoisted
+            for name, output in zip(HOISTED[kind], self.hoist(kind, given), strict=True)
+        }
+
+    def hoist(self, kind: str, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Compute the outputs of the hoisted graph of this kind from its inputs by name."""
+        found = getattr(self.network, kind)(*(given[name] for name in self.network.hoisted[kind]))
+        return found if isinstance(found, tuple) else (found,)
 
     def predict(self, x: Tensor, held: Mapping[str, Tensor], keep: Keep = None) -> Tensor:
         """Run one branch: x (B, C, H, W) → output (B, C, H, W).

@@ -32,7 +32,7 @@ class CompileOptions:
     schedule: "constant" uses the first sparsity of a branch. "cosine" goes from the first to the
     last over a run, through all sparsities of the branch.
     interval: times (t or sigma) between which guidance applies.
-    steps: default sampling steps.
+    steps: default sampling steps; None for the family's.
     precision: type of the matmuls and of attention, see `sg_export.graph.half`.
     batch: number of images that the ONNX graphs are fixed to; None for any number. For engines, see
     `EngineOptions.batch`.
@@ -53,7 +53,7 @@ class CompileOptions:
     weak_checkpoint: str | Path | None = None
     schedule: Schedule = "constant"
     interval: tuple[float, float] | None = None
-    steps: int = 40
+    steps: int | None = None
     precision: Precision = "fp32"
     batch: int | None = None
     onnx_target: OnnxTarget = "onnxruntime"

@@ -6,7 +6,7 @@ import logging
 import mmap
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,7 @@ from sg_runtime.devices.gpus import Gpu, find_gpus
 from sg_runtime.errors import EngineError, MissingExtraError, UsageError
 from sg_runtime.extras import outdated, require
 from sg_runtime.files import cache_folder, check_room, sha256_of
-from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, ModelFacts, Profile
+from sg_runtime.manifest import ENGINE_NAMES, EngineFacts, EngineLibrary, GraphKind, ModelFacts, Profile
 
 LOG = logging.getLogger("sg_export")
 
@@ -102,14 +102,14 @@ def check_timing_cache(options: EngineOptions) -> None:
 def build_engines(
     sources: Sequence[EngineSource],
     model: ModelFacts,
-    condition_rows: int,
+    hoisted_rows: Mapping[GraphKind, int],
     options: EngineOptions,
     folder: Path,
     report: Report,
 ) -> tuple[EngineFacts, ...]:
     """Build an engine of every source with every library in `folder`, or take it from the cache.
 
-    condition_rows: number of rows in one run of a condition graph.
+    hoisted_rows: number of rows in one run of a hoisted graph, by kind.
     report: called with every phase of a build, and with the number of finished engines.
 
     Raises EngineError if an engine cannot be built or fails a check.
@@ -125,7 +125,7 @@ def build_engines(
             LOG.warning("`timing_cache`: %s has no timing cache; the file is not used", ENGINE_NAMES[library])
         gpu = find_gpus()[0] if library == "tensorrt" else None
         for source in sources:
-            profiles = _profiles(source, sorted(set(options.batch)), condition_rows)
+            profiles = _profiles(source, sorted(set(options.batch)), hoisted_rows)
             plan = EngineRecipe(
                 tuple(profile_shapes(profile, source.specs[0], model) for profile in profiles),
                 tuple(sorted(set(options.compute_capabilities))),
@@ -170,9 +170,11 @@ def _report_phase(report: Report, stage: str, number: int, total: int, phase: st
     report(f"{stage}: {phase}", number, total, done / steps)
 
 
-def _profiles(source: EngineSource, batches: Sequence[int], condition_rows: int) -> tuple[Profile, ...]:
-    if source.specs[0].kind == "condition":
-        return (Profile(condition_rows, ()),)
+def _profiles(
+    source: EngineSource, batches: Sequence[int], hoisted_rows: Mapping[GraphKind, int]
+) -> tuple[Profile, ...]:
+    if source.specs[0].hoisted:
+        return (Profile(hoisted_rows[source.specs[0].kind], ()),)
     keeps = [tuple(level.keep for level in spec.levels) for spec in source.specs]
     return tuple(Profile(batch, keep) for batch in batches for keep in keeps)
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_parity, check_types
 from sg_export.graph.cuda import lower_for_cuda
 from sg_export.graph.half import half_attentions, to_half
-from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_sizes
+from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, keep_sizes, typed
 from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
@@ -27,27 +27,19 @@ from sg_runtime.manifest import (
     EngineFacts,
     FileFacts,
     GraphFacts,
+    GraphKind,
     GuidancePlan,
-    Karras,
     Manifest,
     NetworkName,
     PassCost,
     Quantization,
-    Sampling,
 )
 
-CONDITION_ROWS = 40
-"""Number of rows in one run of a condition graph.
+HOISTED_ROWS: Mapping[GraphKind, int] = {"condition": 40, "prompt": 1}
+"""Number of rows in one run of a hoisted graph, by kind.
 
-It is fixed so that the result of a row does not depend on the other rows. It equals the default
-number of steps so that a default run reads the weights once.
-"""
-
-
-EDM_NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
-"""Noise levels of EDM models: the defaults of NVlabs/edm (`generate.py`, `edm_sampler`).
-
-The samplers of both families use them.
+It is fixed so that the result of a row does not depend on the other rows. A default run reads the
+weights of `condition` once. A row of `prompt` is a whole prompt, so weights are read once for each.
 """
 
 
@@ -79,18 +71,14 @@ def manifest_of(
         created_by=f"sg-export {__version__}",
         model=loaded.facts,
         guidance=plan,
-        sampling=(
-            Sampling("euler", options.steps, None)
-            if loaded.facts.prediction == "flow"
-            else Sampling("heun", options.steps, EDM_NOISE_LEVELS)
-        ),
+        sampling=loaded.sampling if options.steps is None else replace(loaded.sampling, steps=options.steps),
         precision=options.precision,
         fp32_layers=layers,
         quantization=quantization,
         onnx_target=options.onnx_target,
         opset=options.opset,
         batch=options.batch,
-        condition_rows=CONDITION_ROWS,
+        hoisted_rows={kind: HOISTED_ROWS[kind] for kind in loaded.facts.conditions.hoisted},
         graphs=tuple(graph for graph in written.facts if graph not in left_out),
         engines=engines,
         source=loaded.source,
@@ -169,7 +157,7 @@ def pack(
     for name, own in files.items():
         graph = models[name].graph
         if options.precision != "fp32":
-            tokens_in_half = options.tokens_in_half and own[0].kind != "condition"
+            tokens_in_half = options.tokens_in_half and not own[0].hoisted
             to_half(graph, options.precision, layers, tokens_in_half=tokens_in_half)
         by_network[own[0].network].append(models[name])
         attentions[name] = half_attentions(graph)
@@ -197,8 +185,8 @@ def pack(
                     network=spec.network,
                     levels=spec.levels,
                     file=f"graphs/{path.name}" if options.has_onnx else None,
-                    inputs=graph_inputs(spec, source.facts, options.batch, held=source.model.network.held),
-                    outputs=graph_outputs(spec, source.facts, options.batch),
+                    inputs=typed(graph_inputs(spec, source.facts, options.batch), models[name].graph.inputs),
+                    outputs=typed(graph_outputs(spec, source.facts, options.batch), models[name].graph.outputs),
                     cost=costs[spec],
                     parity=check_parity(source, spec, path, options),
                 )
@@ -229,4 +217,4 @@ def add_engines(
         else:
             counted.stage(stage, share)
 
-    return build_engines(sources, loaded.facts, CONDITION_ROWS, options.engines, folder / "engines", report)
+    return build_engines(sources, loaded.facts, HOISTED_ROWS, options.engines, folder / "engines", report)

@@ -41,7 +41,7 @@ def choose_graphs(
 
     scale, scale_last = ramp_ends("scale", options.scale)
     plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
-    return plan, graphs_for(mode, strong, weak)
+    return plan, graphs_for(mode, strong, weak, loaded.facts.conditions.hoisted)
 
 
 def _levels(loaded: LoadedModel, sparsities: Sequence[float]) -> list[Level]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -56,9 +55,9 @@ class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
 
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
         memory = self.lane.memory
-        rows = len(feed_dict["t" if self.graph.kind == "condition" else "x"])
+        rows = len(feed_dict[self.graph.inputs[0].name])
         outputs = {
-            tensor.name: memory.empty((rows, *(int(size) for size in tensor.shape[1:])), tensor.dtype)
+            tensor.name: memory.empty((rows, *(int(size) for size in tensor.shape[1:])), tensor.storage)
             for tensor in self.graph.outputs
         }
         self.inference_time = 0.0
@@ -69,7 +68,7 @@ class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
 def _inputs(graph: GraphFacts) -> TensorMetadata:
     metadata = TensorMetadata()
     for tensor in graph.inputs:
-        metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
+        metadata.add(tensor.name, tensor.storage, tensor.shape)
     return metadata
 
 

@@ -39,8 +39,8 @@ def compare_guidance(
     assert manifest.quantization is not None
     gates = manifest.quantization.gates
     own = reference_walk(pipeline, loaded, weak, guidance)
-    classes, seeds = own.classes, own.seeds
-    plan, branches = pipeline.prepare(own.times, classes, seeds, guidance=guidance), by_pipeline(pipeline)
+    conditions, seeds = own.conditions, own.seeds
+    plan, branches = pipeline.prepare(own.times, conditions, seeds, guidance=guidance), by_pipeline(pipeline)
     comparisons = []
     name = f"{guidance.mode} {rates_of(guidance)}"
     for index, time in enumerate(own.times):
@@ -50,7 +50,7 @@ def compare_guidance(
             comparisons.append(compare_arrays(name, f"{branch} branch", time, w, f, None, gates.cosine))
         both = guide(*wanted, guidance.scale), guide(*found, guidance.scale)
         comparisons.append(compare_arrays(name, "guided", time, *both, gates.guided, None))
-    samples = sampled(pipeline, classes, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
+    samples = sampled(pipeline, conditions, seeds, steps=len(own.times), sampler="euler", guidance=guidance)
     subject = f"{len(own.times)} euler steps, {name}; other kept tokens: {own.mask_noise:.2%}"
     comparisons.append(compare_arrays(subject, "samples", None, own.samples, samples, None, None))
     return own, comparisons
@@ -60,8 +60,8 @@ def reference_walk(
     pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan, *, noise: bool = True
 ) -> Walk:
     """Return the guided run of PyTorch that a quantized bundle is compared with; see `walk`."""
-    classes, seeds = images_of("gate", pipeline.bundle.manifest.model, GATE_IMAGES)
-    return walk(pipeline, by_pytorch(loaded, weak, classes), guidance, classes, seeds, LEAST_STRATA, noise=noise)
+    conditions, seeds = images_of("gate", pipeline.bundle.manifest.model, GATE_IMAGES)
+    return walk(pipeline, by_pytorch(loaded, weak, conditions), guidance, conditions, seeds, LEAST_STRATA, noise=noise)
 
 
 def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]:
@@ -71,7 +71,7 @@ def feeds_of(pipeline: Pipeline, lane: Lane, own: Walk) -> dict[str, list[Feed]]
     """
     manifest = pipeline.bundle.manifest
     runner = GraphRunner(manifest, lane, pipeline.batch, pipeline.backend.batches)
-    plan = pipeline.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
+    plan = pipeline.prepare(own.times, own.conditions, own.seeds, guidance=own.guidance)
     feeds: dict[str, list[Feed]] = {}
     for index in range(0, len(own.times), EVERY):
         x = own.states[index]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sg_export.graph.check import check_reference
 from sg_export.graph.module import branch_inputs
@@ -14,7 +15,8 @@ from sg_export.loading import LoadedModel
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.devices.memory import HostMemory
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import GraphFacts
+from sg_runtime.manifest import GraphFacts, TensorFacts
+from sg_runtime.vocabulary import HOISTED
 
 
 def evaluate(
@@ -25,13 +27,13 @@ def evaluate(
     A guided graph is computed in two separate, complete passes. Raises CheckpointError if a value
     is not finite.
     """
-    given = {name: torch.from_numpy(np.asarray(value)) for name, value in feeds.items()}
+    given = {tensor.name: from_storage(tensor, feeds[tensor.name]) for tensor in graph.inputs}
     model = loaded.model
     with torch.no_grad():
-        if graph.kind == "condition":
-            condition = model.condition(given["t"], given["class"]).numpy()
-            check_reference(loaded, graph.name, condition)
-            return OrderedDict(modulations=condition)
+        if graph.hoisted:
+            outputs = dict(zip(HOISTED[graph.kind], model.hoist(graph.kind, given), strict=True))
+            check_reference(loaded, graph.name, *(value.numpy() for value in outputs.values()))
+            return OrderedDict((tensor.name, to_storage(tensor, outputs[tensor.name])) for tensor in graph.outputs)
         scaled = given["c_in"] * given["x"]
         output, *weak = (model.predict(scaled, one.held, one.keep) for one in branch_inputs(graph.kind, given))
         if weak:
@@ -40,6 +42,21 @@ def evaluate(
         following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
     check_reference(loaded, graph.name, prediction.numpy(), following.numpy())
     return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
+
+
+def from_storage(tensor: TensorFacts, values: Any) -> Tensor:
+    """Return an array of this tensor's storage type as a tensor; floats become FP32."""
+    found = torch.from_numpy(np.asarray(values))
+    if tensor.dtype == "int64":
+        return found
+    return (found.view(torch.bfloat16) if tensor.dtype == "bfloat16" else found).float()
+
+
+def to_storage(tensor: TensorFacts, values: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array of this tensor's storage type."""
+    if tensor.dtype == "bfloat16":
+        return values.bfloat16().view(torch.uint16).numpy()
+    return values.numpy().astype(tensor.storage)
 
 
 class TorchBackend:

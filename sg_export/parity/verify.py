@@ -21,7 +21,7 @@ from polygraphy.logger import G_LOGGER
 
 from sg_export.graph.check import check_reference
 from sg_export.graph.emulate import emulated
-from sg_export.graph.module import examples
+from sg_export.graph.module import columns_in_torch, random_inputs
 from sg_export.graph.overflow import first_overflow
 from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_export.options.types import BASES
@@ -29,13 +29,14 @@ from sg_export.parity import two_pass
 from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of
 from sg_export.parity.polygraphy import LaneRunner, TorchRunner, engine_command, onnx_commands, save_data
 from sg_export.parity.strata import compare_guidance, feeds_of, reference_walk
-from sg_export.parity.torch_backend import TorchBackend
+from sg_export.parity.torch_backend import TorchBackend, to_storage
 from sg_export.parity.walk import sampled
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Lane
 from sg_runtime.backends.ort import OrtBackend, open_session
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Conditions, examples, of_classes
 from sg_runtime.errors import BundleError
 from sg_runtime.guidance import built_guidances, levels
 from sg_runtime.manifest import (
@@ -44,9 +45,12 @@ from sg_runtime.manifest import (
     EngineFacts,
     GraphFacts,
     GuidancePlan,
+    Labels,
     Manifest,
+    ModelFacts,
     Precision,
     SamplerName,
+    Shifted,
     schema_of,
 )
 from sg_runtime.pipeline import Pipeline
@@ -93,7 +97,7 @@ def verify(
             f"{build_command(opened.manifest, str(opened.path))}"
         )
     if device is None and backend is None:
-        graphs = opened.manifest.condition("main").file is not None
+        graphs = opened.manifest.hoisted("main")[0].file is not None
         if not graphs and save_polygraphy is None:
             raise BundleError(
                 f"{opened.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, or give "
@@ -200,7 +204,7 @@ def _compare_quantized(
     commands: list[str] = []
     for graph in bundle.manifest.graphs:
         network = sides.networks.of(graph)
-        if graph.kind == "condition":
+        if graph.hoisted:
             feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, RUN_IMAGES) for k, t in enumerate(times)]
         if graph.name in feeds:
             (wanted,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds[graph.name])
@@ -222,7 +226,7 @@ def _save_engines(
     libraries = sorted({engine.library for engine in manifest.engines})
     wanted: dict[tuple[GraphFacts, int], list[tuple[EngineFacts, int]]] = {}
     for graph, library in itertools.product(manifest.graphs, libraries):
-        sizes = manifest.engine_batches(library) if graph.kind != "condition" else (manifest.condition_rows,)
+        sizes = (manifest.hoisted_rows[graph.kind],) if graph.hoisted else manifest.engine_batches(library)
         for rows in sizes:
             if (found := manifest.engine(graph, rows, library)) is not None:
                 wanted.setdefault((graph, rows), []).append(found)
@@ -235,7 +239,7 @@ def _save_engines(
     for number, ((graph, rows), profiles) in enumerate(wanted.items()):
         report(f"saving {graph.name} for {rows} rows", number, len(wanted))
         network, feeds = networks.of(graph), list[Feed]()
-        if graph.kind != "condition":
+        if not graph.hoisted:
             pipeline = Pipeline(bundle, TorchBackend(networks.of, rows), rows)
             for own in walks:
                 feeds += feeds_of(pipeline, pipeline.backend.lane(), own).get(graph.name, [])
@@ -275,8 +279,18 @@ def _judged(
 
 def _emulated(bundle: Bundle) -> Pipeline:
     """Return a pipeline of the bundle on the CPU, in FP32 with the rounding of its precision."""
-    backend = OrtBackend(bundle, open_graph=functools.partial(_open, precision=bundle.manifest.precision))
-    return Pipeline(bundle, backend, bundle.manifest.batch or RUN_IMAGES)
+    wide = replace(bundle, manifest=replace(bundle.manifest, graphs=tuple(map(_wide, bundle.manifest.graphs))))
+    backend = OrtBackend(wide, open_graph=functools.partial(_open, precision=bundle.manifest.precision))
+    return Pipeline(wide, backend, bundle.manifest.batch or RUN_IMAGES)
+
+
+def _wide(graph: GraphFacts) -> GraphFacts:
+    """Return a graph with inputs and outputs in FP32 in place of half precision."""
+    inputs, outputs = (
+        tuple(tensor if tensor.dtype == "int64" else replace(tensor, dtype="float32") for tensor in tensors)
+        for tensors in (graph.inputs, graph.outputs)
+    )
+    return replace(graph, inputs=inputs, outputs=outputs)
 
 
 def _open(path: Path, precision: Precision) -> onnxruntime.InferenceSession:
@@ -292,38 +306,47 @@ def _feed(
 ) -> dict[str, NDArray[Any]]:
     """Return the inputs of one graph run of `rows` images at time `t` of a sampling run.
 
-    The inputs are noise, classes (among them "no class"), kept tokens, and scale 2.5. The update is
-    the second half of a Heun step over a tenth of the run. number: seed of the random inputs.
+    The inputs are noise, conditions (among them "no class"), kept tokens, and scale 2.5. The update
+    is the second half of a Heun step over a tenth of the run. number: seed of the random inputs.
     """
-    generator = torch.Generator().manual_seed(number)
-    sizes = {"B": rows, "S": manifest.condition_rows}
-    values = examples(graph.inputs, manifest.model, sizes, generator)
+    generator, model = torch.Generator().manual_seed(number), manifest.model
+    rows = manifest.hoisted_rows.get(graph.kind, rows)
+    values = random_inputs(graph.inputs, model, {"B": rows, "S": rows}, generator)
     feed: dict[str, NDArray[Any]] = {name: value.numpy() for name, value in values.items()}
-    classes = torch.arange(max(sizes.values())) * 7 % manifest.model.num_classes
-    classes[1::4] = manifest.model.num_classes
+    conditions = _conditions(model, rows, number)
     time = _time(manifest, t)
-    scaling = precondition(manifest.model.prediction, time)
-    if graph.kind == "condition":
-        return feed | {"t": np.full(sizes["S"], scaling.t, np.float32), "class": classes[: sizes["S"]].numpy()}
-    step = updates("heun", manifest.model.prediction, (_time(manifest, t + 0.1), time, 0.0))[1]
+    scaling = precondition(model.prediction, time)
+    given = [{"t": torch.full((rows,), scaling.t), **columns_in_torch(conditions, weak=own)} for own in (False, True)]
+    if graph.hoisted:
+        return {tensor.name: given[0][tensor.name].numpy() for tensor in graph.inputs}
+    floor = manifest.sampling.time_floor
+    step = updates("heun", model.prediction, (_time(manifest, t + 0.1), time, 0.0), time_floor=floor)[1]
     scalars = {"scale": 2.5, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
     scalars |= {"a": step.a, "b": step.b, "e": step.e}
     feed |= {name: np.array(value, np.float32) for name, value in scalars.items() if name in feed}
-    conditions = {"modulations": classes[:rows], "modulations_weak": torch.full((rows,), manifest.model.num_classes)}
     with torch.no_grad():
-        for name, labels in conditions.items():
-            if name in feed:
-                feed[name] = loaded.model.condition(torch.full((rows,), scaling.t), labels).numpy()
+        strong, weak = (loaded.model.held(columns) for columns in given)
+    held = strong | {f"{name}_weak": value for name, value in weak.items()}
+    feed |= {tensor.name: to_storage(tensor, held[tensor.name]) for tensor in graph.inputs if tensor.name in held}
     # Scale the noise to the noise level of the time.
-    return feed | {name: feed[name] * np.float32(max(time, 1.0)) for name in ("x", "r")}
+    level = np.float32(manifest.sampling.noise_scale * max(time, 1.0))
+    return feed | {name: feed[name] * level for name in ("x", "r")}
+
+
+def _conditions(model: ModelFacts, count: int, number: int = 0) -> Conditions:
+    """Return conditions to compare at: every seventh class, every fourth "no class"; or prompts."""
+    if not isinstance(model.conditions, Labels):
+        return examples(model, count, number)
+    labels = model.conditions
+    return of_classes(labels, [labels.count if k % 4 == 1 else k * 7 % labels.count for k in range(count)])
 
 
 def _time(manifest: Manifest, t: float) -> float:
     """Return `t`; for an edm model, the sigma at fraction `t` of its run, counted from the end."""
-    if manifest.sampling.karras is None:
+    times = manifest.sampling.times
+    if isinstance(times, Shifted):
         return t
-    low, high = manifest.sampling.karras.sigma_min, manifest.sampling.karras.sigma_max
-    rho = manifest.sampling.karras.rho
+    low, high, rho = times.sigma_min, times.sigma_max, times.rho
     return float((low ** (1 / rho) + t * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
 
 
@@ -347,23 +370,22 @@ def _compare_run(
     sampler: SamplerName,
     fused: bool,
 ) -> Comparison:
-    manifest, count = pipeline.bundle.manifest, loaded.facts.num_classes
-    classes, seeds = [k * 7 % count for k in range(RUN_IMAGES)], list(range(RUN_IMAGES))
+    manifest, seeds = pipeline.bundle.manifest, list(range(RUN_IMAGES))
+    conditions = examples(manifest.model, RUN_IMAGES)
     wanted = two_pass.sample(
         loaded,
         guidance,
-        classes,
+        conditions,
         seeds,
         RUN_STEPS,
         sampler,
         weak=weak if guidance.row.weak_network == "weak" else None,
         levels=levels(manifest),
         weak_levels=levels(manifest, guidance.row.weak_network),
-        karras=manifest.sampling.karras,
     )
     gates, name = BASES[manifest.precision].gates, _run_name(guidance, sampler, fused)
     check_reference(loaded, name, wanted)
-    found = sampled(pipeline, classes, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
+    found = sampled(pipeline, conditions, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 
 

@@ -7,12 +7,13 @@ import numpy as np
 
 from sg_export.parity.distances import cosine_similarity, distance
 from sg_runtime.arrays import Array
+from sg_runtime.conditions import Conditions
 from sg_runtime.errors import NonFiniteError
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GuidancePlan, SamplerName, StratumQuality
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.prepared import PreparedRun
-from sg_runtime.sampling import integrate, run_times, updates
+from sg_runtime.sampling import integrate, trajectory
 
 BranchPredictor = Callable[[Array, PreparedRun, int], tuple[Array, Array]]
 """Function (x, plan, evaluation) → (strong prediction, weak prediction).
@@ -29,7 +30,7 @@ class Walk:
     """A guided Euler run of the reference, with its predictions at every evaluation.
 
     guidance: guidance of the run.
-    classes: class of each of the B images.
+    conditions: conditions of the B images.
     seeds: seed of each image.
     times: time (t or sigma) of each of the E evaluations.
     states: state at each evaluation, (E, B, C, H, W) float32.
@@ -41,7 +42,7 @@ class Walk:
     """
 
     guidance: GuidancePlan
-    classes: tuple[int, ...]
+    conditions: Conditions
     seeds: tuple[int, ...]
     times: tuple[float, ...]
     states: Array
@@ -70,7 +71,7 @@ def walk(
     pipe: Pipeline,
     branches: BranchPredictor,
     guidance: GuidancePlan,
-    classes: Sequence[int],
+    conditions: Conditions,
     seeds: Sequence[int],
     steps: int,
     *,
@@ -82,14 +83,14 @@ def walk(
     which takes a second run.
     """
     manifest = pipe.bundle.manifest
-    times = run_times(steps, manifest.sampling.karras)
-    run = updates("euler", manifest.model.prediction, times)
+    path = trajectory(replace(manifest.sampling, steps=steps, sampler="euler"), manifest.model.prediction)
+    run = path.updates
     states: list[Array] = []
     found: list[tuple[Array, Array]] = []
 
     def run_with(shift: int) -> Array:
         counters = [(update.step + shift, update.evaluation) for update in run]
-        plan = pipe.prepare([u.time for u in run], classes, seeds, counters=counters, guidance=guidance)
+        plan = pipe.prepare([u.time for u in run], conditions, seeds, counters=counters, guidance=guidance)
 
         def advance(index: int, x: Array, r: Array) -> Array:
             pair = branches(x, plan, index)
@@ -98,14 +99,14 @@ def walk(
                 found.append(pair)
             return run[index].next(x, guide(*pair, guidance.scale), r)
 
-        return integrate(run, advance, np.float32(times[0]) * pipe.initial_noise(seeds))
+        return integrate(run, advance, np.float32(path.start) * pipe.initial_noise(seeds))
 
     samples = run_with(0)
     sparse = max(guidance.strong.sparsity, guidance.weak.sparsity) > 0
     other = run_with(OTHER_SUBSETS) if noise and sparse else samples
     return Walk(
         guidance,
-        tuple(classes),
+        conditions,
         tuple(seeds),
         tuple(update.time for update in run),
         np.stack(states),
@@ -123,7 +124,7 @@ def judge(pipe: Pipeline, walks: Sequence[Walk], strata: Sequence[int] | None = 
     """
     worst: dict[float, StratumQuality] = {}
     for own in walks:
-        plan = pipe.prepare(own.times, own.classes, own.seeds, guidance=own.guidance)
+        plan = pipe.prepare(own.times, own.conditions, own.seeds, guidance=own.guidance)
         branches = by_pipeline(pipe)
         for index in range(len(own.times)) if strata is None else strata:
             strong, weak = branches(own.states[index], plan, index)
@@ -152,7 +153,7 @@ def run_distance(pipe: Pipeline, walks: Sequence[Walk]) -> float:
     """
     return max(
         distance(
-            sampled(pipe, own.classes, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
+            sampled(pipe, own.conditions, own.seeds, steps=len(own.times), sampler="euler", guidance=own.guidance),
             own.samples,
         )
         for own in walks
@@ -161,7 +162,7 @@ def run_distance(pipe: Pipeline, walks: Sequence[Walk]) -> float:
 
 def sampled(
     pipe: Pipeline,
-    classes: Sequence[int],
+    conditions: Conditions,
     seeds: Sequence[int],
     *,
     steps: int,
@@ -171,6 +172,6 @@ def sampled(
 ) -> Array:
     """Sample with the pipeline. If a sample is not finite, all samples are NaN."""
     try:
-        return pipe.sample(classes, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
+        return pipe.sample(conditions, seeds, steps=steps, sampler=sampler, guidance=guidance, fused=fused)
     except NonFiniteError:
-        return np.full((len(classes), *pipe.bundle.manifest.model.latent), np.nan, np.float32)
+        return np.full((len(conditions), *pipe.bundle.manifest.model.latent), np.nan, np.float32)

@@ -22,7 +22,8 @@ def time_ratio(candidate: Pipeline, pipe: Pipeline, own: Walk) -> float:
     first state is evaluated.
     """
     plans = {
-        side: side.prepare(own.times[:1], own.classes, own.seeds, guidance=own.guidance) for side in (candidate, pipe)
+        side: side.prepare(own.times[:1], own.conditions, own.seeds, guidance=own.guidance)
+        for side in (candidate, pipe)
     }
 
     def seconds(side: Pipeline) -> float:

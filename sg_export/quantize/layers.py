@@ -36,7 +36,7 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
     found: dict[str, dict[NetworkName, LayerFacts]] = {}
     for graph in sorted(reference.manifest.graphs, key=lambda graph: graph.kind != "guided"):
         path = reference.onnx(graph)
-        model, in_steps = ir.load(path).graph, graph.kind != "condition"
+        model, in_steps = ir.load(path).graph, not graph.hoisted
         macs = layer_macs(model, keep_sizes(GraphSpec(graph.kind, graph.levels), [lv.keep for lv in graph.levels]))
         for name, layer in layers_of(onnx.load(path, load_external_data=False), reference.manifest.model.ends).items():
             weight = model.initializers[layer.weight].const_value

@@ -18,10 +18,11 @@ from sg_export.cost.step import StepCost, step_costs
 from sg_export.parity.walk import by_pipeline, judge, run_distance, walk
 from sg_export.progress import Report, silent
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import examples
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import built_guidances
 from sg_runtime.images import grid
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, StratumQuality
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Labels, Manifest, StratumQuality
 from sg_runtime.pipeline import Pipeline
 
 SHOWN_IMAGES = 16
@@ -89,10 +90,10 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
                 f"{other.path}: expected a bundle of the same checkpoint as {first.path}, found one of another model"
             )
     pipes = [Pipeline.load(bundle, device) for bundle in opened]
-    classes, seeds = images_of("gate", first.manifest.model, JUDGED)
+    conditions, seeds = images_of("gate", first.manifest.model, JUDGED)
     shared = _shared(opened)
     report("sampling guided runs of the first bundle", 0, 2 + len(pipes))
-    walks = [walk(pipes[0], by_pipeline(pipes[0]), plan, classes, seeds, LEAST_STRATA) for plan in shared]
+    walks = [walk(pipes[0], by_pipeline(pipes[0]), plan, conditions, seeds, LEAST_STRATA) for plan in shared]
     report("timing", 1, 2 + len(pipes))
     seconds = _seconds(pipes)
     found = []
@@ -145,7 +146,7 @@ def _seconds(pipes: Sequence[Pipeline]) -> list[float]:
         for pipe in pipes:
             time.sleep(TIMING_PAUSE)
             began = time.perf_counter()
-            pipe.sample([0], [0])
+            pipe.sample(examples(pipe.bundle.manifest.model, 1), [0])
             times.append(time.perf_counter() - began)
         rounds.append(times)
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
@@ -159,7 +160,10 @@ def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:
     model = pipe.bundle.manifest.model
     if model.space == "latent":
         return {}
-    classes = [image * max(model.num_classes // SHOWN_IMAGES, 1) % model.num_classes for image in range(SHOWN_IMAGES)]
+    if not isinstance(model.conditions, Labels):
+        return {}
+    count = model.conditions.count
+    classes = [image * max(count // SHOWN_IMAGES, 1) % count for image in range(SHOWN_IMAGES)]
     found: dict[str, NDArray[np.uint8]] = {}
     for mode in MODES:
         try:

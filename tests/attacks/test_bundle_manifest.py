@@ -50,13 +50,13 @@ def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Re
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
 def test_load_of_json_that_is_no_manifest_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
-    refused("manifest.json: expected schema version 5, found None")
+    refused("manifest.json: expected schema version 6, found None")
 
 
 @pytest.mark.parametrize("version", [0, 1, -1, "2", True, 2.0, [2], 10**30])
 def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refused, version: object) -> None:
     edit(lambda content: content.update(schema_version=version))
-    refused(f"expected schema version 5, found {version!r}; rebuild the bundle with this sg-export")
+    refused(f"expected schema version 6, found {version!r}; rebuild the bundle with this sg-export")
 
 
 def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:
@@ -86,15 +86,18 @@ def test_load_of_a_number_as_text_is_refused(edit: Edit, refused: Refused) -> No
         (lambda c: c["guidance"].update(scale=float("nan")), "scale: expected a finite float32 number, found nan"),
         (lambda c: c["guidance"].update(scale=float("inf")), "scale: expected a finite float32 number, found inf"),
         (lambda c: c["guidance"]["weak"].update(sparsity=1.5), "sparsity 1.5: expected at least 0 and less than 1"),
-        (lambda c: c["model"].update(class_names=["one"]), "class_names: expected 5 names, found 1"),
+        (lambda c: c["model"]["conditions"].update(names=["one"]), "class_names: expected 5 names, found 1"),
         (lambda c: c["model"]["route"].update(start=2, end=1), "route 2-1: expected 0 <= start <= end"),
         (lambda c: c["model"].update(latent=[-2, 8, 8]), "latent: expected sizes of at least 1, found (-2, 8, 8)"),
         (lambda c: c["model"].update(latent=[2, 8, 0]), "latent: expected sizes of at least 1, found (2, 8, 0)"),
-        (lambda c: c["model"].update(num_classes=-1), "num_classes: expected at least 1, found -1"),
+        (lambda c: c["model"]["conditions"].update(count=-1), "count: expected at least 1, found -1"),
         (lambda c: c["sampling"].update(steps=0), "steps: expected at least 1, found 0"),
         (lambda c: c.update(batch=0), "batch: expected at least 1, found 0"),
         (lambda c: c.update(batch=-3), "batch: expected at least 1, found -3"),
-        (lambda c: c.update(condition_rows=0), "condition_rows: expected at least 1, found 0"),
+        (
+            lambda c: c["hoisted_rows"].update(condition=0),
+            "hoisted_rows: expected at least 1 for condition, found {'condition': 0}",
+        ),
         (lambda c: c["graphs"].pop(0), "graphs: expected a condition graph for the main network, found none"),
         (lambda c: c.update(graphs=[]), "graphs: expected a condition graph for the main network, found none"),
         (lambda c: c["graphs"][1].update(outputs=[]), "graph dense: outputs: expected at least one, found none"),
@@ -117,10 +120,15 @@ def ends(**values: Any) -> Callable[[Any], object]:
 
 def levels(**values: Any) -> Callable[[Any], object]:
     """Return a change that replaces noise levels."""
-    return lambda content: content["sampling"]["karras"].update(values)
+    return lambda content: content["sampling"]["times"].update(values)
 
 
-NO_LEVELS = "sampling: karras: expected noise levels for an edm model and none for a flow model"
+def noise(**values: Any) -> Callable[[Any], object]:
+    """Return a change that replaces conventions about noise."""
+    return lambda content: content["sampling"].update(values)
+
+
+NO_LEVELS = "sampling: times: expected noise levels for an edm model, and times from 1 to 0 for other models"
 INTERVAL = "interval: expected 0 <= lowest time <= highest time, found "
 LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of at least 1, found "
 
@@ -188,10 +196,10 @@ LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of
         # Noise levels
         ("tiny_bundle", lambda c: c["model"].update(prediction="edm"), NO_LEVELS),
         ("tiny_edm_bundle", lambda c: c["model"].update(prediction="flow"), NO_LEVELS),
-        ("tiny_edm_bundle", lambda c: c["sampling"].update(karras=None), NO_LEVELS),
+        ("tiny_edm_bundle", lambda c: c["sampling"].update(times={"shift": 1.0, "last": None}), NO_LEVELS),
         (
             "tiny_bundle",
-            lambda c: c["sampling"].update(karras={"sigma_min": 0.002, "sigma_max": 80, "rho": 7}),
+            lambda c: c["sampling"].update(times={"sigma_min": 0.002, "sigma_max": 80, "rho": 7}),
             NO_LEVELS,
         ),
         ("tiny_edm_bundle", levels(sigma_min=0), LEVELS + "0, 80 and 7"),
@@ -202,7 +210,14 @@ LEVELS = "noise levels: expected 0 < sigma_min < sigma_max in float32 and rho of
         ("tiny_edm_bundle", levels(rho=0), LEVELS + "0.002, 80 and 0"),
         ("tiny_edm_bundle", levels(rho=1e-9), LEVELS + "0.002, 80 and 1e-09"),
         ("tiny_edm_bundle", levels(rho=float("nan")), LEVELS + "0.002, 80 and nan"),
-        ("tiny_edm_bundle", levels(s_churn=40), "sampling.karras.s_churn: "),
+        ("tiny_edm_bundle", levels(s_churn=40), "sampling.times.Karras.s_churn: "),
+        ("tiny_bundle", levels(shift=0), "times: shift: expected a float32 number above 0, found 0"),
+        ("tiny_bundle", levels(shift=1e39), "times: shift: expected a float32 number above 0, found 1e+39"),
+        ("tiny_bundle", levels(last=1), "times: last: expected a float32 number above 0 and below 1, found 1"),
+        ("tiny_bundle", noise(noise_scale=0), "noise_scale: expected a float32 number above 0, found 0"),
+        ("tiny_bundle", noise(noise_scale=float("inf")), "noise_scale: expected a float32 number above 0, found inf"),
+        ("tiny_bundle", noise(time_floor=2), "time_floor: expected 0 to 1, found 2"),
+        ("tiny_bundle", noise(time_floor=0.05), "sampling: time_floor: expected 0 for a model of flow"),
     ],
     indirect=["bundle"],
 )

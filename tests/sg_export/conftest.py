@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from text import CONTEXT, TEXT, SmallPRX
 from weights import random_state
 
 from sg_export.adapters import maskdit as maskdit_adapter
+from sg_export.adapters.dit import default_sampling
 from sg_export.loading import LoadedModel
 from sg_export.models import maskdit
-from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.dit import AdaLNNetwork, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
-from sg_runtime.manifest import ModelFacts, Route, Source
+from sg_runtime.manifest import Labels, ModelFacts, Route, Source, Text
 
 MakeModel = Callable[..., LoadedModel]
 
@@ -91,8 +93,8 @@ def make_model() -> MakeModel:
     the route, and its decoder is small.
     """
 
-    def make(network_class: type[DiT], config: DiTConfig, route: Route, seed: int = 1) -> LoadedModel:
-        masked = network_class is MaskDiT
+    def make(network_class: type[AdaLNNetwork], config: DiTConfig, route: Route, seed: int = 1) -> LoadedModel:
+        masked, text = network_class is MaskDiT, issubclass(network_class, SmallPRX)
         with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
             shrink_decoder(patch)
             network = network_class(config)
@@ -100,25 +102,26 @@ def make_model() -> MakeModel:
         values = random_state({name: list(tensor.shape) for name, tensor in state.items()}, seed, {})
         network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
         facts = ModelFacts(
-            family="maskdit" if masked else "tread",
+            family="maskdit" if masked else "prx" if text else "tread",
             prediction="edm" if masked else "flow",
             space="latent",
             latent=(config.channels, config.image_size, config.image_size),
+            pixels_per_latent=None,
             patch=config.patch,
             tokens=config.tokens,
             width=config.width,
             depth=config.depth,
-            heads=config.heads,
-            num_classes=config.num_classes,
-            modulations=network.modulations,
+            heads=getattr(network.config, "heads", config.heads),
+            conditions=Text(TEXT, CONTEXT) if text else Labels(config.num_classes, None),
+            held=network.held,
             parameters=sum(tensor.numel() for tensor in state.values()),
             route=Route(0, config.depth - 1) if masked else route,
-            class_names=None,
             ends=network.ends,
             masked=masked,
         )
         layers = Route(0, config.depth) if masked else route
         model = SparseModel(network, layers).eval().requires_grad_(False)
-        return LoadedModel(model, facts, Source("random.pt", "0" * 64, "bare", None))
+        sampling = default_sampling(facts.prediction)
+        return LoadedModel(model, facts, sampling, Source("random.pt", "0" * 64, "bare", None))
 
     return make

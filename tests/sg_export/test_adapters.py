@@ -39,7 +39,7 @@ def test_find_adapter_by_name_finds_it(family: str) -> None:
 
 
 def test_find_adapter_with_unknown_name_lists_the_known() -> None:
-    with pytest.raises(CheckpointError, match=r"^model.pt: family 'unet': expected one of maskdit, tread$"):
+    with pytest.raises(CheckpointError, match=r"^model.pt: family 'unet': expected one of maskdit, tread, prx$"):
         find_adapter(checkpoint({}, family="unet"))
 
 
@@ -51,7 +51,7 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
         find_adapter(checkpoint(tensors))
     assert str(caught.value) == (
         "model.pt: expected a checkpoint of a supported family (maskdit needs decoder_layer.linear.weight; tread needs "
-        "pos_embed), found a.conv_in.weight, "
+        "pos_embed; prx needs txt_in.weight, blocks.0.modulation.lin.weight), found a.conv_in.weight, "
         "blocks.0.adaLN_modulation.1.bias, blocks.0.adaLN_modulation.1.weight, blocks.0.attn.proj.bias, "
         "blocks.0.attn.proj.weight, blocks.0.attn.qkv.bias"
     )
@@ -153,7 +153,7 @@ def test_build_states_the_facts(tiny: Any) -> None:
     shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
     assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("tread", "flow", "latent", 5)
-    assert facts.modulations == 6 * 32 * 3 + 2 * 32
+    assert facts.held["modulations"][0] == 6 * 32 * 3 + 2 * 32
     assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
     assert facts.route == model.route == Route(1, 1)
     assert facts.class_names == ("a", "b", "c", "d", "e")
@@ -234,7 +234,7 @@ def test_build_of_maskdit_states_the_facts(tiny_masked: Any) -> None:
     assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("maskdit", "edm", "latent", 5)
     # Three blocks have six vectors each, and the layer between has two. Eight blocks have six each,
     # and the final layer has two.
-    assert facts.modulations == (6 * 3 + 2) * 32 + (6 * 8 + 2) * 512
+    assert facts.held["modulations"][0] == (6 * 3 + 2) * 32 + (6 * 8 + 2) * 512
     assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
     assert facts.class_names == ("a", "b", "c", "d", "e")
     assert not model.training

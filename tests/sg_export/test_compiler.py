@@ -19,7 +19,7 @@ from sg_export.options.types import BASES
 from sg_runtime import __version__
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, ExportError, UsageError
-from sg_runtime.manifest import FileFacts, GuidancePlan, Karras, Level, Manifest, Route, Sampling
+from sg_runtime.manifest import EVEN, FileFacts, GuidancePlan, Karras, Level, Manifest, Route, Sampling
 from sg_runtime.pipeline import Pipeline
 
 FULL, MOST, HALF = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8)
@@ -55,8 +55,13 @@ def test_compile_states_what_was_decided(tiny_bundle: Path, tiny_checkpoint: Pat
     assert manifest.created_by == f"sg-export {__version__}"
     assert manifest.model == loaded.facts
     assert manifest.guidance == GuidancePlan("sg", FULL, HALF, 2.0)
-    assert manifest.sampling == Sampling("euler", 40, None)
-    assert (manifest.precision, manifest.opset, manifest.batch, manifest.condition_rows) == ("fp32", 20, None, 40)
+    assert manifest.sampling == Sampling("euler", 40, EVEN)
+    assert (manifest.precision, manifest.opset, manifest.batch, manifest.hoisted_rows["condition"]) == (
+        "fp32",
+        20,
+        None,
+        40,
+    )
     assert manifest.source.file == tiny_checkpoint.name
     assert manifest.source.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
     assert (manifest.source.weights, manifest.source.reference) == ("bare", None)

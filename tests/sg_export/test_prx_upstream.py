@@ -26,10 +26,10 @@ from sg_export.graph.spec import GraphSpec
 from sg_export.graph.trace import trace
 from sg_export.models import prx as models
 from sg_export.models.dit import modulate
-from sg_export.models.prx import PRX, text_bias
+from sg_export.models.prx import PRX
 from sg_export.models.sparse import BranchInputs, SparseModel
 from sg_export.models.subset import Subset
-from sg_runtime.manifest import Level, ModelFacts, Route, Source
+from sg_runtime.manifest import Level, ModelFacts, Route, Source, Text
 
 FACTS = json.loads((HERE / "prx_upstream.json").read_bytes())
 CASES: dict[str, Any] = {case["name"]: case for case in FACTS["cases"]}
@@ -78,9 +78,8 @@ def arrays_of(name: str) -> dict[str, Tensor]:
 
 def held_by(network: Any, arrays: dict[str, Tensor], prompt: str = "") -> dict[str, Tensor]:
     """Return what a branch holds. prompt: start of the names of embeddings and mask."""
-    keys, values = network.prompt(arrays[f"{prompt}embeddings"])
-    held = {"modulations": network.condition(arrays["t"]), "text_keys": keys, "text_values": values}
-    return held | {"text_bias": text_bias(arrays[f"{prompt}mask"])}
+    given = {"t": arrays["t"], "embeddings": arrays[f"{prompt}embeddings"], "mask": arrays[f"{prompt}mask"]}
+    return SparseModel(network, Route(0, 0)).held(given)
 
 
 def model_of(network: Any, name: str) -> SparseModel:
@@ -161,16 +160,16 @@ def test_guided_graph_equals_the_combination_of_upstreams_predictions(name: str,
         prediction="flow",
         space="latent",
         latent=(network.config.channels, *network.config.image_size),
+        pixels_per_latent=None,
         patch=network.config.patch,
         tokens=tokens,
         width=network.config.width,
         depth=network.config.depth,
         heads=network.config.heads,
-        num_classes=1,
-        modulations=network.modulations,
+        conditions=Text(network.config.text_tokens, network.config.context),
+        held=network.held,
         parameters=1,
         route=None,
-        class_names=None,
         ends=network.ends,
         masked=False,
     )

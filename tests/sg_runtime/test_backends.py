@@ -37,12 +37,12 @@ def run(backend: Backend, graph: GraphFacts, inputs: Any, output: str, shape: tu
 
 
 def modulations(backend: Backend, bundle: Bundle, rows: int) -> NDArray[Any]:
-    shape = (rows, bundle.manifest.model.modulations)
+    shape = (rows, bundle.manifest.model.held["modulations"][0])
     return run(backend, condition(bundle), feeds(rows), "modulations", shape)
 
 
 def condition(bundle: Bundle) -> GraphFacts:
-    return bundle.manifest.condition("main")
+    return bundle.manifest.hoisted("main")[0]
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
@@ -90,7 +90,7 @@ def test_run_of_a_step_graph_gives_the_output_that_is_asked_for(bundle: Bundle) 
     x, r = np.ones((2, 2, 8, 8), np.float32), np.full((2, 2, 8, 8), 8, np.float32)
     scalars = {"c_in": 1, "c_skip": 2, "c_out": 0, "a": 3, "b": 4, "e": 0.5}
     step = {name: np.array(value, np.float32) for name, value in scalars.items()}
-    step |= {"x": x, "r": r, "modulations": np.zeros((2, bundle.manifest.model.modulations), np.float32)}
+    step |= {"x": x, "r": r, "modulations": np.zeros((2, bundle.manifest.model.held["modulations"][0]), np.float32)}
     backend = open_backend(bundle, "cpu")
     assert np.unique(run(backend, graph, step, "prediction", x.shape)).tolist() == [2]
     assert np.unique(run(backend, graph, step, "next", x.shape)).tolist() == [3 + 4 * 2 + 0.5 * 8]
@@ -111,7 +111,11 @@ def test_run_of_a_step_graph_gives_the_output_that_is_asked_for(bundle: Bundle) 
 def test_run_of_wrong_feeds_names_the_graph(bundle: Bundle, wrong: dict[str, NDArray[Any]]) -> None:
     with pytest.raises(EngineError, match=r"^graphs/condition\.onnx: ONNX Runtime failed: "):
         run(
-            open_backend(bundle, "cpu"), condition(bundle), wrong, "modulations", (2, bundle.manifest.model.modulations)
+            open_backend(bundle, "cpu"),
+            condition(bundle),
+            wrong,
+            "modulations",
+            (2, bundle.manifest.model.held["modulations"][0]),
         )
 
 

@@ -144,10 +144,10 @@ def test_sample_of_ever_other_lengths_keeps_a_limited_number_of_graphs(
 def test_bind_of_the_same_arrays_shares_a_captured_graph(pipe: Pipeline, sessions: Sessions) -> None:
     """The addresses alone do not suffice: a graph is captured for its shapes."""
     lane = pipe.backend.lane()
-    graph = pipe.bundle.manifest.condition("main")
+    graph = pipe.bundle.manifest.hoisted("main")[0]
     lane.enter()
     t, labels = lane.memory.hold(np.linspace(0, 1, 4, dtype=np.float32)), lane.memory.hold(np.zeros(4, np.int64))
-    table = lane.memory.empty((4, pipe.bundle.manifest.model.modulations), np.float32)
+    table = lane.memory.empty((4, pipe.bundle.manifest.model.held["modulations"][0]), np.float32)
 
     def run(rows: int) -> NDArray[Any]:
         lane.bind(graph, {"t": t[:rows], "class": labels[:rows]}, {"modulations": table[:rows]}, fixed=True)()

@@ -54,7 +54,7 @@ def edm_bundle(trt_bundle: Path) -> Path:
     shutil.copytree(trt_bundle, copy)
     content = json.loads((copy / "manifest.json").read_text())
     content["model"]["prediction"] = "edm"
-    content["sampling"]["karras"] = {"sigma_min": 0.02, "sigma_max": 3.0, "rho": 7.0}
+    content["sampling"]["times"] = {"sigma_min": 0.02, "sigma_max": 3.0, "rho": 7.0}
     (copy / "manifest.json").write_text(json.dumps(content))
     return copy
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import sg_runtime.manifest
 from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.manifest import (
+    EVEN,
     FLOAT32_MAX,
     FLOAT32_MIN,
     SCHEMA_VERSION,
@@ -30,6 +31,7 @@ from sg_runtime.manifest import (
     GuidanceMode,
     GuidancePlan,
     Karras,
+    Labels,
     LayerChoice,
     Level,
     Manifest,
@@ -41,6 +43,7 @@ from sg_runtime.manifest import (
     Quantization,
     Route,
     Sampling,
+    Shifted,
     Source,
     StratumQuality,
     TensorFacts,
@@ -93,16 +96,16 @@ def models(draw: st.DrawFn) -> ModelFacts:
         prediction=draw(st.sampled_from(["flow", "edm"])),
         space=draw(st.sampled_from(["pixel", "latent"])),
         latent=draw(st.tuples(counts, counts, counts)),
+        pixels_per_latent=draw(st.none() | counts),
         patch=patch,
         tokens=draw(st.integers(2, 1000)),
         width=width,
         depth=depth,
         heads=heads,
-        num_classes=draw(counts) if names is None else len(names),
-        modulations=modulations,
+        conditions=Labels(draw(counts) if names is None else len(names), names),
+        held={"modulations": (modulations,)},
         parameters=draw(counts),
         route=draw(st.none() | routes),
-        class_names=names,
         ends=draw(st.lists(texts, max_size=2).map(tuple)),
         masked=draw(st.booleans()),
     )
@@ -166,6 +169,11 @@ def noise_levels(draw: st.DrawFn) -> Karras:
     return Karras(low, draw(st.floats(low, FLOAT32_MAX, exclude_min=True)), draw(st.floats(1, FLOAT32_MAX)))
 
 
+shifts = st.builds(
+    Shifted, st.floats(FLOAT32_MIN, FLOAT32_MAX), st.none() | st.floats(FLOAT32_MIN, 1, exclude_max=True)
+)
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     model = draw(models())
@@ -183,7 +191,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         sampling=Sampling(
             draw(st.sampled_from(["euler", "heun"])),
             draw(counts),
-            draw(noise_levels()) if model.prediction == "edm" else None,
+            draw(noise_levels() if model.prediction == "edm" else shifts),
+            draw(st.floats(FLOAT32_MIN, FLOAT32_MAX)),
+            draw(st.floats(0, 1)) if model.prediction == "x0" else 0.0,
         ),
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         fp32_layers=tuple(draw(st.lists(texts, max_size=2))),
@@ -262,14 +272,13 @@ def test_json_schema_of_the_code_is_the_file() -> None:
 
 PLACES = [
     ("tiny_bundle", "", "files"),
-    ("tiny_bundle", "model", "class_names"),
+    ("tiny_bundle", "model", "conditions"),
     ("tiny_bundle", "model.route", "end"),
     ("tiny_bundle", "guidance", "scale"),
     ("tiny_bundle", "guidance.strong", "keep"),
     ("tiny_cosine_bundle", "guidance.strong_last", "sparsity"),
     ("tiny_cosine_bundle", "guidance.weak_last", "keep"),
-    ("tiny_bundle", "sampling", "karras"),
-    ("tiny_edm_bundle", "sampling.karras", "rho"),
+    ("tiny_bundle", "sampling", "times"),
     ("tiny_bundle", "graphs.0", "network"),
     ("tiny_bundle", "graphs.0.inputs.0", "shape"),
     ("tiny_bundle", "graphs.0.cost", "activation_bytes"),
@@ -340,12 +349,13 @@ def test_read_manifest_of_a_plan_without_the_keys_of_what_changes_is_constant(
         ("guidance.interval", lambda c: c["guidance"].update(interval=[0.1])),
         ("guidance.interval", lambda c: c["guidance"].update(interval=[0.1, 0.2, 0.3])),
         ("guidance.interval.1", lambda c: c["guidance"].update(interval=[0.1, "0.2"])),
-        ("sampling.karras", lambda c: c["sampling"].update(karras=7)),
+        ("sampling.times.Karras", lambda c: c["sampling"].update(times=7)),
+        ("sampling.noise_scale", lambda c: c["sampling"].update(noise_scale="2")),
         ("sampling.sampler", lambda c: c["sampling"].update(sampler="ddim")),
         ("model.prediction", lambda c: c["model"].update(prediction="eps")),
         ("graphs.1.network", lambda c: c["graphs"][1].update(network="strong")),
         ("weak_source", lambda c: c.update(weak_source="tiny.safetensors")),
-        ("model.class_names.3", lambda c: c["model"]["class_names"].__setitem__(3, 5)),
+        ("model.conditions.Labels.names.3", lambda c: c["model"]["conditions"]["names"].__setitem__(3, 5)),
         ("model.route", lambda c: c["model"].update(route="1-6")),
         ("graphs.1.kind", lambda c: c["graphs"][1].update(kind="thick")),
         ("graphs", lambda c: c.update(graphs={})),
@@ -367,6 +377,7 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
     All its networks had the same modules at their ends.
     """
     expected = read(content)
+    content["sampling"] = {"sampler": "euler", "steps": 40, "karras": None}
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
@@ -380,9 +391,23 @@ def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
     content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
 ) -> None:
     del content["model"]["masked"], content["onnx_target"], content["passes"]
+    content["sampling"] = {"sampler": "euler", "steps": 40, "karras": None}
     content["model"]["family"] = family
     manifest = read({**content, "schema_version": 4})
     assert (manifest.model.masked, manifest.onnx_target) == (masked, "onnxruntime")
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_edm_bundle"])
+def test_read_manifest_of_schema_5_knows_the_times_of_runs(
+    bundle: str, request: pytest.FixtureRequest, read: Callable[[Any], Manifest]
+) -> None:
+    content = json.loads((request.getfixturevalue(bundle) / "manifest.json").read_bytes())
+    expected = read(content)
+    sampling = content["sampling"]
+    del sampling["noise_scale"], sampling["time_floor"]
+    times = sampling.pop("times")
+    sampling["karras"] = times if "rho" in times else None
+    assert read({**content, "schema_version": 5}) == expected
 
 
 @pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])
@@ -417,7 +442,7 @@ def test_graph_of_a_kind_and_counts_is_found_or_none(tiny_bundle: Path) -> None:
     assert manifest.graph("guided", 16, 8, null_weak=True) is None
     assert manifest.graph("guided", 16, 8, network="weak") is None
     assert manifest.graph("dense", 8) is None
-    assert manifest.condition("main").file == "graphs/condition.onnx"
+    assert manifest.hoisted("main")[0].file == "graphs/condition.onnx"
 
 
 def test_graph_of_a_weak_branch_without_a_class_is_another(tiny_cfg_sg_bundle: Path) -> None:
@@ -433,7 +458,7 @@ def test_graph_of_another_network_is_another(tiny_autoguidance_bundle: Path) -> 
     manifest = read_manifest(tiny_autoguidance_bundle / "manifest.json")
     files = [manifest.graph("dense", 16, network=network) for network in ("main", "weak")]
     assert [graph and graph.file for graph in files] == ["graphs/dense.onnx", "graphs/weak-dense.onnx"]
-    assert manifest.condition("weak").file == "graphs/weak-condition.onnx"
+    assert manifest.hoisted("weak")[0].file == "graphs/weak-condition.onnx"
 
 
 def test_condition_of_a_network_that_is_not_there_names_the_build(tiny_bundle: Path) -> None:
@@ -597,13 +622,41 @@ def test_karras_of_levels_that_are_none_is_refused(low: float, high: float, rho:
 @pytest.mark.parametrize("steps", [0, -1])
 def test_sampling_of_no_step_is_refused(steps: int) -> None:
     with pytest.raises(UsageError, match=f"steps: expected at least 1, found {steps}"):
-        Sampling("euler", steps, None)
+        Sampling("euler", steps, EVEN)
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0, 1e39, math.inf, math.nan])
+def test_shifted_by_what_is_no_shift_is_refused(shift: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Shifted(shift, None)
+    assert str(caught.value) == f"times: shift: expected a float32 number above 0, found {shift:g}"
+
+
+@pytest.mark.parametrize("last", [0.0, -0.1, 1.0, 1e-320, math.nan])
+def test_shifted_to_what_is_no_last_time_is_refused(last: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Shifted(3.0, last)
+    assert str(caught.value) == f"times: last: expected a float32 number above 0 and below 1, found {last:g}"
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e39, math.nan])
+def test_sampling_from_noise_of_no_size_is_refused(scale: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling("euler", 4, EVEN, scale)
+    assert str(caught.value) == f"noise_scale: expected a float32 number above 0, found {scale:g}"
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, math.nan])
+def test_sampling_with_a_floor_that_is_no_time_is_refused(floor: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling("euler", 4, EVEN, 1.0, floor)
+    assert str(caught.value) == f"time_floor: expected 0 to 1, found {floor:g}"
 
 
 def test_model_facts_of_other_names_than_classes_are_refused(tiny_bundle: Path) -> None:
     model = read_manifest(tiny_bundle / "manifest.json").model
     with pytest.raises(UsageError, match=r"^class_names: expected 5 names, found 1$"):
-        replace(model, class_names=("one",))
+        replace(model.labels, names=("one",))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("condition", 0), ("dense", 1), ("sparse", 1), ("guided", 2)])
@@ -631,14 +684,27 @@ def two_networks(tiny_autoguidance_bundle: Path) -> Manifest:
     return read_manifest(tiny_autoguidance_bundle / "manifest.json")
 
 
-@pytest.mark.parametrize(("prediction", "karras"), [("flow", Karras(0.002, 80.0, 7.0)), ("edm", None)])
-def test_manifest_of_noise_levels_for_a_flow_or_none_for_edm_is_refused(
-    two_networks: Manifest, prediction: Prediction, karras: Karras | None
+@pytest.mark.parametrize(
+    ("prediction", "times"), [("flow", Karras(0.002, 80.0, 7.0)), ("x0", Karras(0.002, 80.0, 7.0)), ("edm", EVEN)]
+)
+def test_manifest_of_times_of_another_prediction_is_refused(
+    two_networks: Manifest, prediction: Prediction, times: Karras | Shifted
 ) -> None:
-    model, sampling = replace(two_networks.model, prediction=prediction), Sampling("euler", 4, karras)
+    model, sampling = replace(two_networks.model, prediction=prediction), Sampling("euler", 4, times)
     with pytest.raises(UsageError) as caught:
         replace(two_networks, model=model, sampling=sampling)
-    assert str(caught.value) == "sampling: karras: expected noise levels for an edm model and none for a flow model"
+    assert str(caught.value) == (
+        "sampling: times: expected noise levels for an edm model, and times from 1 to 0 for other models"
+    )
+
+
+@pytest.mark.parametrize(("prediction", "times"), [("flow", EVEN), ("edm", Karras(0.002, 80.0, 7.0))])
+def test_manifest_of_a_floor_for_what_does_not_divide_by_time_is_refused(
+    two_networks: Manifest, prediction: Prediction, times: Karras | Shifted
+) -> None:
+    model = replace(two_networks.model, prediction=prediction)
+    with pytest.raises(UsageError, match=f"^sampling: time_floor: expected 0 for a model of {prediction}$"):
+        replace(two_networks, model=model, sampling=Sampling("euler", 4, times, 1.0, 0.05))
 
 
 def test_manifest_of_autoguidance_without_a_weak_source_is_refused(two_networks: Manifest) -> None:

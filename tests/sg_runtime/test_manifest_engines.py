@@ -52,7 +52,7 @@ def test_engine_without_a_profile_or_gpu_is_refused(manifest: Manifest, part: st
 def test_engine_of_a_graph_is_the_one_with_a_profile_for_it(manifest: Manifest) -> None:
     condition, pair = manifest.engines
     assert manifest.engine(guided(manifest), 1) == (pair, 0)
-    assert manifest.engine(manifest.condition("main"), manifest.condition_rows) == (condition, 0)
+    assert manifest.engine(manifest.hoisted("main")[0], manifest.hoisted_rows["condition"]) == (condition, 0)
 
 
 def test_engine_of_a_graph_is_found_among_several_profiles(manifest: Manifest) -> None:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from sg_export.loading import LoadedModel, load_model
 from sg_export.parity import two_pass
 from sg_runtime import philox
+from sg_runtime.conditions import class_index
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.images import to_pixels
 from sg_runtime.manifest import GuidanceMode, Karras, SamplerName
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.requests import class_index
 from sg_runtime.sampling import Churn, run_times, updates
 
 Array = NDArray[np.float32]
@@ -111,7 +111,6 @@ def test_sample_of_any_mode_agrees_with_pytorch_in_two_passes(
         weak=weak,
         levels=levels(manifest),
         weak_levels=levels(manifest, "weak"),
-        karras=manifest.sampling.karras,
     )
     assert distance(found, expected) < CLOSE_RUN
 
@@ -125,9 +124,7 @@ def test_sample_with_churn_agrees_with_pytorch_in_two_passes(
     manifest = pipe.bundle.manifest
     found = pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler, churn=churn)
     loaded = checkpoint(tiny_edm_bundle.parent / manifest.source.file)
-    expected = two_pass.sample(
-        loaded, manifest.guidance, [0, 3, 5], SEEDS[:3], 5, sampler, karras=manifest.sampling.karras, churn=churn
-    )
+    expected = two_pass.sample(loaded, manifest.guidance, [0, 3, 5], SEEDS[:3], 5, sampler, churn=churn)
     assert distance(found, expected) < CLOSE_RUN
     assert distance(found, pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler)) > 1e-2
 
@@ -140,7 +137,7 @@ def test_sample_of_an_edm_model_starts_from_the_highest_sigma(tiny_edm_bundle: P
     pipe = Pipeline.load(tiny_edm_bundle)
     manifest = pipe.bundle.manifest
     assert manifest.sampling.sampler == "heun"
-    assert manifest.sampling.karras == Karras(0.002, 80.0, 7.0)
+    assert manifest.sampling.times == Karras(0.002, 80.0, 7.0)
     x = np.float32(80) * pipe.initial_noise([7])
     # x + (0 - 80) (x - D) / 80 in FP32 leaves a rounding of x, about 1e-5, in a D of size 1.
     np.testing.assert_allclose(
@@ -153,7 +150,7 @@ def test_sample_of_an_edm_model_feeds_its_noise_levels(record: Callable[[Path], 
     recorder = record(tiny_edm_bundle)
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     pipe.sample([0], [0], steps=4, sampler="euler")
-    sigmas = np.array(run_times(4, pipe.bundle.manifest.sampling.karras)[:-1])
+    sigmas = np.array(run_times(4, pipe.bundle.manifest.sampling.times)[:-1])
     condition, *steps = recorder.runs
     np.testing.assert_allclose(condition.feeds["t"][:4], np.log(sigmas) / 4, rtol=1e-6)  # rounded to float32
     assert [run.name for run in steps] == ["guided-12-8"] * 4
@@ -243,19 +240,19 @@ def test_sample_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> None
 
 def test_sample_of_names_is_that_of_indices(pipe: Pipeline) -> None:
     """Text is always a name: "0" is the digit (class 3), the number 0 is the letter A."""
-    model = pipe.bundle.manifest.model
-    assert [class_index(model, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
+    labels = pipe.bundle.manifest.model.labels
+    assert [class_index(labels, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
     named, indexed = (pipe.sample(classes, [5, 6], steps=2) for classes in (["0", "A"], [3, 0]))
     np.testing.assert_array_equal(named, indexed)
 
 
 def test_sample_of_a_name_of_two_classes_names_their_indices(pipe: Pipeline) -> None:
     """ImageNet has two cranes and two maillots. Their indices, and all other names, are clear."""
-    model = replace(pipe.bundle.manifest.model, class_names=("crane", "b", "c", "d", "crane"))
+    labels = replace(pipe.bundle.manifest.model.labels, names=("crane", "b", "c", "d", "crane"))
     message = "class 'crane': expected the name of one class, found it at 0, 4: give the index"
     with pytest.raises(UsageError, match=message):
-        class_index(model, "crane")
-    assert [class_index(model, name) for name in ("b", 4)] == [1, 4]
+        class_index(labels, "crane")
+    assert [class_index(labels, name) for name in ("b", 4)] == [1, 4]
 
 
 def test_sample_of_numpy_numbers_is_that_of_pythons(pipe: Pipeline, five: Array) -> None:
@@ -296,7 +293,7 @@ def test_sample_with_churn_adds_the_documented_noise(record: Callable[[Path], An
     pipe = Pipeline(Pipeline.load(tiny_edm_bundle).bundle, recorder, 3)
     churn, seeds = Churn(1.0, high=30.0), [5, 6, 7]
     pipe.sample([0, 1, None], seeds, steps=4, sampler="euler", churn=churn)
-    run = updates("euler", "edm", run_times(4, pipe.bundle.manifest.sampling.karras), churn)
+    run = updates("euler", "edm", run_times(4, pipe.bundle.manifest.sampling.times), churn)
     assert [update.noise > 0 for update in run] == [False, True, True, True]
     x = np.float32(80) * pipe.initial_noise(seeds)
     for update, done in zip(run, recorder.runs[1:], strict=True):
@@ -436,7 +433,7 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"scale": float("nan")}, "scale: expected a finite float32 number, found nan"),
         ({"scale": float("-inf")}, "scale: expected a finite float32 number, found -inf"),
         ({"scale": (1.0, float("inf"))}, "scale: expected a finite float32 number, found inf"),
-        ({"churn": Churn(1.0)}, "churn: expected an edm model, found a flow model"),
+        ({"churn": Churn(1.0)}, "churn: expected an edm model, found a model of flow"),
         ({"churn": 1.0}, r"churn: expected a Churn, found 1\.0"),
         ({"classes": 0}, "classes: expected a sequence with a class for each image, found 0"),
         ({"classes": "A"}, "classes: expected a sequence with a class for each image, found 'A'"),

@@ -231,7 +231,7 @@ def test_load_of_a_chunk_is_the_pipelines(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_load_of_threads_is_what_a_run_on_the_cpu_takes(tiny_bundle: Path, threads: int) -> None:
     pipe = Pipeline.load(tiny_bundle, threads=threads)
-    session = pipe.backend.session(pipe.bundle.manifest.condition("main"))  # type: ignore[attr-defined]
+    session = pipe.backend.session(pipe.bundle.manifest.hoisted("main")[0])  # type: ignore[attr-defined]
     assert session.get_session_options().intra_op_num_threads == threads
     expected = Pipeline.load(tiny_bundle).sample(CLASSES, SEEDS, steps=2)
     np.testing.assert_allclose(pipe.sample(CLASSES, SEEDS, steps=2), expected, atol=1e-5)

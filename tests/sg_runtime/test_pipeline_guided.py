@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sg_runtime import philox
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import GuidancePlan
+from sg_runtime.manifest import EVEN, GuidancePlan
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import Churn, run_times, updates
@@ -62,7 +62,7 @@ def test_prepare_of_a_run_has_the_documented_shapes(pipe: Pipeline, plan: Prepar
     assert plan.weak is not None
     for branch, count in ((plan.strong, 12), (plan.weak, 8)):
         # "B" is class 1, so there are two distinct classes.
-        assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.modulations)
+        assert branch.held["modulations"].values.shape == (3, 2, pipe.bundle.manifest.model.held["modulations"][0])
         assert branch.held["modulations"].values.dtype == np.float32
         assert branch.held["modulations"].rows.tolist() == [0, 1, 0]
         for keep in branch.keep:
@@ -112,7 +112,7 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
         ({"times": [1.0, math.nan]}, "time nan: expected a finite float32 number"),
         ({"times": [1.0, math.inf]}, "time inf: expected a finite float32 number"),
         ({"times": [1.0, 1e39]}, r"time 1e\+39: expected a finite float32 number"),
-        ({"times": [999.0, 500.0]}, r"time 999: expected 0 \(image\) to 1 \(noise\) for a flow model"),
+        ({"times": [999.0, 500.0]}, r"time 999: expected 0 \(image\) to 1 \(noise\) for a model of flow"),
         ({"times": [1.0, -0.1]}, r"time -0\.1: expected 0 \(image\)"),
         ({"times": 0.5}, r"times: expected a sequence of numbers, found 0\.5"),
         ({"times": "1.0"}, "times: expected a sequence of numbers, found '1.0'"),
@@ -188,7 +188,7 @@ BY_HAND = 1e-5
 
 
 def test_guided_of_a_plan_stepped_by_hand_is_sample(pipe: Pipeline, sparse: GuidancePlan) -> None:
-    times = run_times(4, None)
+    times = run_times(4, EVEN)
     plan = pipe.prepare(times[:-1], CLASSES, SEEDS, guidance=sparse, scale=1.5)
     x = pipe.initial_noise(SEEDS)
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -198,7 +198,7 @@ def test_guided_of_a_plan_stepped_by_hand_is_sample(pipe: Pipeline, sparse: Guid
 
 
 def test_guided_of_a_plan_in_heuns_order_is_sample(pipe: Pipeline, sparse: GuidancePlan) -> None:
-    times = run_times(3, None)
+    times = run_times(3, EVEN)
     run = updates("heun", "flow", times)
     plan = pipe.prepare(
         [update.time for update in run],
@@ -221,7 +221,7 @@ def test_guided_of_a_plan_in_heuns_order_is_sample(pipe: Pipeline, sparse: Guida
 @pytest.mark.parametrize("churn", [None, Churn(0.9, high=30.0)])
 def test_guided_of_an_edm_plan_stepped_by_hand_is_sample(edm: Pipeline, churn: Churn | None) -> None:
     """The custom sampler is Euler's method of Karras et al. 2022, with the runtime's noise."""
-    times = run_times(4, edm.bundle.manifest.sampling.karras)
+    times = run_times(4, edm.bundle.manifest.sampling.times)
     raised = [1 + 0.9 / 4 if churn is not None and time <= 30 else 1.0 for time in times]
     plan = edm.prepare([raised[i] * times[i] for i in range(4)], [0, 1, None], SEEDS)
     x = np.float32(times[0]) * edm.initial_noise(SEEDS)

@@ -10,6 +10,8 @@ variables, so it is linear in z_t:
 As V'(t) = 2 cov(z - x, z_t), the flow from z_1 = c is z_t = (1 - t) mu + sqrt(V(t)) c. It ends in
 z_0 = mu + s c.
 
+x0: the same with D(z_t, t) = E[x | z_t] = z_t - t v(z_t, t).
+
 edm: for the same data, D(x, sigma) = E[data | x] = mu + s² / (s² + sigma²) (x - mu). The equation
 dx/dsigma = (x - D) / sigma is solved by x = mu + c sqrt(s² + sigma²).
 """
@@ -26,7 +28,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import Karras, Prediction, SamplerName
+from sg_runtime.manifest import EVEN, Karras, Prediction, SamplerName, Sampling, Shifted
 from sg_runtime.sampling import (
     SAMPLERS,
     SIGMA_DATA,
@@ -35,12 +37,14 @@ from sg_runtime.sampling import (
     integrate,
     precondition,
     run_times,
+    trajectory,
     updates,
 )
 
 MU, S = 0.7, 0.4
 EDM = Karras(0.002, 80.0, 7.0)
-PREDICTIONS: tuple[Prediction, ...] = ("flow", "edm")
+PREDICTIONS: tuple[Prediction, ...] = ("flow", "edm", "x0")
+TIMES: dict[Prediction, Karras | Shifted] = {"flow": EVEN, "edm": EDM, "x0": Shifted(3.0, None)}
 
 Array = NDArray[np.floating[Any]]
 Predict = Callable[[Array, float], Array]
@@ -76,7 +80,8 @@ def gaussian(prediction: Prediction, x: Array, time: float) -> Array:
     if prediction == "edm":
         return MU + S**2 / (S**2 + time**2) * (x - MU)
     variance = (1 - time) ** 2 * S**2 + time**2
-    return -MU + (time - (1 - time) * S**2) / variance * (x - (1 - time) * MU)
+    velocity = -MU + (time - (1 - time) * S**2) / variance * (x - (1 - time) * MU)
+    return x - time * velocity if prediction == "x0" else velocity
 
 
 def solution(prediction: Prediction, time: float) -> Array:
@@ -107,7 +112,7 @@ def error_of(prediction: Prediction, sampler: SamplerName, steps: int) -> float:
     A flow run is compared at its end. An edm run is compared at sigma_min, where its last update
     starts: that update jumps to 0 for any number of steps, and it has its own error.
     """
-    times = run_times(steps, None if prediction == "flow" else EDM)
+    times = run_times(steps, TIMES[prediction])
     run, end = updates(sampler, prediction, times), 0.0
     if prediction == "edm":
         run, end = run[:-1], times[-2]
@@ -189,7 +194,7 @@ def denoised(x: Array, time: float) -> Array:
     return data
 
 
-def classic(sampler: SamplerName, times: Sequence[float], x: Array) -> Array:
+def classic(sampler: SamplerName, times: Sequence[float], x: Array, velocity: Predict = velocity) -> Array:
     """Apply Euler's or Heun's method to dx/dt = velocity.
 
     Heun's corrector is left out if it would evaluate at t = 0.
@@ -230,7 +235,7 @@ def algorithm_2(
 @few
 @given(st.integers(1, 40))
 def test_updates_of_a_flow_agree_with_the_classic_method(sampler: SamplerName, steps: int) -> None:
-    times, x = run_times(steps, None), np.linspace(-2, 2, 9)
+    times, x = run_times(steps, EVEN), np.linspace(-2, 2, 9)
     found = solve(updates(sampler, "flow", times), velocity, x)
     # At most 80 evaluations of numbers of size 1, each rounded in float64. The flow spreads this by
     # at most e**4.
@@ -326,7 +331,7 @@ def test_churn_out_of_range_names_what_was_found() -> None:
 @given(st.integers(1, 60), st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=5))
 def test_updates_of_a_straight_flow_are_exact(sampler: SamplerName, steps: int, slope: list[float]) -> None:
     straight = np.array(slope, dtype=np.float32)
-    run = updates(sampler, "flow", run_times(steps, None))
+    run = updates(sampler, "flow", run_times(steps, EVEN))
     end = solve(run, lambda x, time: straight, np.zeros_like(straight))
     assert end.dtype == np.float32
     # Each of up to 119 updates rounds a few numbers of at most 8 by half a unit in the last place,
@@ -370,7 +375,7 @@ def test_updates_of_an_edm_run_leave_a_denoised_state_where_it_is(
 @given(st.integers(1, 60))
 def test_updates_of_a_flow_leave_a_still_state_where_it_is(sampler: SamplerName, steps: int) -> None:
     """With v = 0, the weights of x and r sum to exactly 1, also for Heun's halves."""
-    assert {update.a + update.e for update in updates(sampler, "flow", run_times(steps, None))} == {1.0}
+    assert {update.a + update.e for update in updates(sampler, "flow", run_times(steps, EVEN))} == {1.0}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -384,7 +389,7 @@ def test_updates_of_any_step_count_ask_at_the_expected_times(
 
     The second is at the end of the step. The last step has no second evaluation.
     """
-    times = run_times(steps, None if prediction == "flow" else EDM)
+    times = run_times(steps, TIMES[prediction])
     churn = Churn(amount, 1.0, 20.0) if prediction == "edm" else None
     run = updates(sampler, prediction, times, churn)
     assert len(run) == {"euler": steps, "heun": 2 * steps - 1}[sampler]
@@ -403,8 +408,51 @@ def test_updates_of_any_step_count_ask_at_the_expected_times(
         assert update.time > 0, "no model was trained at 0"
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@few
+@given(st.integers(1, 40), st.floats(0, 1))
+def test_updates_of_an_x0_model_agree_with_the_method_for_its_velocity(
+    sampler: SamplerName, steps: int, floor: float
+) -> None:
+    """The velocity is (x - x0) / max(t, floor), as diffusers' PRXPixelPipeline computes it."""
+    times, x = run_times(steps, Shifted(3.0, 0.003)), np.linspace(-2, 2, 9)
+
+    def velocity(x: Array, t: float) -> Array:
+        slope: Array = (x - gaussian("x0", x, t)) / max(t, floor)
+        return slope
+
+    found = solve(updates(sampler, "x0", times, time_floor=floor), lambda x, t: gaussian("x0", x, t), x)
+    # As above; each of 80 roundings may grow by a factor of 1 / 0.003 in the last step.
+    np.testing.assert_allclose(found, classic(sampler, times, x, velocity), rtol=0, atol=80 * 2**-52 * 1e4)
+
+
+def test_updates_of_an_x0_model_without_a_floor_end_at_its_prediction() -> None:
+    (only,) = updates("euler", "x0", [0.25, 0.0])
+    assert (only.a, only.b, only.e) == (0, 1, 0)
+
+
+def test_updates_of_an_x0_model_below_its_floor_go_part_of_the_way() -> None:
+    (only,) = updates("euler", "x0", [0.01, 0.0], time_floor=0.05)
+    assert (only.a, only.b, only.e) == pytest.approx((0.8, 0.2, 0), rel=1e-15)
+    assert only.time == 0.01, "the network gets the time itself"
+
+
+def test_trajectory_is_the_updates_along_the_times_of_its_sampling() -> None:
+    sampling = Sampling("heun", 3, Shifted(3.0, 0.01), 2.0, 0.05)
+    found = trajectory(sampling, "x0")
+    assert found.updates == updates("heun", "x0", run_times(3, Shifted(3.0, 0.01)), time_floor=0.05)
+    assert found.updates != updates("heun", "x0", run_times(3, Shifted(3.0, 0.01)))
+    assert found.start == 2.0
+
+
+def test_trajectory_of_an_edm_run_with_churn_starts_from_the_highest_sigma() -> None:
+    found = trajectory(Sampling("euler", 3, EDM), "edm", Churn(1.0))
+    assert found.updates == updates("euler", "edm", run_times(3, EDM), Churn(1.0))
+    assert found.start == pytest.approx(80.0, rel=1e-12)
+
+
 def test_integrate_of_two_heun_steps_hands_over_the_start_of_each() -> None:
-    run = updates("heun", "flow", run_times(2, None))
+    run = updates("heun", "flow", run_times(2, EVEN))
     seen: list[tuple[int, float, float]] = []
 
     def advance(index: int, x: Array, r: Array) -> Array:
@@ -452,11 +500,56 @@ def test_integrate_of_a_given_state_leaves_it_as_it_was(sampler: SamplerName, pr
 @few
 @given(st.integers(1, 1000))
 def test_run_times_of_a_flow_fall_evenly_from_one_to_zero(steps: int) -> None:
-    times = run_times(steps, None)
+    times = run_times(steps, EVEN)
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == (1, 0)
     # Two times of at most 1, each rounded by half a unit in the last place.
     np.testing.assert_allclose(np.diff(times), -1 / steps, rtol=0, atol=2**-52)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 50])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.0])
+def test_run_times_of_a_shift_are_shifted_even_times(shift: float, steps: int) -> None:
+    """Photoroom/PRX (`schedulers/scheduler.py`, commit 1a052fd) shifts even times from 1 to 0.
+
+    Each time is a few operations on numbers of at most 6.
+    """
+    u = np.linspace(1, 0, steps + 1)
+    np.testing.assert_allclose(run_times(steps, Shifted(shift, None)), shift * u / (1 + (shift - 1) * u), atol=2**-48)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 28, 50])
+@pytest.mark.parametrize("last", [0.3, 0.003])
+def test_run_times_of_a_given_last_time_end_with_it(last: float, steps: int) -> None:
+    times = run_times(steps, Shifted(3.0, last))
+    assert times[0] == 1
+    assert times[-2] == pytest.approx(3 * last / (1 + 2 * last), rel=1e-12)
+    u = [time / (3 - 2 * time) for time in times[:-1]]  # the inverse of the shift
+    np.testing.assert_allclose(np.diff(u), (last - 1) / (steps - 1), atol=1e-14)
+
+
+def test_run_times_of_the_published_schedule_are_the_known_ones() -> None:
+    """The end of 28 steps of diffusers' scheduler with shift 3, printed with five digits.
+
+    Its smallest time is 1/1000, shifted once before the run.
+    """
+    times = run_times(28, Shifted(3.0, 0.003 / 1.002))
+    assert times[-4:] == pytest.approx([0.19983, 0.11091, 0.00893, 0.0], abs=5e-6)
+
+
+@pytest.mark.parametrize("times", [EVEN, Shifted(3.0, None), Shifted(3.0, 0.01)])
+def test_run_times_of_one_step_go_from_noise_to_the_image(times: Shifted) -> None:
+    assert run_times(1, times) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "times", [Shifted(2.0**-126, None), Shifted(3e38, None), Shifted(3e38, 2.0**-126), Shifted(2.0**-126, 2.0**-126)]
+)
+def test_run_times_of_extreme_shifts_fall_to_zero(times: Shifted) -> None:
+    """For any shift that a manifest may hold, only the last time is 0 and none is above 1."""
+    *found, last = run_times(7, times)
+    assert all(0 < time <= 1 for time in found)
+    assert last == 0
 
 
 @few

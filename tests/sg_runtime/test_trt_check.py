@@ -269,7 +269,7 @@ def test_open_backend_of_graphs_in_bf16_names_the_precision(tiny_bundle: Path, d
 
 
 def test_onnx_of_engines_alone_names_what_leaves_the_graphs(bundle: Bundle) -> None:
-    graph = bundle.manifest.condition("main")
+    graph = bundle.manifest.hoisted("main")[0]
     expected = (
         f"{bundle.path}: expected ONNX graphs, found only engines; rebuild it with `keep_onnx`, or for ONNX Runtime"
     )
@@ -279,4 +279,4 @@ def test_onnx_of_engines_alone_names_what_leaves_the_graphs(bundle: Bundle) -> N
 
 def test_onnx_of_a_graph_is_its_file(tiny_bundle: Path) -> None:
     opened = Bundle.open(tiny_bundle)
-    assert opened.onnx(opened.manifest.condition("main")) == tiny_bundle / "graphs/condition.onnx"
+    assert opened.onnx(opened.manifest.hoisted("main")[0]) == tiny_bundle / "graphs/condition.onnx"

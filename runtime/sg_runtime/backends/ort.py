@@ -68,6 +68,9 @@ PROVIDERS = {
 
 CPU = PROVIDERS["onnxruntime-cpu"]
 
+_ELEMENTS = {"bfloat16": 16}
+"""Types that NumPy lacks, by name, as TensorProto.DataType."""
+
 UNUSED_GRAPHS = 128
 """Maximum number of captured CUDA graphs of a session that no call can replay any more."""
 
@@ -242,11 +245,15 @@ class OrtLane:
         opened = self._backend.opened(graph)
         kind = self.memory.device.partition(":")[0]
         arrays = [*inputs.items(), *outputs.items()]
+        types = {
+            tensor.name: _ELEMENTS.get(tensor.dtype, tensor.storage.type) for tensor in (*graph.inputs, *graph.outputs)
+        }
         try:
             binding = opened.session.io_binding()
             for index, (name, array) in enumerate(arrays):
                 bind = binding.bind_input if index < len(inputs) else binding.bind_output
-                bind(name, kind, self._number, array.dtype.type, array.shape, self.memory.address(array))
+                element = types[name]
+                bind(name, kind, self._number, element, array.shape, self.memory.address(array))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _failed(graph, error) from error
         if self._backend.lanes is None:

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from numpy.typing import DTypeLike
+
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
@@ -175,7 +177,7 @@ class TrtLane:
         *,
         fixed: bool = False,
     ) -> Call:
-        batch = inputs["t" if graph.kind == "condition" else "x"].shape[0]
+        batch = inputs[graph.inputs[0].name].shape[0]
         found = self._backend.bundle.manifest.engine(graph, batch, self._backend.library)
         if found is None:
             raise BundleError(
@@ -189,7 +191,7 @@ class TrtLane:
         for tensor in graph.outputs:  # every output needs an address, requested or not
             if tensor.name not in arrays:
                 shape = tuple(context.get_tensor_shape(tensor.name))
-                arrays[tensor.name] = self._discard(shape, tensor.dtype)
+                arrays[tensor.name] = self._discard(shape, tensor.storage)
         return TrtCall(self, engine.file, profile, context, arrays)
 
     def sequence(self, calls: Sequence[Call]) -> CallSequence:
@@ -209,7 +211,7 @@ class TrtLane:
             self._contexts[key] = self._backend.context(engine, profile, self.memory, self._scratch)
         return self._contexts[key]
 
-    def _discard(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
+    def _discard(self, shape: tuple[int, ...], dtype: DTypeLike) -> CudaArray:
         """Return memory for outputs that are not read, one allocation per shape."""
         if shape not in self._unused:
             self._unused[shape] = self.memory.empty(shape, dtype)

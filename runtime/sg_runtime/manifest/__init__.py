@@ -18,6 +18,7 @@ from sg_runtime.manifest.base import (
     Prediction,
     QuantizedType,
     SamplerName,
+    TensorFacts,
 )
 from sg_runtime.manifest.files import (
     MANIFEST_FILE,
@@ -31,19 +32,31 @@ from sg_runtime.manifest.files import (
     schema_of,
     write_manifest,
 )
-from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile, TensorFacts
-from sg_runtime.manifest.guidance import MODES, GuidancePlan, Karras, Mode, Sampling
-from sg_runtime.manifest.model import Level, ModelFacts, Route
+from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile
+from sg_runtime.manifest.guidance import (
+    EVEN,
+    MODES,
+    SUBSET_RULES,
+    GuidancePlan,
+    Karras,
+    Mode,
+    Sampling,
+    Shifted,
+    SubsetRule,
+)
+from sg_runtime.manifest.model import Labels, Level, ModelFacts, Route, Text
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
 __all__ = [
     "ENGINE_NAMES",
     "ENGINE_TARGETS",
+    "EVEN",
     "FLOAT32_MAX",
     "FLOAT32_MIN",
     "MANIFEST_FILE",
     "MODES",
     "SCHEMA_VERSION",
+    "SUBSET_RULES",
     "Cost",
     "EngineFacts",
     "EngineLibrary",
@@ -54,6 +67,7 @@ __all__ = [
     "GuidancePlan",
     "HalfPrecision",
     "Karras",
+    "Labels",
     "LayerChoice",
     "Level",
     "Manifest",
@@ -71,9 +85,12 @@ __all__ = [
     "Route",
     "SamplerName",
     "Sampling",
+    "Shifted",
     "Source",
     "StratumQuality",
+    "SubsetRule",
     "TensorFacts",
+    "Text",
     "adapter",
     "json_schema",
     "read_manifest",

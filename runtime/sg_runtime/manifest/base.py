@@ -1,6 +1,7 @@
 """Shared by all manifest records: literal types, strict parsing, and checks of numbers."""
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from sg_runtime.errors import UsageError
 
-GraphKind = Literal["condition", "dense", "sparse", "guided"]
+GraphKind = Literal["condition", "prompt", "dense", "sparse", "guided"]
 
 
 GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
@@ -17,7 +18,7 @@ GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
 NetworkName = Literal["main", "weak"]
 
 
-Prediction = Literal["flow", "edm"]
+Prediction = Literal["flow", "edm", "x0"]
 
 
 HalfPrecision = Literal["fp16", "bf16"]
@@ -55,6 +56,20 @@ class Strict:
 
     __slots__ = ()
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts(Strict):
+    """An input or output of a graph. A symbolic dimension is given by its name."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    shape: tuple[int | str, ...]
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """NumPy's type for arrays of this tensor. NumPy has no bfloat16: its bits are uint16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
 
 def whole_number(what: str, value: Any) -> int:

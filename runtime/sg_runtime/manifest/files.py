@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
 from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
-from sg_runtime.manifest.guidance import GuidancePlan, Sampling
+from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
 from sg_runtime.manifest.model import ModelFacts
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.upgrade import upgraded
-from sg_runtime.vocabulary import INPUTS
+from sg_runtime.vocabulary import HOISTED, INPUTS
 
-SCHEMA_VERSION: Literal[5] = 5
+SCHEMA_VERSION: Literal[6] = 6
 
 
 MANIFEST_FILE = "manifest.json"
@@ -32,10 +32,11 @@ MANIFEST_FILE = "manifest.json"
 class Source(Strict):
     """The checkpoint a bundle was built from.
 
-    file: name of the checkpoint file.
+    file: name of the checkpoint's file or folder.
     sha256: SHA-256 of the file in lower-case hex. The shards that an index lists are joined to
-    it, in the order of their names.
+    it, in the order of their names. In a folder, the configurations come first.
     weights: set of weights in the file: "ema", "model" or a key; "bare" if the file has only one.
+    In a folder, the variant of the weights; "bare" for weights without a variant.
     reference: name of the model if it ships with sg-export, else None.
     """
 
@@ -66,14 +67,14 @@ class Manifest(Strict):
     created_by: name and version of the program that built the bundle.
     model: facts of the network.
     guidance: default guidance plan.
-    sampling: default sampler and steps.
+    sampling: default sampler and steps, and the model's times and noise.
     precision: precision of all matmuls, except in `fp32_layers` and in layers under `quantization`.
     fp32_layers: modules that stay in FP32, by their names in the checkpoint.
     quantization: how the graphs were quantized; None if they were not.
     onnx_target: what the ONNX graphs are for.
     opset: ONNX opset of the graphs.
     batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
-    condition_rows: number of rows (a time and a class each) in one launch of a condition graph.
+    hoisted_rows: number of rows in one launch of each hoisted graph, by kind.
     graphs: all graphs.
     engines: all engines.
     source: checkpoint of the main network.
@@ -82,7 +83,7 @@ class Manifest(Strict):
     passes: costs of single branches of which a bundle of engines holds no graph.
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
@@ -93,7 +94,7 @@ class Manifest(Strict):
     onnx_target: OnnxTarget
     opset: int
     batch: int | None
-    condition_rows: int
+    hoisted_rows: dict[GraphKind, int]
     graphs: tuple[GraphFacts, ...]
     engines: tuple[EngineFacts, ...]
     source: Source
@@ -102,14 +103,21 @@ class Manifest(Strict):
     passes: tuple[PassCost, ...] = ()
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, "condition_rows")
+        kinds = list(self.model.conditions.hoisted)
+        if list(self.hoisted_rows) != kinds or min(self.hoisted_rows.values()) < 1:
+            raise UsageError(f"hoisted_rows: expected at least 1 for {', '.join(kinds)}, found {self.hoisted_rows}")
         if self.batch is not None:
             check_counts(self, 1, "batch")
         for network in ("main", "weak") if self.weak_source else ("main",):
-            if self.graph("condition", network=network) is None:
-                raise UsageError(f"graphs: expected a condition graph for the {network} network, found none")
-        if (self.sampling.karras is None) != (self.model.prediction == "flow"):
-            raise UsageError("sampling: karras: expected noise levels for an edm model and none for a flow model")
+            for kind in kinds:
+                if self.graph(kind, network=network) is None:
+                    raise UsageError(f"graphs: expected a {kind} graph for the {network} network, found none")
+        if isinstance(self.sampling.times, Karras) != (self.model.prediction == "edm"):
+            raise UsageError(
+                "sampling: times: expected noise levels for an edm model, and times from 1 to 0 for other models"
+            )
+        if self.sampling.time_floor and self.model.prediction != "x0":
+            raise UsageError(f"sampling: time_floor: expected 0 for a model of {self.model.prediction}")
         if self.guidance.row.weak_network == "weak" and self.weak_source is None:
             raise UsageError("weak_source: expected a checkpoint for autoguidance, found none")
         plan = self.guidance
@@ -163,20 +171,20 @@ class Manifest(Strict):
     def engine_batches(self, library: EngineLibrary | None = None) -> tuple[int, ...]:
         """Return the batch sizes in the profiles of all engines, or of one library's engines."""
         engines = [engine for engine in self.engines if library in (None, engine.library)]
-        steps = [engine for engine in engines if engine.kind != "condition"]
+        steps = [engine for engine in engines if engine.kind not in HOISTED]
         return tuple(sorted({profile.batch for engine in steps for profile in engine.profiles}))
 
-    def condition(self, network: NetworkName) -> GraphFacts:
-        """Return the condition graph of a network. Raises UsageError if the bundle has none."""
-        graph = self.graph("condition", network=network)
-        if graph is None:
+    def hoisted(self, network: NetworkName) -> tuple[GraphFacts, ...]:
+        """Return the hoisted graphs of a network. Raises UsageError if the bundle has none."""
+        graphs = tuple(graph for graph in self.graphs if graph.hoisted and graph.network == network)
+        if not graphs:
             from sg_runtime.build_command import model_command
 
             raise UsageError(
                 f"autoguidance: this bundle has no weak checkpoint; "
                 f"build it with: {model_command(self, '--weak-checkpoint', 'PATH')}"
             )
-        return graph
+        return graphs
 
 
 def adapter() -> "TypeAdapter[Manifest]":

@@ -1,29 +1,19 @@
 """Facts about graphs and engines."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Strict, check_counts
+from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Strict, TensorFacts, check_counts
 from sg_runtime.manifest.model import Level
-from sg_runtime.vocabulary import is_separate
+from sg_runtime.vocabulary import HOISTED, is_separate
 
-_LEVELS: dict[GraphKind, int] = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}
+_LEVELS: dict[GraphKind, int] = {"condition": 0, "prompt": 0, "dense": 1, "sparse": 1, "guided": 2}
 """Number of levels of a graph, by its kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts(Strict):
-    """An input or output of a graph. A symbolic dimension is given by its name."""
-
-    name: str
-    dtype: Literal["float32", "int64"]
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Cost(Strict):
-    """Cost of a graph for one image (or one row of a condition graph), counted from the graph.
+    """Cost of a graph for one image (or one row of a hoisted graph), counted from the graph.
 
     linear_macs: multiply-adds of linear layers.
     attention_macs: multiply-adds of attention.
@@ -42,9 +32,9 @@ class GraphFacts(Strict):
     """A graph of the bundle.
 
     name: name of the graph.
-    kind: "condition", "dense", "sparse" or "guided".
+    kind: "condition", "prompt", "dense", "sparse" or "guided".
     network: network that the graph belongs to.
-    levels: none for condition; one for dense and sparse; strong and weak for guided.
+    levels: none for condition and prompt; one for dense and sparse; strong and weak for guided.
     file: ONNX file, possibly shared by graphs of other levels; None if only engines hold the graph.
     inputs: inputs of the graph, in order.
     outputs: outputs of the graph, in order.
@@ -72,6 +62,11 @@ class GraphFacts(Strict):
             raise UsageError(f"graph {self.name}: outputs: expected at least one, found none")
 
     @property
+    def hoisted(self) -> bool:
+        """Whether the graph runs before the sampling loop."""
+        return self.kind in HOISTED
+
+    @property
     def null_weak(self) -> bool:
         """Whether this is a guided graph whose weak branch has a separate condition."""
         return is_separate({tensor.name for tensor in self.inputs})
@@ -95,7 +90,7 @@ class PassCost(Strict):
 class Profile(Strict):
     """The shapes of one optimization profile; min = opt = max.
 
-    batch: number of images (rows in an engine for condition graphs).
+    batch: number of images (rows in an engine for hoisted graphs).
     keep: number of kept tokens of each branch.
     """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest.base import (
@@ -18,6 +18,9 @@ from sg_runtime.manifest.base import (
     pair,
 )
 from sg_runtime.manifest.model import Level
+
+SubsetRule = Literal["fresh", "fixed"]
+SUBSET_RULES: tuple[SubsetRule, ...] = get_args(SubsetRule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class GuidancePlan(Strict):
     scale_last: guidance scale in the last step; None if it does not change.
     interval: lowest and highest time (t, or sigma of an edm model) at which guidance applies; None
     for all times. Outside it the strong branch runs alone (Kynkäänniemi et al. 2024).
+    subset: "fresh" to draw kept tokens in every evaluation, "fixed" to draw them once per run.
     """
 
     mode: GuidanceMode
@@ -89,9 +93,11 @@ class GuidancePlan(Strict):
     weak_last: Level | None = None
     scale_last: float | None = None
     interval: tuple[float, float] | None = None
+    subset: SubsetRule = "fresh"
 
     def __post_init__(self) -> None:
         choice("guidance", self.mode, tuple(MODES))
+        choice("subset", self.subset, SUBSET_RULES)
         for scale in (self.scale, self.scale_last):
             if scale is not None and not abs(number("scale", scale)) <= FLOAT32_MAX:
                 raise UsageError(f"scale: expected a finite float32 number, found {scale}")
@@ -114,6 +120,10 @@ class GuidancePlan(Strict):
             raise UsageError(
                 f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
             )
+
+    def draw(self, step: int, evaluation: int) -> tuple[int, int]:
+        """Return the counters, step and evaluation, with which kept tokens are drawn."""
+        return (step, evaluation) if self.subset == "fresh" else (0, 0)
 
     @property
     def row(self) -> Mode:
@@ -138,17 +148,49 @@ class Karras(Strict):
 
 
 @dataclass(frozen=True, slots=True)
+class Shifted(Strict):
+    """Times of a flow run: shift * u / (shift * u + 1 - u), with u evenly spaced from 1, then 0.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), eq. 23, where the shift is sqrt(m / n).
+
+    shift: above 1 there are more steps near the noise.
+    last: u of the last step; None for 1 / steps, so that u falls evenly to 0.
+    """
+
+    shift: float
+    last: float | None
+
+    def __post_init__(self) -> None:
+        if not FLOAT32_MIN <= self.shift <= FLOAT32_MAX:
+            raise UsageError(f"times: shift: expected a float32 number above 0, found {self.shift:g}")
+        if self.last is not None and not FLOAT32_MIN <= self.last < 1:
+            raise UsageError(f"times: last: expected a float32 number above 0 and below 1, found {self.last:g}")
+
+
+EVEN = Shifted(1.0, None)
+"""Times that fall evenly from 1 to 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling(Strict):
-    """Defaults of a sampling run.
+    """Defaults of a sampling run, and the conventions of the model that a run keeps to.
 
     sampler: name of the sampler.
     steps: number of steps.
-    karras: noise levels of an edm model; None for flow models, whose times fall evenly from 1 to 0.
+    times: noise levels of an edm model; times from 1 to 0 of the other models.
+    noise_scale: standard deviation of the noise that the model was trained with.
+    time_floor: c in the velocity (x - x0) / max(t, c) of an x0 model; 0 for other models.
     """
 
     sampler: SamplerName
     steps: int
-    karras: Karras | None
+    times: Karras | Shifted
+    noise_scale: float = 1.0
+    time_floor: float = 0.0
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "steps")
+        if not FLOAT32_MIN <= self.noise_scale <= FLOAT32_MAX:
+            raise UsageError(f"noise_scale: expected a float32 number above 0, found {self.noise_scale:g}")
+        if not 0 <= self.time_floor <= 1:
+            raise UsageError(f"time_floor: expected 0 to 1, found {self.time_floor:g}")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest.base import Prediction, Strict, check_counts, number, whole_number
+from sg_runtime.manifest.base import GraphKind, Prediction, Strict, TensorFacts, check_counts, number, whole_number
+from sg_runtime.vocabulary import HOISTED
 
 KEPT: Mapping[str, Callable[[int, float], int]] = {
     "tread": lambda tokens, sparsity: tokens - int(tokens * sparsity),
@@ -66,6 +67,52 @@ class Level(Strict):
         check_counts(self, 1, "keep")
 
 
+_TIME = TensorFacts("t", "float32", ("S",))
+
+
+@dataclass(frozen=True, slots=True)
+class Labels(Strict):
+    """Conditioning by a class.
+
+    count: number of classes. The class index `count` means "no class".
+    names: names of the classes, in order; None if the checkpoint has no names.
+    """
+
+    count: int
+    names: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "count")
+        if self.names is not None and len(self.names) != self.count:
+            raise UsageError(f"class_names: expected {self.count} names, found {len(self.names)}")
+
+    @property
+    def hoisted(self) -> dict[GraphKind, tuple[TensorFacts, ...]]:
+        """Inputs of the graphs that run before the sampling loop, with S rows, by kind."""
+        return {"condition": (_TIME, TensorFacts("class", "int64", ("S",)))}
+
+
+@dataclass(frozen=True, slots=True)
+class Text(Strict):
+    """Conditioning by a prompt, given as the embeddings of its tokens.
+
+    tokens: L, number of tokens of a prompt, with padding.
+    width: size of an embedding.
+    """
+
+    tokens: int
+    width: int
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "tokens", "width")
+
+    @property
+    def hoisted(self) -> dict[GraphKind, tuple[TensorFacts, ...]]:
+        """Inputs of the graphs that run before the sampling loop, with S rows, by kind."""
+        embeddings = TensorFacts("embeddings", "float32", ("S", self.tokens, self.width))
+        return {"condition": (_TIME,), "prompt": (embeddings, TensorFacts("mask", "int64", ("S", self.tokens)))}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts(Strict):
     """The network, as far as the runtime and its user need to know it.
@@ -74,16 +121,18 @@ class ModelFacts(Strict):
     prediction: quantity that the network predicts.
     space: "pixel", or "latent" if samples need a decoder, which is not part of the bundle.
     latent: shape (C, H, W) of one sample.
+    pixels_per_latent: height and width of the square of the picture that one latent decodes to; 1
+    for pixels, None if it is unknown.
     patch: side of the square that one token covers.
     tokens: N, number of tokens of one sample.
     width: width of the transformer.
     depth: number of transformer blocks.
     heads: number of attention heads.
-    num_classes: number of classes. The class index `num_classes` means "no class".
-    modulations: M, number of values that a step needs from time and class.
+    conditions: what an image is conditioned on, besides time.
+    held: shape, for one image, of each input of a step that does not change within it, by name; see
+    `sg_runtime.vocabulary.HELD`.
     parameters: number of all weights.
     route: blocks that run on the kept tokens; None if unknown.
-    class_names: names of the classes, in order; None if the checkpoint has no names.
     ends: modules at both ends of the network. They stay in FP32 in a half-precision or quantized
     bundle.
     masked: whether a mask token replaces dropped tokens after the route. Otherwise they bypass it.
@@ -93,22 +142,38 @@ class ModelFacts(Strict):
     prediction: Prediction
     space: Literal["pixel", "latent"]
     latent: tuple[int, int, int]
+    pixels_per_latent: int | None
     patch: int
     tokens: int
     width: int
     depth: int
     heads: int
-    num_classes: int
-    modulations: int
+    conditions: Labels | Text
+    held: dict[str, tuple[int, ...]]
     parameters: int
     route: Route | None
-    class_names: tuple[str, ...] | None
     ends: tuple[str, ...]
     masked: bool
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, "patch", "tokens", "width", "depth", "heads", "num_classes", "modulations")
+        check_counts(self, 1, "patch", "tokens", "width", "depth", "heads")
+        names = [name for kind in self.conditions.hoisted for name in HOISTED[kind]]
+        if list(self.held) != names or min((size for shape in self.held.values() for size in shape), default=0) < 1:
+            raise UsageError(f"held: expected shapes of at least 1 of {', '.join(names)}, found {self.held}")
+        if self.pixels_per_latent is not None:
+            check_counts(self, 1, "pixels_per_latent")
         if min(self.latent) < 1:
             raise UsageError(f"latent: expected sizes of at least 1, found {self.latent}")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise UsageError(f"class_names: expected {self.num_classes} names, found {len(self.class_names)}")
+
+    @property
+    def picture(self) -> tuple[int, int] | None:
+        """Height and width of the picture in pixels; None if they are unknown."""
+        per = self.pixels_per_latent
+        return None if per is None else (self.latent[1] * per, self.latent[2] * per)
+
+    @property
+    def labels(self) -> Labels:
+        """The classes of a class-conditional model. Raises UsageError for another model."""
+        if not isinstance(self.conditions, Labels):
+            raise UsageError(f"expected a class-conditional model, found {self.family}, which is conditioned on text")
+        return self.conditions

@@ -47,4 +47,30 @@ def _from_4(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "model": {**model, "masked": model.get("family") == "maskdit"}}
 
 
-_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
+def _from_5(content: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade from schema 5 to 6.
+
+    Schema 6 makes the classes one kind of condition, gives shapes and rows by name, and states the
+    times of runs: in schema 5 a model without noise levels has evenly spaced times.
+    """
+    rest = {name: value for name, value in content.items() if name != "condition_rows"}
+    content = {**rest, "schema_version": 6, "hoisted_rows": {"condition": content.get("condition_rows")}}
+    if isinstance(sampling := content.get("sampling"), dict) and "karras" in sampling:
+        conventions = {name: value for name, value in sampling.items() if name != "karras"}
+        levels = sampling["karras"]
+        even = {"shift": 1.0, "last": None}
+        content["sampling"] = {**conventions, "times": even if levels is None else levels}
+    model = content.get("model")
+    if not isinstance(model, dict):
+        return content
+    old = ("num_classes", "class_names", "modulations")
+    facts = {name: value for name, value in model.items() if name not in old}
+    added = {
+        "conditions": {"count": model.get("num_classes"), "names": model.get("class_names")},
+        "held": {"modulations": [model.get("modulations")]},
+        "pixels_per_latent": 1 if model.get("space") == "pixel" else None,
+    }
+    return {**content, "model": {**facts, **added}}
+
+
+_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}

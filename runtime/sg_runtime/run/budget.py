@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from sg_runtime.devices.memory import aligned
-from sg_runtime.manifest import Manifest
+from sg_runtime.manifest import GraphFacts, Manifest
 from sg_runtime.run.workspace import LATENTS, LAUNCHES
 from sg_runtime.vocabulary import SCALARS
 
@@ -13,18 +13,28 @@ def run_bytes(manifest: Manifest, batch: int, evaluations: int, separate: bool) 
     """Return an upper bound in bytes of a workspace and of the prepared run that fills it.
 
     evaluations: number of evaluations whose conditioning is held at a time. separate: whether the
-    weak branch has modulations that differ from the strong branch's.
+    weak branch has conditioning of its own.
     """
-    model, networks = manifest.model, 1 + separate
+    model, branches = manifest.model, 1 + separate
     latents = LATENTS * aligned(batch * math.prod(model.latent) * 4)
-    tables = networks * aligned(batch * model.modulations * 4)
+    sizes = {graph.kind: _row_bytes(manifest, graph) for graph in manifest.graphs if graph.hoisted}
+    tables = {kind: branches * sum(aligned(batch * size) for size in row) for kind, row in sizes.items()}
+    timed, shared = tables["condition"], tables.get("prompt", 0)
     counts = {level.keep for graph in manifest.graphs for level in graph.levels}
     keeps = 2 * sum(aligned(batch * keep * 8) + aligned(batch * model.tokens * 8) for keep in counts)
     scalars = LAUNCHES * len(SCALARS) * aligned(4)
-    # Runs of the `condition` graph: a row per image, and one for "no class".
-    runs = -(-evaluations * (batch + separate) // manifest.condition_rows)
-    plan = networks * runs * manifest.condition_rows * model.modulations * 4
-    return latents + evaluations * (tables + keeps + scalars) + plan
+    plan = 0  # a row per image, and one for "no class" or as many for negative prompts
+    for kind, row in sizes.items():
+        count = evaluations * (batch + separate) if kind == "condition" else branches * batch
+        rows = manifest.hoisted_rows[kind]
+        plan += branches * -(-count // rows) * rows * sum(row)
+    return latents + shared + evaluations * (timed + keeps + scalars) + plan
+
+
+def _row_bytes(manifest: Manifest, graph: GraphFacts) -> list[int]:
+    """Return the bytes of one row of each output of a hoisted graph."""
+    held = manifest.model.held
+    return [math.prod(held[tensor.name]) * tensor.storage.itemsize for tensor in graph.outputs]
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sg_runtime.arrays import Array, Indices
+from sg_runtime.arrays import Indices
 from sg_runtime.backends.base import Lane
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import GraphFacts, Manifest, NetworkName
+from sg_runtime.manifest import GraphFacts, Manifest
 from sg_runtime.run.launches import Launch, launches
 from sg_runtime.run.prepared import PreparedRun
+from sg_runtime.vocabulary import HELD
 
 
 class GraphRunner:
@@ -26,20 +28,24 @@ class GraphRunner:
         self.batch = batch
         self.batches = batches
 
-    def condition(self, network: NetworkName, t: Array, classes: Indices) -> DeviceArray:
-        """Return modulations (S, M) for t (S,) and classes (S,).
+    def hoist(self, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]) -> dict[str, DeviceArray]:
+        """Return the outputs of a hoisted graph, with as many rows as `feeds` have.
 
-        Every run of the `condition` graph has the same fixed number of rows.
+        Every run of the graph has the same fixed number of rows.
         """
-        rows, graph = self.manifest.condition_rows, self.manifest.condition(network)
-        starts = range(0, len(t), rows)
-        table = self.lane.memory.empty((len(starts) * rows, self.manifest.model.modulations), np.float32)
+        rows, count = self.manifest.hoisted_rows[graph.kind], len(next(iter(feeds.values())))
+        starts = range(0, count, rows)
+        tables: dict[str, DeviceArray] = {
+            tensor.name: self.lane.memory.empty(
+                (len(starts) * rows, *(int(size) for size in tensor.shape[1:])), tensor.storage
+            )
+            for tensor in graph.outputs
+        }
         for start in starts:
-            row = np.minimum(np.arange(start, start + rows), len(t) - 1)
-            feeds: dict[str, DeviceArray] = {"t": t[row], "class": classes[row]}
-            run_once(self.lane, graph, feeds, {"modulations": table[start : start + rows]})
-        found: DeviceArray = table[: len(t)]
-        return found
+            row = np.minimum(np.arange(start, start + rows), count - 1)
+            outputs = {name: table[start : start + rows] for name, table in tables.items()}
+            run_once(self.lane, graph, {name: values[row] for name, values in feeds.items()}, outputs)
+        return {name: table[:count] for name, table in tables.items()}
 
     def prediction(self, x: DeviceArray, run: PreparedRun, index: int) -> DeviceArray:
         """Return the guided prediction of an evaluation.
@@ -97,11 +103,11 @@ class GraphRunner:
         for name, source in launch.inputs.items():
             if source.role == "held":
                 rows = source.held(run)
-                values = rows.values[launch.index : launch.index + 1]
-                width = values.shape[2]
-                packed = memory.empty((1, len(group) * width), np.float32)
+                first = launch.index if HELD[source.name] == "evaluation" else 0
+                values = rows.values[first : first + 1]
+                packed = memory.empty((1, len(group) * values.shape[2]), values.dtype)
                 memory.take(values, rows.rows[group], packed)
-                feeds[name] = packed.reshape((len(group), width))
+                feeds[name] = packed.reshape((len(group), *self.manifest.model.held[source.name]))
             else:
                 feeds[name] = source.kept(run, [launch.index], self.manifest.model, group)[0]
         return feeds

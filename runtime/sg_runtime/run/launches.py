@@ -140,8 +140,9 @@ def _inputs(graph: GraphFacts, run: PreparedRun, branches: tuple[PreparedBranch,
         branch = branches[facts.branch]
         number = next(number for number, one in enumerate(run.branches) if one is branch)
         if facts.role == "held":
-            owner = number if run.guidance.row.separate else 0
-            found[tensor.name] = Source(owner, "held", tensor.name.removesuffix("_weak"))
+            name = tensor.name.removesuffix("_weak")
+            owner = next(k for k, other in enumerate(run.branches) if other.held[name] is branch.held[name])
+            found[tensor.name] = Source(owner, "held", name)
         else:
             level = graph.levels[facts.branch]
             found[tensor.name] = Source(number, facts.role, str(level.keep))

@@ -3,35 +3,55 @@
 Both are computed before the sampling loop.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sg_runtime import philox
-from sg_runtime.arrays import Array, Indices
+from sg_runtime.arrays import Indices
+from sg_runtime.conditions import Conditions
 from sg_runtime.devices.memory import DeviceArray
+from sg_runtime.errors import UsageError
 from sg_runtime.guidance import guidance_table, levels
-from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName
+from sg_runtime.manifest import GraphFacts, GuidancePlan, Level, Manifest, NetworkName
 from sg_runtime.sampling import Update, precondition
 
-Condition = Callable[[NetworkName, Array, Indices], DeviceArray]
-"""(network, t (S,), classes (S,)) → modulations (S, M)."""
+Hoist = Callable[[GraphFacts, Mapping[str, NDArray[Any]]], dict[str, DeviceArray]]
+"""(hoisted graph, its inputs with S rows) → its outputs with S rows, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The images of a run. labels: (B,) int64 class indices. seeds: one per image."""
+    """The images of a run, and their seeds."""
 
-    labels: Indices
+    conditions: Conditions
     seeds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """An output of a hoisted graph.
+
+    values: (E, U, W) on the device: for E evaluations and U conditions, the W values of a row. E is
+    1 if it does not depend on time, U is 1 if it does not depend on the condition.
+    """
+
+    values: DeviceArray
+    conditional: bool
+
+
+HoistedByNetwork = Mapping[NetworkName, Mapping[str, Hoisted]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """A table of distinct rows and the row index of each image.
 
-    values: (E, U, M) float32 on the device, U rows per evaluation.
+    values: (E, U, W) on the device, U rows per evaluation; E is 1 if all evaluations have the same.
     rows: (B,) int64, row of each image.
     """
 
@@ -100,41 +120,53 @@ class PreparedRun:
         return tuple(branch for branch in self.branches if branch.levels[index] is not None)
 
 
+def per_image(manifest: Manifest, hoist: Hoist, guidance: GuidancePlan, conditions: Conditions) -> HoistedByNetwork:
+    """Run the hoisted graphs that do not depend on time, for all evaluations of a run."""
+    return _hoisted(manifest, hoist, guidance, _of_run(guidance, conditions), None)
+
+
 def prepare(
     manifest: Manifest,
-    condition: Condition,
+    hoist: Hoist,
     guidance: GuidancePlan,
     updates: Sequence[Update],
     batch: Batch,
     last_step: int | None = None,
+    shared: HoistedByNetwork | None = None,
 ) -> PreparedRun:
     """Compute the conditioning and kept tokens of a run.
 
     updates: updates of the evaluations to prepare. batch: images of the run.
     last_step: step at which sparsity and scale schedules end; default: the last step of `updates`.
+    shared: result of `per_image`, if it is known.
+    Raises UsageError if the weak branch needs negative prompts and there are none.
     """
-    model = manifest.model
-    row = guidance.row
+    row, conditions = guidance.row, _of_run(guidance, batch.conditions)
     table = guidance_table(guidance, updates, levels(manifest), levels(manifest, row.weak_network), last_step)
-    t = np.array([precondition(model.prediction, update.time).t for update in updates], np.float32)
+    t = np.array([precondition(manifest.model.prediction, update.time).t for update in updates], np.float32)
+    timed = _hoisted(manifest, hoist, guidance, conditions, t)
+    shared = per_image(manifest, hoist, guidance, conditions) if shared is None else shared
 
-    def modulations(network: NetworkName, classes: Indices) -> DeviceArray:
-        rows = condition(network, np.repeat(t, len(classes)), np.tile(classes, len(t)))
-        found: DeviceArray = rows.reshape((len(t), len(classes), model.modulations))
-        return found
+    def held(network: NetworkName, rows: Indices) -> dict[str, Rows]:
+        found = {**timed[network], **shared[network]}
+        return {
+            name: Rows(found[name].values, rows if found[name].conditional else np.zeros_like(rows))
+            for name in manifest.model.held
+        }
 
-    def branch(number: int, network: NetworkName, rows: Rows, chosen: tuple[Level | None, ...]) -> PreparedBranch:
-        keep = _kept_tokens(model.tokens, chosen, batch.seeds, updates, number)
-        return PreparedBranch(network, {"modulations": rows}, chosen, keep)
+    def branch(
+        number: int, network: NetworkName, held: Mapping[str, Rows], chosen: tuple[Level | None, ...]
+    ) -> PreparedBranch:
+        keep = _kept_tokens(manifest.model.tokens, chosen, batch.seeds, guidance, updates, number)
+        return PreparedBranch(network, held, chosen, keep)
 
-    classes = np.append(batch.labels, model.num_classes) if row.null_weak else batch.labels
-    distinct, places = np.unique(classes, return_inverse=True)
-    images = places[: len(batch.labels)]
-    main = modulations("main", distinct)
-    branches = [branch(philox.STRONG, "main", Rows(main, images), tuple(guided.strong for guided in table))]
+    strong = held("main", conditions.strong)
+    branches = [branch(philox.STRONG, "main", strong, tuple(guided.strong for guided in table))]
     if row.branches == 2:
-        values = main if row.weak_network == "main" else modulations(row.weak_network, distinct)
-        weak = Rows(values, np.full_like(images, places[-1]) if row.null_weak else images)
+        weak = held(row.weak_network, conditions.weak if row.null_weak else conditions.strong)  # type: ignore[arg-type]
+        if row.weak_network == "main":  # the branches share what is the same
+            own = {name for name, output in {**timed["main"], **shared["main"]}.items() if output.conditional}
+            weak = {name: weak[name] if row.null_weak and name in own else strong[name] for name in weak}
         branches.append(branch(philox.WEAK, row.weak_network, weak, tuple(guided.weak for guided in table)))
     return PreparedRun(
         guidance,
@@ -144,14 +176,54 @@ def prepare(
     )
 
 
+def _of_run(guidance: GuidancePlan, conditions: Conditions) -> Conditions:
+    """Return the conditions of a run, those of the weak branch only if it has its own."""
+    if guidance.row.null_weak and conditions.weak is None:
+        raise UsageError(
+            f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give `negative_embeds`, such "
+            f"as the encoding of an empty prompt, or choose guidance sg, which needs none"
+        )
+    return conditions.of(weak=guidance.row.null_weak)
+
+
+def _hoisted(
+    manifest: Manifest, hoist: Hoist, guidance: GuidancePlan, conditions: Conditions, t: NDArray[np.float32] | None
+) -> HoistedByNetwork:
+    """Run the hoisted graphs of the run's networks.
+
+    t: time of each evaluation, for the graphs that depend on time; None for the others.
+    """
+    networks: list[NetworkName] = ["main", guidance.row.weak_network]
+    found: dict[NetworkName, dict[str, Hoisted]] = {network: {} for network in networks}
+    for network, outputs in found.items():
+        for graph in manifest.hoisted(network):
+            names = [tensor.name for tensor in graph.inputs]
+            if ("t" in names) != (t is not None):
+                continue
+            columns = {name: conditions.columns[name] for name in names if name != "t"}
+            rows = len(next(iter(columns.values()))) if columns else 1
+            evaluations = 1 if t is None else len(t)
+            feeds = {name: np.concatenate([values] * evaluations) for name, values in columns.items()}
+            feeds |= {} if t is None else {"t": np.repeat(t, rows)}
+            for name, values in hoist(graph, feeds).items():
+                flat = values.reshape((evaluations, rows, math.prod(manifest.model.held[name])))
+                outputs[name] = Hoisted(flat, conditional=bool(columns))
+    return found
+
+
 def _kept_tokens(
-    tokens: int, levels: Sequence[Level | None], seeds: Sequence[int], updates: Sequence[Update], branch: int
+    tokens: int,
+    levels: Sequence[Level | None],
+    seeds: Sequence[int],
+    guidance: GuidancePlan,
+    updates: Sequence[Update],
+    branch: int,
 ) -> tuple[Indices | None, ...]:
     """Return the kept tokens (B, K) of each evaluation; None where all are kept or none runs."""
     found: list[Indices | None] = [None] * len(levels)
     for level in {level for level in levels if level is not None and level.keep < tokens}:
         indices = [index for index, own in enumerate(levels) if own == level]
-        places = [(updates[index].step, updates[index].evaluation) for index in indices]
+        places = [guidance.draw(updates[index].step, updates[index].evaluation) for index in indices]
         drawn = [philox.subsets(seed, tokens, level.keep, places, branch=branch) for seed in seeds]
         for index, keep in zip(indices, np.stack(drawn, axis=1), strict=True):
             found[index] = keep

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sg_runtime import philox
-from sg_runtime.arrays import Array, Indices
+from sg_runtime.arrays import Array
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import DeviceMemoryError, NonFiniteError
@@ -17,7 +17,7 @@ from sg_runtime.manifest import GuidancePlan, Manifest
 from sg_runtime.run.budget import largest, run_bytes
 from sg_runtime.run.evaluate import GraphRunner
 from sg_runtime.run.lanes import LaneState
-from sg_runtime.run.prepared import Batch, prepare
+from sg_runtime.run.prepared import Batch, per_image, prepare
 from sg_runtime.sampling import Update
 
 CHUNK_BYTES = 256 << 20
@@ -29,8 +29,8 @@ class Run:
     """Parameters of a sampling run.
 
     guidance: guidance of the run.
-    start: time at which the run starts; the initial noise is multiplied by it.
-    updates: updates from `start` on.
+    start: standard deviation of the state at the start.
+    updates: updates from there on.
     fused: whether a fused graph of both branches is used if the bundle has it.
     chunk: number of evaluations whose conditioning is held at a time; None for the largest number
         that fits into CHUNK_BYTES.
@@ -48,8 +48,7 @@ def sample_group(
     leased: LaneState,
     runner: GraphRunner,
     run: Run,
-    labels: Indices,
-    seeds: Sequence[int],
+    batch: Batch,
     done: Callable[[], None],
 ) -> DeviceArray:
     """Sample one engine batch. Return a buffer that the next run overwrites.
@@ -57,21 +56,21 @@ def sample_group(
     done: called after each evaluation is submitted. Raises DeviceMemoryError if the memory does not
     suffice; the message names the remedy.
     """
-    separate = run.guidance.row.separate
-    batch = Batch(labels, seeds)
-    size = _chunk(manifest, run, len(labels), separate)
-    workspace = leased.workspace(len(labels), size, separate)
+    separate, seeds, images = run.guidance.row.separate, batch.seeds, len(batch.seeds)
+    size = _chunk(manifest, run, images, separate)
+    workspace = leased.workspace(images, size, separate)
     workspace.start(np.float32(run.start) * noise(manifest, seeds, philox.INITIAL_NOISE))
     try:
+        shared, last_step = per_image(manifest, runner.hoist, run.guidance, batch.conditions), run.updates[-1].step
         for first in range(0, len(run.updates), size):
             part = run.updates[first : first + size]
-            prepared = prepare(manifest, runner.condition, run.guidance, part, batch, last_step=run.updates[-1].step)
+            prepared = prepare(manifest, runner.hoist, run.guidance, part, batch, last_step, shared)
             workspace.advance(prepared, part, done, lambda step: noise(manifest, seeds, philox.CHURN, step), run.fused)
             del prepared  # free it before the next one is computed
     except DeviceMemoryError as error:
-        smaller = [size for size in runner.batches or (len(labels) // 2,) if 0 < size < len(labels)]
+        smaller = [size for size in runner.batches or (images // 2,) if 0 < size < images]
         remedy = f"try Pipeline.load(…, batch={max(smaller)})" if smaller else "free some memory"
-        raise DeviceMemoryError(f"{error}; runs of {len(labels)} images do not fit here: {remedy}") from error
+        raise DeviceMemoryError(f"{error}; runs of {images} images do not fit here: {remedy}") from error
     return workspace.state
 
 

@@ -13,7 +13,7 @@ from sg_runtime.manifest import Manifest
 from sg_runtime.run.launches import Launch, Source, launches
 from sg_runtime.run.prepared import PreparedRun
 from sg_runtime.sampling import Update
-from sg_runtime.vocabulary import SCALARS
+from sg_runtime.vocabulary import HELD, SCALARS
 
 Noise = Callable[[int], Array]
 """step → standard normal noise in the shape of the state."""
@@ -178,8 +178,9 @@ class Workspace:
                 if (source := launch.inputs.get(tensor.name)) is not None:
                     if source not in self._tables:
                         shape = (run.images, *(int(size) for size in tensor.shape[1:]))
-                        self._tables[source] = Table(self._lane.memory, self._evaluations, shape, tensor.dtype)
-                    inputs[tensor.name] = self._tables[source][launch.index]
+                        count = 1 if _per_image(source) else self._evaluations
+                        self._tables[source] = Table(self._lane.memory, count, shape, tensor.storage)
+                    inputs[tensor.name] = self._tables[source][0 if _per_image(source) else launch.index]
             for name in launch.scalars(self._manifest.model.prediction):
                 inputs[name] = self._scalars[self._scalar(launch.index, number, name)]
             self._calls[key] = self._lane.bind(launch.graph, inputs, {"next": target}, fixed=True)
@@ -193,3 +194,8 @@ class Workspace:
 
     def _scalar(self, index: int, number: int, name: str) -> int:
         return (index * LAUNCHES + number) * len(SCALARS) + SCALARS.index(name)
+
+
+def _per_image(source: Source) -> bool:
+    """Whether all evaluations of a run read the same values."""
+    return source.role == "held" and HELD[source.name] == "image"

@@ -6,44 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from prx_folders import CONFIG, PIXEL, in_training, state_of
 from torch import Tensor
-from weights import random_state
 
 from sg_export.adapters import prx
 from sg_export.checkpoint import Checkpoint, CheckpointFacts, read_checkpoint
 from sg_export.models.prx import PRX, PRXConfig
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import Route, Source
-
-CONFIG = PRXConfig((4, 6), 1, 32, 16, 2, 2, 20, 5, 3)
-PIXEL = PRXConfig((32, 16), 16, 3, 16, 1, 2, 20, 5, 3, bottleneck=4, resolution=True)
-
-
-def state_of(config: PRXConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights by diffusers' names."""
-    with torch.device("meta"):
-        network = PRX(config)
-    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    return {name: torch.from_numpy(value) for name, value in random_state(shapes, seed, {}).items()}
-
-
-def in_training(state: dict[str, Tensor], norm: str = "scale") -> dict[str, Tensor]:
-    """Return weights of a denoiser by the names of the training code.
-
-    norm: last part of the names of its norms, which depends on the version.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        for diffusers, photoroom in (
-            (r"attention\.(img_qkv_proj|txt_kv_proj)", r"\1"),
-            (r"attention\.to_out\.0", "attn_out"),
-            (r"attention\.norm_q\.weight", f"qk_norm.query_norm.{norm}"),
-            (r"attention\.norm_k\.weight", f"qk_norm.key_norm.{norm}"),
-            (r"attention\.norm_added_k\.weight", f"k_norm.{norm}"),
-        ):
-            name = re.sub(diffusers, photoroom, name)
-        renamed[name] = tensor
-    return renamed
 
 
 def checkpoint(tensors: dict[str, Tensor]) -> Checkpoint:
@@ -159,46 +129,3 @@ def test_kept_count_rounds_half_to_even(tokens: int, sparsity: float, kept: int)
 
 def test_usual_route_is_that_of_the_public_recipe() -> None:
     assert prx.usual_route(16) == Route(2, 12)
-
-
-STATED: dict[str, Any] = {
-    "_class_name": "PRXTransformer2DModel",
-    "_diffusers_version": "0.42.1",
-    "axes_dim": [4, 4],
-    "bottleneck_size": 4,
-    "context_in_dim": 5,
-    "depth": 1,
-    "hidden_size": 16,
-    "in_channels": 3,
-    "mlp_ratio": 1.3,
-    "num_heads": 2,
-    "patch_size": 16,
-    "resolution_embeds": True,
-    "theta": 10000,
-    "time_factor": 1000.0,
-    "time_max_period": 10000,
-}
-"""config.json of `PIXEL`, as diffusers 0.42.1 writes it. int(1.3 * 16) is 20."""
-
-
-def test_check_config_accepts_the_config_of_the_network() -> None:
-    prx.check_config(STATED, PIXEL, "config.json")
-
-
-def test_check_config_takes_upstreams_default_of_axes() -> None:
-    config = PRXConfig((4, 6), 1, 32, 128, 2, 2, 20, 5, 3)
-    prx.check_config({"axes_dim": None}, config, "config.json")
-    with pytest.raises(CheckpointError, match=r"axes_dim: expected \[4, 4\].*found \[32, 32\]"):
-        prx.check_config({"axes_dim": None}, PIXEL, "config.json")
-
-
-@pytest.mark.parametrize("name", [name for name in STATED if name[0] != "_"])
-def test_check_config_refuses_another_value_by_its_field(name: str) -> None:
-    other = [2, 6] if name == "axes_dim" else not STATED[name] if name == "resolution_embeds" else STATED[name] + 1
-    with pytest.raises(CheckpointError, match=rf"^config\.json: {name}: expected .*, found {re.escape(str(other))}$"):
-        prx.check_config({**STATED, name: other}, PIXEL, "config.json")
-
-
-def test_check_config_refuses_an_unknown_field() -> None:
-    with pytest.raises(CheckpointError, match="guidance_embeds: expected no such field, found True"):
-        prx.check_config({**STATED, "guidance_embeds": True}, PIXEL, "config.json")

@@ -124,7 +124,6 @@ def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
         weak=None if weak is None else load_model(weak),
         levels=levels(manifest),
         weak_levels=levels(manifest, manifest.guidance.row.weak_network),
-        karras=manifest.sampling.karras,
     )
     seen = [state.numpy() for number, state in enumerate(states) if number == 0 or state is not states[number - 1]]
     assert len(seen) == len(wanted)

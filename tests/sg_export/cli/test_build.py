@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import GuidancePlan, Level, Route, Sampling
+from sg_runtime.manifest import EVEN, GuidancePlan, Level, Route, Sampling
 
 # Options of the bundle with the fewest graphs, which are also the fastest to trace.
 SMALLEST = ("--guidance", "none", "--batch", 1)
@@ -56,7 +56,7 @@ def test_build_options_reach_the_bundle(cli: Callable[..., Any], tiny: Any, tmp_
     manifest = Bundle.open(tmp_path / "out").manifest
     assert (manifest.source.weights, manifest.model.heads, manifest.model.route) == ("model", 4, Route(0, 1))
     assert manifest.guidance == GuidancePlan("none", Level(0.0, 16), Level(0.0, 16), 3.0, interval=(0.25, 0.75))
-    assert manifest.sampling == Sampling("euler", 9, None)
+    assert manifest.sampling == Sampling("euler", 9, EVEN)
     assert (manifest.opset, manifest.batch) == (21, 1)
 
 

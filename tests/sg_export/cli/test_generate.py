@@ -213,7 +213,7 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
         (["--scale", "3:nan"], "scale: expected a finite float32 number, found nan"),
         (["--scale", "3:"], "'3:': expected a number, or two as FIRST:LAST"),
         (["--interval", "0.9", "0.1"], "interval: expected 0 <= lowest time <= highest time, found 0.9 to 0.1"),
-        (["--churn", "1"], "churn: expected an edm model, found a flow model"),
+        (["--churn", "1"], "churn: expected an edm model, found a model of flow"),
     ],
     ids=" ".join,
 )

@@ -107,7 +107,7 @@ def test_generate_of_every_mode_is_what_two_passes_give(
     manifest = Bundle.open(built).manifest
     loaded = load_model(built.with_name(STRONG))
     wanted = two_pass.sample(
-        replace(loaded, facts=manifest.model),
+        replace(loaded, facts=manifest.model, sampling=manifest.sampling),
         mode.plan,
         [3, 1],
         [8, 9],
@@ -116,6 +116,5 @@ def test_generate_of_every_mode_is_what_two_passes_give(
         weak=load_weak(built.with_name(WEAK), loaded, None) if mode.plan.mode == "autoguidance" else None,
         levels=levels(manifest),
         weak_levels=levels(manifest, mode.plan.row.weak_network),
-        karras=manifest.sampling.karras,
     )
     assert np.linalg.norm(np.load(tmp_path / "x.npy") - wanted) <= BOUND * np.linalg.norm(wanted)

@@ -17,7 +17,7 @@ from sg_export.graph.trace import trace
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import Cost, Level, Manifest, ModelFacts, Route
+from sg_runtime.manifest import Cost, Labels, Level, Manifest, ModelFacts, Route
 
 D, N, M, C, PATCH, DEPTH = 32, 16, 128, 2, 2, 3
 EMBED_AND_HEAD = 2 * N * D * C * PATCH**2
@@ -183,16 +183,16 @@ def xl() -> dict[str, Cost]:
         prediction="flow",
         space="latent",
         latent=(XL.channels, XL.image_size, XL.image_size),
+        pixels_per_latent=None,
         patch=XL.patch,
         tokens=XL.tokens,
         width=XL.width,
         depth=XL.depth,
         heads=XL.heads,
-        num_classes=XL.num_classes,
-        modulations=network.modulations,
+        conditions=Labels(XL.num_classes, None),
+        held=network.held,
         parameters=sum(tensor.numel() for tensor in network.state_dict().values()),
         route=route,
-        class_names=None,
         ends=(),
         masked=False,
     )

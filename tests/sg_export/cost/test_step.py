@@ -67,7 +67,7 @@ def test_step_costs_of_a_null_branch_have_two_rows_of_condition(bundle: str, req
     plan, found = manifest.guidance, ways(manifest)
     guided = manifest.graph("guided", plan.strong.keep, plan.weak.keep, null_weak=True)
     assert guided is not None
-    condition = manifest.condition("main").cost
+    condition = manifest.hoisted("main")[0].cost
     assert found["this bundle"].linear_macs == guided.cost.linear_macs
     assert found["this bundle"].condition_macs == 2 * condition.linear_macs
     assert ("two passes" in found) == (plan.mode == "cfg+sg")
@@ -76,7 +76,7 @@ def test_step_costs_of_a_null_branch_have_two_rows_of_condition(bundle: str, req
 def test_step_costs_of_autoguidance_read_both_networks(tiny_autoguidance_bundle: Path) -> None:
     manifest = opened(tiny_autoguidance_bundle)
     found = ways(manifest)
-    both = [manifest.condition("main").cost, manifest.condition("weak").cost]
+    both = [manifest.hoisted("main")[0].cost, manifest.hoisted("weak")[0].cost]
     assert found["this bundle"].linear_macs == found["two passes"].linear_macs
     assert found["this bundle"].condition_macs == sum(cost.linear_macs for cost in both)
 

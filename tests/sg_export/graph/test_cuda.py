@@ -19,7 +19,7 @@ from sg_export.graph.check import check_graph, check_types, run_onnx
 from sg_export.graph.cuda import MICROSOFT, MOST_OUTPUTS, lower_for_cuda
 from sg_export.graph.emulate import emulated
 from sg_export.graph.half import fp32_layers, to_half
-from sg_export.graph.module import examples
+from sg_export.graph.module import random_inputs
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN
@@ -96,7 +96,7 @@ def plain(network: Network) -> dict[GraphSpec, bytes]:
 def feeds_of(network: Network, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     facts = network.loaded.facts
     inputs = graph_inputs(spec, facts, network.batch)
-    values = examples(inputs, facts, {"B": 2, "S": 5}, torch.Generator().manual_seed(3))
+    values = random_inputs(inputs, facts, {"B": 2, "S": 5}, torch.Generator().manual_seed(3))
     return {name: value.numpy() for name, value in values.items()}
 
 

@@ -82,3 +82,18 @@ def test_first_overflow_is_the_first_operator_out_of_range(write: Write) -> None
 def test_first_overflow_in_bf16_is_beyond_that_of_fp16(write: Write) -> None:
     path = write("bf16", np.eye(64, dtype=np.float32) * 1e4)
     assert first_overflow(path, {"x": np.full((1, 64), 1e6, np.float32)}) is None
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_emulated_takes_and_returns_fp32_in_place_of_half_precision(precision: HalfPrecision, tmp_path: Path) -> None:
+    text = "(float[N] text_keys) => (float[N] text_values) { text_values = Add(text_keys, text_keys) }"
+    model, path = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> g {text}'), tmp_path / "g.onnx"
+    to_half(model.graph, precision, ())
+    assert {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} == {HALF[precision]}
+    ir.save(model, path)
+    onnx.checker.check_model(emulated(path), full_check=True)
+    values = np.array([1.0, 1 / 3, -2 / 3], np.float32)
+    (found,) = open_session(path, emulated(path)).run(None, {"text_keys": values})
+    assert found.dtype == np.float32
+    rounded = values.astype(DTYPES[precision])
+    np.testing.assert_array_equal(found, (rounded + rounded).astype(np.float32))  # doubling is exact

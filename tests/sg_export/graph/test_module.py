@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sg_export.graph.module import GraphModule, branch_inputs, examples
+from sg_export.graph.module import GraphModule, branch_inputs, random_inputs
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.loading import LoadedModel, load_model
 from sg_export.models.subset import Subset
@@ -23,7 +23,7 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 @pytest.mark.parametrize("end", ["", "_strong"])
 def test_examples_of_kept_tokens_belong_together(end: str, loaded: LoadedModel) -> None:
     tensors = [TensorFacts(f"rows{end}", "int64", ("B", 8)), TensorFacts(f"restore{end}", "int64", ("B", 16))]
-    rows, restore = examples(tensors, loaded.facts, {"B": 50}, torch.Generator().manual_seed(0)).values()
+    rows, restore = random_inputs(tensors, loaded.facts, {"B": 50}, torch.Generator().manual_seed(0)).values()
     keep = rows - 16 * torch.arange(50)[:, None]
     assert keep.shape == (50, 8)
     assert (keep.diff(dim=1) > 0).all()
@@ -34,7 +34,7 @@ def test_examples_of_kept_tokens_belong_together(end: str, loaded: LoadedModel) 
 
 def test_examples_of_times_lie_between_noise_and_image(loaded: LoadedModel) -> None:
     tensor = TensorFacts("t", "float32", ("S",))
-    values = examples([tensor], loaded.facts, {"S": 50}, torch.Generator().manual_seed(0))["t"]
+    values = random_inputs([tensor], loaded.facts, {"S": 50}, torch.Generator().manual_seed(0))["t"]
     assert values.shape == (50,)
     assert values.min() >= 0
     assert values.max() < 1
@@ -54,11 +54,11 @@ def test_examples_of_times_lie_between_noise_and_image(loaded: LoadedModel) -> N
 )
 def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: GraphSpec, loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = examples(graph_inputs(spec, loaded.facts, 2), loaded.facts, {}, generator)
+    values = random_inputs(graph_inputs(spec, loaded.facts, 2), loaded.facts, {}, generator)
     t = torch.tensor([0.3, 0.7])
-    values["modulations"] = loaded.model.condition(t, torch.tensor([1, 2]))
+    values["modulations"] = loaded.model.hoist("condition", {"t": t, "class": torch.tensor([1, 2])})[0]
     if spec.null_weak:
-        values["modulations_weak"] = loaded.model.condition(t, torch.tensor([5, 5]))
+        values["modulations_weak"] = loaded.model.hoist("condition", {"t": t, "class": torch.tensor([5, 5])})[0]
     v = SimpleNamespace(**values)
     prediction, following = GraphModule(loaded.model, spec, list(values))(*values.values())
     output, *others = (
@@ -79,4 +79,4 @@ def test_forward_of_a_step_is_two_passes_their_combination_and_the_update(spec: 
 def test_forward_of_condition_is_that_of_the_model(loaded: LoadedModel) -> None:
     t, classes = torch.tensor([0.1, 0.9]), torch.tensor([0, 5])
     found = GraphModule(loaded.model, GraphSpec("condition"), ["t", "class"])(t, classes)
-    assert torch.equal(found, loaded.model.condition(t, classes))
+    assert torch.equal(found, loaded.model.hoist("condition", {"t": t, "class": classes})[0])

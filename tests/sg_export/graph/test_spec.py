@@ -1,5 +1,6 @@
 """The graphs of a bundle, and the tensors of each graph."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs, graphs_for
 from sg_export.loading import LoadedModel, load_model
-from sg_runtime.manifest import Level, ModelFacts, TensorFacts
+from sg_runtime.manifest import Level, ModelFacts, TensorFacts, Text
 
 FULL, MOST, HALF, FEW = Level(0.0, 16), Level(0.25, 12), Level(0.5, 8), Level(0.75, 4)
 X, R = (TensorFacts(name, "float32", ("B", 2, 8, 8)) for name in "xr")
@@ -67,13 +68,13 @@ def test_name_holds_network_kind_kept_tokens_and_null(spec: GraphSpec, name: str
 def test_graphs_for_of_one_network_has_singles_and_the_pairs_of_the_mode(
     mode: Any, strong: list[Level], weak: list[Level], singles: list[str | int], guided: list[str]
 ) -> None:
-    names = [spec.name for spec in graphs_for(mode, strong, weak)]
+    names = [spec.name for spec in graphs_for(mode, strong, weak, ["condition"])]
     expected = [single if single == "dense" else f"sparse-{single}" for single in singles]
     assert names == ["condition", *expected, *(f"guided-{pair}" for pair in guided)]
 
 
 def test_graphs_for_of_two_networks_has_the_singles_of_each() -> None:
-    specs = graphs_for("autoguidance", [FULL, MOST], [HALF, FULL])
+    specs = graphs_for("autoguidance", [FULL, MOST], [HALF, FULL], ["condition"])
     strong, weak = ["condition", "dense", "sparse-12"], ["weak-condition", "weak-dense", "weak-sparse-8"]
     assert [spec.name for spec in specs] == [*strong, *weak]
     assert [spec.network for spec in specs] == ["main"] * 3 + ["weak"] * 3
@@ -105,15 +106,39 @@ def test_inputs_of_each_kind_are_the_designs(spec: GraphSpec, expected: list[Ten
     assert graph_inputs(spec, facts, 3) == tuple(fixed)
 
 
-TEXT = {"modulations": (24,), "text_keys": (3, 4, 8), "text_values": (3, 4, 8)}
+@pytest.fixture(scope="module")
+def text(facts: ModelFacts) -> ModelFacts:
+    """Facts of a network with text, of 3 layers, 4 text tokens, and embeddings of 6 values."""
+    held = {"modulations": (24,), "text_keys": (3, 4, 8), "text_values": (3, 4, 8), "text_bias": (4,)}
+    return replace(facts, conditions=Text(4, 6), held=held)
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["same text", "other text"])
-def test_inputs_of_a_network_with_text_share_the_modulations(null: bool, facts: ModelFacts) -> None:
-    held = [TensorFacts(name, "float32", ("B", *shape)) for name, shape in TEXT.items()]
+def test_inputs_of_a_network_with_text_share_the_modulations(null: bool, text: ModelFacts) -> None:
+    held = [TensorFacts(name, "float32", ("B", *shape)) for name, shape in text.held.items()]
     own = [TensorFacts(f"{tensor.name}_weak", "float32", tensor.shape) for tensor in held[1:]] if null else []
     spec = GraphSpec("guided", (FULL, HALF), null_weak=null)
-    assert graph_inputs(spec, facts, None, held=TEXT) == (X, *held, *own, *kept(8, "_weak"), SCALE, *TAIL)
+    assert graph_inputs(spec, text, None) == (X, *held, *own, *kept(8, "_weak"), SCALE, *TAIL)
+
+
+def test_hoisted_graphs_of_a_network_with_text_are_condition_and_prompt(text: ModelFacts) -> None:
+    condition, prompt, *steps = graphs_for("sg", [FULL], [HALF], text.conditions.hoisted)
+    assert [spec.name for spec in (condition, prompt, *steps)] == [
+        "condition",
+        "prompt",
+        "dense",
+        "sparse-8",
+        "guided-16-8",
+    ]
+    assert [spec.hoisted for spec in (condition, prompt, *steps)] == [True, True, False, False, False]
+    assert graph_inputs(condition, text, 3) == (TensorFacts("t", "float32", ("S",)),)
+    assert graph_inputs(prompt, text, 3) == (
+        TensorFacts("embeddings", "float32", ("S", 4, 6)),
+        TensorFacts("mask", "int64", ("S", 4)),
+    )
+    assert graph_outputs(prompt, text, 3) == tuple(
+        TensorFacts(name, "float32", ("S", *text.held[name])) for name in ("text_keys", "text_values", "text_bias")
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 import pytest
-from text import TextDiT
+from text import SmallPRX
 
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
@@ -66,7 +66,7 @@ def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
         pytest.param(DiT, SHORT, Route(0, 1), KINDS[4:], None, True, id="tread symbolic"),
         pytest.param(MaskDiT, SHORT, Route(0, 3), KINDS[2:4], 2, False, id="maskdit"),
         pytest.param(MaskDiT, SHORT, Route(0, 3), KINDS[2:3], None, True, id="maskdit symbolic"),
-        pytest.param(TextDiT, SHORT, Route(1, 1), KINDS[2::2], 1, False, id="text"),
+        pytest.param(SmallPRX, SHORT, Route(1, 1), KINDS[2::2], 1, False, id="text"),
     ],
 )
 def test_trace_of_each_kind_of_layer_once_equals_the_trace_of_all(
@@ -109,7 +109,7 @@ def test_trace_names_nodes_of_stamped_layers_by_their_modules(make_model: Callab
 
 
 def test_trace_gives_stamped_layers_their_text(make_model: Callable[..., LoadedModel]) -> None:
-    loaded = make_model(TextDiT, CONFIG, Route(1, 2))
+    loaded = make_model(SmallPRX, CONFIG, Route(1, 2))
     (model,) = trace(loaded.model, [replace(KINDS[3], null_weak=True)], loaded.facts, None, DEFAULT_OPSET)
     assert not {"Shape", "Range"} & {node.op_type for node in model.graph}
     readers = {value.name: [use.node for use in value.uses()] for value in model.graph.inputs}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sg_export.graph.check import check_graph
-from sg_export.graph.module import GraphModule, examples
+from sg_export.graph.module import GraphModule, random_inputs
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.trace import trace
@@ -84,13 +84,13 @@ def values_of(spec: GraphSpec, loaded: LoadedModel, rows: int, batch: int | None
     generator = torch.Generator().manual_seed(rows)
     sizes = {"B": rows, "S": rows}
     inputs = graph_inputs(spec, loaded.facts, batch)
-    values = examples(inputs, loaded.facts, sizes, generator)
+    values = random_inputs(inputs, loaded.facts, sizes, generator)
     if spec.kind == "condition":
         return values | {"class": torch.arange(rows) % 6}
     t, classes = torch.rand(rows, generator=generator), torch.arange(rows) % 6
-    values["modulations"] = loaded.model.condition(t, classes)
+    values["modulations"] = loaded.model.hoist("condition", {"t": t, "class": classes})[0]
     if spec.null_weak:
-        values["modulations_weak"] = loaded.model.condition(t, torch.full((rows,), 5))
+        values["modulations_weak"] = loaded.model.hoist("condition", {"t": t, "class": torch.full((rows,), 5)})[0]
     return values
 
 

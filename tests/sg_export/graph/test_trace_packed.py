@@ -13,16 +13,16 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from text import TextDiT, held_by_branches
+from text import SmallPRX, held_by_branches
 from torch import Tensor
 
-from sg_export.graph.module import branch_inputs, examples
+from sg_export.graph.module import branch_inputs, random_inputs
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs
 from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
-from sg_export.models.dit import DiT, DiTConfig
+from sg_export.models.dit import AdaLNNetwork, DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_runtime.manifest import Level, Route
 
@@ -43,7 +43,7 @@ class Case:
     null: whether the weak branch has no class, or text of its own.
     """
 
-    network: type[DiT]
+    network: type[AdaLNNetwork]
     route: Route
     strong: int
     weak: int
@@ -64,9 +64,9 @@ CASES = {
     "tread whole no class": Case(DiT, WHOLE, 4, 9, True),
     "maskdit": Case(MaskDiT, WHOLE, 9, 4, False),
     "maskdit no class": Case(MaskDiT, WHOLE, 7, 4, True),
-    "text": Case(TextDiT, SPLIT, 9, 4, False),
-    "text cfg": Case(TextDiT, LAST, 9, 9, True),
-    "text cfg+sg": Case(TextDiT, SPLIT, 7, 4, True),
+    "text": Case(SmallPRX, SPLIT, 9, 4, False),
+    "text cfg": Case(SmallPRX, LAST, 9, 9, True),
+    "text cfg+sg": Case(SmallPRX, SPLIT, 7, 4, True),
 }
 
 
@@ -87,7 +87,13 @@ def traced(request: pytest.FixtureRequest, make_model: Callable[..., LoadedModel
 def weights_of_the_step(loaded: LoadedModel) -> set[str]:
     """Return the names of the tensors that are not part of the conditioning."""
     names = {name.removeprefix("network.") for name in loaded.model.state_dict()}
-    return {name for name in names if not name.startswith(("t_embedder.", "y_embedder.")) and "adaLN" not in name}
+    ends = ("t_embedder.", "y_embedder.", "time_in.", "txt_in.")
+    inside = ("adaLN", "modulation.lin", "txt_kv_proj", "norm_added_k")
+    return {name for name in names if not name.startswith(ends) and not any(part in name for part in inside)}
+
+
+def is_matrix(name: str) -> bool:
+    return name.endswith(".weight") and "norm_" not in name
 
 
 def test_trace_reads_every_weight_once(traced: Traced) -> None:
@@ -98,9 +104,9 @@ def test_trace_reads_every_weight_once(traced: Traced) -> None:
     assert found.keys() == expected
     for name, readers in found.items():
         assert len(readers) == 1, name
-        if name.endswith(".weight"):
+        if is_matrix(name):
             assert readers[0] in ("MatMul", "Gemm"), name
-    layers = sum(name.endswith(".weight") for name in expected)
+    layers = sum(map(is_matrix, expected))
     products = [node for node in traced.model.graph if node.op_type in ("MatMul", "Gemm")]
     weighted = [node for node in products if node.inputs[1] is not None and node.inputs[1].is_initializer()]
     # No weight is stored a second time under another name.
@@ -109,7 +115,9 @@ def test_trace_reads_every_weight_once(traced: Traced) -> None:
 
 def test_trace_has_attention_for_each_branch_and_one_prefix(traced: Traced) -> None:
     case, counts = traced.case, Counter(node.op_type for node in traced.model.graph)
-    blocks = sum(name.endswith("attn.qkv.weight") for name in weights_of_the_step(traced.loaded))
+    blocks = sum(
+        name.endswith(("attn.qkv.weight", "img_qkv_proj.weight")) for name in weights_of_the_step(traced.loaded)
+    )
     prefix = 0 if case.null or case.network is MaskDiT else case.route.start
     assert counts["Softmax"] == prefix + 2 * (blocks - prefix)
     # Tokens of all branches are normalised together: twice in each block, once before the head, and
@@ -127,7 +135,7 @@ def test_trace_combines_the_branches_where_it_is_first_exact(traced: Traced) -> 
     assert halves is not None
     last = halves.inputs[0] and halves.inputs[0].producer()
     assert last is not None
-    own_modulations = traced.case.null and traced.case.network is not TextDiT
+    own_modulations = traced.case.null and traced.case.network is not SmallPRX
     assert [node.op_type for node in (scaled, difference, halves)] == ["Mul", "Sub", "Split"]
     assert last.op_type == ("Concat" if own_modulations else "LayerNormalization")
 
@@ -135,11 +143,10 @@ def test_trace_combines_the_branches_where_it_is_first_exact(traced: Traced) -> 
 def values_of(case: Case, loaded: LoadedModel) -> dict[str, Tensor]:
     """Return random inputs of the graph; the modulations are of random times and classes."""
     generator = torch.Generator().manual_seed(0)
-    network = loaded.model.network
-    values = examples(graph_inputs(case.spec, loaded.facts, IMAGES, held=network.held), loaded.facts, {}, generator)
+    values = random_inputs(graph_inputs(case.spec, loaded.facts, IMAGES), loaded.facts, {}, generator)
     t, classes = torch.rand(IMAGES, generator=generator), torch.tensor([0, 2])
     nothing = CONFIG.num_classes if case.null else None
-    strong, weak = held_by_branches(network, t, classes, nothing, generator)
+    strong, weak = held_by_branches(loaded.model, t, classes, nothing, generator)
     given = strong | {f"{name}_weak": held for name, held in weak.items() if held is not strong[name]}
     assert given.keys() <= values.keys()
     return values | given

@@ -377,7 +377,7 @@ def test_profile_shapes_have_a_row_for_each_kept_token_and_for_each_token(
     spec = guided_spec(loaded, strong)
     shapes = profile_shapes(Profile(3, tuple(level.keep for level in spec.levels)), spec, loaded.facts)
     latent = (3, *loaded.facts.latent)
-    assert shapes == {"x": latent, "r": latent, "modulations": (3, loaded.facts.modulations), **kept}
+    assert shapes == {"x": latent, "r": latent, "modulations": (3, loaded.facts.held["modulations"][0]), **kept}
 
 
 @pytest.mark.slow

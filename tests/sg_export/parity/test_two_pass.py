@@ -15,7 +15,7 @@ from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_export.parity.two_pass import sample
 from sg_runtime import philox
 from sg_runtime.guidance import levels
-from sg_runtime.manifest import GuidancePlan, Karras, Level
+from sg_runtime.manifest import GuidancePlan, Karras, Level, Sampling
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import Churn
 
@@ -42,7 +42,8 @@ def earlier(loaded: LoadedModel, tiny: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def edm(loaded: LoadedModel) -> LoadedModel:
     """The same network, used as a denoiser."""
-    return replace(loaded, facts=replace(loaded.facts, prediction="edm"))
+    sampling = Sampling("heun", 40, NOISE_LEVELS)
+    return replace(loaded, facts=replace(loaded.facts, prediction="edm"), sampling=sampling)
 
 
 def velocity(loaded: LoadedModel, x: Tensor, t: float, label: int, keep: NDArray[np.int64] | None = None) -> Tensor:
@@ -140,7 +141,7 @@ def test_sample_of_edm_by_euler_is_the_formula(edm: LoadedModel) -> None:
         weak = denoised(edm, x, sigma, NO_CLASS, subset(4, HALF, philox.WEAK, step))
         guided = weak + 1.5 * (strong - weak)
         x = x + (following - sigma) * (x - guided) / sigma
-    assert_close(sample(edm, plan, [2], [4], 2, "euler", karras=NOISE_LEVELS)[0], x)
+    assert_close(sample(edm, plan, [2], [4], 2, "euler")[0], x)
 
 
 def test_sample_of_edm_by_heun_is_the_formula(edm: LoadedModel) -> None:
@@ -149,7 +150,7 @@ def test_sample_of_edm_by_heun_is_the_formula(edm: LoadedModel) -> None:
     ahead = x + (0.02 - 40.0) * slope
     x = x + (0.02 - 40.0) * (slope + (ahead - denoised(edm, ahead, 0.02, 2)) / 0.02) / 2
     x = denoised(edm, x, 0.02, 2)  # the last step, an Euler step to 0
-    assert_close(sample(edm, NONE, [2], [4], 2, "heun", karras=NOISE_LEVELS)[0], x)
+    assert_close(sample(edm, NONE, [2], [4], 2, "heun")[0], x)
 
 
 @pytest.mark.parametrize("autoguided", [False, True])
@@ -158,7 +159,7 @@ def test_sample_of_edm_guides_denoised_images(autoguided: bool, edm: LoadedModel
     x = 40.0 * noise(4)
     strong = denoised(edm, x, 40.0, 2)
     weak = denoised(earlier, x, 40.0, 2) if autoguided else denoised(edm, x, 40.0, NO_CLASS)
-    found = sample(edm, plan, [2], [4], 1, "euler", weak=earlier if autoguided else None, karras=NOISE_LEVELS)
+    found = sample(edm, plan, [2], [4], 1, "euler", weak=earlier if autoguided else None)
     assert_close(found[0], weak + 2.0 * (strong - weak))
 
 
@@ -172,14 +173,14 @@ def test_sample_with_churn_adds_noise_first(edm: LoadedModel) -> None:
     ahead = x + (0.02 - sigma) * slope
     x = x + (0.02 - sigma) * (slope + (ahead - denoised(edm, ahead, 0.02, 2)) / 0.02) / 2
     x = denoised(edm, x, 0.02, 2)
-    found = sample(edm, NONE, [2], [4], 2, "heun", karras=NOISE_LEVELS, churn=churn)
+    found = sample(edm, NONE, [2], [4], 2, "heun", churn=churn)
     assert_close(found[0], x)
 
 
 def test_sample_with_churn_stops_at_its_bound(edm: LoadedModel) -> None:
     sigma = 40.0 * math.sqrt(2)  # gamma is at most sqrt(2) - 1
     x = 40.0 * noise(4) + math.sqrt(sigma**2 - 40.0**2) * noise(4, philox.CHURN, 0)
-    found = sample(edm, NONE, [2], [4], 1, "euler", karras=NOISE_LEVELS, churn=Churn(9.0))
+    found = sample(edm, NONE, [2], [4], 1, "euler", churn=Churn(9.0))
     assert_close(found[0], denoised(edm, x, sigma, 2))
 
 
@@ -239,7 +240,7 @@ def test_sample_at_scale_one_is_the_strong_branch(
 
 
 def test_sample_of_an_image_is_independent_of_its_batch(edm: LoadedModel) -> None:
-    plan, settings = GuidancePlan("cfg+sg", FULL, HALF, 2.0), {"karras": NOISE_LEVELS, "churn": Churn(1.0)}
+    plan, settings = GuidancePlan("cfg+sg", FULL, HALF, 2.0), {"churn": Churn(1.0)}
     together = sample(edm, plan, [0, 4, 2], [1, 2, 3], 3, "euler", **settings)  # type: ignore[arg-type]
     alone = sample(edm, plan, [4], [2], 3, "euler", **settings)  # type: ignore[arg-type]
     assert_close(together[1:2], alone)
@@ -257,7 +258,7 @@ def test_sample_equals_the_runtime(
 ) -> None:
     pipe = Pipeline.load(request.getfixturevalue(f"{name}_bundle"))
     manifest = pipe.bundle.manifest
-    model = replace(loaded, facts=manifest.model)
+    model = replace(loaded, facts=manifest.model, sampling=manifest.sampling)
     churn = Churn(1.0) if name == "tiny_edm" else None
     wanted = sample(
         model,
@@ -269,7 +270,6 @@ def test_sample_equals_the_runtime(
         weak=earlier if name == "tiny_autoguidance" else None,
         levels=levels(manifest),
         weak_levels=levels(manifest, manifest.guidance.row.weak_network),
-        karras=manifest.sampling.karras,
         churn=churn,
     )
     found = pipe.sample([0, 4, None], [9, 8, 7], steps=6, sampler=sampler, churn=churn, fused=fused)

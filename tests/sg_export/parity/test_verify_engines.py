@@ -67,7 +67,7 @@ def options_of(command: str) -> dict[str, str]:
 
 def test_verify_saves_data_and_a_command_for_every_profile(saved: Saved) -> None:
     bundle, folder, commands = saved
-    rows = bundle.manifest.condition_rows
+    rows = bundle.manifest.hoisted_rows["condition"]
     names = [f"condition-{rows}", *(f"{name}-{n}" for name in ("dense", "sparse-8", "guided-16-8") for n in (1, 2))]
     names = [name for name in names if name.partition("-")[0] in {e.kind for e in bundle.manifest.engines}]
     assert {path.name for path in folder.iterdir()} == {
@@ -96,9 +96,9 @@ def test_saved_inputs_have_the_shapes_of_the_profile(saved: Saved) -> None:
 
 def test_saved_outputs_are_those_of_the_graphs(saved: Saved, trt_bundle: Path) -> None:
     whole, folder = Bundle.open(trt_bundle), saved[1]
-    for graph, rows in ((whole.manifest.graph("guided", 16, 8), 2), (whole.manifest.condition("main"), None)):
+    for graph, rows in ((whole.manifest.graph("guided", 16, 8), 2), (whole.manifest.hoisted("main")[0], None)):
         assert graph is not None
-        name = f"{graph.name}-{rows or whole.manifest.condition_rows}"
+        name = f"{graph.name}-{rows or whole.manifest.hoisted_rows['condition']}"
         session, feeds = open_session(whole.onnx(graph)), load_json(str(folder / f"{name}-inputs.json"))
         ((_, wanted),) = RunResults.load(str(folder / f"{name}-outputs.json"))
         for feed, outputs in zip(feeds, wanted, strict=True):

@@ -101,7 +101,7 @@ def test_half_precision_is_finite_at_all_times(
     facts = bundle.manifest.model
     guided = bundle.manifest.graph("guided", 16, 8)
     assert guided is not None
-    condition, path = bundle.onnx(bundle.manifest.condition("main")), bundle.onnx(guided)
+    condition, path = bundle.onnx(bundle.manifest.hoisted("main")[0]), bundle.onnx(guided)
     modulate, step = (open_session(p, emulated(p)) for p in (condition, path))
     generator = np.random.default_rng(0)
     for number, time in enumerate(times):

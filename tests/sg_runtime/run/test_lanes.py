@@ -176,7 +176,7 @@ class FullMemory(HostMemory):
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self.full, self._width = True, manifest.model.modulations
+        self.full, self._width = True, manifest.model.held["modulations"][0]
 
     def empty(self, shape: Any, dtype: Any) -> NDArray[Any]:
         if self.full and tuple(shape[1:]) == (self._width,):

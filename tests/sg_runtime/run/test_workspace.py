@@ -20,7 +20,7 @@ from sg_runtime.backends import CallSequence
 from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import ALIGNMENT, HostMemory, aligned
 from sg_runtime.guidance import guide
-from sg_runtime.manifest import GraphFacts, Level, SamplerName, read_manifest
+from sg_runtime.manifest import EVEN, GraphFacts, Level, SamplerName, read_manifest
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.budget import run_bytes
 from sg_runtime.run.kept import restore, rows
@@ -85,7 +85,7 @@ def test_sample_of_any_mode_is_its_predictions_put_together(
     """The update is its formula; the predictions are those of `guided`, in separate arrays."""
     pipe, _ = watched(bundle)
     manifest, guidance = pipe.bundle.manifest, pipe.guidance(**chosen)
-    times = run_times(5, manifest.sampling.karras)
+    times = run_times(5, manifest.sampling.times)
     run = updates(sampler, manifest.model.prediction, times, churn)
     counters = [(update.step, update.evaluation) for update in run]
     plan = pipe.prepare([update.time for update in run], CLASSES, SEEDS, counters=counters, guidance=guidance)
@@ -116,7 +116,7 @@ def test_sample_writes_no_buffer_that_is_read_before_the_step_ends(
     pipe.sample(CLASSES, SEEDS, steps=4, sampler=sampler, fused=fused)
     launches = iter(backend.steps)
     state = start = None
-    for update in updates(sampler, "flow", run_times(4, None)):
+    for update in updates(sampler, "flow", run_times(4, EVEN)):
         runs = [next(launches) for _ in range(1 if fused else 2)]
         state = state or runs[0].inputs["x"]
         if update.evaluation == 0:
@@ -292,7 +292,7 @@ def test_advance_of_any_updates_is_the_formula(
         for index, (step, number, *rest) in enumerate(flat)
     ]
     rng = np.random.default_rng(seed)
-    modulations = rng.standard_normal((len(run), 2, manifest.model.modulations)).astype(np.float32)
+    modulations = rng.standard_normal((len(run), 2, manifest.model.held["modulations"][0])).astype(np.float32)
     scales, kept = tuple(entry[4] for entry in flat), [entry[5] for entry in flat]
 
     def branch(held: Sequence[int], counts: Sequence[int]) -> PreparedBranch:

@@ -1,6 +1,7 @@
 """The PyTorch reference of guided sampling, compared with explicit formulas."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ NO_CLASS = 5
 def sample(loaded: LoadedModel, plan: GuidancePlan, classes: Sequence[int], *rest: Any, **settings: Any) -> Any:
     """Sample images of these classes; 5 is "no class"."""
     return two_pass.sample(loaded, plan, of_classes(loaded.facts.labels, classes), *rest, **settings)
-
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def xl_step(target: OnnxTarget, precision: Precision, batch: int | None) -> ir.G
         prediction="flow",
         space="latent",
         latent=(4, 32, 32),
+        pixels_per_latent=None,
         patch=2,
         tokens=256,
         width=1152,

@@ -14,7 +14,7 @@ import zipfile
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sg_export.recognize import DOWNLOAD, what_file_is, what_is
+from sg_export.diffusers_folder import find_configs, find_weights, read_config
+from sg_export.recognize import DOWNLOAD, listed, what_file_is, what_is
 from sg_export.reference import REFERENCES, reference_path
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.files import sha256_of
@@ -32,6 +33,12 @@ from sg_runtime.manifest import Prediction, Route, Source
 LOG = logging.getLogger(__name__)
 
 METADATA_KEY = "sg_export"
+
+BESIDE = "ema_denoiser"
+"""First word of averaged weights in Photoroom/PRX, whose other weights are not all averaged.
+
+The family's adapter tells them apart.
+"""
 
 _MODEL_KEYS = ("model_state_dict", "model", "state_dict", "params", "module", "net", "network")
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
@@ -53,6 +60,12 @@ class CheckpointFacts:
     prediction: what the network predicts.
     space: whether the samples are pixels or latents.
     class_names: names of the classes, in the order of their indices.
+    size: height and width of the picture, in pixels; for models that sample several sizes.
+    text_tokens: number of tokens of a prompt, with padding.
+    channels, patch: channels of a sample, and side of the square that one token covers.
+    pixels_per_latent: height and width of the square of the picture that one latent decodes to.
+    time_shift: shift of the times of a run; see `sg_runtime.manifest.Shifted`.
+    noise_scale: standard deviation of the noise in training.
     training: free text and numbers about the training.
     """
 
@@ -65,93 +78,171 @@ class CheckpointFacts:
     prediction: Prediction | None = None
     space: Literal["pixel", "latent"] | None = None
     class_names: tuple[str, ...] | None = None
+    size: tuple[int, int] | None = None
+    text_tokens: int | None = None
+    channels: int | None = None
+    patch: int | None = None
+    pixels_per_latent: int | None = None
+    time_shift: float | None = None
+    noise_scale: float | None = None
     training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """Facts that the user states about a checkpoint. They take precedence over its own facts."""
+    """Facts that the user states about a checkpoint. They take precedence over its own facts.
+
+    size: height and width of the picture, in pixels.
+    """
 
     route: Route | None = None
     heads: int | None = None
     prediction: Prediction | None = None
+    size: tuple[int, int] | None = None
+    text_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The content of a checkpoint file.
+    """The content of a checkpoint file, or of a folder of diffusers.
 
-    source: file name and hash.
+    source: name and hash.
     tensors: tensors by their names without wrappers. They are in memory, not in the file.
     facts: facts that the author states.
     prefix: longest wrapper prefix that was removed from a name.
+    configs: configurations in a folder by component; see `sg_export.diffusers_folder`.
     """
 
     source: Source
     tensors: Mapping[str, Tensor]
     facts: CheckpointFacts
     prefix: str
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a checkpoint.
+
+    weights: files of tensors.
+    index: list of the tensors in each of several files; None for one file without a list.
+    configs: configurations in a folder of diffusers, by component.
+    variant: variant of the weights in such a folder; None for weights without a variant.
+    """
+
+    weights: tuple[Path, ...]
+    index: Path | None = None
+    configs: Mapping[str, Path] = field(default_factory=dict)
+    variant: str | None = None
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """All files, in the order in which they are hashed."""
+        return (*self.configs.values(), *([self.index] if self.index else []), *self.weights)
 
 
 def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: str | None = None) -> Checkpoint:
-    """Read a file of torch.save or safetensors, an index of shards, or a reference model by name.
+    """Read a file, an index of shards, a folder of diffusers, or a reference model by name.
 
-    The content tells the format, not the suffix. Pickles are read only with `weights_only=True`.
+    The content of a file tells its format, not the suffix: it is of torch.save or safetensors.
+    Pickles are read only with `weights_only=True`.
 
     weights: the set of weights to read: "ema", "model", or the key of a dict of tensors or of a
     prefix of their names, with dots between nested keys. The default is the EMA set if there is
-    one.
-    sha256: hash of the file, if it was just taken.
+    one. In a folder it is a variant of the weights.
+    sha256: hash of the files, if it was just taken.
 
     Raises CheckpointError for a file that is missing, damaged, not safe to read, or that changes
     while it is read. Raises UsageError if the file does not hold `weights`.
     """
     reference = str(checkpoint) if str(checkpoint) in REFERENCES else None
     path = reference_path(reference) if reference else Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
-            f"{path}: expected a checkpoint file or the name of a reference model ({', '.join(REFERENCES)}), "
-            f"found {what_is(str(checkpoint))}"
+            f"{path}: expected a checkpoint file, a folder of diffusers or the name of a reference model "
+            f"({', '.join(REFERENCES)}), found {what_is(str(checkpoint))}"
         )
     try:
-        files = checkpoint_files(path)
-        with _unchanged(files, sha256_of(*files) if sha256 is None else sha256) as digest:
+        files = checkpoint_files(path, weights)
+        with _unchanged(files.all, sha256_of(*files.all) if sha256 is None else sha256) as digest:
+            configs = {component: read_config(config) for component, config in files.configs.items()}
             content: Mapping[Any, Any] = {}
-            facts = CheckpointFacts()
-            for file in files[1:] or files:
+            facts = CheckpointFacts(family="prx" if configs else None)
+            names: dict[str, set[str]] = {}
+            for file in files.weights:
                 part, stated = _read(file)
+                names[file.name] = {str(name) for name in part}
                 content, facts = {**content, **part}, _over(stated, facts)
-            chosen, tensors = _choose_set(path, content, weights)
+            if files.index is not None:
+                _check_index(files.index, names)
+            if configs:
+                chosen, tensors = files.variant or "bare", _state_of(content)
+            else:
+                chosen, tensors = _choose_set(path, content, weights)
             tensors = _in_memory(tensors)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    sidecar = path.with_name(path.name.removesuffix(".index.json")).with_suffix(".json")
+    sidecar = sidecar_of(path)
     if sidecar.is_file():
         facts = _over(_facts_beside(sidecar, path), facts)
     plain, prefix = _without_wrappers(path, tensors)
-    return Checkpoint(Source(path.name, digest, chosen, reference), plain, facts, prefix)
+    return Checkpoint(Source(path.resolve().name, digest, chosen, reference), plain, facts, prefix, configs)
 
 
-def checkpoint_files(path: Path) -> tuple[Path, ...]:
-    """Return the files of a checkpoint: `path`, and after an index the shards that it lists.
+def sidecar_of(path: Path) -> Path:
+    """Return the place of the JSON file with facts about a checkpoint, next to it."""
+    if path.is_dir():
+        place = path.resolve()
+        return place.with_name(f"{place.name}.json")
+    return path.with_name(path.name.removesuffix(".index.json")).with_suffix(".json")
 
-    Raises CheckpointError if `path` is a shard, or an index of shards that are not there.
+
+def checkpoint_files(path: Path, weights: str | None = None) -> Files:
+    """Return the files of a checkpoint: `path`, an index with its shards, or those of a folder.
+
+    weights: variant of the weights in a folder of diffusers.
+
+    Raises CheckpointError if `path` is a shard, an index of shards that are not there, or a folder
+    that is not supported. Raises UsageError for a variant that is not there.
     """
+    configs: Mapping[str, Path] = {}
+    variant = None
+    if path.is_dir():
+        configs = find_configs(path)
+        path, variant = find_weights(configs["transformer"].parent, weights)
     if (shard := re.search(r"-[0-9]{5}-of-([0-9]{5})\.", path.name)) and int(shard[1]) > 1:
         raise CheckpointError(
             f"{path}: one of {int(shard[1])} shards: give the index that lists them, a file that ends in .index.json"
         )
     with path.open("rb") as stream:
         if stream.read(64).removeprefix(BOM_UTF8).lstrip()[:1] != b"{":
-            return (path,)
+            return Files((path,), None, configs, variant)
     try:
-        names = set(json.loads(path.read_bytes())["weight_map"].values())
-        shards = [path.parent / name for name in sorted(names) if Path(name).name == name]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return (path,)
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        shards = tuple(path.parent / name for name in names)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if configs:
+            read_config(path)
+        return Files((path,), None, configs, variant)
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{path}: expected its shards in the same folder, found {listed(outside)}")
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(f"{path}: expected its shards in the same folder, found no {_listed(absent)}")
-    return (path, *shards)
+        raise CheckpointError(f"{path}: expected its shards in the same folder, found no {listed(absent)}")
+    return Files(shards, path, configs, variant)
+
+
+def _check_index(index: Path, names: Mapping[str, set[str]]) -> None:
+    """Raise CheckpointError unless each shard holds the tensors that an index lists for it.
+
+    names: names of the tensors by the name of their file.
+    """
+    for tensor, file in json.loads(index.read_bytes())["weight_map"].items():
+        if tensor not in names[file]:
+            others = [other for other, held in names.items() if tensor in held]
+            raise CheckpointError(
+                f"{index}: expected {tensor} in {file}, found it in {listed(others) if others else 'no shard'}: fetch "
+                f"index and shards again"
+            )
 
 
 @contextmanager
@@ -206,7 +297,7 @@ def _facts_beside(path: Path, checkpoint: Path) -> CheckpointFacts:
     if isinstance(content, dict) and content and not any(get_close_matches(key, known) for key in content):
         LOG.warning(
             "%s: not read as facts about %s, which has its name: expected %s, found %s",
-            *(path, checkpoint.name, ", ".join(known), _listed(list(content))),
+            *(path, checkpoint.name, ", ".join(known), listed(list(content))),
         )
         return CheckpointFacts()
     try:
@@ -267,7 +358,7 @@ def _plain_values() -> list[Any]:
 def _read_pickle(path: Path) -> Mapping[Any, Any]:
     mapped = zipfile.is_zipfile(path)
     if mapped and not any(name.endswith("data.pkl") for name in _zip_names(path)):
-        raise CheckpointError(f"{path}: expected a checkpoint, found a zip archive of {_listed(_zip_names(path))}")
+        raise CheckpointError(f"{path}: expected a checkpoint, found a zip archive of {listed(_zip_names(path))}")
     if path.suffix == ".safetensors":  # PyTorch's reader would go by this suffix
         raise CheckpointError(f"{path}: expected safetensors, found a file of torch.save: name it .pt")
     try:
@@ -380,7 +471,7 @@ def _split(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor
     """Return the sets that the first words of names tell apart, or the single set `name`."""
     words = dict.fromkeys(tensor.partition(".")[0] for tensor in state if "." in tensor)
     averaged = next(filter(_is_ema, words), None)
-    if averaged is None:
+    if averaged in (None, BESIDE):
         return {name: dict(state)}
     plain = {n: tensor for n, tensor in state.items() if not _is_ema(n.partition(".")[0])}
     others = {} if name == "ema" else {"model": _under("model", plain) or plain}
@@ -413,7 +504,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
                 f"state dict, or give `weights` model for the weights that are not averaged"
             )
         if not sets[chosen]:
-            found = f"other values: {_listed([str(key) for key in content])}" if content else "nothing"
+            found = f"other values: {listed([str(key) for key in content])}" if content else "nothing"
             raise CheckpointError(f"{path}: expected tensors by their names, found {found}")
         return chosen, sets[chosen]
     flat = _flat(content)
@@ -422,7 +513,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))
         raise UsageError(
-            f"{path}: expected tensors under {weights}, found them under {_listed(keys)}: give one of them as `weights`"
+            f"{path}: expected tensors under {weights}, found them under {listed(keys)}: give one of them as `weights`"
         )
     if "bare" in sets:
         raise UsageError(f"{path}: holds a single bare state dict: leave out `weights` {weights}")
@@ -454,10 +545,6 @@ def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[s
     return plain, max((match[0] for name in shorts if (match := _PREFIX.match(name))), key=len, default="")
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
     """Return the user's facts about a checkpoint, completed by the facts that its author states."""
     facts = checkpoint.facts
@@ -465,4 +552,6 @@ def merge_facts(checkpoint: Checkpoint, overrides: Overrides) -> Overrides:
         overrides.route or (Route.parse(facts.route) if facts.route else None),
         facts.heads if overrides.heads is None else overrides.heads,
         overrides.prediction or facts.prediction,
+        overrides.size or facts.size,
+        facts.text_tokens if overrides.text_tokens is None else overrides.text_tokens,
     )

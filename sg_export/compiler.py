@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_export.checkpoint import checkpoint_files
+from sg_export.checkpoint import checkpoint_files, sidecar_of
 from sg_export.graph.half import fp32_layers
 from sg_export.graph.spec import GraphSpec, guided_alone
 from sg_export.loading import load_model, load_weak
@@ -24,7 +24,7 @@ from sg_export.packing.pairs import choose_graphs
 from sg_export.progress import Counted, Report, silent
 from sg_export.reference import REFERENCES
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import CheckpointError
+from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import (
     MANIFEST_FILE,
     GuidancePlan,
@@ -42,7 +42,7 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     checkpoint, ExportError if a graph cannot be made or does not agree with PyTorch. A failed
     compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
-    inputs = [*inputs_of(checkpoint, options.weak_checkpoint)]
+    inputs = [*inputs_of(checkpoint, options.weak_checkpoint, weights=options.weights)]
     if options.quantize is not None:
         inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
     check_output(options.output, options.force, inputs)
@@ -93,14 +93,14 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     return Bundle(options.output, manifest)
 
 
-def inputs_of(*checkpoints: str | Path | None) -> list[Path]:
+def inputs_of(*checkpoints: str | Path | None, weights: str | None = None) -> list[Path]:
     """Return the files that are read for these checkpoints, whether or not they exist."""
     files = [Path(name) for name in checkpoints if name is not None and str(name) not in REFERENCES]
     shards: list[Path] = []
     for path in files:
-        with suppress(CheckpointError, OSError):  # of a file that cannot be read, which is reported later
-            shards += checkpoint_files(path)
-    return files + shards + [path.with_suffix(".json") for path in files]  # facts about a checkpoint
+        with suppress(CheckpointError, UsageError, OSError):  # of what cannot be read, which is reported later
+            shards += checkpoint_files(path, weights).all
+    return files + shards + [sidecar_of(path) for path in files]
 
 
 def _reference_bundle(

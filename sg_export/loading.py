@@ -89,9 +89,9 @@ def load_weak(
 
 
 def _weak_of(read: Checkpoint, strong: LoadedModel, overrides: Overrides) -> LoadedModel:
-    facts, given = strong.facts, merge_facts(read, overrides)
-    heads = facts.heads if given.heads is None else given.heads
-    completed = Overrides(given.route or facts.route, heads, given.prediction or facts.prediction)
+    facts, given, known = strong.facts, merge_facts(read, overrides), _stated_by(strong.facts)
+    stated = {f.name: value for f in fields(given) if (value := getattr(given, f.name)) is not None}
+    completed = replace(known, **stated)
     model, weak_facts = find_adapter(read).build(read, completed)
     same = replace(weak_facts, conditions=_named_as(facts.conditions, weak_facts.conditions), space=facts.space)
     if same != facts:
@@ -119,7 +119,7 @@ def reload_checkpoint(bundle: Bundle, checkpoint: str | Path | None) -> LoadedMo
     """
     source, model, sampling = bundle.manifest.source, bundle.manifest.model, bundle.manifest.sampling
     read = _read_of(bundle, source, checkpoint, "checkpoint")
-    loaded = _model_of(read, _overrides_of(bundle))
+    loaded = _model_of(read, _stated_by(model))
     if (loaded.facts, replace(loaded.sampling, steps=sampling.steps)) != (model, sampling):
         raise BundleError(
             f"{bundle.path}: its manifest describes another model than {read.source.file}: build it again"
@@ -138,19 +138,21 @@ def reload_weak(bundle: Bundle, checkpoint: str | Path | None, strong: LoadedMod
         if checkpoint is not None:
             raise UsageError(f"{bundle.path}: has no weak network: leave out `weak_checkpoint`")
         return None
-    return _weak_of(_read_of(bundle, source, checkpoint, "weak_checkpoint"), strong, _overrides_of(bundle))
+    return _weak_of(_read_of(bundle, source, checkpoint, "weak_checkpoint"), strong, _stated_by(strong.facts))
 
 
-def _overrides_of(bundle: Bundle) -> Overrides:
-    """Return the facts of the model that the bundle was built with."""
-    model = bundle.manifest.model
-    return Overrides(model.route, model.heads, model.prediction)
+def _stated_by(model: ModelFacts) -> Overrides:
+    """Return the facts that lead to this model again."""
+    known = Overrides(model.route, model.heads, model.prediction)
+    if isinstance(model.conditions, Text):
+        return replace(known, size=model.picture, text_tokens=model.conditions.tokens)
+    return known
 
 
 def found_by_name(bundle: Bundle, source: Source) -> Path | None:
-    """Return a checkpoint's file next to the bundle or in the current folder, if it is there."""
+    """Return a checkpoint next to the bundle or in the current folder, if it is there."""
     candidates = (bundle.path.parent / source.file, Path(source.file))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, parameter: str) -> Checkpoint:
@@ -166,13 +168,14 @@ def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, para
                 f"folder: give `{parameter}`"
             )
     path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found {what_is(str(checkpoint))}"
         )
-    if (found_hash := sha256_of(*checkpoint_files(path))) != source.sha256:
+    weights = None if source.weights == "bare" else source.weights
+    if (found_hash := sha256_of(*checkpoint_files(path, weights).all)) != source.sha256:
         raise CheckpointError(
             f"{path}: expected SHA-256 {source.sha256[:12]}…, from which {bundle.path} was built, "
             f"found {found_hash[:12]}…: give that checkpoint, or build a new bundle from this one"
         )
-    return read_checkpoint(checkpoint, None if source.weights == "bare" else source.weights, found_hash)
+    return read_checkpoint(checkpoint, weights, found_hash)

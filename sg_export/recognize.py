@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sg_runtime.manifest import MANIFEST_FILE
 
-OURS = "give a checkpoint as CompVis/tread or Anima-Lab/MaskDiT write it"
+OURS = "give a checkpoint of CompVis/tread, Anima-Lab/MaskDiT or PRX"
 DOWNLOAD = "the download failed: fetch it again"
 UNPACK = "unpack it first"
 
@@ -26,7 +26,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
 """What other files are, by the pattern of their first bytes."""
 
 _JSON: tuple[tuple[str, str], ...] = (
-    ("_class_name", f"the configuration of a Diffusers model, {{}}: {OURS}"),
+    ("_class_name", f"the configuration of a Diffusers model, {{}}: of a PRX give the folder, else {OURS}"),
     ("_diffusers_version", f"the configuration of a Diffusers model: {OURS}"),
     ("architectures", f"the configuration of a Transformers model: {OURS}"),
     ("schema_version", "the manifest of a bundle or another file of sg-export: give the checkpoint itself"),
@@ -50,6 +50,11 @@ _LAYOUTS: tuple[tuple[str, str], ...] = (
 """What other networks are, by a pattern that one of their tensors' names has."""
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return the names as text, the first `most` of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def what_is(checkpoint: str) -> str:
     """Return what is at a path that is not a file, with the file or the step that helps."""
     path = Path(checkpoint)
@@ -61,8 +66,6 @@ def what_is(checkpoint: str) -> str:
         return f"a folder: give the index in it, {indexes[0]}"
     if (path / MANIFEST_FILE).is_file():
         return "a bundle, which a build has made: give the checkpoint"
-    if (path / "model_index.json").is_file():
-        return f"a Diffusers pipeline (model_index.json): {OURS}"
     if (path / ".metadata").is_file():
         return (
             "a folder of torch.distributed.checkpoint: turn it into a file with "
@@ -70,7 +73,10 @@ def what_is(checkpoint: str) -> str:
         )
     if (path / "zero_to_fp32.py").is_file():
         return f"a folder of DeepSpeed: turn it into a file with python {path / 'zero_to_fp32.py'} {path} FILE"
-    return "a directory"
+    if (path.parent / "model_index.json").is_file():
+        return f"a part of a Diffusers pipeline: give its folder, {path.parent}"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"a folder of {listed(names)}" if names else "an empty folder"
 
 
 def what_file_is(path: Path, start: bytes) -> str | None:

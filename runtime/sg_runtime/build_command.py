@@ -3,7 +3,7 @@
 import shlex
 from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, Manifest, OnnxTarget
+from sg_runtime.manifest import ENGINE_TARGETS, Manifest, OnnxTarget, Text
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -77,7 +77,11 @@ def _model_words(manifest: Manifest) -> list[str]:
     route = [] if model.route is None else ["--route", str(model.route)]
     option = "--weights" if source.weights in ("ema", "model") else "--key"
     weights = [] if source.weights == "bare" else [option, source.weights]
-    return [*route, "--prediction", model.prediction, "--heads", str(model.heads), *weights]
+    facts = [*route, "--prediction", model.prediction, "--heads", str(model.heads), *weights]
+    if isinstance(model.conditions, Text) and model.picture is not None:
+        height, width = model.picture
+        facts += ["--size", f"{height}x{width}", "--text-tokens", str(model.conditions.tokens)]
+    return facts
 
 
 def _precision_words(manifest: Manifest, base: str) -> list[str]:

@@ -151,7 +151,7 @@ def _something_else(root: Path) -> str | None:
         return f"a file; {make}" if root.exists() else f"nothing there; {make}"
     for name, owner in (("model_index.json", "a Diffusers pipeline"), ("config.json", "a model of another library")):
         if (root / name).is_file():
-            return f"{owner} ({name}); {make} from a checkpoint of tread or MaskDiT"
+            return f"{owner} ({name}); {make} from a checkpoint of tread, MaskDiT or PRX"
     held = sorted(root.iterdir())
     bundles = [str(path) for path in held if (path / MANIFEST_FILE).is_file()]
     if bundles:

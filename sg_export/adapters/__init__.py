@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from sg_export.adapters import maskdit, tread
+from sg_export.adapters import maskdit, prx, tread
 from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.sparse import SparseModel
 from sg_export.recognize import what_network_is
@@ -16,10 +16,12 @@ class Adapter(Protocol):
 
     FAMILY: name of the family.
     KEYS: state-dict names that identify it; no later family in `ADAPTERS` has all of them.
+    PREFIXES: what may stand before all of `KEYS`.
     """
 
     FAMILY: str
     KEYS: tuple[str, ...]
+    PREFIXES: tuple[str, ...]
 
     def kept_count(self, tokens: int, sparsity: float) -> int:
         """Return how many of `tokens` a branch keeps at `sparsity`, by the family's rounding."""
@@ -38,7 +40,7 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: Mapping[str, Adapter] = {maskdit.FAMILY: maskdit, tread.FAMILY: tread}
+ADAPTERS: Mapping[str, Adapter] = {maskdit.FAMILY: maskdit, tread.FAMILY: tread, prx.FAMILY: prx}
 """Adapters by family. A family whose checkpoints also have another family's keys comes first."""
 
 
@@ -54,7 +56,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
         if named not in ADAPTERS:
             raise CheckpointError(f"{path}: family {named!r}: expected one of {', '.join(ADAPTERS)}")
         return ADAPTERS[named]
-    missing = {family: [key for key in a.KEYS if key not in checkpoint.tensors] for family, a in ADAPTERS.items()}
+    missing = {family: _missing(adapter, checkpoint) for family, adapter in ADAPTERS.items()}
     for family, keys in missing.items():
         if not keys:
             return ADAPTERS[family]
@@ -63,6 +65,14 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
     ends = tuple(f".{adapter.KEYS[0]}" for adapter in ADAPTERS.values())
     prefix = next((name.removesuffix(end) for name in checkpoint.tensors for end in ends if name.endswith(end)), None)
     remedy = f"; there is one under {prefix}: give `weights` {prefix}" if prefix else ""
+    *others, last = ADAPTERS
     if not prefix and (other := what_network_is(checkpoint.tensors)) is not None:
-        raise CheckpointError(f"{path}: expected a checkpoint of {' or '.join(ADAPTERS)}, found {other}")
+        raise CheckpointError(f"{path}: expected a checkpoint of {', '.join(others)} or {last}, found {other}")
     raise CheckpointError(f"{path}: expected a checkpoint of a supported family ({reasons}), found {found}{remedy}")
+
+
+def _missing(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """Return the keys of a family that a checkpoint lacks, with the prefix that finds most."""
+    tensors = checkpoint.tensors
+    lacks = [[key for key in adapter.KEYS if f"{prefix}{key}" not in tensors] for prefix in adapter.PREFIXES]
+    return min(lacks, key=len)

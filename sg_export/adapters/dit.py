@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sg_export.checkpoint import Checkpoint
+from sg_export.checkpoint import Checkpoint, Overrides
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
@@ -23,8 +23,18 @@ NOISE_LEVELS = Karras(0.002, 80.0, 7.0)
 The samplers of both families of DiTs use them.
 """
 
+OF_PROMPTS = ("size", "text_tokens", "channels", "patch", "pixels_per_latent", "time_shift", "noise_scale")
+"""Facts that are only about models that are conditioned on text."""
+
 STEPS = 40
 """Default number of steps of DiTs."""
+
+
+def check_given(file: str, family: str, given: Overrides) -> None:
+    """Raise UsageError for facts that are only about models that are conditioned on text."""
+    for name in ("size", "text_tokens"):
+        if getattr(given, name) is not None:
+            raise UsageError(f"{file}: expected no `{name}` for a model of {family}, whose tensors fix it")
 
 
 def default_sampling(prediction: Prediction) -> Sampling:
@@ -106,15 +116,20 @@ def assemble(
     """
     file, tensors, facts, config = checkpoint.source.file, checkpoint.tensors, checkpoint.facts, network.config
     check_tensors(file, family, tensors, network)
+    stated = [name for name in OF_PROMPTS if getattr(facts, name) is not None]
+    if stated:
+        raise CheckpointError(f"{file}: {stated[0]}: expected none for a model of {family}, found one")
     names = facts.class_names
     if names is not None and len(names) != config.num_classes:
         raise CheckpointError(f"{file}: class_names: expected {config.num_classes} names, found {len(names)}")
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    space = facts.space or ("pixel" if config.channels in (1, 3) else "latent")
     model_facts = ModelFacts(
         family=family,
         prediction=prediction,
-        space=facts.space or ("pixel" if config.channels in (1, 3) else "latent"),
+        space=space,
         latent=(config.channels, config.image_size, config.image_size),
+        pixels_per_latent=1 if space == "pixel" else None,
         patch=config.patch,
         tokens=config.tokens,
         width=config.width,

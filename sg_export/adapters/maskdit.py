@@ -27,6 +27,7 @@ from sg_runtime.manifest.model import KEPT
 FAMILY: str = "maskdit"
 DECODER = "decoder_layer.linear.weight"
 KEYS: tuple[str, ...] = (DECODER,)
+PREFIXES: tuple[str, ...] = ("",)
 HEADS = {**dit.HEADS, 1280: 16}
 """Number of heads by width, for S, B, L, XL and upstream's H."""
 
@@ -57,6 +58,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     that neither the tensors nor the user nor the author state.
     """
     file, tensors, given = checkpoint.source.file, checkpoint.tensors, merge_facts(checkpoint, overrides)
+    dit.check_given(file, FAMILY, overrides)
     for name, meaning in VARIANTS.items():
         if name in tensors:
             raise CheckpointError(

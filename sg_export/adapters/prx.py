@@ -1,12 +1,12 @@
 """Adapter of PRX transformers.
 
-It reads the names of diffusers (0.42.1, `transformer_prx.py`) and of Photoroom/PRX, the training
-code (commit 44ce5c4). Conventions of the training code:
+It reads folders of diffusers (0.42.1), its names of tensors (`transformer_prx.py`), and those of
+Photoroom/PRX, the training code (commits 44ce5c4 and 1a052fd). Conventions of the training code:
 
 * The names of a checkpoint of Composer begin with "denoiser.", those of its averaged weights with
   "ema_denoiser.model." (`algorithm/ema.py`). The averaged weights are read if there are any.
-* `algorithm/resolution_aware.py` keeps the embedder of the resolution next to the denoiser and does
-  not average it.
+* `algorithm/resolution_aware.py` of 44ce5c4 keeps the embedder of the resolution next to the
+  denoiser and does not average it. In 1a052fd it is a part of both denoisers.
 * A branch drops round(N * sparsity) tokens, half to even, at least one and at most N - 1
   (`algorithm/tread.py`, `_sample_indices`).
 """
@@ -14,29 +14,29 @@ code (commit 44ce5c4). Conventions of the training code:
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sg_export.adapters import dit, tread
-from sg_export.checkpoint import Checkpoint
-from sg_export.models.prx import PERIOD, PRX, THETA, TIME_FACTOR, PRXConfig
+from sg_export.adapters import dit, prx_configs, tread
+from sg_export.checkpoint import Checkpoint, Overrides, merge_facts
+from sg_export.models.prx import PRX, PRXConfig
+from sg_export.models.sparse import SparseModel
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import Prediction, Route, Sampling, Shifted
+from sg_runtime.manifest import ModelFacts, Route, Sampling, Shifted, Text
 from sg_runtime.manifest.model import KEPT
 
 FAMILY: str = "prx"
 KEYS: tuple[str, ...] = ("txt_in.weight", "blocks.0.modulation.lin.weight", "final_layer.linear.weight")
-
-TEXT_TOKENS = 256
-"""Number of text tokens of the published models, with padding."""
 
 SAMPLES = {64: (16, 2), 32: (32, 1), 768: (3, 16), 3072: (3, 32)}
 """Channels and patch size of the published models, by the number of values of a patch."""
 
 SETS = ("ema_denoiser.model.", "denoiser.")
 """Prefixes of the names of the denoiser in the training code's checkpoints, the preferred first."""
+
+PREFIXES: tuple[str, ...] = ("", *SETS)
 
 RENAMED = {
     r"img_qkv_proj": "attention.img_qkv_proj",
@@ -47,32 +47,6 @@ RENAMED = {
     r"k_norm": "attention.norm_added_k",
 }
 """Names of diffusers by patterns of the training code's names, without block and ending."""
-
-SHIFT = 3.0
-"""Shift of the times of the published models."""
-
-STEPS = 28
-"""Default number of steps of diffusers' pipelines of PRX."""
-
-TIME_FLOOR = 0.05
-"""Least divisor of the velocity of a model that predicts x0, in both codes."""
-
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-"""The supported scheduler of diffusers."""
-
-UNSUPPORTED = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "stochastic_sampling",
-)
-"""Fields of the scheduler that change its times or its step."""
-
-DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-"""Fields of the scheduler that have an effect only with `use_dynamic_shifting`."""
 
 VARIANTS = {
     "sprint_fuse.": "the fusion of SPRINT",
@@ -92,12 +66,149 @@ def usual_route(depth: int) -> Route:
     return tread.usual_route(depth)
 
 
+def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, ModelFacts]:
+    """Build the network of a checkpoint, in evaluation mode, and return it with its facts.
+
+    The size of the picture is the default of the folder's pipeline, unless the user or the author
+    states another. Models of pixels predict x0, others the velocity, unless it is stated.
+
+    Raises CheckpointError for tensors that are missing, unknown or of another shape, and for a
+    configuration or variant that is not supported. Raises UsageError for facts that do not fit the
+    network, and if the size is unknown.
+    """
+    file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
+    if checkpoint.facts.class_names is not None:
+        raise CheckpointError(f"{file}: class_names: expected none for a model that is conditioned on text, found some")
+    channels, patch = _sample(checkpoint)
+    per = prx_configs.pixels_per_latent(checkpoint, channels)
+    space: Literal["pixel", "latent"] = "pixel" if per == 1 else "latent"
+    if checkpoint.facts.space not in (None, space):
+        raise CheckpointError(
+            f"{file}: space: expected {space}, as the side of a latent is {per} pixels, found {checkpoint.facts.space}"
+        )
+    pipeline = prx_configs.pipeline_of(checkpoint, space == "pixel")
+    prediction = given.prediction or prx_configs.PREDICTIONS[pipeline]
+    if prediction == "edm":
+        raise UsageError(f"{file}: prediction edm: expected flow or x0, as in all PRX models")
+    tokens = given.text_tokens
+    if tokens is None:
+        tokens = prx_configs.field(checkpoint, "pipeline", "prompt_max_tokens", prx_configs.TEXT_TOKENS)
+    if tokens < 1:
+        raise UsageError(f"{file}: text_tokens: expected at least 1, found {tokens}")
+    size = given.size
+    if size is None:
+        if "pipeline" not in checkpoint.configs:
+            raise UsageError(f"{file}: the size of the picture is unknown: give `size` HEIGHTxWIDTH, such as 512x512")
+        side = prx_configs.field(checkpoint, "pipeline", "default_sample_size", prx_configs.SIZES[pipeline])
+        size = side, side
+    network = load_network(
+        checkpoint, _latent_size(file, size, per, patch), sample=(channels, patch), text_tokens=tokens
+    )
+    config, route = network.config, given.route
+    if "transformer" in checkpoint.configs:
+        place = prx_configs.where(checkpoint, "transformer")
+        prx_configs.check_config(checkpoint.configs["transformer"], config, place)
+    if given.heads not in (None, config.heads):
+        raise UsageError(
+            f"{file}: heads: expected {config.heads}, as in the tensors, found {given.heads}: leave it out"
+        )
+    if route is not None and route.end >= config.depth:
+        raise UsageError(f"{file}: route {route}: expected blocks 0 to {config.depth - 1}")
+    model_facts = ModelFacts(
+        family=FAMILY,
+        prediction=prediction,
+        space=space,
+        latent=(config.channels, *config.image_size),
+        pixels_per_latent=per,
+        patch=config.patch,
+        tokens=config.tokens,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        conditions=Text(config.text_tokens, config.context),
+        held=network.held,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        route=route,
+        ends=network.ends,
+        masked=False,
+    )
+    return SparseModel(network, route or Route(0, config.depth - 1)).eval().requires_grad_(False), model_facts
+
+
+def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+    """Return the default sampling.
+
+    Times and noise scale are those that the author states, or else those of the folder's scheduler
+    and pipeline. A file alone has the shift of the published models. Its layout of names tells
+    whose scheduler and whose default noise scale it has, diffusers' or the training code's.
+
+    Raises CheckpointError for a scheduler that is not supported, and for numbers that cannot be.
+    """
+    try:
+        return _sampling(checkpoint, facts)
+    except UsageError as error:
+        raise CheckpointError(f"{checkpoint.source.file}: {error}") from None
+
+
+def _sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
+    stated = checkpoint.facts
+    shift = prx_configs.SHIFT if stated.time_shift is None else stated.time_shift
+    if _is_training_layout(checkpoint):
+        times, noise_scale = Shifted(shift, None), 1.0
+    else:
+        times = prx_configs.scheduler_times(shift)
+        if stated.time_shift is None and "scheduler" in checkpoint.configs:
+            place = prx_configs.where(checkpoint, "scheduler")
+            times = prx_configs.read_scheduler(checkpoint.configs["scheduler"], place)
+        usual = prx_configs.NOISE_SCALES[prx_configs.pipeline_of(checkpoint, facts.prediction == "x0")]
+        noise_scale = prx_configs.field(checkpoint, "pipeline", "noise_scale", usual, whole=False)
+    if stated.noise_scale is not None:
+        noise_scale = stated.noise_scale
+    return prx_configs.default_sampling(facts.prediction, times, float(noise_scale))
+
+
+def _is_training_layout(checkpoint: Checkpoint) -> bool:
+    """Return whether the tensors have the names of the training code."""
+    return any(re.search(r"(^|\.)blocks\.0\.img_qkv_proj\.", name) for name in checkpoint.tensors)
+
+
+def _sample(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return channels and patch size by the configuration, the author's facts, or the tensors."""
+    facts = checkpoint.facts
+    if "transformer" in checkpoint.configs:
+        channels, patch = SAMPLES[64]  # diffusers' defaults
+        return (
+            prx_configs.field(checkpoint, "transformer", "in_channels", channels),
+            prx_configs.field(checkpoint, "transformer", "patch_size", patch),
+        )
+    stated = None
+    if facts.channels is not None or facts.patch is not None:
+        stated = facts.channels or 0, facts.patch or 0
+    return _sample_of(replace(checkpoint, tensors=diffusers_names(checkpoint.tensors)), stated)
+
+
+def _latent_size(file: str, size: tuple[int, int], per: int, patch: int) -> tuple[int, int]:
+    """Return height and width of a sample.
+
+    Raises UsageError if a side of the picture, `size`, is no multiple of a token's.
+    """
+    step = per * patch
+    if size[0] % step or size[1] % step or min(size) < step:
+        sides = [dict.fromkeys(max(side + up, step) // step * step for up in (0, step - 1)) for side in size]
+        near = [f"{height}x{width}" for height in sides[0] for width in sides[1]]
+        raise UsageError(
+            f"{file}: size {size[0]}x{size[1]}: expected multiples of {step} pixels, the side of a token: give `size` "
+            f"{', '.join(near)}"
+        )
+    return size[0] // per, size[1] // per
+
+
 def load_network(
     checkpoint: Checkpoint,
     image_size: tuple[int, int],
     *,
     sample: tuple[int, int] | None = None,
-    text_tokens: int = TEXT_TOKENS,
+    text_tokens: int = prx_configs.TEXT_TOKENS,
 ) -> PRX:
     """Build the network of a checkpoint, in evaluation mode, with FP32 weights.
 
@@ -159,15 +270,7 @@ def infer_config(
             f"{file}: blocks.0.attention.norm_q.weight: expected a divisor of the width {width} and a multiple of 4, "
             f"found {head}"
         )
-    (values,) = dit.shape_of(checkpoint, "final_layer.linear.bias", "values of a patch")
-    channels, patch = sample or SAMPLES.get(values, (0, 0))
-    if channels * patch**2 != values:
-        known = ", ".join(f"{c} and {p}" for c, p in SAMPLES.values())
-        found = f"{channels} and {patch}" if sample else f"none; the published models have {known}"
-        raise UsageError(
-            f"{file}: channels and patch size: expected channels * patch² = {values}, the values of a patch in "
-            f"final_layer.linear.bias, found {found}"
-        )
+    channels, patch = _sample_of(checkpoint, sample)
     if image_size[0] % patch or image_size[1] % patch or min(image_size) < patch:
         raise UsageError(
             f"{file}: image size {image_size[0]}×{image_size[1]}: expected multiples of the patch size {patch}"
@@ -188,82 +291,19 @@ def infer_config(
     )
 
 
-def default_sampling(prediction: Prediction, times: Shifted, noise_scale: float) -> Sampling:
-    """Return the default sampling of a PRX model: Euler's method, as in both codes."""
-    return Sampling("euler", STEPS, times, noise_scale, TIME_FLOOR if prediction == "x0" else 0.0)
+def _sample_of(checkpoint: Checkpoint, sample: tuple[int, int] | None) -> tuple[int, int]:
+    """Return channels and patch size that fit the tensors, which have diffusers' names.
 
-
-def scheduler_times(shift: float, count: int = 1000) -> Shifted:
-    """Return the times of diffusers' scheduler (0.42.1, `scheduling_flow_match_euler_discrete.py`).
-
-    It shifts the smallest of its `count` training times, 1 / count, before a run, and all times of
-    a run again.
+    sample: what is stated; if None, those of the published model with as many values in a patch.
     """
-    return Shifted(shift, shift / (shift + count - 1))
-
-
-def read_scheduler(stated: Mapping[str, Any], where: str) -> Shifted:
-    """Return the times that diffusers' configuration of a scheduler states.
-
-    stated: content of scheduler_config.json. where: its place, for errors.
-
-    Raises CheckpointError for another scheduler, and for a field that is not supported.
-    """
-    if (found := stated.get("_class_name")) != SCHEDULER:
-        raise CheckpointError(f"{where}: _class_name: expected {SCHEDULER}, found {found}: it is not supported")
-    for name, found in stated.items():
-        if name.startswith("_") or name in ("shift", "num_train_timesteps", *DYNAMIC):
-            continue
-        if name not in UNSUPPORTED:
-            raise CheckpointError(f"{where}: {name}: expected no such field, found {found}: it is not supported")
-        if found not in (None, False):
-            raise CheckpointError(f"{where}: {name}: expected none, found {found}: it is not supported")
-    shift, count = stated.get("shift", 1.0), stated.get("num_train_timesteps", 1000)
-    if type(count) is not int or count < 2:
-        raise CheckpointError(f"{where}: num_train_timesteps: expected a number of at least 2, found {count!r}")
-    if type(shift) not in (int, float):
-        raise CheckpointError(f"{where}: shift: expected a number, found {shift!r}")
-    try:
-        return scheduler_times(float(shift), count)
-    except (UsageError, ZeroDivisionError, OverflowError):
-        raise CheckpointError(f"{where}: shift: expected a float32 number above 0, found {shift}") from None
-
-
-def check_config(stated: Mapping[str, Any], config: PRXConfig, where: str) -> None:
-    """Raise CheckpointError unless diffusers' configuration of a transformer is that of `config`.
-
-    It states what tensors do not show: the constants of RoPE and of the sinusoids, and how channels
-    and patch size make the values of a patch. Fields that begin with "_" are about the file.
-
-    stated: content of config.json.
-    where: its place, for the error.
-    """
-    axis = config.width // config.heads // 2
-    expected = {
-        "in_channels": config.channels,
-        "patch_size": config.patch,
-        "context_in_dim": config.context,
-        "hidden_size": config.width,
-        "mlp_ratio": config.mlp_width / config.width,
-        "num_heads": config.heads,
-        "depth": config.depth,
-        "axes_dim": [axis, axis],
-        "theta": THETA,
-        "time_factor": TIME_FACTOR,
-        "time_max_period": PERIOD,
-        "bottleneck_size": config.bottleneck,
-        "resolution_embeds": config.resolution,
-    }
-    for name, found in stated.items():
-        if name.startswith("_"):
-            continue
-        if name not in expected:
-            raise CheckpointError(f"{where}: {name}: expected no such field, found {found}: it is not supported")
-        if name == "axes_dim" and found is None:
-            found = [32, 32]
-        if name == "mlp_ratio" and isinstance(found, float | int) and int(config.width * found) == config.mlp_width:
-            continue
-        if found != expected[name]:
-            raise CheckpointError(
-                f"{where}: {name}: expected {expected[name]}, as in the tensors or all published models, found {found}"
-            )
+    file = checkpoint.source.file
+    (values,) = dit.shape_of(checkpoint, "final_layer.linear.bias", "values of a patch")
+    channels, patch = sample or SAMPLES.get(values, (0, 0))
+    if channels * patch**2 != values:
+        known = ", ".join(f"{c} and {p}" for c, p in SAMPLES.values())
+        found = f"{channels} and {patch}" if sample else f"none; the published models have {known}"
+        raise UsageError(
+            f"{file}: channels and patch size: expected channels * patch² = {values}, the values of a patch in "
+            f"final_layer.linear.bias, found {found}"
+        )
+    return channels, patch

@@ -35,6 +35,7 @@ KEYS: tuple[str, ...] = (
     "blocks.0.adaLN_modulation.1.weight",
     "final_layer.adaLN_modulation.1.weight",
 )
+PREFIXES: tuple[str, ...] = ("",)
 
 
 def kept_count(tokens: int, sparsity: float) -> int:
@@ -61,6 +62,7 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     user nor the author state.
     """
     file, given = checkpoint.source.file, merge_facts(checkpoint, overrides)
+    dit.check_given(file, FAMILY, overrides)
     config = infer_config(checkpoint, given.heads)
     wrapped = "model" in checkpoint.prefix.split(".")
     route, prediction = given.route, given.prediction or ("edm" if wrapped else None)

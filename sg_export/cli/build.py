@@ -121,7 +121,7 @@ def build(
         refuse_given(QUANTIZATION, f"only with --precision int8 or fp8, found {precision}")
     onnx_target, engines = targets.onnx_target, targets.engines()
     options = CompileOptions(
-        output=output or Path(f"{Path(model).stem}-bundle"),
+        output=output or Path(f"{_name_of(model)}-bundle"),
         **{field.name: getattr(guidance, field.name) for field in fields(guidance)},
         steps=steps,
         precision=precision,
@@ -155,6 +155,12 @@ def build(
             options.libraries
         )
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
+
+
+def _name_of(model: str) -> str:
+    """Return the name of a checkpoint without its ending; a folder has none."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _echo_quantization(bundle: "Bundle") -> None:

@@ -11,6 +11,7 @@ import click
 from sg_export.cli.errors import Command
 from sg_export.cli.options import ModelSource, model_options
 from sg_export.cli.output import print_table
+from sg_export.diffusers_folder import is_folder
 from sg_runtime.manifest import Labels, Text
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
       sg-export inspect glyphs-bundle
       sg-export inspect latest.pt --route 2-24 --json
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_folder(Path(path)):
         from sg_runtime.bundle import Bundle
 
         bundle = Bundle.open(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sg_export.cli.types import ComputeCapabilityType, RampType, RouteType, SizeType
+from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, RampType, RouteType, SizeType
 from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import UsageError
 
@@ -82,6 +82,8 @@ class ModelSource:
     route: Any
     prediction: Any
     heads: int | None
+    size: tuple[int, int] | None
+    text_tokens: int | None
 
     @property
     def weight_set(self) -> str | None:
@@ -95,7 +97,7 @@ class ModelSource:
         """The facts that replace those of the checkpoint."""
         from sg_export.checkpoint import Overrides
 
-        return Overrides(self.route, self.heads, self.prediction)
+        return Overrides(self.route, self.heads, self.prediction, self.size, self.text_tokens)
 
 
 model_options = Group(
@@ -110,8 +112,8 @@ model_options = Group(
         click.option(
             "--key",
             metavar="KEY",
-            help="Key of the dict of weights in the checkpoint, or prefix of their names; a.b is b in a.  [default: "
-            "the keys that trainers use]",
+            help="Key of the dict of weights in the checkpoint, or prefix of their names; a.b is b in a. In a folder, "
+            "the variant of the weights.  [default: the keys that trainers use]",
         ),
         click.option("--route", type=RouteType(), help="Blocks that run on the kept tokens, both included: 2-24."),
         click.option(
@@ -121,6 +123,16 @@ model_options = Group(
         ),
         click.option(
             "--heads", type=click.IntRange(min=1), help="Attention heads, if the width is not one of upstream's."
+        ),
+        click.option(
+            "--size",
+            type=ImageSizeType(),
+            help="Height and width of the picture in pixels, for models with text.  [default: the pipeline's]",
+        ),
+        click.option(
+            "--text-tokens",
+            type=click.IntRange(min=1),
+            help="Tokens of a prompt with padding, for models with text.  [default: the pipeline's, or 256]",
         ),
     ),
 )

@@ -24,6 +24,18 @@ class RouteType(click.ParamType[Route]):
             self.fail(str(error), param, context)
 
 
+class ImageSizeType(click.ParamType[tuple[int, int]]):
+    """Height and width of a picture in pixels, HEIGHTxWIDTH."""
+
+    name = "HEIGHTxWIDTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,5})[x\N{MULTIPLICATION SIGN}](\d{1,5})", str(value), re.IGNORECASE)
+        if match is None or 0 in (size := (int(match[1]), int(match[2]))):
+            self.fail(f"{value!r}: expected HEIGHTxWIDTH in pixels, for example 512x768", param, context)
+        return size
+
+
 class RampType(click.ParamType[Ramp]):
     """A number, or FIRST:LAST for a cosine from the first step's value to the last step's value."""
 

@@ -81,7 +81,9 @@ def test_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoint_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt").mkdir()
-    with pytest.raises(CheckpointError, match=r"model.pt: expected a checkpoint .*, found a directory$"):
+    with pytest.raises(
+        CheckpointError, match=r"model.pt: expected a checkpoint file, or a folder .*, found an empty folder$"
+    ):
         load_model(tmp_path / "model.pt")
 
 
@@ -131,9 +133,9 @@ def archive(**files: bytes) -> bytes:
         (b"\xef\xbb\xbf<html>404 Not Found</html>", "a web page: "),
         (
             b'\xef\xbb\xbf{"_class_name": "DiTTransformer2DModel"}',
-            "the configuration of a Diffusers model, DiTTransformer2DModel: give a checkpoint as CompVis/tread or ",
+            "the configuration of a Diffusers model, DiTTransformer2DModel: of a PRX give the folder, else ",
         ),
-        (b'{"architectures": ["CLIPTextModel"]}', "the configuration of a Transformers model: give a checkpoint as "),
+        (b'{"architectures": ["CLIPTextModel"]}', "the configuration of a Transformers model: give a checkpoint of "),
         (b'{"schema_version": 5}', "the manifest of a bundle or another file of sg-export: give the checkpoint itse"),
         (b'{"route": "2-24"}', "facts about a checkpoint: give the checkpoint itself"),
         (archive(weights=b"0", readme=b"1"), "a zip archive of weights, readme"),
@@ -297,8 +299,8 @@ def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> 
     assert message == (
         "expected a checkpoint of a supported family (maskdit needs decoder_layer.linear.weight; tread needs "
         "x_embedder.proj.weight, t_embedder.mlp.0.weight, y_embedder.embedding_table.weight, "
-        "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight), "
-        "found conv_in.weight, pos_embed"
+        "blocks.0.adaLN_modulation.1.weight, final_layer.adaLN_modulation.1.weight; prx needs txt_in.weight, "
+        "blocks.0.modulation.lin.weight, final_layer.linear.weight), found conv_in.weight, pos_embed"
     )
 
 
@@ -318,14 +320,13 @@ def test_checkpoint_of_another_family_is_refused(write: Callable[..., Path]) -> 
 )
 def test_checkpoint_of_a_known_other_network_is_called_so(name: str, found: str, write: Callable[..., Path]) -> None:
     message = refusal(write({name: torch.zeros(1), "pos_embed": torch.zeros(1)}))
-    assert message.startswith(f"expected a checkpoint of maskdit or tread, found {found}: ")
+    assert message.startswith(f"expected a checkpoint of maskdit, tread or prx, found {found}: ")
 
 
 @pytest.mark.parametrize(
     ("file", "found"),
     [
         ("manifest.json", "a bundle, which a build has made: give the checkpoint"),
-        ("model_index.json", "a Diffusers pipeline (model_index.json): give a checkpoint as CompVis/tread or "),
         ("zero_to_fp32.py", "a folder of DeepSpeed: turn it into a file with python "),
     ],
 )
@@ -539,7 +540,7 @@ def test_checkpoint_of_maskdit_with_a_fact_that_does_not_fit_is_refused(
         ({"heds": 2}, "heds: Unexpected keyword argument; the known keys are family, heads, route, "),
         ({"heads": 2, "epoch": 5}, "epoch: Unexpected keyword argument; the known keys are family, heads, route, "),
         ({"heads": "2"}, "heads: Input should be a valid integer"),
-        ({"family": "unet"}, "family 'unet': expected one of maskdit, tread"),
+        ({"family": "unet"}, "family 'unet': expected one of maskdit, tread, prx"),
         ({"class_names": ["a"]}, "class_names: expected 5 names, found 1"),
     ],
 )

@@ -39,7 +39,7 @@ def test_find_adapter_by_name_finds_it(family: str) -> None:
 
 
 def test_find_adapter_with_unknown_name_lists_the_known() -> None:
-    with pytest.raises(CheckpointError, match=r"^model.pt: family 'unet': expected one of maskdit, tread$"):
+    with pytest.raises(CheckpointError, match=r"^model.pt: family 'unet': expected one of maskdit, tread, prx$"):
         find_adapter(checkpoint({}, family="unet"))
 
 
@@ -51,7 +51,7 @@ def test_find_adapter_of_other_family_names_the_keys_that_decided(tiny: Any) -> 
         find_adapter(checkpoint(tensors))
     assert str(caught.value) == (
         "model.pt: expected a checkpoint of a supported family (maskdit needs decoder_layer.linear.weight; tread needs "
-        "pos_embed), found a.conv_in.weight, "
+        "pos_embed; prx needs txt_in.weight, blocks.0.modulation.lin.weight), found a.conv_in.weight, "
         "blocks.0.adaLN_modulation.1.bias, blocks.0.adaLN_modulation.1.weight, blocks.0.attn.proj.bias, "
         "blocks.0.attn.proj.weight, blocks.0.attn.qkv.bias"
     )

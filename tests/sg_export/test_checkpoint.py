@@ -22,6 +22,12 @@ from sg_runtime.manifest import Route
 ONE = {"layer.weight": torch.tensor([1.0])}
 TWO = {"layer.weight": torch.tensor([2.0])}
 
+KEYS = (
+    "heads, route, selection_rate, prediction, space, class_names, size, text_tokens, channels, patch, "
+    "pixels_per_latent, time_shift, noise_scale, training"
+)
+"""Known keys of facts after the family."""
+
 
 def save(path: Path, content: Any) -> Path:
     torch.save(content, path)
@@ -344,7 +350,7 @@ def test_read_checkpoint_leaves_the_json_of_another_tool_alone(
     assert read_checkpoint(tmp_path / "model.safetensors").facts == CheckpointFacts(route="1-6")
     assert caplog.messages == [
         f"{tmp_path}/model.json: not read as facts about model.safetensors, which has its name: expected family, "
-        f"heads, route, selection_rate, prediction, space, class_names, training, found description, sd version"
+        f"{KEYS}, found description, sd version"
     ]
 
 
@@ -372,7 +378,7 @@ def test_parse_facts_takes_whole_numbers_for_rates() -> None:
         ('{"heads": "2"}', "heads: Input should be a valid integer"),
         ('{"heads": 2.5}', "heads: Input should be a valid integer"),
         ('{"route": [1, 6]}', "route: Input should be a valid string"),
-        ('{"prediction": "eps"}', "prediction: Input should be 'flow' or 'edm'"),
+        ('{"prediction": "eps"}', "prediction: Input should be 'flow', 'edm' or 'x0'"),
         ('{"space": "rgb"}', "space: Input should be 'pixel' or 'latent'"),
         ('{"class_names": ["a", 1]}', "class_names.1: Input should be a valid string"),
         ("[]", "content: Input should be an object"),
@@ -383,6 +389,4 @@ def test_parse_facts_with_one_fault_names_it(text: str, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse_facts(text, "model.json")
     assert str(caught.value).startswith(f"model.json: {message}")
-    assert str(caught.value).endswith(
-        "; the known keys are family, heads, route, selection_rate, prediction, space, class_names, training"
-    )
+    assert str(caught.value).endswith(f"; the known keys are family, {KEYS}")

@@ -146,6 +146,7 @@ def test_guided_equals_the_combination_of_upstreams_predictions(
     assert relative_error(found.numpy(), wanted.numpy()) <= BOUND * max(scale, 1.0)
 
 
+@pytest.mark.usefixtures("undecomposed")
 @pytest.mark.parametrize(
     ("name", "weak"), [("latent", "routed-0.5"), ("pixel", "null-routed-0.5")], ids=["SG", "CFG + SG of pixels"]
 )
@@ -159,6 +160,7 @@ def test_guided_graph_equals_the_combination_of_upstreams_predictions(name: str,
         prediction="flow",
         space="latent",
         latent=(network.config.channels, *network.config.image_size),
+        pixels_per_latent=None,
         patch=network.config.patch,
         tokens=tokens,
         width=network.config.width,

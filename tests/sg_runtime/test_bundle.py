@@ -95,14 +95,14 @@ def test_open_of_a_part_of_a_bundle_names_the_bundle(name: str, tiny_bundle: Pat
         (
             ["model_index.json", "vae/config.json"],
             ".",
-            "a Diffusers pipeline (model_index.json); make one with sg-export build from a checkpoint of tread or "
-            "MaskDiT",
+            "a Diffusers pipeline (model_index.json); make one with sg-export build from a checkpoint of tread, "
+            "MaskDiT or PRX",
         ),
         (
             ["config.json", "diffusion_pytorch_model.safetensors"],
             ".",
-            "a model of another library (config.json); make one with sg-export build from a checkpoint of tread or "
-            "MaskDiT",
+            "a model of another library (config.json); make one with sg-export build from a checkpoint of tread, "
+            "MaskDiT or PRX",
         ),
     ],
 )

@@ -32,10 +32,11 @@ MANIFEST_FILE = "manifest.json"
 class Source(Strict):
     """The checkpoint a bundle was built from.
 
-    file: name of the checkpoint file.
+    file: name of the checkpoint's file or folder.
     sha256: SHA-256 of the file in lower-case hex. The shards that an index lists are joined to
-    it, in the order of their names.
+    it, in the order of their names. In a folder, the configurations come first.
     weights: set of weights in the file: "ema", "model" or a key; "bare" if the file has only one.
+    In a folder, the variant of the weights; "bare" for weights without a variant.
     reference: name of the model if it ships with sg-export, else None.
     """
 

@@ -121,6 +121,8 @@ class ModelFacts(Strict):
     prediction: quantity that the network predicts.
     space: "pixel", or "latent" if samples need a decoder, which is not part of the bundle.
     latent: shape (C, H, W) of one sample.
+    pixels_per_latent: height and width of the square of the picture that one latent decodes to; 1
+    for pixels, None if it is unknown.
     patch: side of the square that one token covers.
     tokens: N, number of tokens of one sample.
     width: width of the transformer.
@@ -140,6 +142,7 @@ class ModelFacts(Strict):
     prediction: Prediction
     space: Literal["pixel", "latent"]
     latent: tuple[int, int, int]
+    pixels_per_latent: int | None
     patch: int
     tokens: int
     width: int
@@ -157,8 +160,16 @@ class ModelFacts(Strict):
         names = [name for kind in self.conditions.hoisted for name in HOISTED[kind]]
         if list(self.held) != names or min((size for shape in self.held.values() for size in shape), default=0) < 1:
             raise UsageError(f"held: expected shapes of at least 1 of {', '.join(names)}, found {self.held}")
+        if self.pixels_per_latent is not None:
+            check_counts(self, 1, "pixels_per_latent")
         if min(self.latent) < 1:
             raise UsageError(f"latent: expected sizes of at least 1, found {self.latent}")
+
+    @property
+    def picture(self) -> tuple[int, int] | None:
+        """Height and width of the picture in pixels; None if they are unknown."""
+        per = self.pixels_per_latent
+        return None if per is None else (self.latent[1] * per, self.latent[2] * per)
 
     @property
     def labels(self) -> Labels:

@@ -65,9 +65,12 @@ def _from_5(content: dict[str, Any]) -> dict[str, Any]:
         return content
     old = ("num_classes", "class_names", "modulations")
     facts = {name: value for name, value in model.items() if name not in old}
-    conditions = {"count": model.get("num_classes"), "names": model.get("class_names")}
-    held = {"modulations": [model.get("modulations")]}
-    return {**content, "model": {**facts, "conditions": conditions, "held": held}}
+    added = {
+        "conditions": {"count": model.get("num_classes"), "names": model.get("class_names")},
+        "held": {"modulations": [model.get("modulations")]},
+        "pixels_per_latent": 1 if model.get("space") == "pixel" else None,
+    }
+    return {**content, "model": {**facts, **added}}
 
 
 _UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}

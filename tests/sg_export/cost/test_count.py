@@ -183,6 +183,7 @@ def xl() -> dict[str, Cost]:
         prediction="flow",
         space="latent",
         latent=(XL.channels, XL.image_size, XL.image_size),
+        pixels_per_latent=None,
         patch=XL.patch,
         tokens=XL.tokens,
         width=XL.width,

@@ -68,6 +68,7 @@ def _model_rows(model: Any) -> list[tuple[str, str]]:
         ("family", model.family),
         ("prediction", model.prediction),
         ("image", f"{shape} {model.space}s in {model.tokens} tokens, patch {model.patch}"),
+        *([] if model.picture is None else [("picture", "{}×{} pixels".format(*model.picture))]),
         (
             "network",
             f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.parameters / 1e6:.1f} M weights",

@@ -19,7 +19,7 @@ from cases import HERE
 from torch import Tensor
 from weights import random_state, relative_error
 
-from sg_export.adapters import prx
+from sg_export.adapters import prx, prx_configs
 from sg_export.checkpoint import Checkpoint, CheckpointFacts
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec
@@ -221,7 +221,7 @@ def test_parameters_of_published_shapes_equal_upstream(published: dict[str, Any]
         heads=theirs["num_heads"],
         mlp_width=int(theirs["hidden_size"] * theirs["mlp_ratio"]),
         context=theirs["context_in_dim"],
-        text_tokens=prx.TEXT_TOKENS,
+        text_tokens=prx_configs.TEXT_TOKENS,
         bottleneck=theirs.get("bottleneck_size"),
         resolution=theirs.get("resolution_embeds", False),
     )

@@ -13,13 +13,17 @@ which launches as many kernels, and the scale of attention in the generic form b
 saves one kernel per attention. A profile on a GPU decides in the end.
 
 The types of the kernels are those of the kernel classes in the released binary (names of their
-type information in libonnxruntime_providers_cuda.so). Paths are those of ONNX Runtime's sources.
+type information in libonnxruntime_providers_cuda.so). Paths are those of ONNX Runtime's sources. A
+line number is that of release 1.31.1 (commit 6af1a93). It is where the source prepares or checks
+the launch, and comes from the binary, which stores file and line of each such call. Other rows have
+no such call. Their launches, and the conditions of MultiHeadAttention, were read in other commits.
 The launches of MultiHeadAttention, Concat, Gather, FastGelu and LayerNormalization were also
 profiled on an H100 (benchmarks/results/gpu_h100.json, `micro_one` and `xl`).
 """
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +45,9 @@ from sg_runtime.manifest import Labels, Level, ModelFacts, OnnxTarget, Precision
 HALVES = ("FLOAT16", "BFLOAT16")
 FLOATS = ("FLOAT", *HALVES)
 DATA = (*FLOATS, "INT64", "BOOL")
+PROCESSORS = 132
+"""Multiprocessors of the GPU that the launches are counted for, an H100."""
+
 _CUDA, _CONTRIB = "onnxruntime/core/providers/cuda", "onnxruntime/contrib_ops/cuda/bert"
 
 Launches = int | Callable[[ir.Node], int]
@@ -71,19 +78,51 @@ def _joined(node: ir.Node) -> int:
 
 
 def _attention(node: ir.Node) -> int:
-    """Launches of a MultiHeadAttention with three inputs (B, tokens, D) and no bias.
+    """Launches of a MultiHeadAttention with three inputs (B, tokens, D).
 
-    In half precision: one fused kernel and one memset (cuDNN's kernel on an H100). In FP32: the
-    memory-efficient kernel from 256 queries or keys on; below, four transposes, two products and a
-    softmax.
+    In half precision without a bias: flash attention, one kernel, and a second one that combines
+    parts if the keys are split. In FP16 and FP32 with a bias, and in FP32 from 256 queries or keys
+    on: the memory-efficient kernel. Otherwise: four transposes, two products and a softmax. A
+    symbolic batch counts as one image, which has the most launches.
     """
     query, key = node.inputs[:2]
     assert query is not None
     assert key is not None
-    if str(query.dtype) in HALVES:
-        return 2
-    lengths = [value.shape[1] for value in (query, key) if value.shape is not None]
-    return 1 if any(isinstance(length, int) and length >= 256 for length in lengths) else 7
+    assert query.shape is not None
+    assert key.shape is not None
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    kind, (_, queries, width), keys = str(query.dtype), query.shape, key.shape[1]
+    assert isinstance(queries, int)
+    assert isinstance(keys, int)
+    assert isinstance(width, int)
+    if kind in HALVES and bias is None:
+        heads = node.attributes["num_heads"].as_int()
+        return 1 + (_parts_of_keys(_images(query.shape[0]), queries, keys, heads, width // heads) > 1)
+    multiple = 16 if kind == "FLOAT" else 8
+    long = kind == "FLOAT16" or (kind == "FLOAT" and max(queries, keys) >= 256)
+    return 1 if long and (bias is None or queries % multiple == 0) else 7
+
+
+def _images(batch: int | ir.SymbolicDim) -> int:
+    """Return the smallest size of a batch dimension, as 2 of "2*B"."""
+    first = str(batch).partition("*")[0]
+    return int(first) if first.isdecimal() else 1
+
+
+def _parts_of_keys(images: int, queries: int, keys: int, heads: int, size: int) -> int:
+    """Return the number of parts that flash attention computes the keys in, on `PROCESSORS`.
+
+    If the blocks of 64 queries are fewer than 0.8 of the processors, the keys are cut into the
+    smallest number of parts whose use of the processors is at least 0.85 of the best.
+    """
+    blocks = images * heads * math.ceil(queries / 64)
+    most = math.ceil(keys / (256 if size <= 64 else 128 if size <= 128 else 64))
+    if blocks >= 0.8 * PROCESSORS:
+        return 1
+    parts = [n for n in range(1, most + 1) if n == 1 or math.ceil(most / n) != math.ceil(most / (n - 1))]
+    waves = {n: blocks * n / PROCESSORS for n in parts}
+    use = {n: wave / math.ceil(wave) for n, wave in waves.items()}
+    return next(n for n in parts if use[n] >= 0.85 * max(use.values()))
 
 
 KERNELS = {
@@ -95,20 +134,37 @@ KERNELS = {
     "Cos": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Cos<T>::ComputeInternal"),
     "Sin": Kernel(FLOATS, 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sin<T>::ComputeInternal"),
     "Sigmoid": Kernel(FLOATS, 1, f"{_CUDA}/activation/activations.cc: Sigmoid<T>::ComputeInternal"),
+    "Div": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Div<T>::ComputeInternal"),
     "Equal": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Equal<T>::ComputeInternal"),
     "Expand": Kernel(DATA, 1, f"{_CUDA}/tensor/expand.cc: Expand::ComputeInternal"),
-    "FastGelu": Kernel(FLOATS, 1, f"{_CONTRIB}/fast_gelu.cc: FastGelu<T>::ComputeInternal"),
+    "FastGelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu_approximate_impl.cu:72, 83, 107 or 121: LaunchFastGeluKernel"),
     "Gather": Kernel(DATA, 1, f"{_CUDA}/tensor/gather.cc: Gather::ComputeInternal"),
-    "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu.cc: Gelu<T>::ComputeInternal"),
+    "Gelu": Kernel(FLOATS, 1, f"{_CUDA}/tensor/gelu_impl.cu:34: LaunchGeluKernel"),
     "Gemm": Kernel(FLOATS, 2, f"{_CUDA}/math/gemm.cc: Gemm<T>::ComputeInternal, the bias and the product"),
     "LayerNormalization": Kernel(FLOATS, 1, f"{_CUDA}/nn/layer_norm_impl.cu: HostApplyLayerNorm"),
     "MatMul": Kernel(FLOATS, 1, f"{_CUDA}/math/matmul.cc: MatMul<T>::ComputeInternal"),
-    "MultiHeadAttention": Kernel(FLOATS, _attention, f"{_CONTRIB}/multihead_attention.cc: ComputeInternal"),
+    "Mod": Kernel(("INT64",), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Mod::ComputeInternal"),
+    "MultiHeadAttention": Kernel(
+        FLOATS,
+        _attention,
+        f"{_CONTRIB}/multihead_attention.cc: ComputeInternal; flash_attention/flash_fwd_launch_template.h:82, or 121 "
+        f"with parts of the keys; cutlass_fmha/fmha_launch_template.h:258",
+    ),
+    "Pad": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/tensor/pad.cc: Pad<T>::ComputeInternal"),
+    "Pow": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/binary_elementwise_ops.cc: Pow::ComputeInternal"),
+    "ReduceMean": Kernel(
+        ("FLOAT", "FLOAT16"), 1, f"{_CUDA}/reduction/reduction_ops.cc: ReduceMean<T>::ComputeInternal"
+    ),
     "Reshape": Kernel(DATA, 0, f"{_CUDA}/tensor/reshape.cc: registered with Alias(0, 0)"),
     "SkipLayerNormalization": Kernel(FLOATS, 1, f"{_CONTRIB}/skip_layer_norm.cc: LaunchSkipLayerNormKernel"),
     "Slice": Kernel(DATA, 1, f"{_CUDA}/tensor/slice.cc: Slice<dynamic>::ComputeInternal"),
-    "Softmax": Kernel(FLOATS, 1, f"{_CUDA}/math/softmax.cc: Softmax<T>::ComputeInternal"),
+    "Softmax": Kernel(
+        FLOATS,
+        1,
+        f"{_CUDA}/math/softmax_impl.cu:95 or 134",
+    ),
     "Split": Kernel(DATA, _equal_parts, f"{_CUDA}/tensor/split.cc: SplitKernel::ComputeInternal"),
+    "Sqrt": Kernel(("FLOAT", "FLOAT16"), 1, f"{_CUDA}/math/unary_elementwise_ops.cc: Sqrt<T>::ComputeInternal"),
     "Tile": Kernel(DATA, 1, f"{_CUDA}/tensor/tile.cc: Tile::ComputeInternal"),
     "Transpose": Kernel(DATA, 1, f"{_CUDA}/tensor/transpose.cc: Transpose::DoTranspose"),
     "Unsqueeze": Kernel(DATA, 0, f"{_CUDA}/tensor/unsqueeze.cc: registered with Alias(0, 0)"),

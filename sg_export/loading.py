@@ -14,7 +14,7 @@ from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Labels, Level, ModelFacts, Sampling, Source, Text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # a model is equal to itself alone
 class LoadedModel:
     """A checkpoint as a PyTorch model.
 

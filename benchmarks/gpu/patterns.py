@@ -44,6 +44,7 @@ def patterns() -> Iterator[Pattern]:
     """Yield all patterns: attention, scatter, gather, and fc1 with bias and GELU."""
     for tokens in (256, 128):
         yield from _attentions(tokens)
+    yield from _branches((256, 128))
     yield _packed_attention((256, 128))
     for kept in (128, 26):
         yield from _scatters_and_gathers(kept)
@@ -78,6 +79,30 @@ def _attentions(tokens: int) -> Iterator[Pattern]:
     yield _pattern(f"{name}: MultiHeadAttention", [split, fused], inputs, output)
     standard = _node("Attention", ["q", "k", "v"], [OUTPUT], q_num_heads=HEADS, kv_num_heads=HEADS)
     yield _pattern(f"{name}: Attention of opset 23", [split, standard], inputs, output, opset=23)
+
+
+def _branches(counts: tuple[int, int]) -> Iterator[Pattern]:
+    """Yield attention of two packed branches: one for each, and one whose bias separates them."""
+    total, name = sum(counts), f"attention over {counts[0]} + {counts[1]}"
+    inputs, output = [("qkv", FP16, (1, total, 3 * WIDTH))], (OUTPUT, FP16, (1, total, WIDTH))
+    ends = {"axis": np.array([1]), "0": np.array([0]), "1": np.array([counts[0]]), "2": np.array([total])}
+    nodes = []
+    for branch in range(2):
+        thirds = [f"{third}{branch}" for third in "qkv"]
+        nodes += [
+            _node("Slice", ["qkv", f"{branch}", f"{branch + 1}", "axis"], [f"qkv{branch}"]),
+            _node("Split", [f"qkv{branch}"], thirds, axis=-1, num_outputs=3),
+            _node("MultiHeadAttention", thirds, [f"o{branch}"], domain=MICROSOFT, num_heads=HEADS),
+        ]
+    joined = _node("Concat", ["o0", "o1"], [OUTPUT], axis=1)
+    yield _pattern(f"{name}: MultiHeadAttention for each", [*nodes, joined], inputs, output, ends)
+    number = np.repeat(np.arange(2), counts)
+    bias = np.where(number[:, None] == number, 0, np.finfo(np.float16).min).astype(np.float16)
+    split = _node("Split", ["qkv"], ["q", "k", "v"], axis=-1, num_outputs=3)
+    masked = _node("MultiHeadAttention", ["q", "k", "v", "", "", "bias"], [OUTPUT], domain=MICROSOFT, num_heads=HEADS)
+    yield _pattern(
+        f"{name}: MultiHeadAttention with a bias", [split, masked], inputs, output, {"bias": bias[None, None]}
+    )
 
 
 def _packed_attention(counts: tuple[int, int]) -> Pattern:

@@ -34,12 +34,17 @@ class Conditions:
     def __len__(self) -> int:
         return len(self.strong)
 
-    def of(self, images: Indices) -> "Conditions":
-        """Return the conditions of some of the images, with the rows that they have alone."""
-        parts = [rows[images] for rows in (self.strong, self.weak) if rows is not None]
+    def of(self, images: Indices | slice = slice(None), *, weak: bool = True) -> "Conditions":
+        """Return the conditions of some of the images, with the rows that they have alone.
+
+        weak: whether also those of a weak branch.
+        """
+        chosen = (self.strong, self.weak if weak else None)
+        parts = [rows[images] for rows in chosen if rows is not None]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
-        strong, *weak = np.split(places, len(parts))
-        return Conditions({name: values[used] for name, values in self.columns.items()}, strong, next(iter(weak), None))
+        rows = np.split(places, len(parts))
+        columns = {name: values[used] for name, values in self.columns.items()}
+        return Conditions(columns, rows[0], rows[1] if len(rows) > 1 else None)
 
     def rows(self, *, weak: bool) -> dict[str, NDArray[Any]]:
         """Return the columns with a row for each image, (B, …).

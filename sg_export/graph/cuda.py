@@ -5,7 +5,9 @@ tracing, in place of `lower_attention`. The graph computes the same; `benchmarks
 counts the kernels of both forms and names the kernel of every operator.
 
 * Attention is `com.microsoft.MultiHeadAttention` with inputs (B, tokens, heads * size), one per
-  branch. Branches with equal numbers of tokens are rows of one attention.
+  branch. Branches with equal numbers of tokens are rows of one attention. Others are one sequence
+  if it is short, with a bias that separates them. A bias per key is repeated for the queries,
+  because the kernels take a bias per query and key.
 * LayerNormalization takes the modulation as its scale and bias, which are (B, 1, D).
 * With one image and one condition, `com.microsoft.SkipLayerNormalization` takes the residual sum
   and the bias before the gate as well. Its vectors have one axis, so it cannot serve more images.
@@ -42,16 +44,26 @@ MOST_OUTPUTS = 32
 With more, ONNX Runtime copies the addresses from the host in every run.
 """
 
+MOST_MASKED = 512
+"""Most packed tokens of branches that attend as one sequence.
+
+One sequence has two launches, a Split and an attention. Two branches have at least seven: two
+Slices, two Splits, two attentions and a Concat. One sequence also computes the weights between
+branches, which are 0. That is up to 0.04 of a block's multiply-adds at the width of XL/2, and 0.11
+at that of S/2.
+"""
+
 
 def lower_for_cuda(graph: ir.Graph, precision: Precision) -> None:
     """Bring a traced FP32 graph to the form of ONNX Runtime's CUDA provider, in place.
 
     precision: type that `to_half` gives the products afterwards. Raises ExportError for an
-    attention whose inputs do not come from (B, tokens, heads * size), or that has a bias.
+    attention whose inputs do not come from (B, tokens, heads * size), or that has a bias and a
+    symbolic number of queries.
     """
     _share_splits(graph)
     _fuse_attention(graph)
-    _join_equal_branches(graph)
+    _join_branches(graph, precision)
     _fuse_gelu(graph)
     _fuse_modulation(graph)
     if _batch(graph) == 1:
@@ -92,13 +104,12 @@ def _share_splits(graph: ir.Graph) -> None:
 
 
 def _fuse_attention(graph: ir.Graph) -> None:
+    biases: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]:
+        query, key, value = (_tokens(node, tensor) for tensor in node.inputs[:3])
+        inputs: list[ir.Value | None] = [query, key, value]
         if len(node.inputs) > 3:
-            raise ExportError(
-                f"attention {node.outputs[0].name}: expected no bias, found {node.inputs[3]}; build with `onnx_target` "
-                f"onnxruntime"
-            )
-        query, key, value = (_tokens(node, tensor) for tensor in node.inputs)
+            inputs += [None, None, _bias(graph, node, biases)]
         heads = _dims(node.inputs[0])[1]
         (turned,) = _nodes(node.outputs[0], "Transpose")  # the exporter's form of the model's code
         (merged,) = _nodes(turned.outputs[0], "Reshape")
@@ -106,13 +117,32 @@ def _fuse_attention(graph: ir.Graph) -> None:
             graph,
             node,
             "MultiHeadAttention",
-            [query, key, value],
+            inputs,
             [_dims(merged.outputs[0])],
             domain=MICROSOFT,
             num_heads=heads,
         )
         merged.outputs[0].replace_all_uses_with(output)
         graph.remove((merged, turned, node), safe=True)
+
+
+def _bias(graph: ir.Graph, attention: ir.Node, made: dict[tuple[ir.Value, int], ir.Value]) -> ir.Value:
+    """Return the bias of an attention, (B, 1, 1, keys), repeated for its queries.
+
+    made: the biases that were repeated before, by the bias and the number of queries.
+    """
+    bias, queries = attention.inputs[3], _dims(attention.inputs[0])[2]
+    assert bias is not None
+    if not isinstance(queries, int):
+        raise ExportError(
+            f"attention {attention.outputs[0].name}: expected a fixed number of queries, as it has a bias, found "
+            f"{queries}; build with `onnx_target` onnxruntime"
+        )
+    if (bias, queries) not in made:
+        batch, _, _, keys = _dims(bias)
+        shape = integers(graph, 1, 1, queries, 1)
+        (made[bias, queries],) = insert(graph, attention, "Expand", [bias, shape], [[batch, 1, queries, keys]])
+    return made[bias, queries]
 
 
 def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
@@ -131,53 +161,88 @@ def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
     )
 
 
-def _join_equal_branches(graph: ir.Graph) -> None:
-    """Make branches with equal numbers of tokens the rows of one attention.
+def _join_branches(graph: ir.Graph, precision: Precision) -> None:
+    """Compute the attentions of all branches of a layer at once.
 
-    Packed tokens (B, n * T, D) are the memory of (B * n, T, D), so no kernel cuts or joins them.
+    Branches with equal numbers of tokens are rows of one attention: packed tokens (B, n * T, D) are
+    the memory of (B * n, T, D), so no kernel cuts or joins them. Other branches become one sequence
+    with a bias that gives the tokens of another branch the weight 0.
     """
     for concat in [node for node in graph if node.op_type == "Concat"]:
         attentions = [node for value in concat.inputs if (node := _source(value, "MultiHeadAttention")) is not None]
-        found = _cut_equally(attentions) if len(attentions) == len(concat.inputs) else None
+        found = _cut(attentions) if len(attentions) == len(concat.inputs) else None
         if found is None:
             continue
-        (packed, split), first, branches = found, attentions[0], len(attentions)
+        packed, split, counts = found
         images, rows, width = _dims(packed)
         assert isinstance(rows, int)
-        assert isinstance(width, int)
-        batch = images * branches if isinstance(images, int) else ir.SymbolicDim(f"{branches}*{images}")
-        count = rows // branches
-        shape = integers(graph, -1, count, width)
-        (tokens,) = insert(graph, first, "Reshape", [packed, shape], [[batch, count, width]])
+        first, branches, equal = attentions[0], len(attentions), len(set(counts)) == 1
+        if not equal and not _can_mask(rows, precision):
+            continue
+        batch, count, tokens, mask = images, rows, packed, list[ir.Value | None]()
+        if equal:
+            batch = images * branches if isinstance(images, int) else ir.SymbolicDim(f"{branches}*{images}")
+            count = rows // branches
+            shape = integers(graph, -1, count, _width(packed))
+            (tokens,) = insert(graph, first, "Reshape", [packed, shape], [[batch, count, width]])
+        else:
+            mask = [None, None, _mask(graph, counts)]
         shapes = [[batch, count, _width(value)] for value in split.outputs]
         thirds = insert(graph, first, "Split", [tokens], shapes, axis=2, num_outputs=len(shapes))
-        inputs = [thirds[value.index() or 0] for value in first.inputs if value is not None]
+        inputs = [*(thirds[value.index() or 0] for value in first.inputs if value is not None), *mask]
         heads = first.attributes["num_heads"].as_int()
-        (attended,) = insert(
-            graph, first, "MultiHeadAttention", inputs, [shapes[-1]], domain=MICROSOFT, num_heads=heads
-        )
-        back = integers(graph, -1, rows, _width(attended))
-        (output,) = insert(graph, concat, "Reshape", [attended, back], [_dims(concat.outputs[0])])
+        (output,) = insert(graph, first, "MultiHeadAttention", inputs, [shapes[-1]], domain=MICROSOFT, num_heads=heads)
+        if equal:
+            back = integers(graph, -1, rows, _width(output))
+            (output,) = insert(graph, concat, "Reshape", [output, back], [_dims(concat.outputs[0])])
         concat.outputs[0].replace_all_uses_with(output)
 
 
-def _cut_equally(attentions: Sequence[ir.Node]) -> tuple[ir.Value, ir.Node] | None:
-    """Return the packed tokens of these attentions and the Split of the first one.
+def _can_mask(rows: int, precision: Precision) -> bool:
+    """Whether packed branches of `rows` tokens attend as one sequence; see `MOST_MASKED`.
+
+    The fused kernel that takes a bias needs 16 bytes in a row of it, times 4 in FP32.
+    """
+    return precision != "bf16" and rows % (16 if precision == "fp32" else 8) == 0 and rows <= MOST_MASKED
+
+
+def _mask(graph: ir.Graph, counts: Sequence[int]) -> ir.Value:
+    """Return the bias that separates branches with these numbers of tokens, made once.
+
+    It is (1, 1, tokens, tokens): 0 within a branch, and the lowest FP16 elsewhere. The exponential
+    of its difference to any score of a few thousand is 0 in FP32. An infinite bias would make NaN
+    in kernels that see the keys of another branch first.
+    """
+    name = f"{graph.name}.branches.{'_'.join(map(str, counts))}"
+    if name not in graph.initializers:
+        branch = np.repeat(np.arange(len(counts)), counts)
+        bias = np.where(branch[:, None] == branch, 0, np.finfo(np.float16).min).astype(np.float32)[None, None]
+        tensor = ir.tensor(bias, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=ir.Shape(bias.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def _cut(attentions: Sequence[ir.Node]) -> tuple[ir.Value, ir.Node, list[int]] | None:
+    """Return the packed tokens of these attentions, the Split of the first one, and their numbers.
 
     Returns None unless the inputs of each attention come from one Split of one Slice, and the
-    Slices are equal and consecutive parts of all tokens.
+    Slices are consecutive parts of all tokens.
     """
     splits = [{value.producer() for value in node.inputs if value is not None} for node in attentions]
     cuts = [cut for (split, *others) in splits if split and not others and (cut := _source(split.inputs[0], "Slice"))]
     sources, starts = {cut.inputs[0] for cut in cuts}, [_integers(cut.inputs[1])[0] for cut in cuts]
     if len(cuts) != len(attentions) or len(sources) != 1:
         return None
-    (packed,), (split,), count = sources, splits[0], _dims(cuts[0].outputs[0])[1]
+    (packed,), (split,), counts = sources, splits[0], [_dims(cut.outputs[0])[1] for cut in cuts]
     assert packed is not None
     assert split is not None
-    if not isinstance(count, int) or [count * number for number in range(len(cuts))] != starts:
+    fixed = [count for count in counts if isinstance(count, int)]
+    ends = list(itertools.accumulate(fixed))
+    if len(fixed) != len(counts) or starts != [0, *ends[:-1]] or ends[-1] != _dims(packed)[1]:
         return None
-    return (packed, split) if _dims(packed)[1] == count * len(cuts) else None
+    return packed, split, fixed
 
 
 def _fuse_gelu(graph: ir.Graph) -> None:
@@ -238,24 +303,27 @@ def _fuse_residuals(graph: ir.Graph) -> None:
             found[_width(residual.product)].append(residual)
     for residuals in found.values():
         first = next(node for node in graph if any(node is residual.total for residual in residuals))
-        for chunk in _chunks(residuals):
-            for residual, bias in zip(chunk, _gated_biases(graph, first, chunk), strict=True):
-                norm, total = residual.norm, residual.total
-                before = next(value for value in total.inputs if _source(value, "Mul") is not residual.gated)
-                vectors = [_flat(graph, total, vector) for vector in (*norm.inputs[1:], bias)]
-                shape = _dims(before)
-                (update,) = insert(graph, total, "Mul", [residual.product, residual.gate], [shape])
-                normed, _, _, tokens = insert(
-                    graph,
-                    total,
-                    "SkipLayerNormalization",
-                    [before, update, *vectors],
-                    [shape, None, None, shape],
-                    domain=MICROSOFT,
-                    epsilon=norm.attributes["epsilon"].as_float(),
-                )
-                norm.outputs[0].replace_all_uses_with(normed)
-                total.outputs[0].replace_all_uses_with(tokens)
+        biases: dict[ir.Node, ir.Value] = {}
+        for chunk in _chunks([residual for residual in residuals if residual.bias is not None]):
+            biases |= zip((residual.norm for residual in chunk), _gated_biases(graph, first, chunk), strict=True)
+        for residual in residuals:
+            norm, total = residual.norm, residual.total
+            before = next(value for value in total.inputs if _source(value, "Mul") is not residual.gated)
+            vectors = [*norm.inputs[1:], *([biases[norm]] if norm in biases else [])]
+            flat = [_flat(graph, total, vector) for vector in vectors]
+            shape = _dims(before)
+            (update,) = insert(graph, total, "Mul", [residual.product, residual.gate], [shape])
+            normed, _, _, tokens = insert(
+                graph,
+                total,
+                "SkipLayerNormalization",
+                [before, update, *flat],
+                [shape, None, None, shape],
+                domain=MICROSOFT,
+                epsilon=norm.attributes["epsilon"].as_float(),
+            )
+            norm.outputs[0].replace_all_uses_with(normed)
+            total.outputs[0].replace_all_uses_with(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +331,7 @@ class _Residual:
     """A residual sum before a norm: total = x + gate * (product + bias).
 
     gated: the node that multiplies by the gate.
+    bias: None if there is none.
     """
 
     norm: ir.Node
@@ -270,7 +339,7 @@ class _Residual:
     gated: ir.Node
     gate: ir.Value
     product: ir.Value
-    bias: ir.Value
+    bias: ir.Value | None = None
 
 
 def _residual(norm: ir.Node) -> _Residual | None:
@@ -283,16 +352,19 @@ def _residual(norm: ir.Node) -> _Residual | None:
         gated = _source(update, "Mul")
         if gated is None or len(gated.outputs[0].uses()) != 1:
             continue
-        for biased, gate in (gated.inputs, gated.inputs[::-1]):
-            parts = _biased(biased)
-            if parts is not None and gate is not None and _is_vector(gate, tokens):
+        for product, gate in (gated.inputs, gated.inputs[::-1]):
+            if product is None or gate is None or not _is_vector(gate, tokens):
+                continue
+            if (parts := _biased(product)) is not None:
                 return _Residual(norm, total, gated, gate, *parts)
+            if _is_product(product):
+                return _Residual(norm, total, gated, gate, product)
     return None
 
 
 def _gated_biases(graph: ir.Graph, before: ir.Node, residuals: Sequence[_Residual]) -> list[ir.Value]:
     """Return gate * bias of each residual, (1, 1, D). One kernel multiplies all of them."""
-    gates, biases = [one.gate for one in residuals], [one.bias for one in residuals]
+    gates, biases = [one.gate for one in residuals], [one.bias for one in residuals if one.bias is not None]
     count, width = len(residuals), _width(gates[0])
     tensors = [bias.const_value for bias in biases if bias.const_value is not None]
     name, shape = f"{graph.name}.{biases[0].name}.{count}", ir.Shape([count * width])
@@ -326,22 +398,52 @@ def _start_in_half(graph: ir.Graph) -> None:
     `to_half` then leaves everything between in FP16, as nothing there is in FP32.
     """
     norms = [node for node in graph if node.op_type == "LayerNormalization"]
-    if not norms:  # condition
+    if not norms:  # a hoisted graph
         return
     half = HALF["fp16"]
     embedded = next(node for node in graph if weight_of(node) is not None).outputs[0]
-    while (added := _combined(embedded, "Add")) is not None and added[0].is_initializer():
-        embedded = added[1]
+    while (next_part := _embedding(embedded)) is not None:
+        embedded = next_part
     last = norms[-1].inputs[0]
     assert last is not None
     modulations = [value for value in graph.inputs if str(value.name).startswith("modulations")]
+    for norm in [node for node in graph if node.op_type == "Pow"]:
+        _norm_in_fp32(graph, norm)
     for value in (embedded, *modulations):
-        uses = list(value.uses())
-        converted = cast(graph, value, half)
-        for use in uses:
-            use.node.replace_input_with(use.idx, converted)
+        _convert(graph, value, half)
     if last is not embedded:
         norms[-1].replace_input_with(0, cast(graph, last, ir.DataType.FLOAT))
+
+
+def _embedding(value: ir.Value) -> ir.Value | None:
+    """Return the next value of the embedder: a sum with a constant, or another product."""
+    added, uses = _combined(value, "Add"), list(value.uses())
+    if added is not None and added[0].is_initializer():
+        return added[1]
+    return uses[0].node.outputs[0] if len(uses) == 1 and weight_of(uses[0].node) is not None else None
+
+
+def _norm_in_fp32(graph: ir.Graph, squares: ir.Node) -> None:
+    """Compute a norm of heads in FP32, from its squares to its quotient.
+
+    ONNX Runtime fuses this form as well (SimplifiedLayerNormFusion).
+    """
+    heads = squares.inputs[0]
+    assert heads is not None
+    quotients = _nodes(heads, "Div")
+    widened = cast(graph, heads, ir.DataType.FLOAT)
+    for node in (squares, *quotients):
+        node.replace_input_with(0, widened)
+    for node in quotients:
+        _convert(graph, node.outputs[0], HALF["fp16"])
+
+
+def _convert(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Convert a value for all nodes that read it."""
+    uses = list(value.uses())
+    converted = cast(graph, value, dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, converted)
 
 
 def _biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -350,11 +452,15 @@ def _biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     if added is None or value is None or len(value.uses()) != 1:
         return None
     for product, bias in (added.inputs, added.inputs[::-1]):
-        source = None if product is None else product.producer()
-        if bias is not None and bias.is_initializer() and source is not None and weight_of(source) is not None:
-            assert product is not None
+        if product is not None and bias is not None and bias.is_initializer() and _is_product(product):
             return product, bias
     return None
+
+
+def _is_product(value: ir.Value) -> bool:
+    """Whether a value is the product of something and a weight."""
+    source = value.producer()
+    return source is not None and weight_of(source) is not None
 
 
 def _combined(value: ir.Value, operator: str) -> tuple[ir.Value, ir.Value] | None:

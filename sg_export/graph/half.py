@@ -25,8 +25,8 @@ from sg_runtime.vocabulary import HELD
 STATISTICS = ("LayerNormalization", "RMSNormalization", "Pow")
 """Operators that square. FP16 holds squares up to 65504."""
 
-LAYOUT = ("Concat", "Expand", "Gather", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
-"""Operators that place values and compute none."""
+LAYOUT = ("Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+"""Operators that place values and compute none. Pad adds some, and CUDA pads no BF16."""
 
 _PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 HALF: Mapping[HalfPrecision, ir.DataType] = {name: ir.DataType(BASES[name].onnx) for name in _PRECISIONS}
@@ -143,6 +143,10 @@ def _half_attentions(graph: ir.Graph, products: Collection[ir.Node]) -> set[ir.N
         if not sources.isdisjoint(products):
             inputs, _ = _before([value for node in (*sums, *scores) for value in node.inputs], _places)
             found |= {softmax, *sums, *scores, *weighted, *values, *inputs}
+    for fused in [node for node in graph if node.op_type == "MultiHeadAttention"]:
+        _, sources = _before([fused.inputs[2]], _places)
+        if not sources.isdisjoint(products):
+            found |= {fused, *_before(fused.inputs, _places)[0]}
     return found
 
 

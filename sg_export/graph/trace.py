@@ -24,10 +24,11 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from sg_export.graph.attention import lower_attention, translate_attention
+from sg_export.graph.attention import lower_attention
 from sg_export.graph.module import compute, random_inputs
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Layer, Program, assemble
+from sg_export.graph.translate import translate, was_interrupt
 from sg_export.models.branches import Branch, Branches
 from sg_export.models.sparse import SparseModel
 from sg_export.models.subset import Subset
@@ -96,24 +97,17 @@ def _export(
     values, dynamic = _examples(inputs, facts, next(model.parameters()).device)
     try:
         with _quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
-            exported = torch.onnx.export(
-                torch.export.export(program, values, dynamic_shapes=(dynamic,)),
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: translate_attention},
-            )
+            exported = translate(torch.export.export(program, values, dynamic_shapes=(dynamic,)), opset)
     except Exception as error:  # PyTorch's exporter raises many kinds
-        if _was_interrupt(error):
+        if was_interrupt(error):
             raise KeyboardInterrupt from None
         at = ", ".join(name for name, spec in zip(names, specs, strict=True) if state.at in (spec, None))
         raise ExportError(f"graph {at}: PyTorch {torch.__version__} cannot export it: {error}") from error
-    assert exported is not None
-    _optimize_around_weights(exported.model)
-    _name_dimensions(exported.model.graph, every)
-    for node in exported.model.graph:
+    _optimize_around_weights(exported)
+    _name_dimensions(exported.graph, every)
+    for node in exported.graph:
         node.metadata_props[MODULE] = _module(node)
-    return exported.model, state.traced
+    return exported, state.traced
 
 
 class _State:
@@ -341,18 +335,6 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([named(dim) for dim in value.shape])
-
-
-def _was_interrupt(error: BaseException | None) -> bool:
-    """Whether the cause of an error is Ctrl-C.
-
-    If it comes while PyTorch reads an argument, PyTorch reports it in the text of a TypeError.
-    """
-    while error is not None:
-        if "KeyboardInterrupt" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

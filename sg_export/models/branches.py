@@ -90,9 +90,10 @@ class Branches(tuple[Branch, ...]):
         subsets = [branch.subset for branch in self]
         known = next((subset for subset in subsets if subset is not None), None)
         if known is None:
-            return (table if table.ndim == 3 else table[None]).repeat(1, len(self), 1)
+            rows = table if table.ndim == 3 else table[None]
+            return rows if len(self) == 1 else rows.repeat(1, len(self), 1)
         positions = [known.all_positions() if subset is None else subset.positions() for subset in subsets]
-        return F.embedding(join(positions), table.flatten(0, -2))
+        return F.embedding(join(positions), table if table.ndim == 2 else table.flatten(0, 1))
 
     def vectors(self, count: int) -> list[tuple[Tensor, ...]]:
         """Split a layer's modulations into `count` vectors of equal width.

@@ -90,7 +90,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise heads: x (B, R, heads, d) → (B, R, heads, d)."""
-        return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + EPSILON) * self.weight
+        return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + EPSILON) * self.weight
 
 
 class Attention(nn.Module):

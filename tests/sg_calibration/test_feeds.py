@@ -72,7 +72,8 @@ def test_collect_has_both_heun_evaluations_of_all_strata_for_every_pair(
     wanted = images_of("calibration", facts, 3)
     for k in (0, 2):
         pair = [read_shard(path, facts) for path in collected[k : k + 2]]
-        assert [int(label) for shard in pair for label in shard.label] == wanted[0]
+        found = np.concatenate([shard.conditions.rows(weak=False)["class"] for shard in pair])
+        np.testing.assert_array_equal(found, wanted[0].rows(weak=False)["class"])
         assert [int(seed) for shard in pair for seed in shard.seed] == wanted[1]
 
 
@@ -96,10 +97,11 @@ def test_collect_is_deterministic(collected: list[Path], again: Collect, tmp_pat
 @pytest.mark.parametrize("count", [8, 12])
 def test_images_of_splits_share_no_class_and_no_seed(count: int, facts: ModelFacts) -> None:
     found = [images_of(split, facts, count) for split in ("calibration", "search", "gate")]
-    classes, seeds = ([set(part[k]) for part in found] for k in (0, 1))
+    labels = [conditions.rows(weak=False)["class"].tolist() for conditions, _ in found]
+    classes, seeds = [set(part) for part in labels], [set(part) for _, part in found]
     assert sum(map(len, classes)) == len(set.union(*classes))
     assert sum(map(len, seeds)) == 3 * count == len(set.union(*seeds))
-    counts = np.bincount(found[0][0])
+    counts = np.bincount(labels[0])
     assert np.ptp(counts[counts > 0]) <= 1, "classes are taken in turn"
     assert images_of("calibration", facts, 2, seed=5)[1] == [5, 6]
 
@@ -197,7 +199,7 @@ def test_collect_with_a_damaged_list_is_refused(text: str, again: Collect, tmp_p
 def test_given_shards_of_no_folder_or_an_empty_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"expected a folder of .npz files, found none"):
         given_shards(tmp_path / "missing")
-    with pytest.raises(CalibrationError, match=r"expected .npz files with x, time and label, found none"):
+    with pytest.raises(CalibrationError, match=r"expected .npz files with x, time and conditions, found none"):
         given_shards(tmp_path)
 
 
@@ -213,7 +215,7 @@ def arrays(**changes: Any) -> dict[str, Any]:
 def test_read_shard_without_seeds_and_counters_has_them(tmp_path: Path, facts: ModelFacts) -> None:
     np.savez(tmp_path / "own.npz", **arrays())
     shard = read_shard(tmp_path / "own.npz", facts)
-    assert shard.conditions == [0, 4, None]
+    assert shard.conditions.rows(weak=False)["class"].tolist() == [0, 4, 5]
     assert shard.counters == [(0, 0), (1, 0)]
     assert shard.seed.tolist() == [0, 1, 2]
 

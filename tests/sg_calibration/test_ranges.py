@@ -93,7 +93,7 @@ def test_measure_has_the_largest_of_both_branches_and_all_pairs(
 def test_measure_tells_how_much_it_has_seen(table: RangeTable, shards: list[Shard]) -> None:
     """Each of the two pairs made two images, and every pair runs all of them."""
     assert table.images == 4
-    assert table.evaluations == 2 * sum(len(shard.time) * len(shard.label) for shard in shards)
+    assert table.evaluations == 2 * sum(len(shard.time) * len(shard.seed) for shard in shards)
     assert len(table.times) == 25
     assert list(table.times) == sorted(table.times, reverse=True)
 
@@ -147,7 +147,9 @@ def test_histogram_entropy_is_that_of_onnx_runtime() -> None:
 
 def test_measure_of_too_few_values_is_refused(pipe: Pipeline, shards: list[Shard]) -> None:
     one = shards[0]
-    cut = Shard(one.x[:1, :1], one.time[:1], one.step[:1], one.evaluation[:1], one.label[:1], one.seed[:1])
+    cut = Shard(
+        one.x[:1, :1], one.time[:1], one.step[:1], one.evaluation[:1], one.seed[:1], one.conditions.of(np.array([0]))
+    )
     plans = built_guidances(pipe.bundle.manifest)
     for few in ([cut], []):
         with pytest.raises(CalibrationError, match=r"expected at least 10000 values, found \d+: give more `samp"):

@@ -75,6 +75,16 @@ def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_decoder(monkeypatch)
 
 
+@pytest.fixture
+def undecomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to decompose a program: its tracing would take two to three times as long."""
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("expected a program that is translated as it is")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", refused)
+
+
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
     """Return a function that makes a model from a network's class, shape and route.

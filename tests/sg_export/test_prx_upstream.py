@@ -146,6 +146,7 @@ def test_guided_equals_the_combination_of_upstreams_predictions(
     assert relative_error(found.numpy(), wanted.numpy()) <= BOUND * max(scale, 1.0)
 
 
+@pytest.mark.usefixtures("undecomposed")
 @pytest.mark.parametrize(
     ("name", "weak"), [("latent", "routed-0.5"), ("pixel", "null-routed-0.5")], ids=["SG", "CFG + SG of pixels"]
 )

@@ -31,6 +31,7 @@ from sg_runtime.manifest import (
     GuidanceMode,
     GuidancePlan,
     Karras,
+    Labels,
     LayerChoice,
     Level,
     Manifest,
@@ -101,11 +102,10 @@ def models(draw: st.DrawFn) -> ModelFacts:
         width=width,
         depth=depth,
         heads=heads,
-        num_classes=draw(counts) if names is None else len(names),
-        modulations=modulations,
+        conditions=Labels(draw(counts) if names is None else len(names), names),
+        held={"modulations": (modulations,)},
         parameters=draw(counts),
         route=draw(st.none() | routes),
-        class_names=names,
         ends=draw(st.lists(texts, max_size=2).map(tuple)),
         masked=draw(st.booleans()),
     )
@@ -272,7 +272,7 @@ def test_json_schema_of_the_code_is_the_file() -> None:
 
 PLACES = [
     ("tiny_bundle", "", "files"),
-    ("tiny_bundle", "model", "class_names"),
+    ("tiny_bundle", "model", "conditions"),
     ("tiny_bundle", "model.route", "end"),
     ("tiny_bundle", "guidance", "scale"),
     ("tiny_bundle", "guidance.strong", "keep"),
@@ -355,7 +355,7 @@ def test_read_manifest_of_a_plan_without_the_keys_of_what_changes_is_constant(
         ("model.prediction", lambda c: c["model"].update(prediction="eps")),
         ("graphs.1.network", lambda c: c["graphs"][1].update(network="strong")),
         ("weak_source", lambda c: c.update(weak_source="tiny.safetensors")),
-        ("model.class_names.3", lambda c: c["model"]["class_names"].__setitem__(3, 5)),
+        ("model.conditions.Labels.names.3", lambda c: c["model"]["conditions"]["names"].__setitem__(3, 5)),
         ("model.route", lambda c: c["model"].update(route="1-6")),
         ("graphs.1.kind", lambda c: c["graphs"][1].update(kind="thick")),
         ("graphs", lambda c: c.update(graphs={})),
@@ -656,7 +656,7 @@ def test_sampling_with_a_floor_that_is_no_time_is_refused(floor: float) -> None:
 def test_model_facts_of_other_names_than_classes_are_refused(tiny_bundle: Path) -> None:
     model = read_manifest(tiny_bundle / "manifest.json").model
     with pytest.raises(UsageError, match=r"^class_names: expected 5 names, found 1$"):
-        replace(model, class_names=("one",))
+        replace(model.labels, names=("one",))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("condition", 0), ("dense", 1), ("sparse", 1), ("guided", 2)])

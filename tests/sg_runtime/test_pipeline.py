@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from sg_export.loading import LoadedModel, load_model
 from sg_export.parity import two_pass
 from sg_runtime import philox
+from sg_runtime.conditions import class_index
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.images import to_pixels
 from sg_runtime.manifest import GuidanceMode, Karras, SamplerName
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.requests import class_index
 from sg_runtime.sampling import Churn, run_times, updates
 
 Array = NDArray[np.float32]
@@ -240,19 +240,19 @@ def test_sample_of_a_scale_replaces_that_of_the_guidance(pipe: Pipeline) -> None
 
 def test_sample_of_names_is_that_of_indices(pipe: Pipeline) -> None:
     """Text is always a name: "0" is the digit (class 3), the number 0 is the letter A."""
-    model = pipe.bundle.manifest.model
-    assert [class_index(model, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
+    labels = pipe.bundle.manifest.model.labels
+    assert [class_index(labels, name) for name in ("A", 0, "0", "9", None)] == [0, 0, 3, 4, 5]
     named, indexed = (pipe.sample(classes, [5, 6], steps=2) for classes in (["0", "A"], [3, 0]))
     np.testing.assert_array_equal(named, indexed)
 
 
 def test_sample_of_a_name_of_two_classes_names_their_indices(pipe: Pipeline) -> None:
     """ImageNet has two cranes and two maillots. Their indices, and all other names, are clear."""
-    model = replace(pipe.bundle.manifest.model, class_names=("crane", "b", "c", "d", "crane"))
+    labels = replace(pipe.bundle.manifest.model.labels, names=("crane", "b", "c", "d", "crane"))
     message = "class 'crane': expected the name of one class, found it at 0, 4: give the index"
     with pytest.raises(UsageError, match=message):
-        class_index(model, "crane")
-    assert [class_index(model, name) for name in ("b", 4)] == [1, 4]
+        class_index(labels, "crane")
+    assert [class_index(labels, name) for name in ("b", 4)] == [1, 4]
 
 
 def test_sample_of_numpy_numbers_is_that_of_pythons(pipe: Pipeline, five: Array) -> None:

@@ -122,7 +122,7 @@ class PreparedRun:
 
 def per_image(manifest: Manifest, hoist: Hoist, guidance: GuidancePlan, conditions: Conditions) -> HoistedByNetwork:
     """Run the hoisted graphs that do not depend on time, for all evaluations of a run."""
-    return _hoisted(manifest, hoist, guidance, conditions, None)
+    return _hoisted(manifest, hoist, guidance, _of_run(guidance, conditions), None)
 
 
 def prepare(
@@ -141,12 +141,7 @@ def prepare(
     shared: result of `per_image`, if it is known.
     Raises UsageError if the weak branch needs negative prompts and there are none.
     """
-    row, conditions = guidance.row, batch.conditions
-    if row.null_weak and conditions.weak is None:
-        raise UsageError(
-            f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give `negative_embeds`, such "
-            f"as the encoding of an empty prompt, or choose guidance sg, which needs none"
-        )
+    row, conditions = guidance.row, _of_run(guidance, batch.conditions)
     table = guidance_table(guidance, updates, levels(manifest), levels(manifest, row.weak_network), last_step)
     t = np.array([precondition(manifest.model.prediction, update.time).t for update in updates], np.float32)
     timed = _hoisted(manifest, hoist, guidance, conditions, t)
@@ -179,6 +174,16 @@ def prepare(
         tuple(guided.scale for guided in table),
         tuple(branches),
     )
+
+
+def _of_run(guidance: GuidancePlan, conditions: Conditions) -> Conditions:
+    """Return the conditions of a run, those of the weak branch only if it has its own."""
+    if guidance.row.null_weak and conditions.weak is None:
+        raise UsageError(
+            f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give `negative_embeds`, such "
+            f"as the encoding of an empty prompt, or choose guidance sg, which needs none"
+        )
+    return conditions.of(weak=guidance.row.null_weak)
 
 
 def _hoisted(

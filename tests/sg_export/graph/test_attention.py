@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sg_export.graph.attention import lower_attention, translate_attention
-from sg_export.graph.cuda import lower_for_cuda
 from sg_export.graph.opset import DEFAULT_OPSET
-from sg_runtime.errors import ExportError
 
 HEADS, SIZE = 2, 4
 
@@ -58,10 +56,3 @@ def test_lowered_attention_equals_pytorch(masked: bool) -> None:
     (found,) = session.run(None, dict(zip(names, (value.numpy() for value in values), strict=True)))
     # Sums of at most five products, rounded to FP32.
     torch.testing.assert_close(torch.from_numpy(found), Attend()(*values), rtol=0, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lower_for_cuda_refuses_a_bias() -> None:
-    model = exported(example(masked=True))
-    with pytest.raises(ExportError, match=r"expected no bias, .*; build with `onnx_target` onnxruntime"):
-        lower_for_cuda(model.graph, "fp32")

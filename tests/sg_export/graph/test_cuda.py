@@ -36,9 +36,9 @@ from sg_runtime.manifest import HalfPrecision, Level, Precision, Route
 CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2, mlp_width=20, num_classes=3)
 ALL, HALF = Level(0.0, 9), Level(0.5, 4)
 CONDITION, DENSE, SPARSE = GraphSpec("condition"), GraphSpec("dense", (ALL,)), GraphSpec("sparse", (HALF,))
-GUIDED = GraphSpec("guided", (ALL, HALF))
+GUIDED, JOINED = GraphSpec("guided", (ALL, HALF)), GraphSpec("guided", (ALL, Level(0.25, 7)))
 EQUAL, UNEQUAL = (GraphSpec("guided", levels, null_weak=True) for levels in ((HALF, HALF), (ALL, HALF)))
-SPECS = (CONDITION, DENSE, SPARSE, GUIDED, EQUAL, UNEQUAL)
+SPECS = (CONDITION, DENSE, SPARSE, GUIDED, JOINED, EQUAL, UNEQUAL)
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +144,22 @@ def test_lower_for_cuda_leaves_one_fused_operator_per_attention_norm_and_gelu(ne
         assert found["Transpose"] == 2  # patches to tokens and back
         assert found["FastGelu"] == CONFIG.depth
         # Branches with equal numbers of tokens are rows of one attention: everywhere in EQUAL, else
-        # after the route.
+        # after the route. The 16 tokens of JOINED are one sequence; 13 tokens are not.
         assert found["MultiHeadAttention"] == (CONFIG.depth + 1 if spec in (GUIDED, UNEQUAL) else CONFIG.depth)
         # One modulated norm follows no residual sum: the first of each part of the network. The
         # last norm of a guided graph is modulated after the branches are combined.
         fused = found["SkipLayerNormalization"]
         shared = network.batch == 1 and spec not in (EQUAL, UNEQUAL)
-        assert fused == ({DENSE: 6, SPARSE: 4, GUIDED: 3}[spec] if shared else 0)
+        assert fused == ({DENSE: 6, SPARSE: 4, GUIDED: 3, JOINED: 3}[spec] if shared else 0)
 
 
 def test_lower_for_cuda_keeps_the_cost_of_a_graph(network: Network) -> None:
     for spec, cuda in graphs(network, "fp32").items():
         before, after = count_cost(graphs(network, "fp32", cuda=False)[spec].graph), count_cost(cuda.graph)
-        assert (after.linear_macs, after.attention_macs) == (before.linear_macs, before.attention_macs), spec.name
+        assert after.linear_macs == before.linear_macs, spec.name
+        # In JOINED, tokens of the route also attend to those of the other branch, with weight 0.
+        others = 2 * (2 * 9 * 7) * CONFIG.width if spec is JOINED else 0
+        assert after.attention_macs == before.attention_macs + others, spec.name
 
 
 def test_lower_for_cuda_in_fp16_converts_tokens_and_modulations_once(dit: LoadedModel) -> None:
@@ -187,6 +190,35 @@ def test_launches_of_an_operator_without_a_kernel_is_an_error() -> None:
         with pytest.raises(ValueError, match=f"expected an operator in KERNELS, found {operator} of"):
             launches(graph)
     assert "Erf" not in KERNELS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_lower_for_cuda_of_a_short_sequence_of_branches_masks_the_other_branch(
+    dit: LoadedModel, precision: Precision
+) -> None:
+    graph = graphs(Network(dit, None), precision)[JOINED].graph
+    (masked,) = (node for node in graph if node.op_type == "MultiHeadAttention" and len(node.inputs) == 6)
+    (mask,) = (value for value in masked.inputs[3:] if value is not None)
+    assert mask.const_value is not None
+    assert mask.dtype == masked.outputs[0].dtype
+    bias = mask.const_value.numpy()
+    assert bias.shape == (1, 1, 16, 16)
+    assert (bias[0, 0, :9, :9] == 0).all()
+    assert (bias[0, 0, 9:, 9:] == 0).all()
+    assert (bias[0, 0, :9, 9:] == -65504).all()
+    assert (bias[0, 0, 9:, :9] == -65504).all()
+
+
+def test_lower_for_cuda_in_bf16_or_of_a_long_sequence_has_an_attention_per_branch(
+    dit: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Flash attention takes no bias, and it is the fused kernel that BF16 is known to have.
+    network = Network(dit, None)
+    assert operators(graphs(network, "bf16")[JOINED].graph)["MultiHeadAttention"] == CONFIG.depth + 1
+    monkeypatch.setattr("sg_export.graph.cuda.MOST_MASKED", 15)
+    graph = traced(network)[network.specs.index(JOINED)].clone().graph
+    lower_for_cuda(graph, "fp32")
+    assert operators(graph)["MultiHeadAttention"] == CONFIG.depth + 1
 
 
 def test_lower_for_cuda_of_another_attention_is_an_error() -> None:

@@ -58,6 +58,7 @@ def meaning(graph: ir.Graph) -> tuple[Counter[Hashable], list[Hashable]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undecomposed")
 @pytest.mark.parametrize(
     ("network", "config", "route", "specs", "batch", "symbolic_keep"),
     [
@@ -95,6 +96,7 @@ def weights_of(graph: ir.Graph) -> list[str]:
     return [name for name in graph.initializers if not name.startswith(f"{graph.name}.")]
 
 
+@pytest.mark.usefixtures("undecomposed")
 def test_trace_names_nodes_of_stamped_layers_by_their_modules(make_model: Callable[..., LoadedModel]) -> None:
     loaded = make_model(DiT, CONFIG, Route(1, 2))
     (model,) = trace(loaded.model, KINDS[3:4], loaded.facts, 1, DEFAULT_OPSET)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from sg_export.loading import load_model
 from sg_export.models.sparse import SparseModel
-from sg_export.packing.pack import CONDITION_ROWS
+from sg_export.packing.pack import HOISTED_ROWS
 from sg_runtime import philox
+from sg_runtime.conditions import of_classes
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import choose, guide
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, TensorFacts, read_manifest
@@ -92,6 +93,9 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+ROWS = HOISTED_ROWS["condition"]
+
+
 @dataclass(frozen=True)
 class Tail:
     """The update next = a x + b D + e r."""
@@ -128,10 +132,10 @@ class Setup:
         self.labels, self.seeds = np.resize(LABELS, images), [*SEEDS, *range(images)][:images]
         self.plan: PreparedRun = prepare(
             self.manifest,
-            self.runner.condition,
+            self.runner.hoist,
             self.guidance,
             [Update(step, 0, time, 0.0, 1.0, 0.0) for step, time in enumerate(times)],
-            Batch(self.labels, self.seeds),
+            Batch(of_classes(self.manifest.model.labels, self.labels.tolist()), self.seeds),
         )
         self.recorder.runs.clear()
         rng = np.random.default_rng(4)
@@ -184,7 +188,7 @@ class Setup:
             output = model(
                 torch.from_numpy(np.float32(scaling.c_in) * self.x),
                 torch.full((len(self.x),), scaling.t),
-                torch.from_numpy(labels),
+                {"class": torch.from_numpy(labels)},
                 None if keep is None else torch.from_numpy(keep),
             ).numpy()
         result: Array = scaling.c_skip * self.x + scaling.c_out * output
@@ -212,7 +216,7 @@ def check_feeds(runs: Sequence[Any]) -> None:
         assert set(run.feeds) == {tensor.name for tensor in run.graph.inputs}
         for tensor in run.graph.inputs:
             value = run.feeds[tensor.name]
-            assert value.dtype == np.dtype(tensor.dtype), tensor
+            assert value.dtype == tensor.storage, tensor
             assert value.shape == tuple(3 if size == "B" else size for size in tensor.shape), tensor
 
 
@@ -349,7 +353,7 @@ def test_advance_of_the_null_row_alone_gives_every_image_no_class(
     own = Setup(tiny_cfg_bundle, record)
     own.advance()
     (run,) = own.recorder.runs
-    null = own.runner.condition("main", np.array([0.6], np.float32), np.array([5]))[0]
+    null = modulations(own.runner, np.array([0.6], np.float32), np.array([5]))[0]
     np.testing.assert_array_equal(run.feeds["modulations_weak"], np.stack([null] * 3))
     assert not np.array_equal(run.feeds["modulations"][0], null)
     np.testing.assert_array_equal(run.feeds["modulations"][1], null)  # the image without a class
@@ -447,6 +451,12 @@ def test_prediction_of_an_image_is_the_same_in_any_company(
     np.testing.assert_array_equal(two.runner.prediction(seven.x[:2], two.plan, 0), found[:2])
 
 
+def modulations(runner: GraphRunner, t: Array, classes: NDArray[np.int64]) -> Any:
+    """Return the modulations of the main network at these times and classes, (S, M)."""
+    (condition,) = runner.manifest.hoisted("main")
+    return runner.hoist(condition, {"t": t, "class": classes})["modulations"]
+
+
 @settings(max_examples=50)
 @given(images=st.integers(1, 40), batch=st.integers(1, 40))
 def test_groups_of_any_count_cover_each_image_in_order(
@@ -464,7 +474,7 @@ def test_groups_of_any_count_cover_each_image_in_order(
         assert set(flat[images:]) <= {images - 1}
 
 
-@pytest.mark.parametrize("rows", [1, CONDITION_ROWS - 1, CONDITION_ROWS, CONDITION_ROWS + 1, 2 * CONDITION_ROWS + 7])
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 7])
 def test_condition_of_any_row_count_runs_at_one_length(
     rows: int, record: Callable[[Path], Any], tiny_bundle: Path
 ) -> None:
@@ -473,12 +483,12 @@ def test_condition_of_any_row_count_runs_at_one_length(
     recorder = record(tiny_bundle)
     runner = GraphRunner(manifest, recorder.lane(), 3)
     t, classes = np.linspace(0, 1, rows, dtype=np.float32), np.arange(rows) % 6
-    found = runner.condition("main", t, classes)
+    found = modulations(runner, t, classes)
     assert found.shape == (rows, manifest.model.held["modulations"][0])
-    assert [len(run.feeds["t"]) for run in recorder.runs] == [CONDITION_ROWS] * -(-rows // CONDITION_ROWS)
+    assert [len(run.feeds["t"]) for run in recorder.runs] == [ROWS] * -(-rows // ROWS)
     assert {run.output for run in recorder.runs} == {"modulations"}
     for row in {0, rows // 2, rows - 1}:
-        alone = runner.condition("main", t[row : row + 1], classes[row : row + 1])
+        alone = modulations(runner, t[row : row + 1], classes[row : row + 1])
         np.testing.assert_array_equal(alone[0], found[row])
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sg_runtime import philox
+from sg_runtime.conditions import of_classes
 from sg_runtime.guidance import choose
 from sg_runtime.manifest import GuidancePlan, Level, Manifest, NetworkName, read_manifest
 from sg_runtime.run.evaluate import GraphRunner
@@ -36,7 +37,7 @@ class Setup:
     def __init__(self, bundle: Path, record: Any) -> None:
         self.manifest: Manifest = read_manifest(bundle / "manifest.json")
         self.recorder = record(bundle)
-        self.condition = GraphRunner(self.manifest, self.recorder.lane(), 3).condition
+        self.hoist = GraphRunner(self.manifest, self.recorder.lane(), 3).hoist
 
     def plan(
         self,
@@ -49,17 +50,24 @@ class Setup:
     ) -> PreparedRun:
         return prepare(
             self.manifest,
-            self.condition,
+            self.hoist,
             guidance or self.manifest.guidance,
             [Update(*counter, time, 0.0, 1.0, 0.0) for counter, time in zip(counters, times, strict=True)],
-            Batch(labels, seeds),
+            Batch(of_classes(self.manifest.model.labels, labels.tolist()), seeds),
             last_step,
         )
 
     def rows(self, network: NetworkName, times: Sequence[float], classes: Sequence[int]) -> NDArray[np.float32]:
         """Return modulations (E, U, M), with each pair computed alone."""
-        alone = [[self.condition(network, np.array([t], np.float32), np.array([c]))[0] for c in classes] for t in times]
-        return np.array(alone)
+        (graph,) = self.manifest.hoisted(network)
+        alone = [
+            [
+                self.hoist(graph, {"t": np.array([t], np.float32), "class": np.array([c])})["modulations"]
+                for c in classes
+            ]
+            for t in times
+        ]
+        return np.array(alone)[:, :, 0]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import shlex
 from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, Manifest, OnnxTarget, Text
+from sg_runtime.manifest import ENGINE_TARGETS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -54,6 +54,7 @@ def build_command(
     words += ["--scale", ":".join(map(number_text, scales))]
     if plan.interval is not None:
         words += ["--interval", *map(number_text, plan.interval)]
+    words += [] if plan.subset == UPSTREAM_SUBSET.get(manifest.model.family) else ["--subset", plan.subset]
     words += _model_words(manifest)
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", *_precision_words(manifest, precision)]

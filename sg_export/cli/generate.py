@@ -11,11 +11,11 @@ from typing import Any, get_args
 import click
 
 from sg_export.cli.errors import Command, Failure, check_output_file, writing
-from sg_export.cli.options import INTERVAL, DeviceChoice, device_options
+from sg_export.cli.options import INTERVAL, SUBSET, DeviceChoice, device_options
 from sg_export.cli.output import progress
 from sg_export.cli.types import RampType
 from sg_export.progress import Report
-from sg_runtime.manifest import GuidanceMode
+from sg_runtime.manifest import GuidanceMode, SubsetRule
 
 GUIDANCE_MODES = get_args(GuidanceMode)
 
@@ -28,7 +28,7 @@ TELL_SECONDS = 10.0
     sections={
         "Images": ("classes", "count", "seed"),
         "Sampling": ("steps", "sampler", "churn", "churn_range", "churn_noise"),
-        "Guidance": ("guidance", "sparsity", "strong_sparsity", "scale", "interval"),
+        "Guidance": ("guidance", "sparsity", "strong_sparsity", "scale", "interval", "subset"),
         "Device": (*device_options.names, "batch"),
         "Output": ("output", "columns", "zoom"),
     },
@@ -65,6 +65,7 @@ TELL_SECONDS = 10.0
     "--scale", type=RampType(), help="Guidance scale; 1 gives the strong branch alone.  [default: the bundle's]"
 )
 @INTERVAL
+@SUBSET
 @click.option(
     "--churn", type=float, help="Amount of noise added in every step of an edm model (S_churn).  [default: none]"
 )
@@ -110,6 +111,7 @@ def generate(
     strong_sparsity: Any,
     scale: Any,
     interval: tuple[float, float] | None,
+    subset: SubsetRule | None,
     churn: float | None,
     churn_range: tuple[float, float] | None,
     churn_noise: float,
@@ -156,7 +158,9 @@ def generate(
     seeds = [(seed + k) % 2**64 for k in range(total)]
     if churn is None and (churn_range is not None or churn_noise != 1):
         raise Failure("--churn-range and --churn-noise describe the noise that --churn adds: give --churn, too", 2)
-    plan = pipe.guidance(guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval)
+    plan = pipe.guidance(
+        guidance, strong_sparsity=strong_sparsity, sparsity=sparsity, scale=scale, interval=interval, subset=subset
+    )
     low, high = churn_range or (0.0, math.inf)
     began = time.monotonic()
     with progress(quiet) as report:

@@ -213,6 +213,8 @@ def _guidance(plan: "GuidancePlan") -> str:
         parts.append(f"scale {ramp(plan.scale, plan.scale_last)}")
     if plan.interval is not None:
         parts.append(f"between times {plan.interval[0]:g} and {plan.interval[1]:g}")
+    if plan.subset == "fixed":
+        parts.append("one subset for all steps")
     return ", ".join(parts)
 
 

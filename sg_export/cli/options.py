@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, RampType, RouteType, SizeType
 from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import UsageError
+from sg_runtime.manifest import SUBSET_RULES
 
 if TYPE_CHECKING:
     from sg_calibration.settings import FeedSettings
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
-    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType
+    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType, SubsetRule
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,14 @@ INTERVAL = click.option(
     nargs=2,
     metavar="LOW HIGH",
     help="Times (t or sigma) between which guidance applies. Outside, the strong branch runs alone.",
+)
+
+
+SUBSET = click.option(
+    "--subset",
+    type=click.Choice(SUBSET_RULES),
+    help="When runs draw the tokens that a sparse branch keeps: fresh in every evaluation, or fixed, once for all of "
+    "them. By default as the model's own sampling does.",
 )
 
 
@@ -182,6 +191,7 @@ class GuidanceChoice:
     weak_checkpoint: checkpoint of the weak network.
     schedule: constant or cosine.
     interval: times between which guidance applies.
+    subset: when runs draw kept tokens.
     """
 
     sparsity: tuple[float, ...]
@@ -191,6 +201,7 @@ class GuidanceChoice:
     weak_checkpoint: str | None
     schedule: Any
     interval: tuple[float, float] | None
+    subset: "SubsetRule | None"
 
 
 SPARSITY = click.option(
@@ -241,6 +252,7 @@ guidance_options = Group(
             help="Change of sparsity over a run. cosine goes from the first sparsity to the last, through all between.",
         ),
         INTERVAL,
+        SUBSET,
     ),
 )
 

@@ -10,7 +10,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import MODES, EngineLibrary, GuidanceMode, OnnxTarget, Precision
+from sg_runtime.manifest import MODES, EngineLibrary, GuidanceMode, OnnxTarget, Precision, SubsetRule
 
 DEFAULT_SPARSITY = 0.5
 
@@ -32,6 +32,7 @@ class CompileOptions:
     schedule: "constant" uses the first sparsity of a branch. "cosine" goes from the first to the
     last over a run, through all sparsities of the branch.
     interval: times (t or sigma) between which guidance applies.
+    subset: when runs draw kept tokens, see `GuidancePlan`; None for the family's rule.
     steps: default sampling steps; None for the family's.
     precision: type of the matmuls and of attention, see `sg_export.graph.half`.
     batch: number of images that the ONNX graphs are fixed to; None for any number. For engines, see
@@ -53,6 +54,7 @@ class CompileOptions:
     weak_checkpoint: str | Path | None = None
     schedule: Schedule = "constant"
     interval: tuple[float, float] | None = None
+    subset: SubsetRule | None = None
     steps: int | None = None
     precision: Precision = "fp32"
     batch: int | None = None

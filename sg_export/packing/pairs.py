@@ -10,6 +10,7 @@ from sg_runtime.errors import UsageError
 from sg_runtime.guidance import ramp_ends
 from sg_runtime.manifest import (
     MODES,
+    UPSTREAM_SUBSET,
     GuidancePlan,
     Level,
     Manifest,
@@ -40,7 +41,9 @@ def choose_graphs(
         return levels[-1] if options.schedule == "cosine" and len(levels) > 1 else None
 
     scale, scale_last = ramp_ends("scale", options.scale)
-    plan = GuidancePlan(mode, strong[0], weak[0], scale, last(strong), last(weak), scale_last, options.interval)
+    subset = options.subset or UPSTREAM_SUBSET[loaded.facts.family]
+    ends = (last(strong), last(weak), scale_last)
+    plan = GuidancePlan(mode, strong[0], weak[0], scale, *ends, options.interval, subset)
     return plan, graphs_for(mode, strong, weak, loaded.facts.conditions.hoisted)
 
 

@@ -36,15 +36,13 @@ from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, 
 from sg_runtime.manifest.guidance import (
     EVEN,
     MODES,
-    SUBSET_RULES,
     GuidancePlan,
     Karras,
     Mode,
     Sampling,
     Shifted,
-    SubsetRule,
 )
-from sg_runtime.manifest.model import Labels, Level, ModelFacts, Route, Text
+from sg_runtime.manifest.model import SUBSET_RULES, UPSTREAM_SUBSET, Labels, Level, ModelFacts, Route, SubsetRule, Text
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
 
 __all__ = [
@@ -57,6 +55,7 @@ __all__ = [
     "MODES",
     "SCHEMA_VERSION",
     "SUBSET_RULES",
+    "UPSTREAM_SUBSET",
     "Cost",
     "EngineFacts",
     "EngineLibrary",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest.base import (
@@ -17,10 +17,7 @@ from sg_runtime.manifest.base import (
     number,
     pair,
 )
-from sg_runtime.manifest.model import Level
-
-SubsetRule = Literal["fresh", "fixed"]
-SUBSET_RULES: tuple[SubsetRule, ...] = get_args(SubsetRule)
+from sg_runtime.manifest.model import SUBSET_RULES, Level, SubsetRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest.base import GraphKind, Prediction, Strict, TensorFacts, check_counts, number, whole_number
@@ -15,6 +15,16 @@ KEPT: Mapping[str, Callable[[int, float], int]] = {
     "prx": lambda tokens, sparsity: tokens - min(max(round(tokens * sparsity), sparsity > 0), tokens - 1),
 }
 """Number of tokens that a branch keeps, from all tokens and the sparsity, by family."""
+
+
+SubsetRule = Literal["fresh", "fixed"]
+SUBSET_RULES: tuple[SubsetRule, ...] = get_args(SubsetRule)
+
+UPSTREAM_SUBSET: Mapping[str, SubsetRule] = {"tread": "fresh", "maskdit": "fresh", "prx": "fixed"}
+"""When upstream's sampling draws kept tokens, by family: in every evaluation, or once for all.
+
+Photoroom/PRX seeds the draw once (`algorithm/tread.py`, commit 44ce5c4).
+"""
 
 
 DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"

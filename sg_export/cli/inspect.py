@@ -12,7 +12,6 @@ from sg_export.cli.errors import Command
 from sg_export.cli.options import ModelSource, model_options
 from sg_export.cli.output import print_table
 from sg_export.diffusers_folder import is_folder
-from sg_runtime.manifest import Labels, Text
 
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
@@ -77,16 +76,8 @@ def _model_rows(model: Any) -> list[tuple[str, str]]:
             "route",
             "unknown: give --route" if model.route is None else f"blocks {model.route.start} to {model.route.end}",
         ),
-        ("condition", _conditions(model.conditions)),
+        ("condition", str(model.conditions)),
     ]
-
-
-def _conditions(conditions: Labels | Text) -> str:
-    """Return in words what a model is conditioned on."""
-    if isinstance(conditions, Labels):
-        names = "" if conditions.names is None else f", {conditions.names[0]} to {conditions.names[-1]}"
-        return f"{conditions.count} classes{names}"
-    return f"text, {conditions.tokens} tokens with {conditions.width} values each"
 
 
 def _print_checkpoint(loaded: "LoadedModel") -> None:

@@ -152,11 +152,11 @@ def test_build_states_the_facts(tiny: Any) -> None:
     model, facts = tread.build(read, Overrides())
     shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
-    assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("tread", "flow", "latent", 5)
+    assert (facts.family, facts.prediction, facts.space, facts.labels.count) == ("tread", "flow", "latent", 5)
     assert facts.held["modulations"][0] == 6 * 32 * 3 + 2 * 32
     assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
     assert facts.route == model.route == Route(1, 1)
-    assert facts.class_names == ("a", "b", "c", "d", "e")
+    assert facts.labels.names == ("a", "b", "c", "d", "e")
     assert not model.training
 
 
@@ -231,12 +231,12 @@ def test_build_of_maskdit_states_the_facts(tiny_masked: Any) -> None:
     model, facts = maskdit.build(read, Overrides(heads=2))
     shape = (*facts.latent[1::-1], facts.patch, facts.tokens, facts.width, facts.depth, facts.heads)
     assert shape == (8, 2, 2, 16, 32, 3, 2)
-    assert (facts.family, facts.prediction, facts.space, facts.num_classes) == ("maskdit", "edm", "latent", 5)
+    assert (facts.family, facts.prediction, facts.space, facts.labels.count) == ("maskdit", "edm", "latent", 5)
     # Three blocks have six vectors each, and the layer between has two. Eight blocks have six each,
     # and the final layer has two.
     assert facts.held["modulations"][0] == (6 * 3 + 2) * 32 + (6 * 8 + 2) * 512
     assert facts.parameters == sum(tensor.numel() for tensor in read.tensors.values())
-    assert facts.class_names == ("a", "b", "c", "d", "e")
+    assert facts.labels.names == ("a", "b", "c", "d", "e")
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -87,8 +87,8 @@ def test_compile_of_reference_model_names_it(glyphs_bundle: Path) -> None:
     manifest = Bundle.open(glyphs_bundle).manifest
     assert (manifest.source.reference, manifest.source.name) == ("glyphs", "glyphs")
     assert (manifest.model.space, manifest.model.route) == ("pixel", Route(1, 6))
-    assert manifest.model.class_names is not None
-    assert "".join(manifest.model.class_names[:3]) == "ABC"
+    assert manifest.model.labels.names is not None
+    assert "".join(manifest.model.labels.names[:3]) == "ABC"
     assert [graph.file for graph in manifest.graphs if graph.kind == "guided"] == [
         f"graphs/guided-{strong}-{weak}.onnx" for strong in (64, 48) for weak in (32, 16)
     ]
@@ -332,9 +332,18 @@ def test_compile_of_a_network_that_overflows_in_pytorch_blames_the_checkpoint(qu
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"depth": 2}, "depth: expected 3, found 2; modulations: expected 640, found 448; parameters: "),
-        ({"width": 64}, "width: expected 32, found 64; modulations: expected 640, found 1280; parameters: "),
-        ({"num_classes": 7}, "num_classes: expected 5, found 7; parameters: "),
+        (
+            {"depth": 2},
+            "depth: expected 3, found 2; parameters: ",
+        ),
+        (
+            {"width": 64},
+            "width: expected 32, found 64; parameters: ",
+        ),
+        (
+            {"num_classes": 7},
+            "conditions: expected 5 classes, found 7 classes; parameters: ",
+        ),
     ],
 )
 def test_compile_with_weak_checkpoint_of_another_network_names_what_differs(

@@ -15,7 +15,7 @@ from sg_export.adapters import tread
 from sg_export.checkpoint import Overrides
 from sg_export.loading import LoadedModel, load_model, load_weak
 from sg_runtime.errors import UsageError
-from sg_runtime.manifest import Level, Route
+from sg_runtime.manifest import Labels, Level, Route
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,14 @@ def test_load_model_gives_an_evaluation_model_without_gradients(loaded: LoadedMo
 def test_load_model_output_depends_on_every_argument(loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((2, 2, 8, 8), generator=generator)
-    t, classes, keep = torch.tensor([0.2, 0.8]), torch.tensor([0, 4]), torch.arange(8).repeat(2, 1)
+    t, classes, keep = torch.tensor([0.2, 0.8]), {"class": torch.tensor([0, 4])}, torch.arange(8).repeat(2, 1)
     base = loaded.model(x, t, classes, keep)
     assert base.shape == x.shape
-    changed: list[tuple[Any, ...]] = [(x + 1, t, classes, keep), (x, t + 0.1, classes, keep), (x, t, classes + 1, keep)]
+    changed: list[tuple[Any, ...]] = [
+        (x + 1, t, classes, keep),
+        (x, t + 0.1, classes, keep),
+        (x, t, {"class": classes["class"] + 1}, keep),
+    ]
     changed += [(x, t, classes, keep + 8), (x, t, classes, None)]
     assert all(not torch.equal(base[:1], loaded.model(*arguments)[:1]) for arguments in changed)
 
@@ -113,7 +117,7 @@ def test_load_weak_has_its_own_weights_and_the_strong_models_facts(
 
 
 def test_load_weak_takes_the_strong_models_names_of_classes(tiny: Any, loaded: LoadedModel, tmp_path: Path) -> None:
-    named = replace(loaded, facts=replace(loaded.facts, class_names=tuple("abcde"), space="pixel"))
+    named = replace(loaded, facts=replace(loaded.facts, conditions=Labels(5, tuple("abcde")), space="pixel"))
     path = tiny.save(tmp_path / "early.safetensors", facts={**tiny.facts, "class_names": list("vwxyz")})
     assert load_weak(path, named, None).facts == named.facts
 

@@ -201,7 +201,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         onnx_target=draw(st.sampled_from(["onnxruntime", "onnxruntime-cuda"])),
         opset=draw(counts),
         batch=draw(st.none() | counts),
-        condition_rows=draw(counts),
+        hoisted_rows={"condition": draw(counts)},
         graphs=tuple(draw(graphs(model.tokens, kind, network)) for kind, network in [*kinds, *branches]),
         engines=tuple(draw(st.lists(engines(), max_size=2))),
         source=draw(sources),
@@ -371,13 +371,25 @@ def test_read_manifest_of_a_value_of_another_type_names_its_place(
         read(content)
 
 
+def as_schema_5(content: Any) -> Any:
+    """Return the content of a manifest of a flow model in the form of schema 5."""
+    model = dict(content["model"])
+    labels, held = model.pop("conditions"), model.pop("held")
+    del model["pixels_per_latent"]
+    model |= {"num_classes": labels["count"], "class_names": labels["names"], "modulations": held["modulations"][0]}
+    rest = {name: value for name, value in content.items() if name != "hoisted_rows"}
+    sampling = {name: value for name, value in content["sampling"].items() if name in ("sampler", "steps")}
+    times, rows = content["sampling"]["times"], content["hoisted_rows"]["condition"]
+    sampling["karras"] = times if "rho" in times else None
+    return {**rest, "schema_version": 5, "model": model, "sampling": sampling, "condition_rows": rows}
+
+
 def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable[[Any], Manifest]) -> None:
     """Schema 3 had one side for height and width.
 
     All its networks had the same modules at their ends.
     """
-    expected = read(content)
-    content["sampling"] = {"sampler": "euler", "steps": 40, "karras": None}
+    expected, content = read(content), as_schema_5(content)
     model = content["model"]
     channels, side, _ = model.pop("latent")
     assert model.pop("ends") == ["x_embedder", "t_embedder", "y_embedder", "final_layer.linear"]
@@ -390,24 +402,20 @@ def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable
 def test_read_manifest_of_schema_4_knows_what_replaces_dropped_tokens(
     content: Any, read: Callable[[Any], Manifest], family: str, masked: bool
 ) -> None:
+    content = as_schema_5(content)
     del content["model"]["masked"], content["onnx_target"], content["passes"]
-    content["sampling"] = {"sampler": "euler", "steps": 40, "karras": None}
     content["model"]["family"] = family
     manifest = read({**content, "schema_version": 4})
     assert (manifest.model.masked, manifest.onnx_target) == (masked, "onnxruntime")
 
 
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_edm_bundle"])
-def test_read_manifest_of_schema_5_knows_the_times_of_runs(
+def test_read_manifest_of_schema_5_is_that_of_today(
     bundle: str, request: pytest.FixtureRequest, read: Callable[[Any], Manifest]
 ) -> None:
     content = json.loads((request.getfixturevalue(bundle) / "manifest.json").read_bytes())
-    expected = read(content)
-    sampling = content["sampling"]
-    del sampling["noise_scale"], sampling["time_floor"]
-    times = sampling.pop("times")
-    sampling["karras"] = times if "rho" in times else None
-    assert read({**content, "schema_version": 5}) == expected
+    del content["guidance"]["subset"]
+    assert read(as_schema_5(content)) == read(content)
 
 
 @pytest.mark.parametrize("change", [{"model": None}, {"model": {}}, {"model": {"image_size": "8", "channels": 2}}])
@@ -463,7 +471,7 @@ def test_graph_of_another_network_is_another(tiny_autoguidance_bundle: Path) -> 
 
 def test_condition_of_a_network_that_is_not_there_names_the_build(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        read_manifest(tiny_bundle / "manifest.json").condition("weak")
+        read_manifest(tiny_bundle / "manifest.json").hoisted("weak")
     assert str(caught.value) == (
         "autoguidance: this bundle has no weak checkpoint; "
         "build it with: sg-export build tiny.safetensors --route 1-1 --prediction flow --heads 2 --weak-checkpoint PATH"
@@ -663,7 +671,7 @@ def test_model_facts_of_other_names_than_classes_are_refused(tiny_bundle: Path) 
 def test_graph_facts_of_other_levels_than_the_kinds_are_refused(
     tiny_bundle: Path, kind: GraphKind, expected: int
 ) -> None:
-    graph = read_manifest(tiny_bundle / "manifest.json").condition("main")
+    graph = read_manifest(tiny_bundle / "manifest.json").hoisted("main")[0]
     for found in {0, 1, 2, 3} - {expected}:
         with pytest.raises(UsageError) as caught:
             replace(graph, kind=kind, levels=(DENSE,) * found)
@@ -671,7 +679,7 @@ def test_graph_facts_of_other_levels_than_the_kinds_are_refused(
 
 
 def test_graph_facts_without_an_output_are_refused(tiny_bundle: Path) -> None:
-    graph = read_manifest(tiny_bundle / "manifest.json").condition("main")
+    graph = read_manifest(tiny_bundle / "manifest.json").hoisted("main")[0]
     with pytest.raises(UsageError, match=r"^graph condition: outputs: expected at least one, found none$"):
         replace(graph, outputs=())
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sg_export.loading import LoadedModel, load_model
 from sg_export.parity import two_pass
 from sg_runtime import philox
-from sg_runtime.conditions import class_index
+from sg_runtime.conditions import class_index, of_classes
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.images import to_pixels
@@ -104,7 +104,7 @@ def test_sample_of_any_mode_agrees_with_pytorch_in_two_passes(
     expected = two_pass.sample(
         checkpoint(path.parent / manifest.source.file),
         guidance,
-        [0, 3, 5],
+        of_classes(manifest.model.labels, [0, 3, 5]),
         SEEDS[:3],
         5,
         sampler,
@@ -124,7 +124,9 @@ def test_sample_with_churn_agrees_with_pytorch_in_two_passes(
     manifest = pipe.bundle.manifest
     found = pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler, churn=churn)
     loaded = checkpoint(tiny_edm_bundle.parent / manifest.source.file)
-    expected = two_pass.sample(loaded, manifest.guidance, [0, 3, 5], SEEDS[:3], 5, sampler, churn=churn)
+    expected = two_pass.sample(
+        loaded, manifest.guidance, of_classes(loaded.facts.labels, [0, 3, 5]), SEEDS[:3], 5, sampler, churn=churn
+    )
     assert distance(found, expected) < CLOSE_RUN
     assert distance(found, pipe.sample([0, 3, None], SEEDS[:3], steps=5, sampler=sampler)) > 1e-2
 
@@ -421,8 +423,8 @@ def test_sample_from_several_threads_is_that_of_one(pixel_bundle: Path, threads:
         ({"classes": [1.0]}, r"class: expected a whole number, found 1\.0"),
         ({"classes": [b"A"]}, "class: expected a whole number, found b'A'"),
         ({"classes": [], "seeds": []}, "classes: expected at least one, found none"),
-        ({"seeds": [0, 1]}, "seeds: expected 1, one per class, found 2"),
-        ({"seeds": []}, "seeds: expected 1, one per class, found 0"),
+        ({"seeds": [0, 1]}, "seeds: expected 1, one per image, found 2"),
+        ({"seeds": []}, "seeds: expected 1, one per image, found 0"),
         ({"seeds": [-1]}, r"seed -1: expected 0 to 2\*\*64 - 1"),
         ({"seeds": [2**64]}, r"seed 18446744073709551616: expected 0 to 2\*\*64 - 1"),
         ({"seeds": [0.5]}, r"seed: expected a whole number, found 0\.5"),

@@ -127,7 +127,7 @@ def test_prepare_of_numpy_times_is_that_of_pythons(pipe: Pipeline, plan: Prepare
         ({"counters": [(0, 0)]}, "counters: expected one for each of the 2 times, found 1"),
         ({"counters": [(0, 0), (-1, 0)]}, r"counters: expected \(step, evaluation\), both at least 0, found \(-1, 0\)"),
         ({"counters": [(0, 0), (0.5, 0)]}, r"counter: expected a whole number, found 0\.5"),
-        ({"seeds": [0]}, "seeds: expected 3, one per class, found 1"),
+        ({"seeds": [0]}, "seeds: expected 3, one per image, found 1"),
         ({"classes": [0, 0, 99]}, "class 99: expected 0 to 4"),
         ({"classes": []}, "classes: expected at least one, found none"),
         ({"scale": float("nan")}, "scale: expected a finite float32 number"),

@@ -96,6 +96,9 @@ class Labels(Strict):
         if self.names is not None and len(self.names) != self.count:
             raise UsageError(f"class_names: expected {self.count} names, found {len(self.names)}")
 
+    def __str__(self) -> str:
+        return f"{self.count} classes" + (f", {self.names[0]} to {self.names[-1]}" if self.names else "")
+
     @property
     def hoisted(self) -> dict[GraphKind, tuple[TensorFacts, ...]]:
         """Inputs of the graphs that run before the sampling loop, with S rows, by kind."""
@@ -115,6 +118,9 @@ class Text(Strict):
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "tokens", "width")
+
+    def __str__(self) -> str:
+        return f"text of {self.tokens} tokens, {self.width} values each"
 
     @property
     def hoisted(self) -> dict[GraphKind, tuple[TensorFacts, ...]]:

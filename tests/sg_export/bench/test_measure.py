@@ -13,6 +13,7 @@ from sg_export.bench.torch_loop import TorchLoop
 from sg_export.loading import load_model
 from sg_export.parity import two_pass
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import of_classes
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.pipeline import Pipeline
@@ -117,7 +118,7 @@ def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
     two_pass.sample(
         load_model(checkpoint),
         manifest.guidance,
-        [1, 4, 2],
+        of_classes(manifest.model.labels, [1, 4, 2]),
         [0, 1, 2],
         3,
         manifest.sampling.sampler,

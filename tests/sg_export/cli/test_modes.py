@@ -12,6 +12,7 @@ import pytest
 from sg_export.loading import load_model, load_weak
 from sg_export.parity import two_pass
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import of_classes
 from sg_runtime.guidance import levels
 from sg_runtime.manifest import GuidancePlan, Level
 
@@ -109,7 +110,7 @@ def test_generate_of_every_mode_is_what_two_passes_give(
     wanted = two_pass.sample(
         replace(loaded, facts=manifest.model, sampling=manifest.sampling),
         mode.plan,
-        [3, 1],
+        of_classes(manifest.model.labels, [3, 1]),
         [8, 9],
         3,
         manifest.sampling.sampler,

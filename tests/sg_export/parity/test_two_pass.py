@@ -1,6 +1,7 @@
 """The PyTorch reference of guided sampling, compared with explicit formulas."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sg_export.loading import LoadedModel, load_model, load_weak
-from sg_export.parity.two_pass import sample
+from sg_export.parity import two_pass
 from sg_runtime import philox
+from sg_runtime.conditions import of_classes
 from sg_runtime.guidance import levels
 from sg_runtime.manifest import GuidancePlan, Karras, Level, Sampling
 from sg_runtime.pipeline import Pipeline
@@ -25,6 +27,11 @@ NONE = GuidancePlan("none", FULL, FULL, 2.0)
 NOISE_LEVELS = Karras(0.02, 40.0, 7.0)
 SHAPE = (2, 8, 8)
 NO_CLASS = 5
+
+
+def sample(loaded: LoadedModel, plan: GuidancePlan, classes: Sequence[int], *rest: Any, **settings: Any) -> Any:
+    """Sample images of these classes; 5 is "no class"."""
+    return two_pass.sample(loaded, plan, of_classes(loaded.facts.labels, classes), *rest, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def edm(loaded: LoadedModel) -> LoadedModel:
 def velocity(loaded: LoadedModel, x: Tensor, t: float, label: int, keep: NDArray[np.int64] | None = None) -> Tensor:
     """Return the network's output for one image."""
     kept = None if keep is None else torch.from_numpy(keep)[None]
-    output: Tensor = loaded.model(x[None], torch.tensor([t]), torch.tensor([label]), kept)[0]
+    output: Tensor = loaded.model(x[None], torch.tensor([t]), {"class": torch.tensor([label])}, kept)[0]
     return output
 
 

@@ -26,7 +26,7 @@ from sg_export.parity.verify import TIMES, verify
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
-from sg_runtime.manifest import FileFacts, write_manifest
+from sg_runtime.manifest import FileFacts, Labels, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_reload_checkpoint_of_missing_file_raises(fixed_bundle: Path, tmp_path: 
 
 def test_reload_checkpoint_beside_another_manifest_raises(fixed_bundle: Path) -> None:
     bundle = Bundle.open(fixed_bundle)
-    other = replace(bundle.manifest, model=replace(bundle.manifest.model, class_names=tuple("abcde")))
+    other = replace(bundle.manifest, model=replace(bundle.manifest.model, conditions=Labels(5, tuple("abcde"))))
     with pytest.raises(BundleError, match=r"its manifest describes another model than .*: build it again"):
         reload_checkpoint(replace(bundle, manifest=other), None)
 

@@ -108,7 +108,7 @@ def test_half_precision_is_finite_at_all_times(
         scaling = precondition(prediction, float(time))
         x = generator.standard_normal((2, *facts.latent), np.float32)
         x *= np.float32(max(time, 1))
-        labels = np.array([0, facts.num_classes])
+        labels = np.array([0, facts.labels.count])
         (modulations,) = modulate.run(None, {"t": np.full(2, scaling.t, np.float32), "class": labels})
         scalars = {"scale": 4, "c_in": scaling.c_in, "c_skip": scaling.c_skip, "c_out": scaling.c_out}
         inputs = {name: np.array(value, np.float32) for name, value in (scalars | {"a": 1, "b": 1, "e": 0}).items()}

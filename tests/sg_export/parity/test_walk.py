@@ -11,14 +11,15 @@ from sg_export.parity.torch_branches import by_pytorch
 from sg_export.parity.walk import by_pipeline, judge, run_distance, walk
 from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import of_classes
 from sg_runtime.errors import CheckpointError
 from sg_runtime.guidance import built_guidances, guide
-from sg_runtime.manifest import GuidancePlan
+from sg_runtime.manifest import GuidancePlan, Labels
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.evaluate import GraphRunner
 
 STEPS = 4
-IMAGES = ((0, 3), (7, 8))
+IMAGES = (of_classes(Labels(5, None), [0, 3]), (7, 8))
 
 
 @pytest.fixture(scope="module")

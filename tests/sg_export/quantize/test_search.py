@@ -29,6 +29,7 @@ from sg_export.options.types import BASES
 from sg_export.quantize import search as quantization
 from sg_export.quantize.search import _least, decide_quantization
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import Conditions
 from sg_runtime.errors import CalibrationError, ExportError, GateError, UsageError
 from sg_runtime.manifest import QualityGates
 from sg_runtime.pipeline import Pipeline
@@ -327,6 +328,11 @@ def test_plan_with_a_table_that_lacks_a_layer_is_refused(
         decide_quantization(reference, quantize_tiny("int8", table=tmp_path / "table.json"), "fp32", (), silent)
 
 
+def classes_of(conditions: Conditions) -> list[int]:
+    classes: list[int] = conditions.rows(weak=False)["class"].tolist()
+    return classes
+
+
 def test_plan_takes_images_for_search_and_gates_that_calibration_has_not(
     reference: Bundle, quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,13 +340,14 @@ def test_plan_takes_images_for_search_and_gates_that_calibration_has_not(
     real = quantization.walk
 
     def watched(*arguments: Any, noise: bool = True) -> Any:
-        seen[noise] |= set(zip(arguments[3], arguments[4], strict=True))
+        seen[noise] |= set(zip(classes_of(arguments[3]), arguments[4], strict=True))
         return real(*arguments, noise=noise)
 
     monkeypatch.setattr(quantization, "walk", watched)
     monkeypatch.setattr(quantization, "_least", lambda passes, most: 0)
     decide_quantization(reference, quantize_tiny("int8"), "fp32", (), silent)
-    calibration = set(zip(*images_of("calibration", reference.manifest.model, 2), strict=True))
+    conditions, seeds = images_of("calibration", reference.manifest.model, 2)
+    calibration = set(zip(classes_of(conditions), seeds, strict=True))
     for place in (0, 1):  # classes, seeds
         sets = [{image[place] for image in images} for images in (calibration, seen[True], seen[False])]
         assert sum(map(len, sets)) == len(set.union(*sets))

@@ -236,7 +236,7 @@ class Pipeline:
         given = (prompt_embeds, prompt_mask, negative_embeds, negative_mask)
         if any(value is not None for value in given):
             if classes is not None:
-                raise UsageError("classes: expected none beside `prompt_embeds`, found some")
+                raise UsageError("classes: expected none beside prompt_embeds, found some")
             conditions: Classes | Conditions = self.prompts(
                 *given[:2],
                 negative_embeds=negative_embeds,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -72,15 +73,22 @@ def _inputs(graph: GraphFacts) -> TensorMetadata:
     return metadata
 
 
-def save_data(folder: Path, name: str, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
-    """Write inputs and PyTorch's outputs to `folder` in Polygraphy's format.
+def save_data(folder: Path, name: str, graph: GraphFacts, feeds: Sequence[Feed], wanted: Any) -> tuple[str, ...]:
+    """Write inputs of a graph and PyTorch's outputs to `folder` in Polygraphy's format.
 
-    name: start of the names of the two files. Returns the options that read them.
+    name: start of the names of the two files. Inputs in BF16, which NumPy lacks, are tensors of
+    PyTorch. Returns the options that read the files.
     """
+    bf16 = {tensor.name for tensor in graph.inputs if tensor.dtype == "bfloat16"}
     inputs, outputs = folder / f"{name}-inputs.json", folder / f"{name}-outputs.json"
-    save_json(feeds, str(inputs))
+    saved = [{key: _in_bf16(values) if key in bf16 else values for key, values in feed.items()} for feed in feeds]
+    save_json(saved, str(inputs))
     RunResults([wanted]).save(str(outputs))
     return "--load-inputs", str(inputs), "--load-outputs", str(outputs)
+
+
+def _in_bf16(bits: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)
 
 
 def onnx_commands(bundle: Bundle, graph: GraphFacts, data: Sequence[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from sg_runtime.vocabulary import HOISTED
 def evaluate(
     loaded: LoadedModel, graph: GraphFacts, feeds: Mapping[str, NDArray[Any]]
 ) -> OrderedDict[str, NDArray[Any]]:
-    """Compute the outputs of a graph with the network that it was traced from.
+    """Compute the outputs of a graph, in FP32, with the network that it was traced from.
 
     A guided graph is computed in two separate, complete passes. Raises CheckpointError if a value
     is not finite.
@@ -33,7 +33,7 @@ def evaluate(
         if graph.hoisted:
             outputs = dict(zip(HOISTED[graph.kind], model.hoist(graph.kind, given), strict=True))
             check_reference(loaded, graph.name, *(value.numpy() for value in outputs.values()))
-            return OrderedDict((tensor.name, to_storage(tensor, outputs[tensor.name])) for tensor in graph.outputs)
+            return OrderedDict((name, value.numpy()) for name, value in outputs.items())
         scaled = given["c_in"] * given["x"]
         output, *weak = (model.predict(scaled, one.held, one.keep) for one in branch_inputs(graph.kind, given))
         if weak:
@@ -94,8 +94,9 @@ class TorchLane:
     ) -> Call:
         def call() -> None:
             found = evaluate(self._network(graph), graph, inputs)
-            for name, target in outputs.items():
-                np.copyto(target, found[name])
+            for tensor in graph.outputs:
+                if tensor.name in outputs:
+                    np.copyto(outputs[tensor.name], to_storage(tensor, torch.from_numpy(found[tensor.name])))
 
         return call
 

@@ -174,7 +174,7 @@ def _compare(sides: _Sides, lane: Lane | None, times: Sequence[float], folder: P
             runner = LaneRunner(lane, pipeline.backend.name, graph)
         results = Comparator.run([TorchRunner(network, graph), runner], data_loader=feeds)
         if folder is not None:
-            commands += onnx_commands(bundle, graph, save_data(folder, graph.name, feeds, results[0]))
+            commands += onnx_commands(bundle, graph, save_data(folder, graph.name, graph, feeds, results[0]))
         comparisons += _judged(bundle, graph, times, feeds, results)
     for number, run in enumerate(runs, len(manifest.graphs)):
         report(f"comparing {_run_name(*run)}", number, stages)
@@ -208,7 +208,7 @@ def _compare_quantized(
             feeds[graph.name] = [_feed(bundle.manifest, network, graph, t, k, RUN_IMAGES) for k, t in enumerate(times)]
         if graph.name in feeds:
             (wanted,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds[graph.name])
-            data = save_data(folder, graph.name, feeds[graph.name], wanted)
+            data = save_data(folder, graph.name, graph, feeds[graph.name], wanted)
             commands += onnx_commands(bundle, graph, data)
     return Parity(tuple(comparisons), tuple(commands))
 
@@ -246,7 +246,7 @@ def _save_engines(
         if not feeds:
             feeds = [_feed(manifest, network, graph, t, k, rows) for k, t in enumerate(times)]
         (results,) = Comparator.run([TorchRunner(network, graph)], data_loader=feeds)
-        data = save_data(folder, f"{graph.name}-{rows}", feeds, results)
+        data = save_data(folder, f"{graph.name}-{rows}", graph, feeds, results)
         commands += [engine_command(bundle, engine, profile, data) for engine, profile in profiles]
     return commands
 

@@ -115,7 +115,7 @@ def of_text() -> Conditions:
 
 @pytest.mark.parametrize("classes", [[0], ["A"], [None], []])
 def test_classes_for_a_text_model_are_refused(text: ModelFacts, classes: Any) -> None:
-    with pytest.raises(UsageError, match=r"classes: expected none: the model is conditioned on text: give `prompt_em"):
+    with pytest.raises(UsageError, match=r"classes: expected none: the model is conditioned on text: give prompt_em"):
         parse(text, classes)
 
 
@@ -125,7 +125,7 @@ def test_check_of_conditions_of_another_model_is_refused(text: ModelFacts) -> No
 
 
 def test_labels_of_a_text_model_are_refused(text: ModelFacts) -> None:
-    with pytest.raises(UsageError, match="expected a class-conditional model, found prx, which is conditioned on text"):
+    with pytest.raises(UsageError, match="expected a model of classes, found prx, which is conditioned on text"):
         _ = text.labels
 
 

@@ -191,5 +191,8 @@ class ModelFacts(Strict):
     def labels(self) -> Labels:
         """The classes of a class-conditional model. Raises UsageError for another model."""
         if not isinstance(self.conditions, Labels):
-            raise UsageError(f"expected a class-conditional model, found {self.family}, which is conditioned on text")
+            raise UsageError(
+                f"expected a model of classes, found {self.family}, which is conditioned on text: sample it from "
+                f"Python, with prompt_embeds"
+            )
         return self.conditions

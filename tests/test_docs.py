@@ -1,12 +1,14 @@
-"""Check that the guidance and production pages run."""
+"""Check that the guidance, production and text-to-image pages run."""
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from prx_folders import CONFIG, state_of, write_pipeline
 
 from sg_export.cli import main
 
@@ -58,6 +60,19 @@ def test_production_page_run_from_top_to_bottom_does_what_it_says(
     names = run("production.md")
     assert capsys.readouterr().out == "(2, 16, 16, 1)\n(1, 16, 16, 1)\n(4, 16, 16, 1)\n"
     assert names["latents"].shape == names["velocity"].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.slow
+def test_text_to_image_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's folder `prx` is a tiny one, as `save_pretrained` of diffusers writes it."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, width=64, mlp_width=80)
+    write_pipeline(tmp_path / "prx", config, state_of(config))
+    names = run("text-to-image.md")
+    assert capsys.readouterr().out == "(2, 32, 4, 6)\n"
+    assert names["latents"].shape == (2, 32, 4, 6)
 
 
 def test_production_page_has_a_program_of_at_most_20_lines() -> None:

@@ -100,9 +100,12 @@ def with_options(message: str) -> str:
     return re.sub(r"`([a-z_]+)`( [\w.]+)?", option, message)
 
 
+PACKAGES = ("sg_export", "sg_engines", "sg_runtime", "sg_calibration")
+
+
 @contextmanager
 def log_messages() -> Iterator[None]:
-    """Print the log messages of sg_export, sg_engines and sg_runtime on standard error.
+    """Print the log messages of all packages of the project on standard error.
 
     The level is printed in front of warnings and errors.
     """
@@ -113,7 +116,7 @@ def log_messages() -> Iterator[None]:
             _tell(f"{level}{with_options(record.getMessage())}")
 
     handler = Echo()
-    logs = [logging.getLogger(name) for name in ("sg_export", "sg_engines", "sg_runtime")]
+    logs = [logging.getLogger(name) for name in PACKAGES]
     for log in logs:
         log.addHandler(handler)
     try:

@@ -283,8 +283,8 @@ _FEEDS = (
         "--calib-data",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Folder of your own calibration inputs (.npz with x, time, and label or embeddings and mask); replaces the "
-        "calibration runs.",
+        help="Folder of your own calibration inputs (.npz with x, time, and label or embeddings and mask); replaces "
+        "the calibration runs.",
     ),
     click.option(
         "--calib-samples",

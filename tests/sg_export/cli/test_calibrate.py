@@ -52,7 +52,7 @@ def test_calibrate_with_data_that_is_none_ends_with_a_message(
     refused: Run, quick_checkpoint: Path, tmp_path: Path
 ) -> None:
     message = refused(6, "calibrate", quick_checkpoint, "--calib-data", tmp_path, "-o", tmp_path / "ranges.json")
-    assert message == f"{tmp_path}: expected .npz files with x, time and label, found none"
+    assert message == f"{tmp_path}: expected .npz files with x, time and conditions, found none"
     assert not list(tmp_path.iterdir())
 
 

@@ -223,7 +223,7 @@ def test_read_shard_without_seeds_and_counters_has_them(tmp_path: Path, facts: M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": None}, "expected arrays x, time and label, found no x"),
+        ({"x": None}, "expected arrays x, time, label, found no x"),
         ({"noise": np.zeros(1)}, "found also noise"),
         ({"x": np.zeros((2, 3, 2, 8, 8))}, r"x: expected float32 of \(2, 3, 2, 8, 8\), found float64"),
         ({"x": np.zeros((2, 2, 2, 8, 8), np.float32)}, r"x: expected .* found float32 of \(2, 2, 2, 8, 8\)"),

@@ -94,7 +94,8 @@ def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
     manifest, folder = opened.manifest, opened.path.parent
     checkpoint = folder / manifest.source.file
     weak = None if manifest.weak_source is None else folder / manifest.weak_source.file
-    loop = TorchLoop(opened, checkpoint, weak, [1, 4, 2], 3, compiled=False, device="cpu")
+    conditions = of_classes(manifest.model.labels, [1, 4, 2])
+    loop = TorchLoop(opened, checkpoint, weak, conditions, 3, compiled=False, device="cpu")
     states: list[torch.Tensor] = []
     predict = TorchLoop._predict
 
@@ -118,7 +119,7 @@ def test_torch_loop_of_any_guidance_samples_what_the_reference_does(
     two_pass.sample(
         load_model(checkpoint),
         manifest.guidance,
-        of_classes(manifest.model.labels, [1, 4, 2]),
+        conditions,
         [0, 1, 2],
         3,
         manifest.sampling.sampler,

@@ -73,7 +73,7 @@ def verify(
     save_polygraphy: Path | None = None,
     report: Report = silent,
 ) -> Parity:
-    """Compare a bundle with its checkpoint, reloaded through the adapter.
+    """Compare a bundle with its checkpoint, reloaded through the adapter, at all of its sizes.
 
     checkpoint, weak_checkpoint: checkpoints of the networks. By default the reference model, or the
     file of the recorded name, next to the bundle or in the current folder.
@@ -96,6 +96,33 @@ def verify(
             f"graphs read other inputs than this version compares; rebuild it: "
             f"{build_command(opened.manifest, str(opened.path))}"
         )
+    if save_polygraphy is not None:
+        save_polygraphy.mkdir(parents=True, exist_ok=True)
+    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    parities = [
+        _verify(view, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report)
+        for view in opened.views
+    ]
+    compared = [comparison for parity in parities for comparison in parity.comparisons]
+    # A graph that serves all sizes is compared at each of them.
+    unique = {(c.subject, c.output, c.time): c for c in reversed(compared)}
+    return Parity(
+        tuple(reversed(unique.values())),
+        tuple(dict.fromkeys(command for parity in parities for command in parity.commands)),
+    )
+
+
+def _verify(
+    opened: Bundle,
+    checkpoint: str | Path | None,
+    weak_checkpoint: str | Path | None,
+    device: str | None,
+    backend: str | None,
+    times: Sequence[float],
+    save_polygraphy: Path | None,
+    report: Report,
+) -> Parity:
+    """Compare a bundle at one size; arguments and errors as in `verify`."""
     if device is None and backend is None:
         graphs = opened.manifest.hoisted("main")[0].file is not None
         if not graphs and save_polygraphy is None:
@@ -110,9 +137,6 @@ def verify(
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
     networks = _Networks(loaded, reload_weak(opened, weak_checkpoint, loaded))
-    if save_polygraphy is not None:
-        save_polygraphy.mkdir(parents=True, exist_ok=True)
-    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     parity = Parity((), ())
     if pipeline is not None:
         sides = _Sides(pipeline, networks)

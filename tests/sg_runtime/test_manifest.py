@@ -377,7 +377,7 @@ def as_schema_5(content: Any) -> Any:
     labels, held = model.pop("conditions"), model.pop("held")
     del model["pixels_per_latent"]
     model |= {"num_classes": labels["count"], "class_names": labels["names"], "modulations": held["modulations"][0]}
-    rest = {name: value for name, value in content.items() if name != "hoisted_rows"}
+    rest = {name: value for name, value in content.items() if name not in ("hoisted_rows", "sizes")}
     sampling = {name: value for name, value in content["sampling"].items() if name in ("sampler", "steps")}
     times, rows = content["sampling"]["times"], content["hoisted_rows"]["condition"]
     sampling["karras"] = times if "rho" in times else None

@@ -52,6 +52,7 @@ from sg_runtime.manifest import (
     SamplerName,
     Shifted,
     schema_of,
+    size_text,
 )
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
@@ -99,16 +100,41 @@ def verify(
     if save_polygraphy is not None:
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
-    parities = [
-        _verify(view, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report)
-        for view in opened.views
-    ]
-    compared = [comparison for parity in parities for comparison in parity.comparisons]
-    # A graph that serves all sizes is compared at each of them.
-    unique = {(c.subject, c.output, c.time): c for c in reversed(compared)}
+    found = Parity((), ())
+    for view in opened.views:
+        report_of_view = _naming(view, report)
+        parity = _verify(view, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report_of_view)
+        found = _joined(found, _named(view, parity))
+    return found
+
+
+def _size_prefix(view: Bundle) -> str:
+    """Return the size of a bundle and a colon if the bundle has several sizes."""
+    return f"{size_text(view.manifest.model.size)}: " if view.manifest.sizes else ""
+
+
+def _naming(view: Bundle, report: Report) -> Report:
+    """Return a report whose stages name the size."""
+
+    def named(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+        report(f"{_size_prefix(view)}{stage}", done, total, share)
+
+    return named
+
+
+def _named(view: Bundle, parity: Parity) -> Parity:
+    """Return the comparisons with the size in their subjects. Graphs have it in their names."""
+    graphs, prefix = {graph.name for graph in view.manifest.graphs}, _size_prefix(view)
+    named = (c if c.subject in graphs else replace(c, subject=f"{prefix}{c.subject}") for c in parity.comparisons)
+    return replace(parity, comparisons=tuple(named))
+
+
+def _joined(first: Parity, second: Parity) -> Parity:
+    """Return both, without the graphs of `second` that `first` has: they serve all sizes."""
+    known = {comparison.subject for comparison in first.comparisons}
     return Parity(
-        tuple(reversed(unique.values())),
-        tuple(dict.fromkeys(command for parity in parities for command in parity.commands)),
+        (*first.comparisons, *(c for c in second.comparisons if c.subject not in known)),
+        tuple(dict.fromkeys((*first.commands, *second.commands))),
     )
 
 

@@ -179,6 +179,9 @@ class Manifest(Strict):
         named, built = size_text(wanted), ", ".join(size_text(view.model.size) for view in views)
         if not isinstance(self.model.conditions, Text):
             raise UsageError(f"size {named}: expected {built}, the size of all samples of this model")
+        side = self.model.patch * (self.model.pixels_per_latent or 1)
+        if min(wanted) < side or any(length % side for length in wanted):
+            raise UsageError(f"size {named}: expected multiples of {side}, the side of a token; the bundle has {built}")
         from sg_runtime.build_command import model_command
 
         raise UsageError(

@@ -19,9 +19,9 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.conditions import Classes, Conditions, examples, of_prompts, parse
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, UsageError
-from sg_runtime.guidance import Ramp, choose, with_scale
+from sg_runtime.guidance import Ramp, choose, levels, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule, size_text
 from sg_runtime.manifest.base import choice, flag, items, number, whole_number
 from sg_runtime.requests import (
     check_times,
@@ -522,7 +522,15 @@ class Pipeline:
 
     def _scaled(self, guidance: GuidancePlan | None, scale: Ramp | None) -> GuidancePlan:
         expect("guidance", guidance, GuidancePlan, "a GuidancePlan, which `Pipeline.guidance(…)` returns")
-        plan = self.bundle.manifest.guidance if guidance is None else guidance
+        manifest = self.bundle.manifest
+        plan = manifest.guidance if guidance is None else guidance
+        if manifest.sizes and plan.strong not in levels(manifest):
+            for other in manifest.views[1:]:
+                if plan.strong in levels(other):
+                    raise UsageError(
+                        f"guidance: expected a plan for {size_text(manifest.model.size)}, found one for "
+                        f"{size_text(other.model.size)}: make it by the `guidance` of this pipeline"
+                    )
         return plan if scale is None else with_scale(plan, scale)
 
     @contextmanager

@@ -108,7 +108,7 @@ class ModelSource:
     def overrides(self) -> "Overrides":
         """The facts that replace those of the checkpoint, with one size."""
         if len(self.size) > 1:
-            raise UsageError(f"--size: expected one, found {len(self.size)}: only `build` takes several")
+            raise UsageError(f"--size: expected one, found {len(self.size)}: only a build takes several")
         return self.overrides_of_first
 
     @property

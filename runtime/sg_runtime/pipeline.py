@@ -529,7 +529,7 @@ class Pipeline:
                 if plan.strong in levels(other):
                     raise UsageError(
                         f"guidance: expected a plan for {size_text(manifest.model.size)}, found one for "
-                        f"{size_text(other.model.size)}: make it by the `guidance` of this pipeline"
+                        f"{size_text(other.model.size)}: make it by this pipeline"
                     )
         return plan if scale is None else with_scale(plan, scale)
 

@@ -19,17 +19,13 @@ from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import check_libraries, check_timing_cache
 from sg_export.packing.folder import check_output, check_place, new_folder
-from sg_export.packing.pack import Networks, add_engines, engine_source, files_of, manifest_of, pack, trace_all
-from sg_export.packing.pairs import choose_graphs
+from sg_export.packing.pack import add_engines, engine_source, files_of, manifest_of, pack, trace_all
+from sg_export.packing.sizes import SizeBuild, choose_sizes
 from sg_export.progress import Counted, Report, silent
 from sg_export.reference import REFERENCES
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, UsageError
-from sg_runtime.manifest import (
-    MANIFEST_FILE,
-    GuidancePlan,
-    write_manifest,
-)
+from sg_runtime.manifest import MANIFEST_FILE, write_manifest
 
 
 def compile(checkpoint: str | Path, options: CompileOptions, report: Report = silent) -> Bundle:
@@ -58,37 +54,40 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     if options.weak_checkpoint is not None:
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
-    plan, specs = choose_graphs(loaded, weak, options)
+    builds = choose_sizes(loaded, weak, options)
     layers = fp32_layers(loaded.model, options.precision, half_only=options.half_only)
-    networks: Networks = {"main": loaded, "weak": weak}
-    files = files_of(specs, symbolic=bool(options.libraries))
+    sources = {spec: build.source(spec) for build in builds for spec in build.specs}
+    files = files_of(list(sources), symbolic=bool(options.libraries))
     engine_files = {
         name: graphs
         for name, graphs in files.items()
-        if options.libraries and (graphs[0].hoisted or graphs[0].kind == "guided" or not guided_alone(plan))
+        if options.libraries and (graphs[0].hoisted or graphs[0].kind == "guided" or not guided_alone(builds[0].plan))
     }
     passes = 1 if options.quantize is None else 2
-    tracings = len({spec.network for spec in specs})
-    counted = Counted(report, tracings + passes * (1 + len(specs)) + len(engine_files) * len(options.libraries))
+    tracings = len({*sources.values()})
+    counted = Counted(report, tracings + passes * (1 + len(sources)) + len(engine_files) * len(options.libraries))
     with new_folder(options.output, options.force, inputs) as folder:
-        traced = trace_all(networks, files, options, counted)
+        traced = trace_all(sources, files, options, counted)
         quantization = None
         if options.quantize is not None:
             from sg_export.quantize.rewrite import quantized_models
             from sg_export.quantize.search import decide_quantization  # needs ONNX Runtime
 
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
-                reference = _reference_bundle(networks, plan, files, traced, options, Path(scratch), counted)
+                reference = _reference_bundle(builds, files, traced, options, Path(scratch), counted)
                 quantization, ranges = decide_quantization(
                     reference, options.quantize, options.precision, layers, counted.stage
                 )
                 traced = quantized_models(reference, files, quantization, ranges)
-        written = pack(networks, files, traced, layers, options, folder, counted)
-        sources = [engine_source(folder, name, graphs, written) for name, graphs in engine_files.items()]
-        engines = add_engines(loaded, sources, options, folder, counted)
+        written = pack(sources, files, traced, layers, options, folder, counted)
+        engines = []
+        for build in builds:
+            own = [(name, graphs) for name, graphs in engine_files.items() if graphs[0] in build.specs]
+            parts = [engine_source(folder, name, graphs, written) for name, graphs in own]
+            engines.append(add_engines(build.loaded, parts, options, folder, counted))
         if not options.has_onnx:
             shutil.rmtree(folder / "graphs")
-        manifest = manifest_of(loaded, weak, plan, options, layers, quantization, written, engines, folder)
+        manifest = manifest_of(builds, options, layers, quantization, written, engines, folder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
 
@@ -104,8 +103,7 @@ def inputs_of(*checkpoints: str | Path | None, weights: str | None = None) -> li
 
 
 def _reference_bundle(
-    networks: Networks,
-    plan: GuidancePlan,
+    builds: Sequence[SizeBuild],
     files: Mapping[str, Sequence[GraphSpec]],
     traced: Mapping[str, ir.Model],
     options: CompileOptions,
@@ -113,9 +111,8 @@ def _reference_bundle(
     counted: Counted,
 ) -> Bundle:
     """Write the FP32 graphs as a bundle in `folder`, the reference of the quantization."""
-    loaded, weak = networks["main"], networks["weak"]
-    assert loaded is not None
     engines = None if options.engines is None else replace(options.engines, keep_onnx=True)
     exact = replace(options, precision="fp32", quantize=None, engines=engines)
-    written = pack(networks, files, traced, (), exact, folder, counted)
-    return Bundle(folder, manifest_of(loaded, weak, plan, exact, (), None, written, (), folder))
+    sources = {spec: build.source(spec) for build in builds for spec in build.specs}
+    written = pack(sources, files, traced, (), exact, folder, counted)
+    return Bundle(folder, manifest_of(builds, exact, (), None, written, [()] * len(builds), folder))

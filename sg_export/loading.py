@@ -55,6 +55,15 @@ class LoadedModel:
             raise UsageError(f"sparsity {sparsity:g} keeps all {tokens} tokens: use 0, or a higher sparsity")
         return Level(float(sparsity), keep)
 
+    def at(self, height: int, width: int) -> "LoadedModel":
+        """Return the model for pictures of height × width pixels, with the same parameters.
+
+        Raises UsageError if its family has one size, and for a size that does not fit it.
+        """
+        adapter = ADAPTERS[self.facts.family]
+        model, facts = adapter.resized(self.source.file, self.model, self.facts, (height, width))
+        return replace(self, model=model, facts=facts)
+
 
 def load_model(
     checkpoint: str | Path, *, weights: str | None = None, overrides: Overrides | None = None

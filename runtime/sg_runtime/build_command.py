@@ -3,7 +3,7 @@
 import shlex
 from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text
+from sg_runtime.manifest import ENGINE_TARGETS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text, size_text
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -80,8 +80,8 @@ def _model_words(manifest: Manifest) -> list[str]:
     weights = [] if source.weights == "bare" else [option, source.weights]
     facts = [*route, "--prediction", model.prediction, "--heads", str(model.heads), *weights]
     if isinstance(model.conditions, Text) and model.picture is not None:
-        height, width = model.picture
-        facts += ["--size", f"{height}x{width}", "--text-tokens", str(model.conditions.tokens)]
+        facts += [word for view in manifest.views for word in ("--size", size_text(view.model.size))]
+        facts += ["--text-tokens", str(model.conditions.tokens)]
     return facts
 
 

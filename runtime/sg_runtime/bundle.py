@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,7 @@ class Bundle:
         if found is not None:
             raise BundleError(f"{root}: expected a bundle (a directory), found {found}")
         manifest = read_manifest(root / MANIFEST_FILE)
-        for file in (*(graph.file for graph in manifest.graphs), *(engine.file for engine in manifest.engines)):
+        for file in (*(part.file for part in manifest.all_graphs), *(part.file for part in manifest.all_engines)):
             if file is not None and file not in manifest.files:
                 raise BundleError(f"{root}: {file} is not among the manifest's files; rebuild the bundle")
         for present in sorted(path for folder in ("graphs", "engines") for path in (root / folder).glob("*")):
@@ -82,6 +83,21 @@ class Bundle:
                     f"{root}: file {name!r} cannot be read ({error}); copy the bundle again or rebuild it"
                 ) from None
         return cls(root, manifest, checked)
+
+    def at(self, height: int, width: int) -> "Bundle":
+        """Return the bundle as one of another size; see `Manifest.at`."""
+        return self._as(self.manifest.at(height, width))
+
+    @property
+    def views(self) -> "tuple[Bundle, ...]":
+        """The bundle as one of each size that it was built for, this one first."""
+        return tuple(map(self._as, self.manifest.views))
+
+    def _as(self, manifest: Manifest) -> "Bundle":
+        """Return the bundle with another manifest."""
+        made = copy(self)  # `replace` would look for the root again, in the present working folder
+        object.__setattr__(made, "manifest", manifest)
+        return made
 
     @contextmanager
     def reading(self, *names: str) -> Iterator[None]:

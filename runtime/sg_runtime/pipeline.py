@@ -1,6 +1,7 @@
 """Samples images from a bundle: first the conditioning of a run, then its guided evaluations."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +19,9 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.conditions import Classes, Conditions, examples, of_prompts, parse
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, UsageError
-from sg_runtime.guidance import Ramp, choose, with_scale
+from sg_runtime.guidance import Ramp, choose, levels, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule, size_text
 from sg_runtime.manifest.base import choice, flag, items, number, whole_number
 from sg_runtime.requests import (
     check_times,
@@ -43,15 +44,41 @@ LOG = logging.getLogger("sg_runtime")
 DEFAULT_BATCH = 16
 
 
+class _Sizes:
+    """Backend and lanes of each size of a bundle that is in use, shared by its pipelines."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self._first = backend, LanePool(bundle.manifest, backend)
+        self._others: dict[tuple[int, int], tuple[Backend, LanePool]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, bundle: Bundle) -> tuple[Backend, LanePool]:
+        """Return backend and lanes of a view of the bundle; open them on first use."""
+        size = bundle.manifest.model.size
+        if size == self.bundle.manifest.model.size:
+            return self._first
+        with self._lock:
+            if size not in self._others:
+                first, lanes = self._first
+                backend = first.at(bundle)
+                self._others[size] = backend, LanePool(bundle.manifest, backend, lanes)
+            return self._others[size]
+
+
 class Pipeline:
-    """A bundle ready to run. Safe to use from several threads; they share the weights."""
+    """A bundle ready to run. Safe to use from several threads; they share the weights.
+
+    It samples at one size, `bundle.manifest.model.size`. `at` returns a pipeline of another size.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, batch: int, chunk: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.batch = batch
         self.chunk = chunk
-        self._lanes = LanePool(bundle.manifest, backend)
+        self._sizes = _Sizes(bundle, backend)
+        self._lanes = self._sizes.of(bundle)[1]
         self._arguments: dict[str, Any] | None = None
 
     @classmethod
@@ -133,7 +160,25 @@ class Pipeline:
                 f"pickle: expected a pipeline of Pipeline.load without a stream, found {found}: load the bundle in "
                 f"the other process"
             )
-        return _load_again, (self.bundle.root, self.bundle.manifest, self._arguments)
+        first = self._sizes.bundle
+        return _load_again, (first.root, first.manifest, self.bundle.manifest.model.size, self._arguments)
+
+    def at(self, height: int, width: int) -> "Pipeline":
+        """Return a pipeline of another size that the bundle was built for.
+
+        height, width: of the picture in pixels, or of a sample if its pixels are unknown; see
+        `bundle.manifest.model.size`.
+
+        Both pipelines share backend, weights and the number of lanes. Engines of TensorRT hold
+        weights of their own for each size; those of a size are opened when it is first asked for,
+        and stay open. Buffers are freed by the `release` of their own size. Raises UsageError for a
+        size that was not built; the message gives the build command that adds it.
+        """
+        bundle = self._sizes.bundle.at(height, width)
+        backend, lanes = self._sizes.of(bundle)
+        made = Pipeline(bundle, backend, self.batch, self.chunk)
+        made._sizes, made._lanes, made._arguments = self._sizes, lanes, self._arguments
+        return made
 
     def warmup(self, images: int = 1, *, steps: int | None = None, guidance: GuidancePlan | None = None) -> None:
         """Sample `images` images and discard them, to set up later runs of the same size.
@@ -478,7 +523,15 @@ class Pipeline:
 
     def _scaled(self, guidance: GuidancePlan | None, scale: Ramp | None) -> GuidancePlan:
         expect("guidance", guidance, GuidancePlan, "a GuidancePlan, which `Pipeline.guidance(…)` returns")
-        plan = self.bundle.manifest.guidance if guidance is None else guidance
+        manifest = self.bundle.manifest
+        plan = manifest.guidance if guidance is None else guidance
+        if manifest.sizes and plan.strong not in levels(manifest):
+            for other in manifest.views[1:]:
+                if plan.strong in levels(other):
+                    raise UsageError(
+                        f"guidance: expected a plan for {size_text(manifest.model.size)}, found one for "
+                        f"{size_text(other.model.size)}: make it by this pipeline"
+                    )
         return plan if scale is None else with_scale(plan, scale)
 
     @contextmanager
@@ -525,9 +578,10 @@ class Pipeline:
             return run
 
 
-def _load_again(path: Path, manifest: Manifest, arguments: dict[str, Any]) -> Pipeline:
+def _load_again(path: Path, manifest: Manifest, size: tuple[int, int], arguments: dict[str, Any]) -> Pipeline:
     """Load the bundle of a pickled pipeline. Raises BundleError if its manifest has changed."""
     opened = Bundle.open(path, verify_hashes=arguments["verify_hashes"])
-    if opened.manifest != manifest:
-        raise BundleError(f"{path}: expected the bundle that was pickled, found another one: load the bundle again")
-    return Pipeline.load(opened, **arguments)
+    for own in opened.views:  # a view may have been loaded
+        if own.manifest == manifest:
+            return Pipeline.load(own, **arguments).at(*size)
+    raise BundleError(f"{path}: expected the bundle that was pickled, found another one: load the bundle again")

@@ -35,6 +35,15 @@ class Adapter(Protocol):
         """Build the network of a checkpoint, in evaluation mode, and return it with its facts."""
         ...
 
+    def resized(
+        self, file: str, model: SparseModel, facts: ModelFacts, size: tuple[int, int]
+    ) -> tuple[SparseModel, ModelFacts]:
+        """Return the model for another size of the picture in pixels, with the same parameters.
+
+        file: name of the checkpoint, for errors. Raises UsageError for a size that does not fit.
+        """
+        ...
+
     def sampling(self, checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
         """Return the default sampling of the network that `build` returns with `facts`."""
         ...

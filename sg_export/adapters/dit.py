@@ -37,6 +37,12 @@ def check_given(file: str, family: str, given: Overrides) -> None:
             raise UsageError(f"{file}: expected no `{name}` for a model of {family}, whose tensors fix it")
 
 
+def resized(file: str, model: SparseModel, facts: ModelFacts, size: tuple[int, int]) -> tuple[SparseModel, ModelFacts]:
+    """Raise UsageError: a model of class labels has one size."""
+    check_given(file, facts.family, Overrides(size=size))
+    return model, facts
+
+
 def default_sampling(prediction: Prediction) -> Sampling:
     """Return the default sampling of a DiT."""
     if prediction == "edm":

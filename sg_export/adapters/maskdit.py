@@ -40,6 +40,9 @@ VARIANTS = {
 """Variants that are not supported, by the tensor that identifies them."""
 
 
+resized = dit.resized
+
+
 def kept_count(tokens: int, sparsity: float) -> int:
     """Return the number of tokens that a branch keeps: int(N * (1 - sparsity))."""
     return KEPT[FAMILY](tokens, sparsity)

@@ -127,6 +127,24 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     return SparseModel(network, route or Route(0, config.depth - 1)).eval().requires_grad_(False), model_facts
 
 
+def resized(file: str, model: SparseModel, facts: ModelFacts, size: tuple[int, int]) -> tuple[SparseModel, ModelFacts]:
+    """Return the model for another size of the picture in pixels, with the same parameters.
+
+    Raises UsageError if a side is no multiple of a token's.
+    """
+    network, per = model.network, facts.pixels_per_latent
+    assert isinstance(network, PRX)
+    assert per is not None  # `build` knows it
+    with torch.device("meta"):
+        made = PRX(replace(network.config, image_size=_latent_size(file, size, per, facts.patch)))
+    made.load_state_dict(network.state_dict(), assign=True)
+    latent = (facts.latent[0], *made.config.image_size)
+    return (
+        SparseModel(made, model.route).eval().requires_grad_(False),
+        replace(facts, latent=latent, tokens=made.config.tokens),
+    )
+
+
 def sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
     """Return the default sampling.
 

@@ -38,6 +38,9 @@ KEYS: tuple[str, ...] = (
 PREFIXES: tuple[str, ...] = ("",)
 
 
+resized = dit.resized
+
+
 def kept_count(tokens: int, sparsity: float) -> int:
     """Return the number of tokens that a branch keeps: N - int(N * sparsity)."""
     return KEPT[FAMILY](tokens, sparsity)

@@ -120,6 +120,7 @@ def bench(
     *,
     device: str = "auto",
     backend: str | None = None,
+    size: tuple[int, int] | None = None,
     images: int | None = None,
     steps: int | None = None,
     runs: int = 10,
@@ -133,6 +134,7 @@ def bench(
     """Time `runs` complete runs of the bundle, in turn with every baseline.
 
     A first run of each is not counted.
+    size: height and width of the picture, see `ModelFacts.size`; by default the bundle's first.
     images: number of images in a run; by default the largest batch of an engine run, or 1 on a CPU.
     steps: number of sampling steps; by default the bundle's.
     capture, threads: see `Pipeline.load`; the baselines have threads of their own.
@@ -143,6 +145,8 @@ def bench(
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
     opened = Bundle.open(bundle)
+    if size is not None:
+        opened = opened.at(*size)
     choice = choose_backend(opened, device, backend=backend)
     on_cpu = choice.name == "onnxruntime-cpu"
     before = None if on_cpu else _free_gpu_bytes(choice.number)

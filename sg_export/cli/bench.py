@@ -10,11 +10,17 @@ import click
 from sg_export.cli.errors import Command
 from sg_export.cli.options import DeviceChoice, device_options
 from sg_export.cli.output import print_table, progress, with_options
+from sg_export.cli.types import ImageSizeType
 
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @device_options
+@click.option(
+    "--size",
+    type=ImageSizeType(),
+    help="Height and width of the picture, of those that BUNDLE was built for.  [default: the first]",
+)
 @click.option(
     "--images",
     type=click.IntRange(min=1),
@@ -40,6 +46,7 @@ from sg_export.cli.output import print_table, progress, with_options
 def bench(
     bundle: Path,
     on: DeviceChoice,
+    size: tuple[int, int] | None,
     images: int | None,
     steps: int | None,
     runs: int,
@@ -67,6 +74,7 @@ def bench(
             device=on.device,
             backend=on.backend,
             threads=on.threads,
+            size=size,
             images=images,
             steps=steps,
             runs=runs,

@@ -106,7 +106,7 @@ def build(
     from sg_export.options.compile import CompileOptions
     from sg_export.packing.pairs import skipped_pairs
     from sg_export.reference import DEFAULT_REFERENCE
-    from sg_runtime.manifest import adapter
+    from sg_runtime.manifest import adapter, size_text
 
     if model is None:
         model = DEFAULT_REFERENCE
@@ -132,7 +132,8 @@ def build(
         quantize=quantize,
         opset=opset,
         weights=source.weight_set,
-        overrides=source.overrides,
+        overrides=source.overrides_of_first,
+        sizes=source.size[1:],
         force=force,
     )
     if not options.has_onnx and not quiet:
@@ -148,13 +149,16 @@ def build(
     elif not quiet:
         for strong, weak in skipped_pairs(options, bundle.manifest):
             click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
-        for engine in bundle.manifest.engines:
+        for engine in bundle.manifest.all_engines:
             _echo_engine(bundle, engine)
         _echo_quantization(bundle)
         size = sum(file.size for file in bundle.manifest.files.values())
-        count = f"{len(bundle.manifest.graphs)} graphs" + f", {len(bundle.manifest.engines)} engines" * bool(
+        manifest = bundle.manifest
+        count = f"{len(manifest.all_graphs)} graphs" + f", {len(manifest.all_engines)} engines" * bool(
             options.libraries
         )
+        if manifest.sizes:
+            count += f" for {', '.join(size_text(view.model.size) for view in manifest.views)}"
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +16,7 @@ from sg_export.diffusers_folder import is_folder
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
     from sg_runtime.bundle import Bundle
-    from sg_runtime.manifest import GuidancePlan, Level, Manifest
+    from sg_runtime.manifest import GuidancePlan, Level, Manifest, ModelFacts
 
 
 @click.command(cls=Command)
@@ -40,6 +40,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
         bundle = Bundle.open(path)
         if as_json:
             from sg_export.cost.step import step_costs, step_table
+            from sg_runtime.manifest import size_text
 
             manifest = bundle.manifest
             content = {
@@ -47,6 +48,10 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
                 "step_costs": [asdict(cost) for cost in step_costs(manifest)],
                 "step_guidance": [asdict(step) for step in step_table(manifest)],
             }
+            if manifest.sizes:
+                content["step_costs_by_size"] = {
+                    size_text(view.model.size): [asdict(cost) for cost in step_costs(view)] for view in manifest.views
+                }
             click.echo(json.dumps(content, indent=1))
         else:
             _print_bundle(bundle)
@@ -60,14 +65,24 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
             _print_checkpoint(loaded)
 
 
-def _model_rows(model: Any) -> list[tuple[str, str]]:
+def _image(model: "ModelFacts") -> str:
     channels, height, width = model.latent
-    shape, picture = f"{height}×{width}×{channels}", model.picture
+    picture = ""
+    if model.picture not in (None, (height, width)):
+        picture = f", a picture of {model.picture[0]}×{model.picture[1]}"
+    return f"{height}×{width}×{channels} {model.space}s in {model.tokens} tokens, patch {model.patch}{picture}"
+
+
+def _model_rows(*sizes: "ModelFacts") -> list[tuple[str, str]]:
+    """Return the facts of a model.
+
+    sizes: the model at each size.
+    """
+    model = sizes[0]
     return [
         ("family", model.family),
         ("prediction", model.prediction),
-        ("image", f"{shape} {model.space}s in {model.tokens} tokens, patch {model.patch}"),
-        *([("picture", f"{picture[0]}×{picture[1]} pixels")] if model.space == "latent" and picture else []),
+        ("image", "\n".join(map(_image, sizes))),
         (
             "network",
             f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.parameters / 1e6:.1f} M weights",
@@ -94,7 +109,7 @@ def _print_bundle(bundle: "Bundle") -> None:
     sampling = manifest.sampling
     size = sum(file.size for file in manifest.files.values())
     rows = [
-        *_model_rows(manifest.model),
+        *_model_rows(*(view.model for view in manifest.views)),
         ("guidance", _guidance(manifest.guidance)),
         ("sampling", f"{sampling.steps} {sampling.sampler} steps"),
         ("precision", _precision(manifest)),
@@ -109,7 +124,8 @@ def _print_bundle(bundle: "Bundle") -> None:
     ]
     print_table("", ("", str(bundle.path)), rows)
     _print_schedule(manifest)
-    _print_costs(manifest)
+    for view in manifest.views:
+        _print_costs(view)
     graphs = [
         (
             graph.name,
@@ -120,7 +136,7 @@ def _print_bundle(bundle: "Bundle") -> None:
             graph.cost.activation_bytes / 1e6,
             graph.parity,
         )
-        for graph in manifest.graphs
+        for graph in manifest.all_graphs
     ]
     _print_engines(bundle)
     _print_quantization(manifest)
@@ -181,7 +197,7 @@ def _print_engines(bundle: "Bundle") -> None:
             bundle.manifest.files[engine.file].size / 1e6,
             engine.fused_attention,
         )
-        for engine in bundle.manifest.engines
+        for engine in bundle.manifest.all_engines
     ]
     if rows:
         print_table("Engines", ("engine", "built by", "for SM", "profiles", "MB", "fused attentions"), rows)
@@ -235,6 +251,7 @@ def _print_schedule(manifest: "Manifest") -> None:
 
 def _print_costs(manifest: "Manifest") -> None:
     from sg_export.cost.step import step_costs
+    from sg_runtime.manifest import size_text
 
     costs = step_costs(manifest)
     published = any(cost.published is not None for cost in costs)
@@ -256,4 +273,7 @@ def _print_costs(manifest: "Manifest") -> None:
     units = ["", *["GMAC"] * 4, *["MB"] * 4]
     heads = [f"{name}\n{unit}" for name, unit in zip(columns, units, strict=True)]
     steps = f"{manifest.sampling.steps} {manifest.sampling.sampler} steps"
-    print_table(f"Cost of an evaluation, per image, mean over {steps}", heads + ["published\nGMAC"] * published, rows)
+    at = f" at {size_text(manifest.model.size)}" if manifest.sizes else ""
+    print_table(
+        f"Cost of an evaluation{at}, per image, mean over {steps}", heads + ["published\nGMAC"] * published, rows
+    )

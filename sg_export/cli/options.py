@@ -84,14 +84,17 @@ def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Facts about a checkpoint that the user states by options."""
+    """Facts about a checkpoint that the user states by options.
+
+    size: height and width of the picture; several for a build.
+    """
 
     weights: str | None
     key: str | None
     route: Any
     prediction: Any
     heads: int | None
-    size: tuple[int, int] | None
+    size: tuple[tuple[int, int], ...]
     text_tokens: int | None
 
     @property
@@ -103,10 +106,18 @@ class ModelSource:
 
     @property
     def overrides(self) -> "Overrides":
-        """The facts that replace those of the checkpoint."""
+        """The facts that replace those of the checkpoint, with one size."""
+        if len(self.size) > 1:
+            raise UsageError(f"--size: expected one, found {len(self.size)}: only a build takes several")
+        return self.overrides_of_first
+
+    @property
+    def overrides_of_first(self) -> "Overrides":
+        """The facts that replace those of the checkpoint, with the first size."""
         from sg_export.checkpoint import Overrides
 
-        return Overrides(self.route, self.heads, self.prediction, self.size, self.text_tokens)
+        size = self.size[0] if self.size else None
+        return Overrides(self.route, self.heads, self.prediction, size, self.text_tokens)
 
 
 model_options = Group(
@@ -137,7 +148,9 @@ model_options = Group(
             "--size",
             type=ImageSizeType(),
             metavar="HEIGHTxWIDTH",
-            help="Height and width of the picture in pixels, for models with text.  [default: the pipeline's]",
+            multiple=True,
+            help="Height and width of the picture in pixels, for models with text. Repeatable in build; the first is "
+            "the default of runs.  [default: the pipeline's]",
         ),
         click.option(
             "--text-tokens",

@@ -18,6 +18,7 @@ from sg_runtime.manifest import (
     ModelFacts,
     NetworkName,
     TensorFacts,
+    size_text,
 )
 from sg_runtime.vocabulary import HELD, HOISTED, step_inputs
 
@@ -30,12 +31,15 @@ class GraphSpec:
     levels: none for condition and prompt, one for dense and sparse, strong and weak for guided.
     network: the network that the graph belongs to.
     null_weak: whether the weak branch of a guided graph has the condition "no class".
+    size: size of the samples, see `ModelFacts.size`, if the bundle has several and the graph
+    depends on it; else None.
     """
 
     kind: GraphKind
     levels: tuple[Level, ...] = ()
     network: NetworkName = "main"
     null_weak: bool = False
+    size: tuple[int, int] | None = None
 
     @property
     def hoisted(self) -> bool:
@@ -44,7 +48,10 @@ class GraphSpec:
 
     @property
     def name(self) -> str:
-        """Name of the graph with its numbers of kept tokens, as guided-256-128."""
+        """Name of the graph with its numbers of kept tokens, as guided-256-128.
+
+        A size precedes it, as 256x512-guided-256-128.
+        """
         return self._name([str(level.keep) for level in self.levels])
 
     @property
@@ -54,6 +61,7 @@ class GraphSpec:
 
     def _name(self, counts: Sequence[str]) -> str:
         prefix, suffix = ("weak",) * (self.network == "weak"), ("null",) * self.null_weak
+        prefix = prefix if self.size is None else (size_text(self.size), *prefix)
         return "-".join((*prefix, self.kind, *(() if self.kind == "dense" else counts), *suffix))
 
 

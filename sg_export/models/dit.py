@@ -209,6 +209,11 @@ class AdaLNNetwork(nn.Module):
     final_layer: FinalLayer
 
     @property
+    def sized(self) -> tuple[str, ...]:
+        """Methods that compute held tensors which depend on the size of the image: none."""
+        return ()
+
+    @property
     def mask(self) -> Tensor | None:
         """Return None: dropped tokens bypass the route."""
         return None

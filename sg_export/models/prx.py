@@ -271,6 +271,11 @@ class PRX(AdaLNNetwork):
         """Arguments of the methods that compute the held tensors."""
         return {"condition": ("t",), "prompt": ("embeddings", "mask")}
 
+    @property
+    def sized(self) -> tuple[str, ...]:
+        """Methods that compute held tensors which depend on the size of the image."""
+        return ("condition",) if self.config.resolution else ()
+
     def condition(self, t: Tensor) -> Tensor:
         """Compute the modulations of all layers: t (S,) float32, 1 for noise → (S, M)."""
         condition = self.time_in(sinusoids(t, FREQUENCIES, TIME_FACTOR))

@@ -44,6 +44,7 @@ class Network(Protocol):
     hoisted: arguments of the methods that compute the held tensors, by the method's name. These are
     "condition", and "prompt" for networks with text. Their results are named in
     `sg_runtime.vocabulary.HOISTED`.
+    sized: names of those methods whose results depend on the size of the image.
     ends: names of the modules that stay in FP32.
     mask: mask token (1, 1, D) that replaces dropped tokens after the route, of the width there;
     None if dropped tokens bypass the route.
@@ -52,6 +53,7 @@ class Network(Protocol):
     layers: int
     held: Mapping[str, tuple[int, ...]]
     hoisted: Mapping[str, tuple[str, ...]]
+    sized: tuple[str, ...]
     ends: tuple[str, ...]
     mask: Tensor | None
 

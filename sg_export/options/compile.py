@@ -43,6 +43,8 @@ class CompileOptions:
     quantize: how to quantize layers to INT8 or FP8; None for no quantization.
     opset: ONNX opset.
     weights, overrides: see `load_model`.
+    sizes: height and width, in pixels, of further sizes of the picture, next to that in `overrides`
+    or the model's own.
     force: replace an existing bundle that holds only its own files.
     """
 
@@ -64,6 +66,7 @@ class CompileOptions:
     opset: int = DEFAULT_OPSET
     weights: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
+    sizes: tuple[tuple[int, int], ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:

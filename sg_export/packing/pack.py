@@ -18,6 +18,7 @@ from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
 from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import EngineSource, build_engines
+from sg_export.packing.sizes import SizeBuild
 from sg_export.progress import Counted
 from sg_runtime import __version__
 from sg_runtime.files import sha256_of
@@ -28,11 +29,12 @@ from sg_runtime.manifest import (
     FileFacts,
     GraphFacts,
     GraphKind,
-    GuidancePlan,
     Manifest,
     NetworkName,
     PassCost,
     Quantization,
+    SizeFacts,
+    size_text,
 )
 
 HOISTED_ROWS: Mapping[GraphKind, int] = {"condition": 40, "prompt": 1}
@@ -43,34 +45,30 @@ weights of `condition` once. A row of `prompt` is a whole prompt, so weights are
 """
 
 
-Networks = Mapping[NetworkName, LoadedModel | None]
-
-
 WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
 
 
 def manifest_of(
-    loaded: LoadedModel,
-    weak: LoadedModel | None,
-    plan: GuidancePlan,
+    builds: Sequence[SizeBuild],
     options: CompileOptions,
     layers: tuple[str, ...],
     quantization: Quantization | None,
     written: "Written",
-    engines: tuple[EngineFacts, ...],
+    engines: Sequence[tuple[EngineFacts, ...]],
     folder: Path,
 ) -> Manifest:
     """Return the manifest of the bundle in `folder`.
 
-    Of graphs that are neither kept nor in an engine it has the costs alone.
+    engines: the engines of each size. Of graphs that are neither kept nor in an engine the manifest
+    has the costs alone.
     """
-    built = {(engine.kind, engine.network, engine.null_weak) for engine in engines}
-    left_out = [] if options.has_onnx else [g for g in written.facts if (g.kind, g.network, g.null_weak) not in built]
+    loaded, weak = builds[0].loaded, builds[0].weak
+    first, *others = (_size_facts(build, options, written, own) for build, own in zip(builds, engines, strict=True))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_by=f"sg-export {__version__}",
         model=loaded.facts,
-        guidance=plan,
+        guidance=first.guidance,
         sampling=loaded.sampling if options.steps is None else replace(loaded.sampling, steps=options.steps),
         precision=options.precision,
         fp32_layers=layers,
@@ -79,14 +77,32 @@ def manifest_of(
         opset=options.opset,
         batch=options.batch,
         hoisted_rows={kind: HOISTED_ROWS[kind] for kind in loaded.facts.conditions.hoisted},
-        graphs=tuple(graph for graph in written.facts if graph not in left_out),
-        engines=engines,
+        graphs=first.graphs,
+        engines=first.engines,
         source=loaded.source,
         weak_source=None if weak is None else weak.source,
         files={
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
             for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
         },
+        passes=first.passes,
+        sizes=tuple(others),
+    )
+
+
+def _size_facts(
+    build: SizeBuild, options: CompileOptions, written: "Written", engines: tuple[EngineFacts, ...]
+) -> SizeFacts:
+    """Return what the bundle holds for one size."""
+    graphs = [written.facts[spec] for spec in build.specs]
+    built = {(engine.kind, engine.network, engine.null_weak) for engine in engines}
+    left_out = [] if options.has_onnx else [g for g in graphs if (g.kind, g.network, g.null_weak) not in built]
+    return SizeFacts(
+        latent=build.loaded.facts.latent,
+        tokens=build.loaded.facts.tokens,
+        guidance=build.plan,
+        graphs=tuple(graph for graph in graphs if graph not in left_out),
+        engines=engines,
         passes=tuple(PassCost(graph.network, graph.levels[0], graph.cost) for graph in left_out),
     )
 
@@ -95,14 +111,12 @@ def manifest_of(
 class Written:
     """Results of writing the graphs.
 
-    facts: manifest entries of the graphs.
+    facts: manifest entry of each graph.
     attentions: number of attentions in half precision, by file.
-    costs: cost of each graph.
     """
 
-    facts: tuple[GraphFacts, ...]
+    facts: Mapping[GraphSpec, GraphFacts]
     attentions: Mapping[str, int]
-    costs: Mapping[GraphSpec, Cost]
 
 
 def files_of(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[GraphSpec]]:
@@ -117,14 +131,18 @@ def files_of(specs: Sequence[GraphSpec], symbolic: bool) -> dict[str, list[Graph
 
 
 def trace_all(
-    networks: Networks, files: Mapping[str, Sequence[GraphSpec]], options: CompileOptions, counted: Counted
+    sources: Mapping[GraphSpec, LoadedModel],
+    files: Mapping[str, Sequence[GraphSpec]],
+    options: CompileOptions,
+    counted: Counted,
 ) -> dict[str, ir.Model]:
-    """Trace all files and return their FP32 graphs by the file's name."""
+    """Trace all files and return their FP32 graphs by the file's name.
+
+    sources: network of each graph.
+    """
     traced: dict[str, ir.Model] = {}
-    for network, source in networks.items():
-        own = {name: specs[0] for name, specs in files.items() if specs[0].network == network}
-        if source is None or not own:
-            continue
+    for source in dict.fromkeys(sources.values()):
+        own = {name: specs[0] for name, specs in files.items() if sources[specs[0]] is source}
         counted(f"tracing {', '.join(own)}")
         models = trace(
             source.model,
@@ -137,12 +155,23 @@ def trace_all(
             if options.for_cuda
             else lower_attention,
         )
+        for spec, model in zip(own.values(), models, strict=True):
+            if spec.size is not None:
+                _name_buffers(model.graph, source, size_text(spec.size))
         traced |= zip(own, models, strict=True)
-    return traced
+    return {name: traced[name] for name in files}
+
+
+def _name_buffers(graph: ir.Graph, source: LoadedModel, size: str) -> None:
+    """Add the size to the names of buffers, which are computed and may differ between sizes."""
+    computed = {name for name, _ in source.model.network.named_buffers()}  # type: ignore[attr-defined]  # a module
+    for name, value in list(graph.initializers.items()):
+        if name in computed:
+            value.name = f"{name}.{size}"
 
 
 def pack(
-    networks: Networks,
+    sources: Mapping[GraphSpec, LoadedModel],
     files: Mapping[str, Sequence[GraphSpec]],
     models: Mapping[str, ir.Model],
     layers: tuple[str, ...],
@@ -150,7 +179,10 @@ def pack(
     folder: Path,
     counted: Counted,
 ) -> Written:
-    """Set the types of all graphs, count their costs, write them to `folder`/graphs, check them."""
+    """Set the types of all graphs, count their costs, write them to `folder`/graphs, check them.
+
+    sources: network of each graph.
+    """
     by_network: dict[NetworkName, list[ir.Model]] = {network: [] for network in WEIGHTS_FILES}
     costs: dict[GraphSpec, Cost] = {}
     attentions: dict[str, int] = {}
@@ -168,30 +200,27 @@ def pack(
     for network, own_models in by_network.items():
         if own_models:
             write_graphs(own_models, folder / "graphs", WEIGHTS_FILES[network])
-    facts: list[GraphFacts] = []
+    facts: dict[GraphSpec, GraphFacts] = {}
     for name, own in files.items():
         path = folder / "graphs" / f"{name}.onnx"
         for spec in own:
             counted(f"checking {spec.name}")
-            source = networks[spec.network]
-            assert source is not None
+            source = sources[spec]
             if spec is own[0]:
                 check_graph(path)
                 check_types(path, options.precision, layers)
-            facts.append(
-                GraphFacts(
-                    name=spec.name,
-                    kind=spec.kind,
-                    network=spec.network,
-                    levels=spec.levels,
-                    file=f"graphs/{path.name}" if options.has_onnx else None,
-                    inputs=typed(graph_inputs(spec, source.facts, options.batch), models[name].graph.inputs),
-                    outputs=typed(graph_outputs(spec, source.facts, options.batch), models[name].graph.outputs),
-                    cost=costs[spec],
-                    parity=check_parity(source, spec, path, options),
-                )
+            facts[spec] = GraphFacts(
+                name=spec.name,
+                kind=spec.kind,
+                network=spec.network,
+                levels=spec.levels,
+                file=f"graphs/{path.name}" if options.has_onnx else None,
+                inputs=typed(graph_inputs(spec, source.facts, options.batch), models[name].graph.inputs),
+                outputs=typed(graph_outputs(spec, source.facts, options.batch), models[name].graph.outputs),
+                cost=costs[spec],
+                parity=check_parity(source, spec, path, options),
             )
-    return Written(tuple(facts), attentions, costs)
+    return Written(facts, attentions)
 
 
 def engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: Written) -> EngineSource:
@@ -200,14 +229,14 @@ def engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: Wr
         weights=folder / "graphs" / WEIGHTS_FILES[own[0].network],
         specs=tuple(own),
         half_attentions=written.attentions[name],
-        weight_bytes=written.costs[own[0]].weight_bytes,
+        weight_bytes=written.facts[own[0]].cost.weight_bytes,
     )
 
 
 def add_engines(
     loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
 ) -> tuple[EngineFacts, ...]:
-    """Build the requested engines in `folder`/engines and return their facts."""
+    """Build the engines of one size in `folder`/engines and return their facts."""
     if options.engines is None:
         return ()
 

@@ -13,6 +13,7 @@ from sg_export.graph.check import check_reference
 from sg_export.graph.module import branch_inputs
 from sg_export.loading import LoadedModel
 from sg_runtime.backends.base import Call, CallSequence
+from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import HostMemory
 from sg_runtime.guidance import guide
 from sg_runtime.manifest import GraphFacts, TensorFacts
@@ -71,6 +72,9 @@ class TorchBackend:
 
     def lane(self) -> "TorchLane":
         return TorchLane(self._network)
+
+    def at(self, bundle: Bundle) -> "TorchBackend":
+        return self  # `network` knows the networks of all graphs
 
     def keep(self) -> None:
         pass

@@ -52,6 +52,7 @@ from sg_runtime.manifest import (
     SamplerName,
     Shifted,
     schema_of,
+    size_text,
 )
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import SAMPLERS, precondition, updates
@@ -73,7 +74,7 @@ def verify(
     save_polygraphy: Path | None = None,
     report: Report = silent,
 ) -> Parity:
-    """Compare a bundle with its checkpoint, reloaded through the adapter.
+    """Compare a bundle with its checkpoint, reloaded through the adapter, at all of its sizes.
 
     checkpoint, weak_checkpoint: checkpoints of the networks. By default the reference model, or the
     file of the recorded name, next to the bundle or in the current folder.
@@ -96,6 +97,58 @@ def verify(
             f"graphs read other inputs than this version compares; rebuild it: "
             f"{build_command(opened.manifest, str(opened.path))}"
         )
+    if save_polygraphy is not None:
+        save_polygraphy.mkdir(parents=True, exist_ok=True)
+    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+    found = Parity((), ())
+    for view in opened.views:
+        report_of_view = _naming(view, report)
+        parity = _verify(view, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report_of_view)
+        found = _joined(found, _named(view, parity))
+    return found
+
+
+def _size_prefix(view: Bundle) -> str:
+    """Return the size of a bundle and a colon if the bundle has several sizes."""
+    return f"{size_text(view.manifest.model.size)}: " if view.manifest.sizes else ""
+
+
+def _naming(view: Bundle, report: Report) -> Report:
+    """Return a report whose stages name the size."""
+
+    def named(stage: str, done: int, total: int | None, share: float | None = None) -> None:
+        report(f"{_size_prefix(view)}{stage}", done, total, share)
+
+    return named
+
+
+def _named(view: Bundle, parity: Parity) -> Parity:
+    """Return the comparisons with the size in their subjects. Graphs have it in their names."""
+    graphs, prefix = {graph.name for graph in view.manifest.graphs}, _size_prefix(view)
+    named = (c if c.subject in graphs else replace(c, subject=f"{prefix}{c.subject}") for c in parity.comparisons)
+    return replace(parity, comparisons=tuple(named))
+
+
+def _joined(first: Parity, second: Parity) -> Parity:
+    """Return both, without the graphs of `second` that `first` has: they serve all sizes."""
+    known = {comparison.subject for comparison in first.comparisons}
+    return Parity(
+        (*first.comparisons, *(c for c in second.comparisons if c.subject not in known)),
+        tuple(dict.fromkeys((*first.commands, *second.commands))),
+    )
+
+
+def _verify(
+    opened: Bundle,
+    checkpoint: str | Path | None,
+    weak_checkpoint: str | Path | None,
+    device: str | None,
+    backend: str | None,
+    times: Sequence[float],
+    save_polygraphy: Path | None,
+    report: Report,
+) -> Parity:
+    """Compare a bundle at one size; arguments and errors as in `verify`."""
     if device is None and backend is None:
         graphs = opened.manifest.hoisted("main")[0].file is not None
         if not graphs and save_polygraphy is None:
@@ -110,9 +163,6 @@ def verify(
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
     networks = _Networks(loaded, reload_weak(opened, weak_checkpoint, loaded))
-    if save_polygraphy is not None:
-        save_polygraphy.mkdir(parents=True, exist_ok=True)
-    G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     parity = Parity((), ())
     if pipeline is not None:
         sides = _Sides(pipeline, networks)

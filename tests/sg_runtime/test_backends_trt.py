@@ -21,16 +21,19 @@ import tensorrt_rtx as real
 import trt_api
 from cuda_stand_in import CUresult, Driver
 from numpy.typing import NDArray
+from prx_folders import CONFIG, state_of, write_pipeline
 from trt_stand_in import Library, RuntimeCache
 
 import sg_runtime.backends.trt
+from sg_export.checkpoint import Overrides
 from sg_export.options.engines import EngineOptions
 from sg_runtime.backends import open_backend
 from sg_runtime.bundle import Bundle
+from sg_runtime.conditions import examples
 from sg_runtime.devices import dlpack
 from sg_runtime.devices.cuda import CudaArray
 from sg_runtime.errors import BundleError, DeviceError, DeviceMemoryError, EngineError
-from sg_runtime.manifest import EngineFacts
+from sg_runtime.manifest import EngineFacts, Route
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import Churn
 
@@ -240,6 +243,40 @@ def test_plan_that_one_lane_prepared_is_there_for_another(library: Library, pipe
     with pipe._lanes.lease():
         close(pipe.guided(x, plan, 1), expected)
     assert len({stream for context in library.contexts for stream in context.streams}) == 2
+
+
+# Sizes.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True], ids=["own streams", "one stream"])
+def test_at_opens_the_engines_of_a_size_when_it_is_asked_for(
+    given: bool,
+    driver: Driver,
+    once: Callable[..., Path],
+    build_once: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engines of two sizes with equal numbers of tokens. They stay open."""
+    config = replace(CONFIG, depth=1)
+    folder = once("prx-trt", lambda path: write_pipeline(path, config, state_of(config)))
+    overrides = Overrides(Route(0, 0), size=(64, 256), text_tokens=3)
+    options = {"sparsity": (0.5,), "overrides": overrides, "sizes": ((256, 64),)}
+    bundle = Bundle.open(build_once("prx-trt-bundle", folder, engines=EngineOptions(keep_onnx=True), **options))
+    library = Library(bundle, driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    stream = driver.stream() if given else None
+    pipe, reference = Pipeline.load(bundle, stream=stream), Pipeline.load(bundle, backend="onnxruntime-cpu")
+    assert pipe.backend.name == "tensorrt-rtx"
+    assert len(library.engines) == 3
+    conditions, seeds = examples(bundle.manifest.model, 2), [0, 1]
+    for size in ((256, 64), (64, 256), (256, 64)):
+        expected = reference.at(*size).sample(conditions, seeds, steps=STEPS)
+        for found in in_threads(2, lambda _, size=size: pipe.at(*size).sample(conditions, seeds, steps=STEPS)):
+            close(found, expected)
+        assert len(library.engines) == 6, "the first size has condition, prompt and a guided engine, the other its own"
+    if given:
+        assert {used for context in library.contexts for used in context.streams} == {stream}
 
 
 # Calls of the device.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from sg_runtime.bundle import Bundle
 from sg_runtime.devices.memory import DeviceArray, Memory
 from sg_runtime.manifest import GraphFacts
 
@@ -64,6 +65,10 @@ class Backend(Protocol):
 
     def lane(self) -> Lane:
         """Return a new lane. All lanes share the weights."""
+        ...
+
+    def at(self, bundle: Bundle) -> "Backend":
+        """Return the backend for another size of its bundle, possibly this one; see `Bundle.at`."""
         ...
 
     def keep(self) -> None:

@@ -133,8 +133,8 @@ class OrtBackend:
         self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
         self._open = open_graph or self._open_session
-        graphs = {graph.file for graph in bundle.manifest.graphs}
-        engines = {engine.file for engine in bundle.manifest.engines}
+        graphs = {graph.file for graph in bundle.manifest.all_graphs}
+        engines = {engine.file for engine in bundle.manifest.all_engines}
         self._weights = [name for name in bundle.manifest.files if name not in graphs | engines]
         self._sessions: dict[Path, _Opened] = {}
         self._lock = threading.Lock()
@@ -145,11 +145,14 @@ class OrtBackend:
             self._own.do(self._memory.enter)
             with bundle.reading(*self._weights):
                 self._shared = self._own.do(
-                    lambda: DeviceWeights(self._memory, map(bundle.onnx, bundle.manifest.graphs))
+                    lambda: DeviceWeights(self._memory, map(bundle.onnx, bundle.manifest.all_graphs))
                 )
 
     def lane(self) -> "OrtLane":
         return OrtLane(self, self._memory, self._number)
+
+    def at(self, bundle: Bundle) -> "OrtBackend":
+        return self  # it opens the graphs of all sizes, over the same weights
 
     def keep(self) -> None:
         pass  # no provider compiles

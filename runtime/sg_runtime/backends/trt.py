@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from sg_runtime.backends.base import Call, CallSequence
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
-from sg_runtime.devices.cuda import CudaArray, CudaMemory, use_gpu
+from sg_runtime.devices.cuda import CudaArray, CudaMemory, keep_current, use_gpu
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, DeviceError, EngineError
 from sg_runtime.files import cache_folder, replacing
@@ -71,6 +71,11 @@ class TrtBackend:
 
     def lane(self) -> "TrtLane":
         return TrtLane(self, CudaMemory(self._number, self._stream))
+
+    def at(self, bundle: Bundle) -> "TrtBackend":
+        """Return a backend of the engines of another size, which hold weights of their own."""
+        with keep_current():
+            return TrtBackend(bundle, self.library, self._number, self._stream, self.captures)
 
     def context(self, engine: EngineFacts, profile: int, memory: CudaMemory, scratch: CudaArray) -> Any:
         """Return a context for one profile with shared scratch memory and the profile's shapes set.

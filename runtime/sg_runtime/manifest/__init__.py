@@ -30,6 +30,7 @@ from sg_runtime.manifest.files import (
     json_schema,
     read_manifest,
     schema_of,
+    size_text,
     write_manifest,
 )
 from sg_runtime.manifest.graphs import Cost, EngineFacts, GraphFacts, PassCost, Profile
@@ -44,6 +45,7 @@ from sg_runtime.manifest.guidance import (
 )
 from sg_runtime.manifest.model import SUBSET_RULES, UPSTREAM_SUBSET, Labels, Level, ModelFacts, Route, SubsetRule, Text
 from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
+from sg_runtime.manifest.sizes import SizeFacts
 
 __all__ = [
     "ENGINE_NAMES",
@@ -85,6 +87,7 @@ __all__ = [
     "SamplerName",
     "Sampling",
     "Shifted",
+    "SizeFacts",
     "Source",
     "StratumQuality",
     "SubsetRule",
@@ -94,5 +97,6 @@ __all__ = [
     "json_schema",
     "read_manifest",
     "schema_of",
+    "size_text",
     "write_manifest",
 ]

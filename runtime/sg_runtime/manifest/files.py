@@ -6,7 +6,7 @@ it in this folder:
     python -c "import sg_runtime.manifest as m; print(m.json_schema())" > schema.json
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,11 +14,21 @@ from sg_runtime.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, OnnxTarget, Precision, Strict, check_counts
+from sg_runtime.manifest.base import (
+    EngineLibrary,
+    GraphKind,
+    NetworkName,
+    OnnxTarget,
+    Precision,
+    Strict,
+    check_counts,
+    whole_number,
+)
 from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
 from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
-from sg_runtime.manifest.model import ModelFacts
+from sg_runtime.manifest.model import ModelFacts, Text
 from sg_runtime.manifest.quantization import Quantization
+from sg_runtime.manifest.sizes import SizeFacts
 from sg_runtime.manifest.upgrade import upgraded
 from sg_runtime.vocabulary import HOISTED, INPUTS
 
@@ -61,7 +71,7 @@ class FileFacts(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Manifest(Strict):
-    """The manifest of a bundle.
+    """The manifest of a bundle. It describes one size of the samples, by default the first.
 
     schema_version: version of the manifest schema.
     created_by: name and version of the program that built the bundle.
@@ -81,6 +91,7 @@ class Manifest(Strict):
     weak_source: checkpoint of the weak network; None if there is no weak network.
     files: size and hash of each file, by its path in the bundle.
     passes: costs of single branches of which a bundle of engines holds no graph.
+    sizes: the other sizes that the bundle was built for; see `at`.
     """
 
     schema_version: Literal[6]
@@ -101,8 +112,14 @@ class Manifest(Strict):
     weak_source: Source | None
     files: dict[str, FileFacts]
     passes: tuple[PassCost, ...] = ()
+    sizes: tuple[SizeFacts, ...] = ()
 
     def __post_init__(self) -> None:
+        latents = [self.model.latent, *(size.latent for size in self.sizes)]
+        if len(set(latents)) < len(latents):
+            raise UsageError(f"sizes: expected different latents, found {', '.join(map(str, latents))}")
+        for number in range(len(self.sizes)):
+            self._view(number, ())  # raises what the checks below find in another size
         kinds = list(self.model.conditions.hoisted)
         if list(self.hoisted_rows) != kinds or min(self.hoisted_rows.values()) < 1:
             raise UsageError(f"hoisted_rows: expected at least 1 for {', '.join(kinds)}, found {self.hoisted_rows}")
@@ -140,6 +157,81 @@ class Manifest(Strict):
     def precision_name(self) -> str:
         """Name of the precision in messages, such as "int8 over fp16"."""
         return self.precision if self.quantization is None else f"{self.quantization.type} over {self.precision}"
+
+    @property
+    def views(self) -> "tuple[Manifest, ...]":
+        """The manifest as a description of each size, this one first."""
+        this = self._this
+        others = [(*self.sizes[:number], *self.sizes[number + 1 :]) for number in range(len(self.sizes))]
+        return (self, *(self._view(number, (this, *rest)) for number, rest in enumerate(others)))
+
+    def at(self, height: int, width: int) -> "Manifest":
+        """Return the manifest as a description of another size; see `ModelFacts.size`.
+
+        Its `model`, `guidance`, `graphs`, `engines` and `passes` are those of this size. Raises
+        UsageError for a size that was not built; the message names the build command that adds it.
+        """
+        wanted = whole_number("height", height), whole_number("width", width)
+        views = self.views
+        for view in views:
+            if view.model.size == wanted:
+                return view
+        named, built = size_text(wanted), ", ".join(size_text(view.model.size) for view in views)
+        if not isinstance(self.model.conditions, Text):
+            raise UsageError(f"size {named}: expected {built}, the size of all samples of this model")
+        side = self.model.patch * (self.model.pixels_per_latent or 1)
+        if min(wanted) < side or any(length % side for length in wanted):
+            raise UsageError(f"size {named}: expected multiples of {side}, the side of a token; the bundle has {built}")
+        from sg_runtime.build_command import model_command
+
+        raise UsageError(
+            f"size {named} is not in this bundle, which has {built}; "
+            f"build it with: {model_command(self, '--size', named)}"
+        )
+
+    @property
+    def _sized(self) -> set[tuple[GraphKind, NetworkName]]:
+        """Kind and network of the hoisted graphs that depend on the size."""
+        return {(graph.kind, graph.network) for size in self.sizes[:1] for graph in size.graphs if graph.hoisted}
+
+    def _is_shared(self, part: GraphFacts | EngineFacts) -> bool:
+        """Return whether all sizes have this graph or engine."""
+        return part.kind in HOISTED and (part.kind, part.network) not in self._sized
+
+    @property
+    def _this(self) -> SizeFacts:
+        """What the manifest holds for the size that it describes."""
+        return SizeFacts(
+            self.model.latent,
+            self.model.tokens,
+            self.guidance,
+            tuple(graph for graph in self.graphs if not self._is_shared(graph)),
+            tuple(engine for engine in self.engines if not self._is_shared(engine)),
+            self.passes,
+        )
+
+    def _view(self, number: int, others: tuple[SizeFacts, ...]) -> "Manifest":
+        """Return the manifest as a description of `sizes[number]`, and of `others`."""
+        size = self.sizes[number]
+        return replace(
+            self,
+            model=replace(self.model, latent=size.latent, tokens=size.tokens),
+            guidance=size.guidance,
+            graphs=(*filter(self._is_shared, self.graphs), *size.graphs),
+            engines=(*filter(self._is_shared, self.engines), *size.engines),
+            passes=size.passes,
+            sizes=others,
+        )
+
+    @property
+    def all_graphs(self) -> tuple[GraphFacts, ...]:
+        """The graphs of all sizes."""
+        return (*self.graphs, *(graph for size in self.sizes for graph in size.graphs))
+
+    @property
+    def all_engines(self) -> tuple[EngineFacts, ...]:
+        """The engines of all sizes."""
+        return (*self.engines, *(engine for size in self.sizes for engine in size.engines))
 
     def graph(
         self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False
@@ -185,6 +277,11 @@ class Manifest(Strict):
                 f"build it with: {model_command(self, '--weak-checkpoint', 'PATH')}"
             )
         return graphs
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Return a height and a width as users write them, HEIGHTxWIDTH."""
+    return f"{size[0]}x{size[1]}"
 
 
 def adapter() -> "TypeAdapter[Manifest]":

@@ -188,6 +188,11 @@ class ModelFacts(Strict):
         return None if per is None else (self.latent[1] * per, self.latent[2] * per)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width by which users name the size: of the picture, or else of a sample."""
+        return self.picture or self.latent[1:]
+
+    @property
     def labels(self) -> Labels:
         """The classes of a class-conditional model. Raises UsageError for another model."""
         if not isinstance(self.conditions, Labels):

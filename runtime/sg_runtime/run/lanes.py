@@ -22,10 +22,13 @@ WORKSPACES = 2
 class LanePool:
     """Pool of lanes, created on demand up to the maximum number of the backend."""
 
-    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, manifest: Manifest, backend: Backend, beside: "LanePool | None" = None) -> None:
+        """Make an empty pool. beside: a pool for another size; the maximum is for both together."""
         self._manifest, self._backend = manifest, backend
         self._idle: list[LaneState] = []
         self._places = None if backend.lanes is None else threading.BoundedSemaphore(backend.lanes)
+        if beside is not None:
+            self._places = beside._places
         self._lock = threading.Lock()
         self._lost: str | None = None
 

@@ -141,6 +141,25 @@ def test_lease_within_a_lease_is_another_lane(manifest: Manifest, turns: Turns) 
     assert turns.made == 2
 
 
+def test_lease_of_two_pools_keeps_to_the_maximum_of_the_backend(manifest: Manifest, turns: Turns) -> None:
+    """The pools are of two sizes of a bundle."""
+    turns.lanes = 1
+    first = LanePool(manifest, turns)
+    second = LanePool(manifest, turns, first)
+    leased = threading.Event()
+
+    def lease() -> None:
+        with second.lease():
+            leased.set()
+
+    other = threading.Thread(target=lease, daemon=True)
+    with first.lease():
+        other.start()
+        assert not leased.wait(0.1)
+    assert leased.wait(PATIENCE)
+    other.join(PATIENCE)
+
+
 # Errors
 
 

@@ -71,8 +71,8 @@ def test_text_to_image_page_run_from_top_to_bottom_does_what_it_says(
     config = replace(CONFIG, width=64, mlp_width=80)
     write_pipeline(tmp_path / "prx", config, state_of(config))
     names = run("text-to-image.md")
-    assert capsys.readouterr().out == "(2, 32, 4, 6)\n"
-    assert names["latents"].shape == (2, 32, 4, 6)
+    assert capsys.readouterr().out == "(2, 32, 4, 6)\n(2, 32, 3, 2)\n"
+    assert names["both"].weak is not None
 
 
 def test_production_page_has_a_program_of_at_most_20_lines() -> None:

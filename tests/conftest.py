@@ -80,12 +80,12 @@ class Tiny:
 
 
 SLOW = {
-    *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl"),
+    *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl", "prx"),
     *("half_bundle", "tiny_int8_bundle", "tiny_fp8_bundle", "tiny_half_bundle"),
 }
 """Fixtures that take long to build and that few tests need.
 
-They are of the reference model, quantized, or with engines.
+They are of the reference model, quantized, with engines, or of a large network with text.
 """
 
 

@@ -3,6 +3,7 @@
 # make wheel   a wheel of sg-export, in dist/: `pip install 'WHEEL[ort]'` installs it on a machine that serves
 # make check   the tests for every change: all but the slow ones
 # make test    all tests that need no GPU
+# make pages   the pages of docs/ that run, on the real reference models
 # make coverage  the same with coverage, and lint: what CI runs
 # make lint    ruff and mypy
 # make check-gpu  all that only a GPU can show, in five minutes, with the machine's own python3; PART="speed eager": parts
@@ -23,7 +24,7 @@ BUNDLE := demo/glyphs-bundle
 GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
-.PHONY: help demo report wheel check test coverage lint check-gpu clean
+.PHONY: help demo report wheel check test pages coverage lint check-gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -43,6 +44,9 @@ check: $(VENV)/installed-dev
 
 test: $(VENV)/installed-dev
 	$(PYTEST) -m "not gpu"
+
+pages: $(VENV)/installed-dev
+	SG_EXPORT_REAL_PAGES=1 $(PYTEST) tests/test_docs.py
 
 coverage: lint
 	$(PYTEST) -m "not gpu" --cov --cov-report=

@@ -1,14 +1,18 @@
 """Fixtures shared by the tests of several packages."""
 
 import fcntl
+import hashlib
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -76,12 +80,12 @@ class Tiny:
 
 
 SLOW = {
-    *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl"),
+    *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl", "prx"),
     *("half_bundle", "tiny_int8_bundle", "tiny_fp8_bundle", "tiny_half_bundle"),
 }
 """Fixtures that take long to build and that few tests need.
 
-They are of the reference model, quantized, or with engines.
+They are of the reference model, quantized, with engines, or of a large network with text.
 """
 
 
@@ -114,10 +118,6 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-TRACED: dict[str, Any] = {}
-"""Results of the exporter, by the network's structure and the requested graphs."""
-
-
 def export_untraced(*arguments: Any) -> Any:
     """Call the exporter without a coverage tracer.
 
@@ -132,34 +132,6 @@ def export_untraced(*arguments: Any) -> Any:
 
 
 _EXPORT = sg_export.graph.trace._export
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Trace each network structure once for all tests.
-
-    This is safe because the exporter's result holds no weights.
-    """
-
-    def export(model: SparseModel, *arguments: Any) -> Any:
-        structure = (str(model), vars(model.network).get("config"), model.route)
-        key = repr((structure, next(model.parameters()).device, *arguments))
-        if key not in TRACED:
-            TRACED[key] = export_untraced(model, *arguments)
-        return TRACED[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sg_export.graph.trace, "_export", export)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Undo `_traced_once` in the modules that test tracing."""
-    with pytest.MonkeyPatch.context() as patch:
-        if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
-            patch.setattr(sg_export.graph.trace, "_export", export_untraced)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -189,6 +161,55 @@ def once(shared: Path) -> Once:
         return shared / name
 
     return once
+
+
+def write_trace(exported: tuple[ir.Model, Any], path: Path) -> None:
+    """Write the exporter's result. The weights, which no node makes, become inputs of the file."""
+    model, layers = exported
+    inputs, known = model.graph.inputs, {*model.graph.inputs, *model.graph.initializers.values()}
+    used = (value for node in model.graph for value in node.inputs if value and value.producer() is None)
+    count = len(inputs)
+    inputs.extend(dict.fromkeys(value for value in used if value not in known))
+    path.write_bytes(pickle.dumps((count, ir.to_proto(model).SerializeToString(), layers)))
+    del inputs[count:]
+
+
+def read_trace(path: Path) -> tuple[ir.Model, Any]:
+    """Return what `write_trace` wrote."""
+    count, content, layers = pickle.loads(path.read_bytes())
+    model = ir.from_proto(onnx.ModelProto.FromString(content))
+    del model.graph.inputs[count:]
+    return model, layers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(once: Once) -> Iterator[None]:
+    """Trace each network structure once for all tests and workers.
+
+    This is safe because the exporter's result holds no weights.
+    """
+    traced: dict[str, Any] = {}
+
+    def export(model: SparseModel, *arguments: Any) -> Any:
+        structure = (str(model), vars(model.network).get("config"), model.route)
+        key = repr((structure, next(model.parameters()).device, *arguments))
+        if key not in traced:
+            name = f"{hashlib.sha256(key.encode()).hexdigest()}.trace"
+            traced[key] = read_trace(once(name, lambda path: write_trace(export_untraced(model, *arguments), path)))
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sg_export.graph.trace, "_export", export)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Undo `_traced_once` in the modules that test tracing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if Path(request.path).stem in ("test_stamp", "test_trace", "test_trace_errors", "test_trace_packed"):
+            patch.setattr(sg_export.graph.trace, "_export", export_untraced)
+        yield
 
 
 Build = Callable[..., Path]

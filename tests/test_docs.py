@@ -1,5 +1,12 @@
-"""Check that the guidance, production and text-to-image pages run."""
+"""Check that the guidance, production and text-to-image pages run.
 
+They run on the reference models without their blocks after the first, which is the route. These
+have the classes, tokens and names of the reference models. With SG_EXPORT_REAL_PAGES=1, which
+`make pages` sets, they run on the reference models themselves.
+"""
+
+import json
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -9,8 +16,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from prx_folders import CONFIG, state_of, write_pipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sg_export.cli import main
+from sg_export.reference import REFERENCES, reference_path
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -44,19 +54,36 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.slow
-def test_guidance_page_run_from_top_to_bottom_does_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def cut(path: Path, output: Path) -> None:
+    """Write the checkpoint `path` with its first block alone, which is the route, to `output`."""
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["sg_export"])
+    kept = {name: value for name, value in state.items() if re.match(r"(?!blocks\.)|blocks\.0\.", name)}
+    save_file(kept, output, {"sg_export": json.dumps({**facts, "route": "0-0"})})
+
+
+@pytest.fixture(autouse=True)
+def _small_references(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Give the names of the reference models to small ones, and enter an empty folder."""
     monkeypatch.chdir(tmp_path)
+    if os.environ.get("SG_EXPORT_REAL_PAGES"):
+        return
+    folder = tmp_path_factory.mktemp("references")
+    for name, file in list(REFERENCES.items()):
+        cut(reference_path(name), folder / file)
+        monkeypatch.setitem(REFERENCES, name, str(folder / file))
+
+
+@pytest.mark.slow
+def test_guidance_page_run_from_top_to_bottom_does_what_it_says() -> None:
     assert run("guidance.md")["images"].shape == (1, 16, 16, 1)
 
 
 @pytest.mark.slow
-def test_production_page_run_from_top_to_bottom_does_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_production_page_run_from_top_to_bottom_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("production.md")
     assert capsys.readouterr().out == "(2, 16, 16, 1)\n(1, 16, 16, 1)\n(4, 16, 16, 1)\n"
     assert names["latents"].shape == names["velocity"].shape == (2, 1, 16, 16)
@@ -64,10 +91,9 @@ def test_production_page_run_from_top_to_bottom_does_what_it_says(
 
 @pytest.mark.slow
 def test_text_to_image_page_run_from_top_to_bottom_does_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page's folder `prx` is a tiny one, as `save_pretrained` of diffusers writes it."""
-    monkeypatch.chdir(tmp_path)
     config = replace(CONFIG, width=64, mlp_width=80)
     write_pipeline(tmp_path / "prx", config, state_of(config))
     names = run("text-to-image.md")

@@ -39,6 +39,8 @@ CONDITION, DENSE, SPARSE = GraphSpec("condition"), GraphSpec("dense", (ALL,)), G
 GUIDED, JOINED = GraphSpec("guided", (ALL, HALF)), GraphSpec("guided", (ALL, Level(0.25, 7)))
 EQUAL, UNEQUAL = (GraphSpec("guided", levels, null_weak=True) for levels in ((HALF, HALF), (ALL, HALF)))
 SPECS = (CONDITION, DENSE, SPARSE, GUIDED, JOINED, EQUAL, UNEQUAL)
+SYMBOLIC = (CONDITION, SPARSE, GUIDED, JOINED, EQUAL)
+"""The graphs that are traced with a symbolic batch, which takes longer."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,13 @@ class Network:
     specs: tuple[GraphSpec, ...] = SPECS
 
 
-@pytest.fixture(scope="module", params=["dit-1", "dit-any", "maskdit-1"])
+@pytest.fixture(
+    scope="module", params=["dit-1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dit-any", "maskdit-1"))]
+)
 def network(dit: LoadedModel, make_model: Callable[..., LoadedModel], request: pytest.FixtureRequest) -> Network:
     if request.param == "maskdit-1":
         return Network(make_model(MaskDiT, CONFIG, Route(1, 1)), 1, (CONDITION, SPARSE, GUIDED))
-    return Network(dit, 1 if request.param == "dit-1" else None)
+    return Network(dit, 1) if request.param == "dit-1" else Network(dit, None, SYMBOLIC)
 
 
 @cache
@@ -132,7 +136,7 @@ def operators(graph: ir.Graph) -> Counter[str]:
     return Counter(node.op_type for node in graph)
 
 
-@pytest.mark.parametrize("network", ["dit-1", "dit-any"], indirect=True)
+@pytest.mark.parametrize("network", ["dit-1", pytest.param("dit-any", marks=pytest.mark.slow)], indirect=True)
 def test_lower_for_cuda_leaves_one_fused_operator_per_attention_norm_and_gelu(network: Network) -> None:
     for spec, model in graphs(network, "fp32").items():
         if spec is CONDITION:
@@ -162,8 +166,9 @@ def test_lower_for_cuda_keeps_the_cost_of_a_graph(network: Network) -> None:
         assert after.attention_macs == before.attention_macs + others, spec.name
 
 
+@pytest.mark.slow
 def test_lower_for_cuda_in_fp16_converts_tokens_and_modulations_once(dit: LoadedModel) -> None:
-    graph = graphs(Network(dit, None), "fp16")[GUIDED].graph
+    graph = graphs(Network(dit, None, SYMBOLIC), "fp16")[GUIDED].graph
     casts = [node for node in graph if node.op_type == "Cast"]
     # Modulations, embedded tokens, tokens of the last norm, and both vectors of its modulation.
     assert len(casts) == 5
@@ -196,7 +201,7 @@ def test_launches_of_an_operator_without_a_kernel_is_an_error() -> None:
 def test_lower_for_cuda_of_a_short_sequence_of_branches_masks_the_other_branch(
     dit: LoadedModel, precision: Precision
 ) -> None:
-    graph = graphs(Network(dit, None), precision)[JOINED].graph
+    graph = graphs(Network(dit, 1), precision)[JOINED].graph
     (masked,) = (node for node in graph if node.op_type == "MultiHeadAttention" and len(node.inputs) == 6)
     (mask,) = (value for value in masked.inputs[3:] if value is not None)
     assert mask.const_value is not None
@@ -213,7 +218,7 @@ def test_lower_for_cuda_in_bf16_or_of_a_long_sequence_has_an_attention_per_branc
     dit: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Flash attention takes no bias, and it is the fused kernel that BF16 is known to have.
-    network = Network(dit, None)
+    network = Network(dit, 1)
     assert operators(graphs(network, "bf16")[JOINED].graph)["MultiHeadAttention"] == CONFIG.depth + 1
     monkeypatch.setattr("sg_export.graph.cuda.MOST_MASKED", 15)
     graph = traced(network)[network.specs.index(JOINED)].clone().graph

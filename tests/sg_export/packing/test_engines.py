@@ -39,30 +39,38 @@ def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
     return {Path(engine.file).name.partition(".")[0]: engine for engine in bundle.manifest.engines}
 
 
-# Block 0 is before the route and has one attention. Blocks 1 to 6 are in the route, block 7 is
-# after it, and each of them has two attentions. In BF16, block 7 is in FP32, which has no fused
-# kernel.
+# Block 0 is before the route and has one attention. The others are in the route or after it, and
+# each of them has two attentions. In BF16, the last block is in FP32, which has no fused kernel.
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "attentions"), [("fp32", 0), ("fp16", 15), ("bf16", 13)])
-def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
-    precision: Precision, attentions: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "precision", "gpus", "last", "attentions"),
+    [("tiny", "fp32", (), 2, 0), ("glyphs", "fp16", (89,), 7, 15), ("tiny", "bf16", (89,), 2, 3)],
+)
+def test_compile_makes_one_engine_for_all_sparsities(
+    name: str,
+    precision: Precision,
+    gpus: tuple[int, ...],
+    last: int,
+    attentions: int,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
-    # Only the FP16 build is for every kind of GPU; it takes half a minute.
-    gpus = () if precision == "fp16" else (89,)
     engine_options = EngineOptions(batch=(1, 4), compute_capabilities=gpus)
     options = CompileOptions(tmp_path / "out", (0.5, 0.9), precision=precision, engines=engine_options)
-    bundle = compile("glyphs", options)
+    bundle = compile(tiny_checkpoint if name == "tiny" else name, options)
+    tokens, half, few = (64, 32, 7) if name == "glyphs" else (16, 8, 2)
+    guided = f"guided-{tokens}-K"
     assert bundle == Bundle.open(bundle.path)
     assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", "engines"}
     manifest, engines = bundle.manifest, engines_of(bundle)
     assert manifest.precision == precision
-    after = {"fp32": (), "fp16": ENDS, "bf16": (*ENDS, "blocks.7")}
+    after = {"fp32": (), "fp16": ENDS, "bf16": (*ENDS, f"blocks.{last}")}
     assert manifest.fp32_layers == after[precision]
     assert [(graph.name, graph.file) for graph in manifest.graphs] == [
-        (name, None) for name in ("condition", "guided-64-32", "guided-64-7")
+        (graph, None) for graph in ("condition", f"guided-{tokens}-{half}", f"guided-{tokens}-{few}")
     ]
     assert engines["condition"].profiles == (Profile(40, ()),)
-    assert engines["guided-64-K"].profiles == tuple(Profile(batch, (64, keep)) for batch in (1, 4) for keep in (32, 7))
+    assert engines[guided].profiles == tuple(Profile(batch, (tokens, keep)) for batch in (1, 4) for keep in (half, few))
     # Rounding, with only some matmuls in half precision: when measured, 2e-4 in FP16, 2e-3 in BF16
     # and 1e-6 in FP32.
     bounds = {"fp32": (0, 1e-5), "fp16": (1e-5, 2e-3), "bf16": (1e-4, 2e-2)}
@@ -78,9 +86,9 @@ def test_compile_of_glyphs_makes_one_engine_for_all_sparsities(
         assert engine.build_seconds > 0
         assert 5e7 < engine.build_memory_bytes < 2e9
     assert engines["condition"].fused_attention == 0
-    assert engines["guided-64-K"].fused_attention == attentions * 4
-    for graph, keep in zip(manifest.graphs[1:], (32, 7), strict=True):
-        assert manifest.engine(graph, 4) == (engines["guided-64-K"], 2 if keep == 32 else 3)
+    assert engines[guided].fused_attention == attentions * 4
+    for graph, keep in zip(manifest.graphs[1:], (half, few), strict=True):
+        assert manifest.engine(graph, 4) == (engines[guided], 2 if keep == half else 3)
         assert manifest.engine(graph, 3) is None
 
 

@@ -20,7 +20,7 @@ from sg_export.bench.measure import bench
 from sg_export.checkpoint import Overrides
 from sg_export.cli import main
 from sg_export.compiler import compile
-from sg_export.loading import load_model
+from sg_export.loading import load_model, load_weak
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
 from sg_export.packing.sizes import choose_sizes
@@ -134,6 +134,22 @@ def test_weights_of_a_bundle_of_one_size_name_no_size(folder: Path, build_once: 
     }
     assert alone.manifest.sizes == ()
     assert b"rope.64x256" not in alone.file("graphs/dense.onnx").read_bytes()
+
+
+def test_weak_network_has_graphs_of_each_size(folder: Path, tmp_path: Path) -> None:
+    weak = write_pipeline(tmp_path / "weak", LATENT, state_of(LATENT, seed=1))
+    strong = load_model(folder, overrides=overrides(SIZES[0]))
+    other = load_weak(weak, strong, None, overrides(SIZES[0]))
+    options = CompileOptions(tmp_path / "out", (0.5,), weak_checkpoint=weak, sizes=SIZES[2:])
+    first, second = choose_sizes(strong, other, options)
+    assert [spec.name for spec in second.specs] == ["96x64-dense", "96x64-weak-sparse-3"]
+    assert [spec.name for spec in first.specs if spec.hoisted] == [
+        *("condition", "prompt", "weak-condition", "weak-prompt"),
+    ]
+    source = second.source(second.specs[1])
+    assert source is second.weak
+    assert source.facts.size == SIZES[2]
+    assert source.source == other.source
 
 
 # Views

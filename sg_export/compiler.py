@@ -35,7 +35,7 @@ from sg_runtime.manifest import (
 def compile(checkpoint: str | Path, options: CompileOptions, report: Report = silent) -> Bundle:
     """Compile a checkpoint into a bundle.
 
-    checkpoint: path of a checkpoint file, or name of a reference model.
+    checkpoint: path of a checkpoint, see `read_checkpoint`, or name of a reference model.
     report: called with a line at the start of each stage.
 
     Raises UsageError for a request that is not supported, CheckpointError for an unusable

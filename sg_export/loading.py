@@ -59,9 +59,10 @@ class LoadedModel:
 def load_model(
     checkpoint: str | Path, *, weights: str | None = None, overrides: Overrides | None = None
 ) -> LoadedModel:
-    """Load a checkpoint file, or a reference model by name.
+    """Load a checkpoint, see `read_checkpoint`, or a reference model by name.
 
-    weights: "ema", "model", or the key of another set of weights in the file; EMA by default.
+    weights: "ema", "model", or the key of another set of weights in the file; EMA by default. In a
+    folder of diffusers, the variant of the weights.
 
     Raises CheckpointError for an unusable file, and UsageError for facts that do not fit it.
     """

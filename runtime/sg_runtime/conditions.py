@@ -66,8 +66,8 @@ def parse(model: ModelFacts, given: Classes | Conditions) -> Conditions:
         return given
     if isinstance(model.conditions, Text):
         raise UsageError(
-            f"classes: expected none: the model is conditioned on text: give `prompt_embeds`, or what "
-            f"`Pipeline.prompts(…)` returns; found {given!r}"
+            f"classes: expected none: the model is conditioned on text: give prompt_embeds, or what "
+            f"Pipeline.prompts(…) returns; found {given!r}"
         )
     names = items("classes", given, "a sequence with a class for each image")
     if not names:
@@ -122,7 +122,7 @@ def of_prompts(
     """
     text = model.conditions
     if not isinstance(text, Text):
-        raise UsageError(f"prompt_embeds: expected none: {model.family} is conditioned on classes: give `classes`")
+        raise UsageError(f"prompt_embeds: expected none: {model.family} is conditioned on classes: give classes")
     strong = _prompt_columns(text, "prompt", embeds, mask)
     count = len(strong["mask"]) if images is None else images
     rows = [_rows("prompt_embeds", len(strong["mask"]), count)]
@@ -131,7 +131,7 @@ def of_prompts(
         columns.append(_prompt_columns(text, "negative", negative_embeds, negative_mask))
         rows.append(len(strong["mask"]) + _rows("negative_embeds", len(columns[1]["mask"]), count))
     elif negative_mask is not None:
-        raise UsageError("negative_mask: expected none without `negative_embeds`, found one")
+        raise UsageError("negative_mask: expected none without negative_embeds, found one")
     joined = {name: np.concatenate([part[name] for part in columns]) for name in strong}
     return Conditions(joined, rows[0], rows[1] if len(rows) > 1 else None)
 

@@ -141,7 +141,8 @@ class Pipeline:
         Opens graphs and engines and allocates buffers. On a GPU it samples twice, to compile
         kernels and capture CUDA graphs. steps, guidance: see `sample`.
         """
-        whole_number("images", images)
+        if whole_number("images", images) < 1:
+            raise UsageError(f"images: expected at least 1, found {images}")
         for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
             conditions = examples(self.bundle.manifest.model, images)
             self.sample(conditions, range(images), steps=steps, guidance=guidance)
@@ -235,7 +236,7 @@ class Pipeline:
         given = (prompt_embeds, prompt_mask, negative_embeds, negative_mask)
         if any(value is not None for value in given):
             if classes is not None:
-                raise UsageError("classes: expected none beside `prompt_embeds`, found some")
+                raise UsageError("classes: expected none beside prompt_embeds, found some")
             conditions: Classes | Conditions = self.prompts(
                 *given[:2],
                 negative_embeds=negative_embeds,

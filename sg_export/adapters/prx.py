@@ -90,19 +90,11 @@ def build(checkpoint: Checkpoint, overrides: Overrides) -> tuple[SparseModel, Mo
     prediction = given.prediction or prx_configs.PREDICTIONS[pipeline]
     if prediction == "edm":
         raise UsageError(f"{file}: prediction edm: expected flow or x0, as in all PRX models")
-    tokens = given.text_tokens
-    if tokens is None:
-        tokens = prx_configs.field(checkpoint, "pipeline", "prompt_max_tokens", prx_configs.TEXT_TOKENS)
-    if tokens < 1:
-        raise UsageError(f"{file}: text_tokens: expected at least 1, found {tokens}")
-    size = given.size
-    if size is None:
-        if "pipeline" not in checkpoint.configs:
-            raise UsageError(f"{file}: the size of the picture is unknown: give `size` HEIGHTxWIDTH, such as 512x512")
-        side = prx_configs.field(checkpoint, "pipeline", "default_sample_size", prx_configs.SIZES[pipeline])
-        size = side, side
     network = load_network(
-        checkpoint, _latent_size(file, size, per, patch), sample=(channels, patch), text_tokens=tokens
+        checkpoint,
+        _latent_size(file, given.size or _default_size(checkpoint, pipeline), per, patch),
+        sample=(channels, patch),
+        text_tokens=_text_tokens(checkpoint, given.text_tokens),
     )
     config, route = network.config, given.route
     if "transformer" in checkpoint.configs:
@@ -160,7 +152,7 @@ def _sampling(checkpoint: Checkpoint, facts: ModelFacts) -> Sampling:
         if stated.time_shift is None and "scheduler" in checkpoint.configs:
             place = prx_configs.where(checkpoint, "scheduler")
             times = prx_configs.read_scheduler(checkpoint.configs["scheduler"], place)
-        usual = prx_configs.NOISE_SCALES[prx_configs.pipeline_of(checkpoint, facts.prediction == "x0")]
+        usual = prx_configs.NOISE_SCALES[prx_configs.pipeline_of(checkpoint, facts.space == "pixel")]
         noise_scale = prx_configs.field(checkpoint, "pipeline", "noise_scale", usual, whole=False)
     if stated.noise_scale is not None:
         noise_scale = stated.noise_scale
@@ -185,6 +177,25 @@ def _sample(checkpoint: Checkpoint) -> tuple[int, int]:
     if facts.channels is not None or facts.patch is not None:
         stated = facts.channels or 0, facts.patch or 0
     return _sample_of(replace(checkpoint, tensors=diffusers_names(checkpoint.tensors)), stated)
+
+
+def _text_tokens(checkpoint: Checkpoint, stated: int | None) -> int:
+    """Return the number of text tokens that is stated, or else that of the pipeline."""
+    if stated is None:
+        stated = prx_configs.field(checkpoint, "pipeline", "prompt_max_tokens", prx_configs.TEXT_TOKENS)
+    if stated < 1:
+        raise UsageError(f"{checkpoint.source.file}: text_tokens: expected at least 1, found {stated}")
+    return stated
+
+
+def _default_size(checkpoint: Checkpoint, pipeline: str) -> tuple[int, int]:
+    """Return height and width of a pipeline's pictures. Raises UsageError without a pipeline."""
+    if "pipeline" not in checkpoint.configs:
+        raise UsageError(
+            f"{checkpoint.source.file}: the size of the picture is unknown: give `size` HEIGHTxWIDTH, such as 512x512"
+        )
+    side = prx_configs.field(checkpoint, "pipeline", "default_sample_size", prx_configs.SIZES[pipeline])
+    return side, side
 
 
 def _latent_size(file: str, size: tuple[int, int], per: int, patch: int) -> tuple[int, int]:

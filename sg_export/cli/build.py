@@ -86,10 +86,10 @@ def build(
 ) -> None:
     """Compile MODEL into a bundle.
 
-    MODEL is a checkpoint (PyTorch, safetensors) or the name of a reference model. The default is
-    the reference model glyphs. ONNX checks every graph, and ONNX Runtime runs it once for a
-    comparison with PyTorch. Engines of earlier builds come from a cache, $SG_EXPORT_CACHE or
-    sg-export in the user's cache folder.
+    MODEL is a checkpoint (PyTorch, safetensors), a folder of diffusers with a PRX, or the name of a
+    reference model. The default is the reference model glyphs. ONNX checks every graph, and ONNX
+    Runtime runs it once for a comparison with PyTorch. Engines of earlier builds come from a cache,
+    $SG_EXPORT_CACHE or sg-export in the user's cache folder.
 
     \b
     Examples:
@@ -98,6 +98,7 @@ def build(
       sg-export build --target tensorrt-rtx --precision fp16 --sm 8.9
       sg-export build --target onnxruntime-cuda --precision fp16 --batch 1
       sg-export build --sparsity 0.5 --precision int8
+      sg-export build prx-512-t2i-sft --route 2-12 --size 512x768
       sg-export build glyphs --weak-checkpoint glyphs-early --schedule cosine \\
         --sparsity 0.6 --sparsity 0.3 --sparsity 0
     """

@@ -62,11 +62,12 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
 
 def _model_rows(model: Any) -> list[tuple[str, str]]:
     channels, height, width = model.latent
-    shape = f"{height}×{width}×{channels}"
+    shape, picture = f"{height}×{width}×{channels}", model.picture
     return [
         ("family", model.family),
         ("prediction", model.prediction),
         ("image", f"{shape} {model.space}s in {model.tokens} tokens, patch {model.patch}"),
+        *([("picture", f"{picture[0]}×{picture[1]} pixels")] if model.space == "latent" and picture else []),
         (
             "network",
             f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.parameters / 1e6:.1f} M weights",

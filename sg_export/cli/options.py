@@ -136,6 +136,7 @@ model_options = Group(
         click.option(
             "--size",
             type=ImageSizeType(),
+            metavar="HEIGHTxWIDTH",
             help="Height and width of the picture in pixels, for models with text.  [default: the pipeline's]",
         ),
         click.option(

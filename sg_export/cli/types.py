@@ -30,6 +30,8 @@ class ImageSizeType(click.ParamType[tuple[int, int]]):
     name = "HEIGHTxWIDTH"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
         match = re.fullmatch(r"(\d{1,5})[x\N{MULTIPLICATION SIGN}](\d{1,5})", str(value), re.IGNORECASE)
         if match is None or 0 in (size := (int(match[1]), int(match[2]))):
             self.fail(f"{value!r}: expected HEIGHTxWIDTH in pixels, for example 512x768", param, context)

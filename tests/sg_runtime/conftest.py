@@ -43,7 +43,7 @@ def pixel_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     The graphs have a symbolic batch.
     """
-    facts = {"space": "pixel", "conditions": {"count": 5, "names": ["A", "B", "C", "0", "9"]}}
+    facts = {"space": "pixel", "pixels_per_latent": 1, "conditions": {"count": 5, "names": ["A", "B", "C", "0", "9"]}}
     copy = tmp_path_factory.mktemp("bundles") / "pixels"
     return alter(tiny_bundle, copy, lambda content: content["model"].update(facts))
 

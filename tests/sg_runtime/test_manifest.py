@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from earlier_schemas import as_schema_5
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -369,19 +370,6 @@ def test_read_manifest_of_a_value_of_another_type_names_its_place(
     change(content)
     with pytest.raises(BundleError, match=rf"manifest\.json: {where}[:.]"):
         read(content)
-
-
-def as_schema_5(content: Any) -> Any:
-    """Return the content of a manifest of a flow model in the form of schema 5."""
-    model = dict(content["model"])
-    labels, held = model.pop("conditions"), model.pop("held")
-    del model["pixels_per_latent"]
-    model |= {"num_classes": labels["count"], "class_names": labels["names"], "modulations": held["modulations"][0]}
-    rest = {name: value for name, value in content.items() if name != "hoisted_rows"}
-    sampling = {name: value for name, value in content["sampling"].items() if name in ("sampler", "steps")}
-    times, rows = content["sampling"]["times"], content["hoisted_rows"]["condition"]
-    sampling["karras"] = times if "rho" in times else None
-    return {**rest, "schema_version": 5, "model": model, "sampling": sampling, "condition_rows": rows}
 
 
 def test_read_manifest_of_schema_3_is_that_of_today(content: Any, read: Callable[[Any], Manifest]) -> None:

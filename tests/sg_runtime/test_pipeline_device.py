@@ -208,7 +208,7 @@ def test_warmup_without_arguments_is_a_run_of_the_bundles(pipe: Pipeline, backen
 
 @pytest.mark.parametrize("images", [0, -1])
 def test_warmup_of_no_images_is_refused(pipe: Pipeline, images: int) -> None:
-    with pytest.raises(UsageError, match="classes: expected at least one, found none"):
+    with pytest.raises(UsageError, match=f"images: expected at least 1, found {images}"):
         pipe.warmup(images)
 
 

@@ -245,14 +245,12 @@ class OrtLane:
         opened = self._backend.opened(graph)
         kind = self.memory.device.partition(":")[0]
         arrays = [*inputs.items(), *outputs.items()]
-        types = {
-            tensor.name: _ELEMENTS.get(tensor.dtype, tensor.storage.type) for tensor in (*graph.inputs, *graph.outputs)
-        }
+        elements = {t.name: _ELEMENTS[t.dtype] for t in (*graph.inputs, *graph.outputs) if t.dtype in _ELEMENTS}
         try:
             binding = opened.session.io_binding()
             for index, (name, array) in enumerate(arrays):
                 bind = binding.bind_input if index < len(inputs) else binding.bind_output
-                element = types[name]
+                element = elements.get(name, array.dtype.type)
                 bind(name, kind, self._number, element, array.shape, self.memory.address(array))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _failed(graph, error) from error

@@ -180,7 +180,7 @@ def _of_run(guidance: GuidancePlan, conditions: Conditions) -> Conditions:
     """Return the conditions of a run, those of the weak branch only if it has its own."""
     if guidance.row.null_weak and conditions.weak is None:
         raise UsageError(
-            f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give `negative_embeds`, such "
+            f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give negative_embeds, such "
             f"as the encoding of an empty prompt, or choose guidance sg, which needs none"
         )
     return conditions.of(weak=guidance.row.null_weak)

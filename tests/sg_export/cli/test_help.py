@@ -7,6 +7,7 @@ import pytest
 
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_calibration.types import QUANTS
+from sg_export.adapters import dit, prx_configs
 from sg_export.cli import main
 from sg_export.graph.opset import DEFAULT_OPSET, OPSETS
 from sg_export.options.compile import DEFAULT_SPARSITY, CompileOptions
@@ -26,6 +27,8 @@ def option(name: str, command: str = "build") -> Mapping[str, object]:
         ("--sparsity", [f"{DEFAULT_SPARSITY:g} for sg"]),
         ("--gate-cosine", [f"{row.gates.cosine:g} for {name}" for name, row in QUANTS.items()]),
         ("--gate-guided", [f"{row.gates.guided:g} for {name}" for name, row in QUANTS.items()]),
+        ("--steps", [f"{dit.STEPS}; {prx_configs.STEPS} for PRX"]),
+        ("--text-tokens", [str(prx_configs.TEXT_TOKENS)]),
         ("--method", [f"{row.method} for {name}" for name, row in QUANTS.items()]),
         ("--sm", [", ".join(f"{number // 10}.{number % 10}" for number in RTX_TARGETS[1:])]),
     ],
@@ -47,7 +50,6 @@ def test_defaults_of_calibration_runs_are_those_of_the_library(command: str) -> 
 
 def test_defaults_of_build_are_those_of_the_library() -> None:
     usual = CompileOptions("out")  # type: ignore[arg-type]
-    assert option("--steps")["default"] == usual.steps
     assert option("--scale")["default"] == usual.scale
     assert option("--precision")["default"] == usual.precision
     assert option("--strong-sparsity")["default"] == usual.strong_sparsity

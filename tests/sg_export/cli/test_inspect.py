@@ -33,7 +33,7 @@ def test_inspect_of_checkpoint_shows_what_it_is(cli: Callable[..., Any], tiny_ch
 
 def test_inspect_of_reference_shows_its_classes(cli: Callable[..., Any]) -> None:
     text = shown(cli("inspect", "glyphs"))
-    assert "62, A to 9" in text
+    assert "62 classes, A to 9" in text
     assert "blocks 1 to 6" in text
 
 
@@ -81,7 +81,7 @@ def test_inspect_of_bundle_shows_every_graph(
     expected = {
         "tiny_bundle": ["sg, sparsity 0 strong and 0.5 weak, scale 2", "40 euler steps", "batch symbolic"],
         "tiny_cfg_bundle": ["cfg, scale 1.5", "40 euler steps", "batch 3"],
-        "glyphs_bundle": ["glyphs", "62, A to 9", "16×16×1"],
+        "glyphs_bundle": ["glyphs", "62 classes, A to 9", "16×16×1"],
     }[bundle]
     assert all(part in text for part in [*expected, manifest.source.sha256[:12], "precision fp32", "ONNX Runtime, CPU"])
 
@@ -141,7 +141,7 @@ def test_inspect_of_few_tokens_shows_a_sparsity_that_keeps_none(
 
 def test_inspect_of_nothing_ends_with_6(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused(6, "inspect", tmp_path / "missing.pt") == (
-        f"{tmp_path}/missing.pt: expected a checkpoint file or the name of a reference model "
+        f"{tmp_path}/missing.pt: expected a checkpoint file, a folder of diffusers or the name of a reference model "
         f"(glyphs, glyphs-early), found nothing there"
     )
 

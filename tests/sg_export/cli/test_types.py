@@ -6,7 +6,7 @@ from typing import Any
 import click
 import pytest
 
-from sg_export.cli.types import RampType, RouteType
+from sg_export.cli.types import ImageSizeType, RampType, RouteType
 from sg_runtime.manifest import Route
 
 
@@ -14,6 +14,11 @@ def test_route_type_reads_text_and_leaves_routes() -> None:
     kind = RouteType()
     assert kind.convert("2-24", None, None) == Route(2, 24)
     assert kind.convert(Route(1, 2), None, None) == Route(1, 2)
+
+
+@pytest.mark.parametrize("value", ["512x768", "512X768", "512×768", (512, 768)])
+def test_image_size_type_reads_height_and_width(value: Any) -> None:
+    assert ImageSizeType().convert(value, None, None) == (512, 768)
 
 
 @pytest.mark.parametrize(

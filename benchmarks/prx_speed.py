@@ -7,8 +7,8 @@ The network has size S (width 384, 12 blocks, route 2-9), 256 image tokens and 6
 random weights in FP32. A run goes from embeddings of prompts and noise to latents, in 28 Euler
 steps. All sides run in turn in every round, in one process with the same threads. Diffusers'
 `PRXTransformer2DModel` is eager, under `torch.inference_mode`, with diffusers' scheduler and its
-default attention. Kept tokens are drawn before its loop. They are those of our run, and its latents
-are compared with ours.
+default attention. Every step has other kept tokens. They are drawn before diffusers' loop and are
+those of our run, and the latents are compared with ours.
 
 ours         the guided graph, and both hoisted graphs
 hooks        dense and routed pass of diffusers' transformer, routed by hooks as in its training code
@@ -179,7 +179,7 @@ def load_diffusers(folder: Path) -> Any:
     """Load diffusers' transformer from a folder of its pipeline."""
     from diffusers import PRXTransformer2DModel
 
-    return PRXTransformer2DModel.from_pretrained(folder, subfolder="transformer").eval()
+    return PRXTransformer2DModel.from_pretrained(folder, subfolder="transformer", low_cpu_mem_usage=False).eval()
 
 
 def measure(
@@ -195,7 +195,7 @@ def measure(
     sides: dict[tuple[str | None, str], Callable[[], object]] = {}
     distances = {}
     for pair, rates in PAIRS.items():
-        plan = pipe.guidance(strong_sparsity=rates[0], sparsity=rates[1])
+        plan = pipe.guidance(strong_sparsity=rates[0], sparsity=rates[1], subset="fresh")
         keeps = [drawn(batch, rate, branch, steps) for branch, rate in enumerate(rates)]
 
         def ours(plan: Any = plan) -> NDArray[np.float32]:

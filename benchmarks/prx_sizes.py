@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.machine import machine
-from benchmarks.prx_models import Shape, without_memory, published
+from benchmarks.prx_models import Shape, published, without_memory
 from sg_export.adapters import prx
 from sg_export.cost.count import count_cost
 from sg_export.graph.opset import DEFAULT_OPSET

@@ -11,12 +11,13 @@ default attention. Every step has other kept tokens. They are drawn before diffu
 those of our run, and the latents are compared with ours.
 
 ours         the guided graph, and both hoisted graphs
-hooks        dense and routed pass of diffusers' transformer, routed by hooks as in its training code
+hooks        dense and routed pass of diffusers' transformer, routed by hooks as in training
 cfg twice    two dense passes of diffusers' transformer, with the prompt and with the empty prompt
 cfg batched  one dense pass of diffusers' transformer on twice the batch, as in its pipeline
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -150,7 +151,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_folder(SMALL, Path(scratch) / "prx")
         built = CompileOptions(
-            Path(scratch) / "bundle", (0.5, 0.9), (0.0, 0.5), scale=SCALE, steps=options.steps, overrides=SMALL.overrides
+            Path(scratch) / "bundle",
+            (0.5, 0.9),
+            (0.0, 0.5),
+            scale=SCALE,
+            steps=options.steps,
+            overrides=SMALL.overrides,
         )
         bundle = compile(folder, built)
         pipe = Pipeline.load(bundle, "cpu", batch=max(options.batch), threads=options.threads)
@@ -167,7 +173,12 @@ def main() -> None:
     if options.output:
         content = {
             "machine": machine("numpy", "torch", "diffusers", "onnxruntime"),
-            "setup": {"steps": options.steps, "threads": options.threads, "rounds": options.rounds, "precision": "fp32"},
+            "setup": {
+                "steps": options.steps,
+                "threads": options.threads,
+                "rounds": options.rounds,
+                "precision": "fp32",
+            },
             "relative_l2_to_hooks": distances,
             "rows": [asdict(row) for row in rows],
             "ratios": [asdict(ratio) for ratio in ratios],
@@ -185,7 +196,7 @@ def load_diffusers(folder: Path) -> Any:
 def measure(
     pipe: Pipeline, network: Any, routing: Routing, batch: int, steps: int, rounds: int
 ) -> tuple[list[Row], list[Ratio], dict[str, float]]:
-    """Time all sides in turn. The first round is a warm-up and is not counted.
+    """Time all sides in turn, after the runs for the comparison of latents.
 
     Returns also the relative L2 distance between our latents and those of the hooks, by setting.
     """
@@ -199,10 +210,11 @@ def measure(
         keeps = [drawn(batch, rate, branch, steps) for branch, rate in enumerate(rates)]
 
         def ours(plan: Any = plan) -> NDArray[np.float32]:
-            return pipe.sample(text, seeds, guidance=plan)
+            return pipe.sample(text, seeds, steps=steps, guidance=plan)
 
         def hooks(keeps: Any = keeps) -> Tensor:
-            return loop(network, noise, steps, lambda x, t, step: branches(network, routing, x, t, step, keeps, prompts))
+            guided = functools.partial(branches, network, routing, keeps=keeps, prompts=prompts)
+            return loop(noise, steps, guided)
 
         sides[pair, "ours"], sides[pair, "hooks"] = ours, hooks
         found, wanted = ours(), hooks().numpy()
@@ -211,26 +223,23 @@ def measure(
             raise SystemExit(f"expected the same latents within {CLOSE:g}, found a distance of {apart:.2g}")
         distances[f"{pair}, batch {batch}"] = float(f"{apart:.2g}")
     routing.keep = None
-    for side, predict in (("cfg twice", cfg_twice), ("cfg batched", cfg_batched)):
-        sides[None, side] = lambda predict=predict: loop(
-            network, noise, steps, lambda x, t, _step: predict(network, x, t, prompts)
-        )
+    for way, predict in (("cfg twice", cfg_twice), ("cfg batched", cfg_batched)):
+        sides[None, way] = functools.partial(loop, noise, steps, functools.partial(predict, network, prompts=prompts))
     times: dict[tuple[str | None, str], list[float]] = {side: [] for side in sides}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for side, run in sides.items():
             routing.keep = None
             time.sleep(PAUSE)
             began = time.perf_counter()
             run()
             times[side].append(time.perf_counter() - began)
-    times = {side: series[1:] for side, series in times.items()}
     rows = [Row(batch, *side, *_median(series)) for side, series in times.items()]
-    cfg = min(("cfg twice", "cfg batched"), key=lambda side: statistics.median(times[None, side]))
+    cfg = min(("cfg twice", "cfg batched"), key=lambda way: statistics.median(times[None, way]))
     ratios = []
     for pair in PAIRS:
-        for place, side in (((pair, "hooks"), "hooks"), ((None, cfg), cfg)):
+        for place in ((pair, "hooks"), (None, cfg)):
             both = zip(times[place], times[pair, "ours"], strict=True)
-            ratios.append(Ratio(batch, pair, side, *_median([theirs / own for theirs, own in both])))
+            ratios.append(Ratio(batch, pair, place[1], *_median([theirs / own for theirs, own in both])))
     return rows, ratios, distances
 
 
@@ -249,8 +258,11 @@ def drawn(batch: int, sparsity: float, branch: int, steps: int) -> list[Tensor |
     return list(torch.from_numpy(np.stack(own, axis=1)))
 
 
-def loop(network: Any, noise: Tensor, steps: int, predict: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
-    """Sample with diffusers' scheduler. predict: latents, times (B,) in [0, 1] and step → velocity."""
+def loop(noise: Tensor, steps: int, predict: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """Sample with diffusers' scheduler.
+
+    predict: latents (B, C, H, W), times (B,) in [0, 1] and number of the step → velocity.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
@@ -274,14 +286,14 @@ def branches(
     return weak + SCALE * (strong - weak)
 
 
-def cfg_twice(network: Any, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+def cfg_twice(network: Any, x: Tensor, t: Tensor, _step: int, prompts: Prompts) -> Tensor:
     """Return the velocity of classifier-free guidance by two passes."""
     strong = run(network, x, t, prompts.embeddings, prompts.mask)
     weak = run(network, x, t, prompts.empty, prompts.empty_mask)
     return weak + SCALE * (strong - weak)
 
 
-def cfg_batched(network: Any, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+def cfg_batched(network: Any, x: Tensor, t: Tensor, _step: int, prompts: Prompts) -> Tensor:
     """Return the velocity of classifier-free guidance by one pass of twice the batch."""
     text, mask = torch.cat([prompts.empty, prompts.embeddings]), torch.cat([prompts.empty_mask, prompts.mask])
     weak, strong = run(network, torch.cat([x, x]), torch.cat([t, t]), text, mask).chunk(2)
@@ -290,7 +302,7 @@ def cfg_batched(network: Any, x: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
 
 def run(network: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """Run diffusers' transformer once."""
-    (output,) = network(x, timestep=t, encoder_hidden_states=text, attention_mask=mask, return_dict=False)
+    output: Tensor = network(x, timestep=t, encoder_hidden_states=text, attention_mask=mask, return_dict=False)[0]
     return output
 
 

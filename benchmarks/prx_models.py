@@ -81,8 +81,12 @@ class Shape:
 
 
 def published(picture: int, channels: int = 16, depth: int = 16) -> Shape:
-    """Return the shape of the published latent models of 1.2 billion parameters."""
-    return Shape(picture, channels, 2 if channels == 16 else 1, 1792, depth, 256, Route(2, depth - 4))
+    """Return the shape of the published latent models, of 1.2 billion parameters with 16 blocks.
+
+    The route is the recipe's, 2-12 for 16 blocks. depth: number of blocks, at least 4.
+    """
+    route = Route(2, depth - 4) if depth > 6 else Route(1, depth - 2)
+    return Shape(picture, channels, 2 if channels == 16 else 1, 1792, depth, 256, route)
 
 
 SMALL = Shape(picture=256, channels=16, patch=2, width=384, depth=12, text_tokens=64, route=Route(2, 9))

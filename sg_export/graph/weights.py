@@ -16,7 +16,8 @@ def write_graphs(
 ) -> list[Path]:
     """Write each model to `folder` as NAME.onnx, and all weights to one `weights_file` next to it.
 
-    external_min_bytes: initializers with fewer bytes stay inside the graphs.
+    external_min_bytes: initializers with fewer bytes stay inside the graphs. So do int64 tensors,
+    which are shapes and positions: shape inference reads their values, and not from a file.
 
     Initializers of one name must be the same tensor in every graph, as `trace` makes them. Each is
     written once. Returns the paths of the graphs. Raises ExportError for an initializer without a
@@ -31,7 +32,7 @@ def write_graphs(
             tensor = value.const_value
             if tensor is None:
                 raise ExportError(f"graph {model.graph.name}: initializer {name} has no value")
-            if tensor.nbytes >= external_min_bytes:
+            if tensor.nbytes >= external_min_bytes and tensor.dtype != ir.DataType.INT64:
                 known = tensors.setdefault(name, tensor)
                 if known.shape != tensor.shape or known.dtype != tensor.dtype:
                     raise ExportError(f"graph {model.graph.name}: initializer {name} differs between graphs")

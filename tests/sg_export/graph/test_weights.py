@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from sg_export.graph.check import check_graph
 from sg_export.graph.weights import write_graphs
 from sg_runtime.errors import ExportError
 
@@ -55,7 +56,19 @@ def test_write_graphs_with_small_tensors_keeps_them_in_the_graphs(tmp_path: Path
     assert not (tmp_path / FILE).exists() or (tmp_path / FILE).stat().st_size == 0
 
 
-@pytest.mark.parametrize("other", [np.ones(2000, np.float32), np.ones(1000, np.int64)], ids=["shape", "dtype"])
+def test_write_graphs_with_large_positions_keeps_them_in_the_graph(tmp_path: Path) -> None:
+    """Shape inference adds int64 values, and cannot read them from a file."""
+    x = ir.val("x", ir.DataType.INT64, ["N"])
+    positions = ir.val("p", const_value=ir.tensor(np.arange(1000), name="p"))
+    node = ir.node("Add", [x, positions])
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", ir.DataType.INT64, ir.Shape([1000])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[positions], opset_imports={"": 20}, name="one")
+    (path,) = write_graphs([ir.Model(graph, ir_version=10)], tmp_path, FILE)
+    check_graph(path)
+    assert np.array_equal(run(path, np.arange(1000)), 2 * np.arange(1000))
+
+
+@pytest.mark.parametrize("other", [np.ones(2000, np.float32), np.ones(1000, np.int32)], ids=["shape", "dtype"])
 def test_write_graphs_with_one_name_for_two_tensors_raises(other: np.ndarray, tmp_path: Path) -> None:
     models = [model("one", "Add", w=np.ones(1000, np.float32)), model("two", "Add", w=other)]
     with pytest.raises(ExportError, match="graph two: initializer w differs between graphs"):

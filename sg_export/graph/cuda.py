@@ -18,6 +18,7 @@ counts the kernels of both forms and names the kernel of every operator.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _share_splits(graph: ir.Graph) -> None:
 def _fuse_attention(graph: ir.Graph) -> None:
     biases: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]:
-        query, key, value = (_tokens(node, tensor) for tensor in node.inputs[:3])
+        query, key, value = (_tokens(graph, node, tensor) for tensor in node.inputs[:3])
         inputs: list[ir.Value | None] = [query, key, value]
         if len(node.inputs) > 3:
             inputs += [None, None, _bias(graph, node, biases)]
@@ -145,8 +146,12 @@ def _bias(graph: ir.Graph, attention: ir.Node, made: dict[tuple[ir.Value, int], 
     return made[bias, queries]
 
 
-def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
-    """Return the tensor (B, tokens, heads * size) that an input of an attention is a view of."""
+def _tokens(graph: ir.Graph, attention: ir.Node, heads: ir.Value | None) -> ir.Value:
+    """Return the tensor (B, tokens, heads * size) that an input of an attention is a view of.
+
+    It is reshaped from (B, tokens, heads, size) if nothing else is: with all sizes fixed, PyTorch's
+    exporter leaves out two reshapes that undo each other.
+    """
     turned = None if heads is None else heads.producer()
     if turned is not None and turned.op_type == "Transpose":
         order, divided = turned.attributes["perm"].as_ints(), turned.inputs[0]
@@ -155,6 +160,10 @@ def _tokens(attention: ir.Node, heads: ir.Value | None) -> ir.Value:
             tokens = reshaped.inputs[0]
             if tokens is not None and len(_dims(tokens)) == 3:
                 return tokens
+        if tuple(order) == (0, 2, 1, 3) and divided is not None and len(_dims(divided)) == 4:
+            batch, count, *inner = _dims(divided)
+            shape = [batch, count, math.prod(size for size in inner if isinstance(size, int))]
+            return insert(graph, attention, "Reshape", [divided, integers(graph, 0, 0, -1)], [shape])[0]
     raise ExportError(
         f"attention {attention.outputs[0].name}: expected inputs that are views of (B, tokens, heads * size), found "
         f"{heads}; build with `onnx_target` onnxruntime"

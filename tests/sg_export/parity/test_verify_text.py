@@ -62,6 +62,12 @@ def test_verify_passes_and_polygraphy_repeats_it(
             assert done.returncode == 0, done.stdout[-2000:]
 
 
+def test_verify_of_one_image_in_the_form_for_cuda_passes(build: Callable[..., Path], folder: Path) -> None:
+    """With one image all sizes are fixed, and the exporter leaves out reshapes."""
+    bundle = build("latents-cuda", onnx_target="onnxruntime-cuda", batch=1)
+    assert verify(bundle, folder, times=TIMES).passed
+
+
 def test_text_of_half_bundles_is_in_their_type(build: Callable[..., Path]) -> None:
     manifest = Bundle.open(build("latents-fp16", precision="fp16")).manifest
     prompt = manifest.graph("prompt")

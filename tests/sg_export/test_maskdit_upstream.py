@@ -81,7 +81,7 @@ def test_denoised_by_preconditioning_equals_upstreams_wrapper() -> None:
         torch.tensor([getattr(part, name) for part in parts])[:, None, None, None]
         for name in ("c_in", "c_skip", "c_out")
     )
-    output = loaded("patch1").model(c_in * x, torch.tensor([part.t for part in parts]), classes)
+    output = loaded("patch1").model(c_in * x, torch.tensor([part.t for part in parts]), {"class": classes})
     # Each factor differs from upstream's by one FP32 rounding (6e-8), far less than the network's
     # own rounding.
     assert relative_error(c_skip * x + c_out * output, arrays["edm-denoised"]) <= BOUND
@@ -141,7 +141,7 @@ def test_prediction_with_mask_token_ignored_exceeds_bound(run: str) -> None:
 
 def test_prediction_with_a_class_for_none_exceeds_bound() -> None:
     arrays, model = CASES.arrays("patch1"), loaded("patch1").model
-    result = model(arrays["x"], arrays["t"], torch.full_like(arrays["classes"], 9))
+    result = model(arrays["x"], arrays["t"], {"class": torch.full_like(arrays["classes"], 9)})
     assert relative_error(result, arrays["null"]) > 10 * BOUND
 
 

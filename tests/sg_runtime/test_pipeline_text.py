@@ -40,10 +40,10 @@ def loaded(folder: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module", params=["sg", "cfg", "cfg+sg"])
 def pipe(request: pytest.FixtureRequest, folder: Path, build_once: Callable[..., Path]) -> Pipeline:
-    """Return a pipeline of up to two images per run, with guided graphs of one mode."""
+    """Return a pipeline of two images per run, with guided graphs of one mode."""
     rates = {"strong_sparsity": (0.0, 0.25)} | ({} if request.param == "cfg" else {"sparsity": (0.5,)})
     name = f"latents-{request.param}"
-    return Pipeline.load(build_once(name, folder, guidance=request.param, overrides=OVERRIDES, **rates), batch=2)
+    return Pipeline.load(build_once(name, folder, guidance=request.param, overrides=OVERRIDES, batch=2, **rates))
 
 
 @pytest.fixture(scope="module")

@@ -94,8 +94,8 @@ def test_verify_compares_whole_runs_of_every_pair(glyphs_parity: tuple[Parity, l
 @pytest.mark.slow
 def test_verify_reports_each_stage(glyphs_parity: tuple[Parity, list[Any]]) -> None:
     _, stages = glyphs_parity
-    assert stages[0] == ("comparing condition", 0, 27)
-    assert [done for _, done, _ in stages] == list(range(27))
+    assert stages[0][:3] == ("comparing condition", 0, 27)
+    assert [done for _, done, *_ in stages] == list(range(27))
     assert stages[-1][0] == "comparing 10 heun steps, none 0"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +40,14 @@ from sg_export.cli import main
 
 main(prog_name="sg-export")
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hang_up_is_heard() -> Iterator[None]:
+    """Undo `nohup` of a test run, which would hide SIGHUP from the tests and their children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

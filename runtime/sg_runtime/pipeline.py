@@ -396,7 +396,7 @@ class Pipeline:
 
             result = None
             for group in groups:
-                batch = Batch(conditions.of(group), [seeds[image] for image in group])
+                batch = Batch(conditions.of(group, weak=chosen.row.null_weak), [seeds[image] for image in group])
                 state = sample_group(self.bundle.manifest, leased, runner, run, batch, done)
                 if result is None:  # the first workspace has checked the free memory
                     result = memory.empty((len(conditions), *state.shape[1:]), np.float32)

@@ -147,27 +147,28 @@ def prepare(
     timed = _hoisted(manifest, hoist, guidance, conditions, t)
     shared = per_image(manifest, hoist, guidance, conditions) if shared is None else shared
 
-    def held(network: NetworkName, rows: Indices) -> dict[str, Rows]:
-        found = {**timed[network], **shared[network]}
-        return {
-            name: Rows(found[name].values, rows if found[name].conditional else np.zeros_like(rows))
-            for name in manifest.model.held
-        }
+    outputs = {network: {**timed[network], **shared[network]} for network in timed}
+    made: dict[tuple[NetworkName, str, bool], Rows] = {}  # each once: branches share what is the same
 
-    def branch(
-        number: int, network: NetworkName, held: Mapping[str, Rows], chosen: tuple[Level | None, ...]
-    ) -> PreparedBranch:
+    def rows_of(network: NetworkName, name: str, own: bool) -> Rows:
+        """Return the rows of an output. own: whether the weak branch has a condition of its own."""
+        output = outputs[network][name]
+        own = own and output.conditional
+        if (network, name, own) not in made:
+            rows = conditions.weak if own else conditions.strong
+            assert rows is not None
+            made[network, name, own] = Rows(output.values, rows if output.conditional else np.zeros_like(rows))
+        return made[network, name, own]
+
+    def branch(number: int, network: NetworkName, own: bool, chosen: tuple[Level | None, ...]) -> PreparedBranch:
+        held = {name: rows_of(network, name, own) for name in manifest.model.held}
         keep = _kept_tokens(manifest.model.tokens, chosen, batch.seeds, guidance, updates, number)
         return PreparedBranch(network, held, chosen, keep)
 
-    strong = held("main", conditions.strong)
-    branches = [branch(philox.STRONG, "main", strong, tuple(guided.strong for guided in table))]
+    branches = [branch(philox.STRONG, "main", False, tuple(guided.strong for guided in table))]
     if row.branches == 2:
-        weak = held(row.weak_network, conditions.weak if row.null_weak else conditions.strong)  # type: ignore[arg-type]
-        if row.weak_network == "main":  # the branches share what is the same
-            own = {name for name, output in {**timed["main"], **shared["main"]}.items() if output.conditional}
-            weak = {name: weak[name] if row.null_weak and name in own else strong[name] for name in weak}
-        branches.append(branch(philox.WEAK, row.weak_network, weak, tuple(guided.weak for guided in table)))
+        levels_of_weak = tuple(guided.weak for guided in table)
+        branches.append(branch(philox.WEAK, row.weak_network, row.null_weak, levels_of_weak))
     return PreparedRun(
         guidance,
         tuple(update.time for update in updates),
@@ -183,7 +184,7 @@ def _of_run(guidance: GuidancePlan, conditions: Conditions) -> Conditions:
             f"{guidance.mode} guidance: expected a negative prompt for the weak branch: give negative_embeds, such "
             f"as the encoding of an empty prompt, or choose guidance sg, which needs none"
         )
-    return conditions.of(weak=guidance.row.null_weak)
+    return conditions if guidance.row.null_weak or conditions.weak is None else conditions.of(weak=False)
 
 
 def _hoisted(

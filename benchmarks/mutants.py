@@ -2,8 +2,8 @@
 
     python -m benchmarks.mutants --output benchmarks/results/mutants.json
 
-There are ten mutants, each with the tests that should fail. A mutant is applied to a copy of this
-checkout. It is caught if its tests fail with it and pass without it.
+There are twelve mutants, each with the tests that should fail. A mutant is applied to a copy of
+this checkout. It is caught if its tests fail with it and pass without it.
 """
 
 import argparse
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "runtime/sg_runtime/run/launches.py",
-        "owner = number if run.guidance.row.separate else 0",
+        "owner = next(k for k, other in enumerate(run.branches) if other.held[name] is branch.held[name])",
         "owner = 0",
         "tests/sg_runtime/run/test_launches.py",
     ),

@@ -1,6 +1,7 @@
 """Quantization search: ranges, layers that stay in high precision, and quality gates."""
 
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard
+from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard, shard_folders
 from sg_calibration.layers import check_names
-from sg_calibration.ranges import RangeTable, measure, read_table, write_table
+from sg_calibration.ranges import RangeTable, Runs, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.graph.products import belongs
 from sg_export.options.quantize import QuantizeOptions
@@ -29,9 +30,12 @@ from sg_runtime.manifest import (
     Precision,
     Quantization,
     QuantizedType,
+    Text,
     read_manifest,
 )
 from sg_runtime.pipeline import Pipeline
+
+LOG = logging.getLogger("sg_export")
 
 Tell = Callable[[str, float | None], None]
 
@@ -44,23 +48,33 @@ STRATA = LEAST_STRATA
 def measure_ranges(
     reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
 ) -> RangeTable:
-    """Measure the ranges of a bundle's layers.
+    """Measure the ranges of a bundle's layers, over all of its sizes.
 
     data: folder of shards; None to collect shards from guided runs.
     folder: folder that keeps the shards of the guided runs, so that an interrupted collection can
     be resumed; by default a temporary one.
+
+    If there are several sizes, each has its shards in a folder of its own; see `shard_folders`.
     """
-    pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
-    guidances = built_guidances(reference.manifest)
+    views = reference.views
+    if data is None and isinstance(reference.manifest.model.conditions, Text):
+        LOG.warning(
+            "calibration on random prompts: ranges of real prompts differ: give `data` with the embeddings of your "
+            "prompts"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        if data is not None:
-            paths = given_shards(data)
-        else:
-            paths = collect(
-                pipe, guidances, feeds, folder or Path(scratch), identity, lambda stage, k, n: tell(stage, k / n)
-            )
-        shards = (read_shard(path, reference.manifest.model) for path in paths)
-        return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
+        folders = shard_folders(data or folder or Path(scratch), [view.manifest.model.size for view in views])
+        runs = []
+        for view, own in zip(views, folders, strict=True):
+            pipe, model, guidances = reference_pipeline(view), view.manifest.model, built_guidances(view.manifest)
+            if data is not None:
+                paths = given_shards(own)
+            else:
+                paths = collect(
+                    pipe, guidances, feeds, own, identity_of(view.manifest), lambda stage, k, n: tell(stage, k / n)
+                )
+            runs.append(Runs(pipe, guidances, map(functools.partial(read_shard, model=model), paths)))
+        return measure(runs, lambda stage: tell(stage, None))
 
 
 def decide_quantization(

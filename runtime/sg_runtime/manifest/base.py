@@ -44,6 +44,10 @@ ENGINE_TARGETS: Mapping[EngineLibrary, str] = {"tensorrt": "tensorrt", "tensorrt
 SamplerName = Literal["euler", "heun"]
 
 
+Cleaning = Literal["none", "light", "full"]
+"""What is done to a prompt before its tokens are found; see `sg_runtime.text.clean`."""
+
+
 FLOAT32_MAX = 3.4028234663852886e38
 
 

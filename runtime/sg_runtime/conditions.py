@@ -67,8 +67,8 @@ def parse(model: ModelFacts, given: Classes | Conditions) -> Conditions:
         return given
     if isinstance(model.conditions, Text):
         raise UsageError(
-            f"classes: expected none: the model is conditioned on text: give prompt_embeds, or what "
-            f"Pipeline.prompts(…) returns; found {given!r}"
+            f"classes: expected none: the model is conditioned on text: give prompts or prompt_embeds, or what "
+            f"Pipeline.from_text(…) or Pipeline.prompts(…) returns; found {given!r}"
         )
     names = items("classes", given, "a sequence with a class for each image")
     if not names:

@@ -12,7 +12,6 @@ from PIL.PngImagePlugin import PngInfo
 from sg_runtime.errors import UsageError
 from sg_runtime.files import replacing
 
-
 CAPTION_LINES = 3
 """Maximum number of lines of a caption."""
 
@@ -58,7 +57,7 @@ def captioned(images: NDArray[np.uint8], captions: Sequence[str]) -> NDArray[np.
 
 
 def _lines(caption: str, font: Any, width: int) -> list[str]:
-    """Break a caption into lines of at most `width` pixels. The last one ends in "…" if it is cut."""
+    """Break a caption into lines of at most `width` pixels; a cut caption ends in "…"."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from itertools import count, zip_longest
 from pathlib import Path
@@ -21,7 +20,7 @@ from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.guidance import Ramp, choose, levels, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Part, SamplerName, SubsetRule, size_text
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, Part, SamplerName, SubsetRule, size_text
 from sg_runtime.manifest.base import choice, flag, items, number, whole_number
 from sg_runtime.requests import (
     check_times,
@@ -174,7 +173,8 @@ class Pipeline:
         and stay open. Buffers are freed by the `release` of their own size. Raises UsageError for a
         size that was not built; the message gives the build command that adds it.
         """
-        made = copy(self)
+        made = Pipeline.__new__(Pipeline)
+        vars(made).update(vars(self))  # copy() would load the bundle again
         made.bundle = self._opened.bundle.at(height, width)
         self._opened.step(made.bundle)
         return made

@@ -65,9 +65,10 @@ class Bundle:
         if found is not None:
             raise BundleError(f"{root}: expected a bundle (a directory), found {found}")
         manifest = read_manifest(root / MANIFEST_FILE)
-        holders = (manifest, *manifest.parts.values())
-        files = [part.file for holder in holders for part in (*holder.all_graphs, *holder.all_engines)]
-        for file in files if manifest.text is None else (*files, manifest.text.tokenizer):
+        files = [graph.file for graph in manifest.graphs_of_parts]
+        files += [engine.file for engine in manifest.engines_of_parts]
+        files += [] if manifest.text is None else [manifest.text.tokenizer]
+        for file in files:
             if file is not None and file not in manifest.files:
                 raise BundleError(f"{root}: {file} is not among the manifest's files; rebuild the bundle")
         for present in sorted(path for folder in FOLDERS for path in (root / folder).glob("*")):

@@ -1,9 +1,10 @@
 """Samples images from a bundle: first the conditioning of a run, then its guided evaluations."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, get_args
@@ -115,20 +116,25 @@ class Pipeline:
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
             LOG.warning("%s: %s", opened.path, "; ".join(plan.remarks))
-        on = {"stream": stream, "threads": threads}
+
+        def opener(part: Part, name: str | None = backend) -> Backend:
+            """Open a part. name: backend; None to choose one."""
+            return open_backend(
+                opened,
+                device,
+                backend=name,
+                batch=batch if part == "step" else None,
+                stream=stream,
+                capture=capture and part == "step",
+                threads=threads,
+                part=opened.manifest.parts.get(part),
+            )
+
         with telling_needs(opened):
-            step = open_backend(opened, device, backend=backend, batch=batch, capture=capture, **on)
-
-        def opener(part: Part) -> Backend:
-            """Open a part on the device and backend that were chosen for the denoiser."""
-            if part == "step":
-                return open_backend(opened, device, backend=step_name, batch=batch, capture=capture, **on)
-            facts = opened.manifest.parts[part]
-            return open_backend(opened, device, backend=step_name, capture=False, part=facts, **on)
-
-        sizes, step_name = step.batches, step.name
+            step = opener("step")
+        sizes = step.batches
         pipe = cls(opened, step, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
-        pipe._opened = OpenParts(opened, step, opener, keep)
+        pipe._opened = OpenParts(opened, step, partial(opener, name=step.name), keep)
         pipe._arguments = {
             "device": device,
             "backend": backend,
@@ -187,7 +193,7 @@ class Pipeline:
         """
         if whole_number("images", images) < 1:
             raise UsageError(f"images: expected at least 1, found {images}")
-        for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
+        for _ in range(1 if self._opened.name == "onnxruntime-cpu" else 2):
             conditions = examples(self.bundle.manifest.model, images)
             self.sample(conditions, range(images), steps=steps, guidance=guidance)
 
@@ -458,7 +464,7 @@ class Pipeline:
                 memory.copy(state[:images], result[first : first + images])
             assert result is not None
             samples = memory.download(result)
-            check_finite(samples, self.bundle, self.backend.name)
+            check_finite(samples, self.bundle, self._opened.name)
             return result, samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
@@ -575,11 +581,21 @@ class Pipeline:
             raise UsageError(
                 f"x: expected floats of shape (B, {', '.join(map(str, shape))}), found {x.dtype} of shape {x.shape}"
             )
-        graph = self.bundle.manifest.decode_graph
-        if graph is not None:
-            (x,) = self._opened.run("decode", graph, {"latents": x.astype(np.float32)})
-            check_finite(x, self.bundle, self.backend.name)
+        if self.bundle.manifest.decode_graph is not None:
+            (x,) = self.run_part("decode", {"latents": x.astype(np.float32)})
+            check_finite(x, self.bundle, self._opened.name)
         return to_pixels(x)
+
+    def run_part(self, part: Part, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the outputs of a part's graph, "text" or "decode", for inputs with P rows.
+
+        It runs one row at a time. Raises UsageError if the bundle lacks the part.
+        """
+        manifest = self.bundle.manifest
+        graph = {"text": manifest.text_graph, "decode": manifest.decode_graph}.get(part)
+        if graph is None:
+            raise UsageError(f"part {part!r}: expected one of {', '.join(manifest.parts) or 'none'}")
+        return self._opened.run(part, graph, feeds)
 
     @property
     def gives_images(self) -> bool:

@@ -241,6 +241,16 @@ class Manifest(Strict):
         """The denoiser's engines of all sizes."""
         return (*self.engines, *(engine for size in self.sizes for engine in size.engines))
 
+    @property
+    def graphs_of_parts(self) -> tuple[GraphFacts, ...]:
+        """The graphs of all parts and sizes."""
+        return (*self.all_graphs, *(graph for part in self.parts.values() for graph in part.all_graphs))
+
+    @property
+    def engines_of_parts(self) -> tuple[EngineFacts, ...]:
+        """The engines of all parts and sizes."""
+        return (*self.all_engines, *(engine for part in self.parts.values() for engine in part.all_engines))
+
     def graph(
         self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False
     ) -> GraphFacts | None:

@@ -30,7 +30,7 @@ class OpenParts:
     """Backend and lanes of each part of a bundle that is in use, shared by its pipelines.
 
     The denoiser has a backend for each size. Text encoder and decoder run one row at a time, and
-    one thread at a time.
+    one thread at a time. All are backends of one `name`.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, opener: Opener | None, keep: Keep) -> None:
@@ -40,7 +40,7 @@ class OpenParts:
         keep: "all" to leave parts open, "step" to close text encoder and decoder after every use,
         "one" to have one part open at a time.
         """
-        self.bundle = bundle
+        self.bundle, self.name = bundle, backend.name
         self._opener, self._keep = opener, keep
         self._sizes: dict[tuple[int, int], Opened] = {self._first: (backend, LanePool(bundle.manifest, backend))}
         self._parts: dict[Part, Opened] = {}

@@ -71,7 +71,9 @@ def _small_constants(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size != 1:
             continue
         if 0 < abs(float(tensor.numpy().item())) < _TOLERANCE:
-            value = ir.Value(name=node.outputs[0].name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            value = ir.Value(
+                name=node.outputs[0].name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+            )
             node.outputs[0].replace_all_uses_with(value)
             graph.remove(node, safe=True)
             found[value] = tensor

@@ -19,8 +19,16 @@ PIPELINES = ("PRXPipeline", "PRXPixelPipeline")
 """Supported pipelines, of latents and of pixels."""
 
 PIPELINE_FILE = "model_index.json"
-CONFIGS = {"transformer": "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}
+CONFIGS = {
+    "transformer": "config.json",
+    "scheduler": "scheduler_config.json",
+    "vae": "config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 """File of the configuration in the folder of each component that is read."""
+
+OPTIONAL = ("vae", "tokenizer")
+"""Components whose configurations may be absent: they only confirm or complete facts."""
 
 STEM = "diffusion_pytorch_model"
 """First word of the names of weights that diffusers writes."""
@@ -37,7 +45,7 @@ def is_folder(path: Path) -> bool:
 def find_configs(folder: Path) -> dict[str, Path]:
     """Return the configurations in a folder by component: "pipeline" and the keys of `CONFIGS`.
 
-    A pipeline has all of them, but "vae" may be absent. The folder of a transformer has
+    A pipeline has all of them, but those of OPTIONAL may be absent. The folder of a transformer has
     "transformer" alone. Raises CheckpointError for another folder, and for a component that is
     missing.
     """
@@ -55,7 +63,7 @@ def find_configs(folder: Path) -> dict[str, Path]:
         path = folder / component / name
         if path.is_file():
             found[component] = path
-        elif component != "vae":  # its configuration only confirms the size of latents
+        elif component not in OPTIONAL:
             raise CheckpointError(f"{folder}: expected {component}/{name}, found none: fetch the folder again")
     _check_class(found["transformer"], (TRANSFORMER,))
     return found

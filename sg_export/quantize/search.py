@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard
+from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard, split_of
 from sg_calibration.layers import check_names
+from sg_calibration.prompts import Prompts
 from sg_calibration.ranges import RangeTable, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.graph.products import belongs
@@ -42,13 +43,19 @@ STRATA = LEAST_STRATA
 
 
 def measure_ranges(
-    reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
+    reference: Bundle,
+    feeds: FeedSettings,
+    data: Path | None,
+    folder: Path | None,
+    tell: Tell,
+    prompts: Prompts | None = None,
 ) -> RangeTable:
     """Measure the ranges of a bundle's layers.
 
     data: folder of shards; None to collect shards from guided runs.
     folder: folder that keeps the shards of the guided runs, so that an interrupted collection can
     be resumed; by default a temporary one.
+    prompts: see `images_of`.
     """
     pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
     guidances = built_guidances(reference.manifest)
@@ -56,20 +63,24 @@ def measure_ranges(
         if data is not None:
             paths = given_shards(data)
         else:
-            paths = collect(
-                pipe, guidances, feeds, folder or Path(scratch), identity, lambda stage, k, n: tell(stage, k / n)
-            )
+            kept = folder or Path(scratch)
+            paths = collect(pipe, guidances, feeds, kept, identity, lambda stage, k, n: tell(stage, k / n), prompts)
         shards = (read_shard(path, reference.manifest.model) for path in paths)
         return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
 
 
 def decide_quantization(
-    reference: Bundle, options: QuantizeOptions, base: Precision, fp32_layers: Collection[str], tell: Tell
+    reference: Bundle,
+    options: QuantizeOptions,
+    base: Precision,
+    fp32_layers: Collection[str],
+    tell: Tell,
+    prompts: Prompts | None = None,
 ) -> tuple[Quantization, dict[str, float]]:
     """Choose the layers to quantize and measure the quality of the result.
 
     Returns the plan, and the ranges of the quantized layers. base, fp32_layers: precision of the
-    other layers, see `half.to_half`.
+    other layers, see `half.to_half`. prompts: see `images_of`.
 
     Raises GateError if the gates do not hold. Raises UsageError for an unknown layer, or for a plan
     of another network.
@@ -81,7 +92,7 @@ def decide_quantization(
     if options.table is not None:
         table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
     else:
-        table = measure_ranges(reference, options.feeds, options.data, None, tell)
+        table = measure_ranges(reference, options.feeds, options.data, None, tell, prompts)
         with tempfile.TemporaryDirectory() as scratch:
             write_table(table, Path(scratch) / "table.json")
             digest = sha256_of(Path(scratch) / "table.json")
@@ -93,11 +104,11 @@ def decide_quantization(
             f"{', '.join(missing[:5])}: make the table again with sg-export calibrate"
         )
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
-    choice = given or _search(pipe, known, options, makes, tell)
+    choice = given or _search(pipe, known, options, makes, tell, prompts)
     quantized = [name for name in known if choice[name].quantized]
     tell("measuring the quality of the result", None)
     candidate = makes(quantized)
-    judged = walks_of(pipe, "gate", options.gate_images)
+    judged = walks_of(pipe, "gate", options.gate_images, prompts)
     quality = judge(candidate, judged)
     holds = gates_hold(quality, options.effective_gates)
     if not holds and not options.allow_quality_loss:
@@ -131,6 +142,7 @@ def decide_quantization(
         passed=holds,
         time_ratio=ratio,
         remarks=tuple(remarks),
+        prompts=() if prompts is None else split_of("gate", prompts, options.gate_images).texts,
     )
     return result, {name: ranges[name] for name in quantized if name in ranges}
 
@@ -150,6 +162,7 @@ def _search(
     options: QuantizeOptions,
     makes: Callable[[Sequence[str]], Pipeline],
     tell: Tell,
+    prompts: Prompts | None,
 ) -> dict[str, _Choice]:
     """Choose the layers that stay in high precision.
 
@@ -157,7 +170,7 @@ def _search(
     images of the search.
     """
     open_layers = [name for name in known if name not in options.exclude]
-    walks = walks_of(pipe, "search", options.search_images, noise=False)
+    walks = walks_of(pipe, "search", options.search_images, prompts, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
         tell(f"measuring the sensitivity of {name}", number / len(open_layers))
@@ -193,13 +206,15 @@ def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[
     return choice
 
 
-def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
+def walks_of(
+    pipe: Pipeline, split: Split, images: int, prompts: Prompts | None = None, *, noise: bool = True
+) -> list[Walk]:
     """Return one walk of the pipeline for each guidance that the bundle has graphs for.
 
     The images are those of `split`. noise: also measure the mask noise.
     """
     manifest = pipe.bundle.manifest
-    own = images_of(split, manifest.model, images)
+    own = images_of(split, manifest.model, images, prompts=prompts)
     return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
 
 

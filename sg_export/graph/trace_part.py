@@ -30,9 +30,9 @@ def trace_part(
     The initializers are views of the module's parameters and buffers and have their names; see
     `sg_export.graph.trace.trace`. Raises ExportError if PyTorch cannot export the module.
     """
-    values = tuple(
-        torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype)) for tensor in inputs
-    )
+    shapes = [[size for size in tensor.shape if isinstance(size, int)] for tensor in inputs]
+    types = [getattr(torch, tensor.dtype) for tensor in inputs]
+    values = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True))
     program = _Program(module).eval()
     try:
         with quiet(), torch.no_grad():

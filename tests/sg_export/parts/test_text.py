@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from full_pipelines import CAP, FULL, TOKENS, t5gemma_config, text_encoder, tokenizer, write_full_pipeline
+from full_pipelines import CAP, FULL, TOKENS, qwen_encoder, t5gemma_config, text_encoder, tokenizer, write_full_pipeline
 from prx_folders import write_json
 from torch import nn
 
@@ -142,20 +142,8 @@ def test_load_text_of_layers_with_a_window_is_transformers(
 
 
 def test_load_text_of_a_pipeline_of_pixels_is_its_encoding(copy: Path, facts: ModelFacts, tmp_path: Path) -> None:
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
-
-    config = Qwen3VLTextConfig(
-        vocab_size=320,
-        hidden_size=FULL.context,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]},
-    )
     shutil.rmtree(copy / "text_encoder")
-    theirs = Qwen3VLTextModel._from_config(config, attn_implementation="eager").eval()
+    theirs = qwen_encoder()
     theirs.save_pretrained(copy / "text_encoder")
     entry = ["transformers", "Qwen3VLTextModel"]
     edit(copy / "model_index.json", _class_name="PRXPixelPipeline", text_encoder=entry)

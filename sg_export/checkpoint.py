@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import json
 import logging
+import mmap
 import os
 import pickle
 import re
@@ -448,7 +449,20 @@ def _copy(mapped: torch.UntypedStorage) -> torch.UntypedStorage:
     finally:
         os.close(reading)
         os.close(writing)
+    _let_go(mapped)
     return own
+
+
+def _let_go(mapped: torch.UntypedStorage) -> None:
+    """Give the pages of a map back to the kernel: until then, they count as memory of this process.
+
+    Pages that the map shares with its neighbours stay. The kernel reads a page again if it is used.
+    """
+    first, size = mapped.data_ptr(), mapped.nbytes()
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _flat(content: Any, depth: int = 8) -> dict[str, Tensor]:

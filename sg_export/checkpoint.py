@@ -41,6 +41,12 @@ BESIDE = "ema_denoiser"
 The family's adapter tells them apart.
 """
 
+_DENOISER = re.compile(r"(.*\.)?(?:ema_denoiser\.model|denoiser)")
+"""Key of a denoiser in Photoroom/PRX, with the key of what it lies in."""
+
+_EMBEDDER = "resolution_embedder"
+"""Key next to the denoisers, under which earlier files of Photoroom/PRX hold a part of both."""
+
 _MODEL_KEYS = ("model_state_dict", "model", "state_dict", "params", "module", "net", "network")
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 _PREFIX = re.compile(rf"^(({_WRAPPERS}|model)\.)+")
@@ -490,6 +496,15 @@ def _under(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(key) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
 
 
+def _by_key(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under a key, and of a denoiser also the embedder next to it."""
+    named = _under(key, tensors)
+    if named and (denoiser := _DENOISER.fullmatch(key)):
+        beside = _under(f"{denoiser[1] or ''}{_EMBEDDER}", tensors)
+        named = {f"{_EMBEDDER}.{name}": tensor for name, tensor in beside.items()} | named
+    return named
+
+
 def _sets_of(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
     """Return the sets of a file by their names "ema" and "model", or all its tensors as "bare"."""
     sets: dict[str, dict[str, Tensor]] = {}
@@ -543,7 +558,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
             raise CheckpointError(f"{path}: expected tensors by their names, found {found}")
         return chosen, sets[chosen]
     flat = _flat(content)
-    if named := _under(weights, flat) or _under(weights, sets[default]):
+    if named := _by_key(weights, flat) or _by_key(weights, sets[default]):
         return weights, named
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))

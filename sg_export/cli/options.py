@@ -86,7 +86,7 @@ def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
 class ModelSource:
     """Facts about a checkpoint that the user states by options.
 
-    size: height and width of the picture; several for a build.
+    size: height and width of the picture; several for build and calibrate.
     """
 
     weights: str | None
@@ -108,7 +108,7 @@ class ModelSource:
     def overrides(self) -> "Overrides":
         """The facts that replace those of the checkpoint, with one size."""
         if len(self.size) > 1:
-            raise UsageError(f"--size: expected one, found {len(self.size)}: only a build takes several")
+            raise UsageError(f"--size: expected one, found {len(self.size)}: only build and calibrate take several")
         return self.overrides_of_first
 
     @property
@@ -149,8 +149,8 @@ model_options = Group(
             type=ImageSizeType(),
             metavar="HEIGHTxWIDTH",
             multiple=True,
-            help="Height and width of the picture in pixels, for models with text. Repeatable in build; the first is "
-            "the default of runs.  [default: the pipeline's]",
+            help="Height and width of the picture in pixels, for models with text. Repeatable in build and "
+            "calibrate; the first is the default of runs.  [default: the pipeline's]",
         ),
         click.option(
             "--text-tokens",

@@ -7,39 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from full_pipelines import write_full_pipeline
 from PIL import Image
 
-from sg_export.checkpoint import Overrides
-from sg_export.compiler import compile
-from sg_export.options.compile import CompileOptions
 from sg_runtime import __version__
-from sg_runtime.manifest import Route
 
 FAST = ("--steps", 1, "-q")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_full_pipeline(tmp_path_factory.mktemp("full") / "prx")
-    options = CompileOptions(
-        folder.parent / "prx-bundle", guidance="cfg", batch=1, overrides=Overrides(route=Route(0, 1))
-    )
-    return compile(folder, options).path
-
-
 def test_generate_writes_prompts_seeds_guidance_and_bundle_into_the_png(
-    cli: Callable[..., Any], bundle: Path, tmp_path: Path
+    cli: Callable[..., Any], full_bundle: Path, tmp_path: Path
 ) -> None:
     asked = ("--prompt", "a cat", "--prompt", "zwei Hündchen", "--seed", 7, "--negative", "blurry", "--count", 3)
-    assert cli("generate", bundle, *asked, *FAST, "-o", tmp_path / "x.png").exit_code == 0
+    assert cli("generate", full_bundle, *asked, *FAST, "-o", tmp_path / "x.png").exit_code == 0
     with Image.open(tmp_path / "x.png") as image:
         assert image.text == {
             "Prompt": "a cat\nzwei Hündchen\na cat",
             "Negative prompt": "blurry",
             "Seed": "7\n8\n9",
-            "Guidance": "cfg, scale 2, one subset for all steps",
-            "Bundle": "prx-bundle",
+            "Guidance": "cfg, scale 3, one subset for all steps",
+            "Bundle": "prx-full-bundle",
             "Software": f"sg-export {__version__}",
         }
         assert image.size[0] == 2 * 64
@@ -47,20 +33,20 @@ def test_generate_writes_prompts_seeds_guidance_and_bundle_into_the_png(
 
 
 def test_generate_of_one_prompt_has_no_caption_unless_it_is_asked_for(
-    cli: Callable[..., Any], bundle: Path, tmp_path: Path
+    cli: Callable[..., Any], full_bundle: Path, tmp_path: Path
 ) -> None:
-    asked = ("generate", bundle, "--prompt", "a cat", *FAST, "-o")
+    asked = ("generate", full_bundle, "--prompt", "a cat", *FAST, "-o")
     assert cli(*asked, tmp_path / "a.png").exit_code == cli(*asked, tmp_path / "b.png", "--captions").exit_code == 0
     with Image.open(tmp_path / "a.png") as plain, Image.open(tmp_path / "b.png") as captioned:
         assert plain.size == (64, 64)
         np.testing.assert_array_equal(np.asarray(captioned)[:64], np.asarray(plain))
-        assert np.asarray(captioned)[64:].max() == 255
+        assert np.asarray(captioned)[64:].max() > 128
 
 
-def test_generate_reads_prompts_of_a_file(cli: Callable[..., Any], bundle: Path, tmp_path: Path) -> None:
+def test_generate_reads_prompts_of_a_file(cli: Callable[..., Any], full_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
     asked = ("--prompt-file", tmp_path / "prompts.txt", "--no-captions")
-    assert cli("generate", bundle, *asked, *FAST, "-o", tmp_path / "x.png").exit_code == 0
+    assert cli("generate", full_bundle, *asked, *FAST, "-o", tmp_path / "x.png").exit_code == 0
     with Image.open(tmp_path / "x.png") as image:
         assert (image.text["Prompt"], image.size) == ("a cat\na dog", (128, 64))
 
@@ -80,13 +66,13 @@ def test_generate_of_prompts_that_cannot_be_ends_with_2(
     arguments: list[str],
     message: str,
     refused: Callable[..., str],
-    bundle: Path,
+    full_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n")
-    assert message in refused(2, "generate", bundle, *arguments, *FAST, "-o", tmp_path / "x.png")
+    assert message in refused(2, "generate", full_bundle, *arguments, *FAST, "-o", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 
@@ -98,20 +84,20 @@ def test_generate_of_a_class_model_with_a_prompt_ends_with_2(
 
 
 def test_doctor_says_what_each_part_needs_and_which_library_is_missing(
-    cli: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Any], full_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = cli("doctor", bundle).stdout.splitlines()
+    lines = cli("doctor", full_bundle).stdout.splitlines()
     assert any(line.startswith("part text: ") and line.endswith("MB with activations") for line in lines)
     assert any(line.startswith("part decode: ") for line in lines)
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    lines = cli("doctor", bundle).stdout.splitlines()
+    lines = cli("doctor", full_bundle).stdout.splitlines()
     assert any(line.startswith("not the part text: ftfy is not installed: pip install") for line in lines)
 
 
-def test_inspect_and_bench_show_the_parts_on_lines_of_their_own(cli: Callable[..., Any], bundle: Path) -> None:
-    shown = cli("inspect", bundle).stdout
+def test_inspect_and_bench_show_the_parts_on_lines_of_their_own(cli: Callable[..., Any], full_bundle: Path) -> None:
+    shown = cli("inspect", full_bundle).stdout
     assert "scores capped by a tanh, so no fused attention" in shown
     assert "Cost of an image with a prompt of its own, by part" in shown
-    timed = cli("bench", bundle, "--runs", 1, "--steps", 1).stdout
+    timed = cli("bench", full_bundle, "--runs", 1, "--steps", 1).stdout
     assert "ms for a prompt" in timed
     assert "ms for an image" in timed

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from full_pipelines import FULL, autoencoder, write_full_pipeline
+from full_pipelines import FULL, autoencoder
 from prx_folders import state_of, write_pipeline
 
 from sg_export.checkpoint import Overrides
@@ -27,11 +27,6 @@ def options(output: Path, **settings: Any) -> CompileOptions:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_full_pipeline(tmp_path_factory.mktemp("full") / "prx")
-
-
-@pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an autoencoder of two channels, as the tiny class model has."""
     path = tmp_path_factory.mktemp("vae") / "vae"
@@ -40,9 +35,9 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sizes(folder: Path) -> Bundle:
+def sizes(full_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Return a bundle of two sizes with all parts."""
-    return compile(folder, options(folder.parent / "sizes", sizes=((48, 80),)))
+    return compile(full_pipeline, options(tmp_path_factory.mktemp("sizes") / "out", sizes=((48, 80),)))
 
 
 def test_decoder_has_a_graph_for_each_size_and_weights_once(sizes: Bundle) -> None:
@@ -61,24 +56,24 @@ def test_decoder_has_a_graph_for_each_size_and_weights_once(sizes: Bundle) -> No
     assert pipe(prompts="a cat", seeds=[1], steps=1).shape == (1, 64, 64, 3)
 
 
-def test_verify_compares_the_parts_of_every_size(sizes: Bundle, folder: Path) -> None:
-    parity = verify(sizes.path, folder, times=(0.5,))
+def test_verify_compares_the_parts_of_every_size(sizes: Bundle, full_pipeline: Path) -> None:
+    parity = verify(sizes.path, full_pipeline, times=(0.5,))
     compared = {c.subject: c for c in parity.comparisons if c.time is None and "steps" not in c.subject}
     assert list(compared) == ["text", "64x64-decode", "48x80-decode"]
     assert all(c.passed and 0 < c.relative_l2 < 1e-5 for c in compared.values())
 
 
-def test_verify_with_another_folder_of_the_parts_is_refused(sizes: Bundle, folder: Path, tmp_path: Path) -> None:
+def test_verify_with_another_folder_of_the_parts_is_refused(sizes: Bundle, full_pipeline: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     autoencoder(scaling_factor=0.5).save_pretrained(other)
     with pytest.raises(CheckpointError, match=r"from which the part decode of .* was built, found"):
-        verify(sizes.path, folder, vae=other, times=(0.5,))
+        verify(sizes.path, full_pipeline, vae=other, times=(0.5,))
 
 
 @pytest.mark.slow
-def test_engines_are_built_of_the_parts_too(folder: Path, tmp_path: Path) -> None:
-    engines = EngineOptions(batch=(1,), compute_capabilities=(89,))
-    bundle = compile(folder, options(tmp_path / "out", batch=None, precision="fp16", engines=engines))
+def test_engines_are_built_of_the_parts_too(full_pipeline: Path, tmp_path: Path) -> None:
+    engines = EngineOptions(batch=(1,), compute_capabilities=(89,), allow_unfused=True)  # heads of 8 values
+    bundle = compile(full_pipeline, options(tmp_path / "out", batch=None, precision="fp16", engines=engines))
     manifest = bundle.manifest
     assert manifest.text is not None
     assert manifest.decoder is not None
@@ -91,7 +86,7 @@ def test_engines_are_built_of_the_parts_too(folder: Path, tmp_path: Path) -> Non
         assert (engine.kind, engine.profiles[0].batch) == (graph.kind, 1)
         assert part.engine(graph, 1, "tensorrt_rtx") == (engine, 0)
         assert manifest.files[engine.file].size == bundle.file(engine.file).stat().st_size
-    parity = verify(bundle.path, folder, times=(0.5,), save_polygraphy=tmp_path / "parity")
+    parity = verify(bundle.path, full_pipeline, times=(0.5,), save_polygraphy=tmp_path / "parity")
     commands = [command for command in parity.commands if "text." in command or "decode." in command]
     assert len(commands) == 2
     assert all("--optimization-profile 0" in command for command in commands)
@@ -146,8 +141,8 @@ def test_part_of_a_checkpoint_without_a_folder_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_for_a_model_of_classes_is_refused(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-    asked = CompileOptions(tmp_path / "out", parts=("step", "text"), pipeline=folder)
+def test_text_for_a_model_of_classes_is_refused(tiny_checkpoint: Path, full_pipeline: Path, tmp_path: Path) -> None:
+    asked = CompileOptions(tmp_path / "out", parts=("step", "text"), pipeline=full_pipeline)
     with pytest.raises(UsageError, match="parts: text: expected a model of text, found tread, a model of classes"):
         compile(tiny_checkpoint, asked)
 
@@ -162,22 +157,21 @@ def test_part_that_is_asked_for_and_not_in_the_folder_is_refused(tmp_path: Path)
     assert not compile(path, options(tmp_path / "out")).manifest.parts
 
 
-def test_parts_of_another_folder_serve_a_checkpoint_alone(folder: Path, tmp_path: Path) -> None:
+def test_parts_of_another_folder_serve_a_checkpoint_alone(full_pipeline: Path, tmp_path: Path) -> None:
     """As for a checkpoint of Photoroom's training code."""
-    asked = options(
-        tmp_path / "out", pipeline=folder, overrides=Overrides(route=Route(0, 1), size=(64, 64), text_tokens=12)
-    )
-    bundle = compile(folder / "transformer", asked)
-    assert list(bundle.manifest.parts) == ["text", "decode"]
+    facts = Overrides(route=Route(0, 1), size=(64, 64), text_tokens=12)
+    asked = options(tmp_path / "out", pipeline=full_pipeline, parts=("step", "text"), overrides=facts)
+    bundle = compile(full_pipeline / "transformer", asked)
+    assert list(bundle.manifest.parts) == ["text"]
     assert bundle.manifest.text is not None
-    assert bundle.manifest.text.source.file == folder.name
+    assert bundle.manifest.text.source.file == full_pipeline.name
 
 
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
 def test_parts_without_the_extra_are_refused_with_its_name(
-    library: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: str, full_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
     with pytest.raises(MissingExtraError, match=r"diffusers"):
-        compile(folder, options(tmp_path / "out"))
-    assert not compile(folder, options(tmp_path / "out", parts=("step",))).manifest.parts
+        compile(full_pipeline, options(tmp_path / "out"))
+    assert not compile(full_pipeline, options(tmp_path / "out", parts=("step",))).manifest.parts

@@ -268,14 +268,14 @@ class Pipeline:
     def encode(self, prompts: Sequence[str | None]) -> Encoded:
         """Return embeddings (P, L, C) float32 and mask (P, L) int64 of P prompts, for `prompts`.
 
-        prompts: texts; None or "" for no prompt. They are cleaned and cut as the model's own pipeline
-        does, with a warning for each that is cut. The same prompt is encoded once, while it is
-        among the last 32.
+        prompts: texts; None or "" for no prompt. They are cleaned and cut as the model's own
+        pipeline does, with a warning for each that is cut. The same prompt is encoded once, while
+        it is among the last 32.
 
         Raises UsageError if the bundle has no text encoder, or for a text without words, and
         MissingExtraError without the extra text.
         """
-        return self._opened.encoder(checked_prompts("prompts", prompts, empty=True))
+        return self._opened.encode(checked_prompts("prompts", prompts, empty=True))
 
     def from_text(
         self,
@@ -300,7 +300,7 @@ class Pipeline:
         if others is not None:
             weak = np.array([distinct.index(text) for text in others])
             weak = weak[image_rows("negative", len(others), len(rows))]
-        embeds, mask = self._opened.encoder(distinct)
+        embeds, mask = self._opened.encode(distinct)
         return Conditions({"embeddings": embeds, "mask": mask}, strong, weak)
 
     def __call__(

@@ -1,5 +1,6 @@
 """Text encoder and decoder as parts of a bundle: which are built, from which folders, and how."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from full_pipelines import FULL, autoencoder
 from prx_folders import state_of, write_pipeline
 
+from sg_calibration.settings import FeedSettings
 from sg_export.checkpoint import Overrides
 from sg_export.compiler import compile
 from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
+from sg_export.options.quantize import QuantizeOptions
 from sg_export.parity.verify import verify
+from sg_export.parts.encode import encode
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
-from sg_runtime.manifest import Route
+from sg_runtime.manifest import QualityGates, Route
 from sg_runtime.pipeline import Pipeline
 
 ROUTE = Overrides(route=Route(0, 1))
@@ -175,3 +179,42 @@ def test_parts_without_the_extra_are_refused_with_its_name(
     with pytest.raises(MissingExtraError, match=r"diffusers"):
         compile(full_pipeline, options(tmp_path / "out"))
     assert not compile(full_pipeline, options(tmp_path / "out", parts=("step",))).manifest.parts
+
+
+@pytest.mark.slow
+def test_quantization_runs_from_prompts_and_verify_judges_on_the_same(
+    full_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gates have other prompts than ranges and search. Text encoder and decoder stay in FP32."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{number} cats" for number in range(1, 9)))
+    quantize = QuantizeOptions(
+        feeds=FeedSettings(1, 25, 0),
+        prompts=tmp_path / "prompts.txt",
+        gates=QualityGates(0.0, 100.0),
+        search_images=1,
+        gate_images=2,
+    )
+    bundle = compile(
+        full_pipeline, options(tmp_path / "out", guidance="cfg", parts=("step", "text"), quantize=quantize)
+    )
+    manifest = bundle.manifest
+    assert manifest.quantization is not None
+    assert manifest.text is not None
+    assert manifest.quantization.prompts == ("4 cats", "8 cats")
+    assert manifest.text.precision == "fp32"
+    judged: list[Sequence[str]] = []
+
+    def recorded(loaded: Any, texts: Sequence[str], tokens: int) -> Any:
+        judged.append(texts)
+        return encode(loaded, texts, tokens)
+
+    monkeypatch.setattr("sg_export.parity.verify.encode", recorded)
+    assert verify(bundle.path, full_pipeline).passed
+    assert judged == [["4 cats", "8 cats", ""]]
+
+
+def test_prompts_without_a_text_encoder_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    quantize = QuantizeOptions(prompts=tmp_path / "prompts.txt")
+    with pytest.raises(UsageError, match=r"`prompts` .*: expected none for a build without a text encoder"):
+        compile(tiny_checkpoint, CompileOptions(tmp_path / "out", quantize=quantize))

@@ -185,7 +185,7 @@ def test_parts_without_the_extra_are_refused_with_its_name(
 def test_quantization_runs_from_prompts_and_verify_judges_on_the_same(
     full_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gates have other prompts than ranges and search. Text encoder and decoder stay in FP32."""
+    """The gates have other prompts than ranges and search. The text encoder stays in FP32."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"{number} cats" for number in range(1, 9)))
     quantize = QuantizeOptions(
         feeds=FeedSettings(1, 25, 0),

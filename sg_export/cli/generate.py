@@ -224,15 +224,17 @@ def generate(
             churn=None if churn is None else Churn(churn, low, high, churn_noise),
             progress=_with_rate(report, _steps_per_evaluation(pipe, steps, sampler)),
         )
-    seconds = time.monotonic() - began
+        seconds = time.monotonic() - began
+        if pipe.bundle.manifest.decode_graph is not None and output.suffix == ".png":
+            report("decoding", 0, None)
+        images = pipe.decode(x) if output.suffix == ".png" else None
     with writing(output):
-        if output.suffix == ".npy":
+        if images is None:
             content = io.BytesIO()
             np.save(content, x)  # if NumPy writes to a file itself, it hides the system's reason for an error
             with replacing(output) as temporary:
                 temporary.write_bytes(content.getbuffer())
         else:
-            images = pipe.decode(x)
             if captions if captions is not None else texts and total > 1:
                 images = captioned(images, [str(name) for name in given])
             save_png(grid(images, columns, zoom), output, _chunks(pipe, texts and given, negative, seeds, plan))

@@ -1,6 +1,7 @@
 """Text encoder and decoder as parts of a bundle: which are built, from which folders, and how."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.parity.verify import verify
 from sg_export.parts.encode import encode
+from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
 from sg_runtime.manifest import QualityGates, Route
@@ -117,6 +119,20 @@ def test_decoder_of_an_autoencoder_makes_pictures_of_a_class_model(
     assert np.abs(pipe([1, 2], [3, 4], steps=3).astype(int) - pixels).max() <= 1
 
 
+def test_build_command_names_parts_and_their_folders(sizes: Bundle, tiny_bundle: Path, full_pipeline: Path) -> None:
+    manifest = sizes.manifest
+    assert "--parts" not in build_command(manifest, "out")
+    assert "--text-precision fp32" in build_command(manifest, "out")
+    alone = replace(manifest, decoder=None)
+    assert "--parts text,step" in build_command(alone, "out")
+    assert manifest.text is not None
+    other = replace(manifest.text, source=replace(manifest.text.source, file="other"))
+    assert f"--pipeline other --text-precision fp32 --vae {full_pipeline.name}" in build_command(
+        replace(manifest, text=other), "out"
+    )
+    assert "--parts" not in build_command(Bundle.open(tiny_bundle).manifest, "out")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -176,7 +192,7 @@ def test_parts_without_the_extra_are_refused_with_its_name(
     library: str, full_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
-    with pytest.raises(MissingExtraError, match=r"diffusers"):
+    with pytest.raises(MissingExtraError, match=r"'\.\[diffusers\]' .*; or leave out .*: give `parts` step"):
         compile(full_pipeline, options(tmp_path / "out"))
     assert not compile(full_pipeline, options(tmp_path / "out", parts=("step",))).manifest.parts
 

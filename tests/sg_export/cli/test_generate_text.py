@@ -45,7 +45,7 @@ def test_generate_of_one_prompt_has_no_caption_unless_it_is_asked_for(
 
 def test_generate_reads_prompts_of_a_file(cli: Callable[..., Any], full_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
-    asked = ("--prompt-file", tmp_path / "prompts.txt", "--no-captions")
+    asked = ("--prompt-file", tmp_path / "prompts.txt", "--no-captions", "--keep", "one")
     assert cli("generate", full_bundle, *asked, *FAST, "-o", tmp_path / "x.png").exit_code == 0
     with Image.open(tmp_path / "x.png") as image:
         assert (image.text["Prompt"], image.size) == ("a cat\na dog", (128, 64))

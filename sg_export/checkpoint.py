@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import json
 import logging
+import mmap
 import os
 import pickle
 import re
@@ -172,15 +173,8 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
         files = checkpoint_files(path, weights)
         with _unchanged(files.all, sha256_of(*files.all) if sha256 is None else sha256) as digest:
             configs = {component: read_config(config) for component, config in files.configs.items()}
-            content: Mapping[Any, Any] = {}
-            facts = CheckpointFacts(family="prx" if configs else None)
-            names: dict[str, set[str]] = {}
-            for file in files.weights:
-                part, stated = _read(file)
-                names[file.name] = {str(name) for name in part}
-                content, facts = {**content, **part}, _over(stated, facts)
-            if files.index is not None:
-                _check_index(files.index, names)
+            content, stated = _read_all(files)
+            facts = _over(stated, CheckpointFacts(family="prx" if configs else None))
             if configs:
                 chosen, tensors = files.variant or "bare", _state_of(content)
             else:
@@ -193,6 +187,34 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
         facts = _over(_facts_beside(sidecar, path), facts)
     plain, prefix = _without_wrappers(path, tensors)
     return Checkpoint(Source(path.resolve().name, digest, chosen, reference), plain, facts, prefix, configs)
+
+
+def read_part(files: Files) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of another part of a pipeline, by their names without wrappers.
+
+    The second result is the hash of all files. Raises CheckpointError for files that are missing or
+    damaged, or that change while they are read.
+    """
+    try:
+        with _unchanged(files.all, sha256_of(*files.all)) as digest:
+            tensors = _in_memory(_state_of(_read_all(files)[0]))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
+    return _without_wrappers(files.weights[0], tensors)[0], digest
+
+
+def _read_all(files: Files) -> tuple[Mapping[Any, Any], CheckpointFacts]:
+    """Return what all files of weights hold, and the facts that they state."""
+    content: Mapping[Any, Any] = {}
+    facts = CheckpointFacts()
+    names: dict[str, set[str]] = {}
+    for file in files.weights:
+        part, stated = _read(file)
+        names[file.name] = {str(name) for name in part}
+        content, facts = {**content, **part}, _over(stated, facts)
+    if files.index is not None:
+        _check_index(files.index, names)
+    return content, facts
 
 
 def sidecar_of(path: Path) -> Path:
@@ -433,7 +455,20 @@ def _copy(mapped: torch.UntypedStorage) -> torch.UntypedStorage:
     finally:
         os.close(reading)
         os.close(writing)
+    _let_go(mapped)
     return own
+
+
+def _let_go(mapped: torch.UntypedStorage) -> None:
+    """Give the pages of a map back to the kernel: until then, they count as memory of this process.
+
+    Pages that the map shares with its neighbours stay. The kernel reads a page again if it is used.
+    """
+    first, size = mapped.data_ptr(), mapped.nbytes()
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _flat(content: Any, depth: int = 8) -> dict[str, Tensor]:

@@ -73,11 +73,13 @@ def calibrate(
       sg-export build --sparsity 0.5 --precision int8 --calibration ranges.json
     """
     from sg_calibration.feeds import given_shards, shard_folders
+    from sg_calibration.prompts import Prompts, read_prompts
     from sg_calibration.ranges import write_table
     from sg_export.compiler import compile, inputs_of
     from sg_export.options.compile import CompileOptions
     from sg_export.quantize.search import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
+    from sg_runtime.pipeline import Pipeline
 
     check_output_file(output, inputs_of(model or DEFAULT_REFERENCE, weak_checkpoint))
     if folder is not None:
@@ -102,9 +104,15 @@ def calibrate(
             weights=source.weight_set,
             sizes=source.size[1:],
             overrides=source.overrides_of_first,
+            parts=None if ranges.calib_data is None else ("step",),
         )
         reference = compile(model or DEFAULT_REFERENCE, options, report)
-        table = measure_ranges(reference, feeds, ranges.calib_data, folder, tell)
+        prompts = None
+        if reference.manifest.text is not None:
+            prompts = Prompts(read_prompts(ranges.prompts), Pipeline.load(reference, "cpu").encode)
+        elif ranges.prompts is not None:
+            refuse_given(("prompts",), "expected none: there is no text encoder to read them")
+        table = measure_ranges(reference, feeds, ranges.calib_data, folder, tell, prompts)
     with writing(output):
         write_table(table, output)
     if not quiet:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, RampType, RouteType, SizeType
+from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, PartsType, RampType, RouteType, SizeType
 from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import SUBSET_RULES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
-    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType, SubsetRule
+    from sg_runtime.manifest import GuidanceMode, OnnxTarget, Part, Precision, QuantizedType, SubsetRule
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -272,6 +272,57 @@ guidance_options = Group(
 
 
 @dataclass(frozen=True, slots=True)
+class PartChoice:
+    """The parts of a bundle, chosen by options.
+
+    parts: names of the parts; None for all that the folders have.
+    pipeline: folder of a pipeline.
+    vae: folder of an autoencoder.
+    text_precision: precision of the text encoder.
+    """
+
+    parts: "tuple[Part, ...] | None"
+    pipeline: Path | None
+    vae: Path | None
+    text_precision: "Precision | None"
+
+
+part_options = Group(
+    "chosen_parts",
+    PartChoice,
+    (
+        click.option(
+            "--parts",
+            type=PartsType(),
+            metavar="LIST",
+            help="Parts of the bundle, separated by commas: step is the denoiser, text the text encoder, decode the "
+            "decoder of latents.  [default: step, and those that --vae, --pipeline or the folder of MODEL has]",
+        ),
+        click.option(
+            "--pipeline",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Folder of a pipeline of diffusers whose text encoder and decoder are taken.  [default: MODEL, if it "
+            "is one]",
+        ),
+        click.option(
+            "--vae",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Folder of diffusers' AutoencoderKL or AutoencoderDC whose decoder is taken.  [default: the "
+            "pipeline's]",
+        ),
+        click.option(
+            "--text-precision",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="Type of the text encoder's matmuls. Activations of Gemma are beyond the range of fp16.  [default: "
+            "bf16 for GPUs, if --precision is lower than fp32; else fp32]",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class RangeSource:
     """The runs or the data that ranges of activations are measured on."""
 
@@ -279,6 +330,7 @@ class RangeSource:
     calib_samples: int
     calib_steps: int
     calib_seed: int
+    prompts: Path | None
 
     @property
     def feeds(self) -> "FeedSettings":
@@ -320,6 +372,13 @@ _FEEDS = (
         show_default=True,
         help="First seed of the calibration runs.",
     ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="File with a prompt in each line, for models with a text encoder: of the calibration runs and, in build, "
+        "of the gates.  [default: a short list of everyday pictures]",
+    ),
 )
 
 feed_options = Group("ranges", RangeSource, _FEEDS)
@@ -360,6 +419,7 @@ class QuantizationChoice(RangeSource):
             self.calibration,
             self.calib_data,
             self.feeds,
+            self.prompts,
             self.exclude,
             self.like,
             QualityGates(cosine, guided),
@@ -368,7 +428,7 @@ class QuantizationChoice(RangeSource):
 
 
 QUANTIZATION = (
-    *("calibration", "calib_data", *RUNS, "method", "exclude", "like"),
+    *("calibration", "calib_data", *RUNS, "prompts", "method", "exclude", "like"),
     *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
 )
 """Options that are only for INT8 and FP8."""

@@ -74,6 +74,8 @@ class Quantization(Strict):
     time_ratio: time of a guided step / time of the FP32 step, on ONNX Runtime's CPU provider of the
     build machine; None if the provider does not run the quantized graphs as they are.
     remarks: warnings for the user of the bundle.
+    prompts: prompts of the images that the gates judged, in turn; none if they had classes or
+    random embeddings.
     """
 
     type: QuantizedType
@@ -89,3 +91,4 @@ class Quantization(Strict):
     passed: bool
     time_ratio: float | None
     remarks: tuple[str, ...]
+    prompts: tuple[str, ...] = ()

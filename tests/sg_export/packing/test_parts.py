@@ -22,7 +22,7 @@ from sg_export.parts.encode import encode
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
-from sg_runtime.manifest import QualityGates, Route
+from sg_runtime.manifest import OF_TEXT, QualityGates, Route
 from sg_runtime.pipeline import Pipeline
 
 ROUTE = Overrides(route=Route(0, 1))
@@ -218,6 +218,10 @@ def test_quantization_runs_from_prompts_and_verify_judges_on_the_same(
     assert manifest.text is not None
     assert manifest.quantization.prompts == ("4 cats", "8 cats")
     assert manifest.text.precision == "fp32"
+    of_text = [layer.name for layer in manifest.quantization.layers if layer.reason == OF_TEXT]
+    assert of_text == [f"blocks.{block}.attention.txt_kv_proj" for block in range(2)]
+    assert all(layer.quantized for layer in manifest.quantization.layers if layer.name not in of_text)
+    assert "--quantize-text" not in build_command(manifest, "out")
     judged: list[Sequence[str]] = []
 
     def recorded(loaded: Any, texts: Sequence[str], tokens: int) -> Any:

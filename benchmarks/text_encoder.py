@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(measure(layers, Path(scratch)))
         print(rows[-1], flush=True)
         if options.output:
-            content: dict[str, Any] = {"machine": machine("torch", "transformers", "onnx", "tensorrt-rtx")}
+            content: dict[str, object] = {"machine": machine("torch", "transformers", "onnx", "tensorrt-rtx")}
             content["rows"] = [asdict(row) for row in rows]
             options.output.write_text(json.dumps(content, indent=1) + "\n")
 

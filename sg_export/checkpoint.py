@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import json
 import logging
+import mmap
 import os
 import pickle
 import re
@@ -39,6 +40,12 @@ BESIDE = "ema_denoiser"
 
 The family's adapter tells them apart.
 """
+
+_DENOISER = re.compile(r"(.*\.)?(?:ema_denoiser\.model|denoiser)")
+"""Key of a denoiser in Photoroom/PRX, with the key of what it lies in."""
+
+_EMBEDDER = "resolution_embedder"
+"""Key next to the denoisers, under which earlier files of Photoroom/PRX hold a part of both."""
 
 _MODEL_KEYS = ("model_state_dict", "model", "state_dict", "params", "module", "net", "network")
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
@@ -448,7 +455,20 @@ def _copy(mapped: torch.UntypedStorage) -> torch.UntypedStorage:
     finally:
         os.close(reading)
         os.close(writing)
+    _let_go(mapped)
     return own
+
+
+def _let_go(mapped: torch.UntypedStorage) -> None:
+    """Give the pages of a map back to the kernel: until then, they count as memory of this process.
+
+    Pages that the map shares with its neighbours stay. The kernel reads a page again if it is used.
+    """
+    first, size = mapped.data_ptr(), mapped.nbytes()
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _flat(content: Any, depth: int = 8) -> dict[str, Tensor]:
@@ -474,6 +494,15 @@ def _state_of(content: Any) -> dict[str, Tensor]:
 def _under(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `key` and a dot, by the rest of their names."""
     return {name[len(key) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+
+
+def _by_key(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under a key, and of a denoiser also the embedder next to it."""
+    named = _under(key, tensors)
+    if named and (denoiser := _DENOISER.fullmatch(key)):
+        beside = _under(f"{denoiser[1] or ''}{_EMBEDDER}", tensors)
+        named = {f"{_EMBEDDER}.{name}": tensor for name, tensor in beside.items()} | named
+    return named
 
 
 def _sets_of(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
@@ -529,7 +558,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
             raise CheckpointError(f"{path}: expected tensors by their names, found {found}")
         return chosen, sets[chosen]
     flat = _flat(content)
-    if named := _under(weights, flat) or _under(weights, sets[default]):
+    if named := _by_key(weights, flat) or _by_key(weights, sets[default]):
         return weights, named
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))

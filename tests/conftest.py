@@ -24,6 +24,7 @@ from weights import random_state
 import sg_export.graph.trace
 from sg_calibration.ranges import write_table
 from sg_calibration.settings import FeedSettings
+from sg_export.checkpoint import Overrides
 from sg_export.compiler import compile
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
@@ -33,7 +34,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.quantize.search import measure_ranges
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import QualityGates
+from sg_runtime.manifest import QualityGates, Route
 
 # A busy machine must not fail a test by a deadline.
 settings.register_profile("any speed", deadline=None)
@@ -312,6 +313,22 @@ def engine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """
     options = {"sparsity": (0.5,), "engines": EngineOptions(), "precision": "fp16"}
     return build_once("engine-bundle", tiny_checkpoint, **options)
+
+
+@pytest.fixture(scope="session")
+def full_pipeline(once: Once) -> Path:
+    """Return the folder of a complete pipeline of a tiny PRX; see `full_pipelines`."""
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    from full_pipelines import write_full_pipeline
+
+    return once("prx-full", write_full_pipeline)
+
+
+@pytest.fixture(scope="session")
+def full_bundle(build_once: Build, full_pipeline: Path) -> Path:
+    """Return a bundle of the complete pipeline, for CFG and one image, next to its folder."""
+    route = Overrides(route=Route(0, 1))
+    return build_once("prx-full-bundle", full_pipeline, guidance="cfg", batch=1, scale=3.0, overrides=route)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ shard is a NumPy archive with one batch of images along one guided run. Kept tok
 
 import hashlib
 import json
-import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +22,9 @@ from sg_calibration.settings import SEEDS, FeedSettings
 from sg_runtime.conditions import Conditions, examples, of_classes, of_prompts
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.manifest import GuidancePlan, Labels, Manifest, ModelFacts, Text
+from sg_runtime.manifest import GuidancePlan, Labels, Manifest, ModelFacts, size_text
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import integrate, trajectory
-
-LOG = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Split = Literal["calibration", "search", "gate"]
@@ -140,13 +137,7 @@ def collect(
                 f"{folder}: expected shards of this model with these settings, found others: give an empty folder"
             )
         _check_hashes(folder, known)
-    model = pipe.bundle.manifest.model
-    if isinstance(model.conditions, Text) and prompts is None:
-        LOG.warning(
-            "calibration on random prompts: ranges of real prompts differ: build with the text encoder, or give `data` "
-            "with the embeddings of your prompts"
-        )
-    conditions, seeds = images_of("calibration", model, settings.samples, settings.seed, prompts)
+    conditions, seeds = images_of("calibration", pipe.bundle.manifest.model, settings.samples, settings.seed, prompts)
     size = min(pipe.batch, settings.samples)
     jobs = [(plan, first) for plan in guidances for first in range(0, settings.samples, size)]
     shards = []
@@ -162,6 +153,11 @@ def collect(
             with replacing(folder / SHARDS_FILE) as temporary:
                 temporary.write_text(json.dumps({**facts, "shards": known}, indent=1) + "\n")
     return shards
+
+
+def shard_folders(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
+    """Return the folder of each size's shards: one in `folder`, such as 512x768, for several."""
+    return [folder / size_text(size) for size in sizes] if len(sizes) > 1 else [folder]
 
 
 def given_shards(folder: Path) -> list[Path]:

@@ -189,13 +189,18 @@ class Pipeline:
         """Sample `images` images and discard them, to set up later runs of the same size.
 
         Opens graphs and engines and allocates buffers. On a GPU it samples twice, to compile
-        kernels and capture CUDA graphs. steps, guidance: see `sample`.
+        kernels and capture CUDA graphs. Text encoder and decoder run once, too. steps, guidance:
+        see `sample`.
         """
         if whole_number("images", images) < 1:
             raise UsageError(f"images: expected at least 1, found {images}")
         for _ in range(1 if self._opened.name == "onnxruntime-cpu" else 2):
             conditions = examples(self.bundle.manifest.model, images)
-            self.sample(conditions, range(images), steps=steps, guidance=guidance)
+            x = self.sample(conditions, range(images), steps=steps, guidance=guidance)
+        if self.bundle.manifest.text_graph is not None:
+            self.encode([None])
+        if self.bundle.manifest.decode_graph is not None:
+            self.decode(x[:1])
 
     def release(self) -> None:
         """Free the buffers of all idle lanes, and close text encoder and decoder.
@@ -263,14 +268,14 @@ class Pipeline:
     def encode(self, prompts: Sequence[str | None]) -> Encoded:
         """Return embeddings (P, L, C) float32 and mask (P, L) int64 of P prompts, for `prompts`.
 
-        prompts: texts; None for no prompt. They are cleaned and cut as the model's own pipeline
-        does, with a warning for each that is cut. The same prompt is encoded once, while it is
-        among the last 32.
+        prompts: texts; None or "" for no prompt. They are cleaned and cut as the model's own
+        pipeline does, with a warning for each that is cut. The same prompt is encoded once, while
+        it is among the last 32.
 
         Raises UsageError if the bundle has no text encoder, or for a text without words, and
         MissingExtraError without the extra text.
         """
-        return self._opened.encoder(checked_prompts("prompts", prompts))
+        return self._opened.encode(checked_prompts("prompts", prompts, empty=True))
 
     def from_text(
         self,
@@ -295,7 +300,7 @@ class Pipeline:
         if others is not None:
             weak = np.array([distinct.index(text) for text in others])
             weak = weak[image_rows("negative", len(others), len(rows))]
-        embeds, mask = self._opened.encoder(distinct)
+        embeds, mask = self._opened.encode(distinct)
         return Conditions({"embeddings": embeds, "mask": mask}, strong, weak)
 
     def __call__(

@@ -36,7 +36,7 @@ TELL_SECONDS = 10.0
         "Images": ("classes", "prompts", "prompt_file", "negative", "size", "count", "seed"),
         "Sampling": ("steps", "sampler", "churn", "churn_range", "churn_noise"),
         "Guidance": ("guidance", "sparsity", "strong_sparsity", "scale", "interval", "subset"),
-        "Device": (*device_options.names, "batch"),
+        "Device": (*device_options.names, "batch", "keep"),
         "Output": ("output", "columns", "captions", "zoom"),
     },
 )
@@ -121,6 +121,14 @@ TELL_SECONDS = 10.0
 @device_options
 @click.option("--batch", type=click.IntRange(min=1), help="Maximum number of images in one run of a graph.")
 @click.option(
+    "--keep",
+    type=click.Choice(["all", "step", "one"]),
+    default="all",
+    show_default=True,
+    help="Parts of BUNDLE that stay in memory after use: all; step, without text encoder and decoder; or one part at a "
+    "time.",
+)
+@click.option(
     "--columns", type=click.IntRange(min=1), help="Columns of images in the .png.  [default: nearest to a square]"
 )
 @click.option(
@@ -161,6 +169,7 @@ def generate(
     churn_noise: float,
     on: DeviceChoice,
     batch: int | None,
+    keep: Any,
     columns: int | None,
     captions: bool | None,
     zoom: int,
@@ -190,7 +199,7 @@ def generate(
     if output.suffix not in (".png", ".npy"):
         raise Failure(f"{output}: expected a name that ends in .png or .npy", 2)
     check_output_file(output)
-    pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch, threads=on.threads)
+    pipe = Pipeline.load(bundle, on.device, backend=on.backend, batch=batch, threads=on.threads, keep=keep)
     pipe = pipe if size is None else pipe.at(*size)
     if output.suffix == ".png" and not pipe.gives_images:
         raise Failure(
@@ -224,15 +233,17 @@ def generate(
             churn=None if churn is None else Churn(churn, low, high, churn_noise),
             progress=_with_rate(report, _steps_per_evaluation(pipe, steps, sampler)),
         )
-    seconds = time.monotonic() - began
+        seconds = time.monotonic() - began
+        if pipe.bundle.manifest.decode_graph is not None and output.suffix == ".png":
+            report("decoding", 0, None)
+        images = pipe.decode(x) if output.suffix == ".png" else None
     with writing(output):
-        if output.suffix == ".npy":
+        if images is None:
             content = io.BytesIO()
             np.save(content, x)  # if NumPy writes to a file itself, it hides the system's reason for an error
             with replacing(output) as temporary:
                 temporary.write_bytes(content.getbuffer())
         else:
-            images = pipe.decode(x)
             if captions if captions is not None else texts and total > 1:
                 images = captioned(images, [str(name) for name in given])
             save_png(grid(images, columns, zoom), output, _chunks(pipe, texts and given, negative, seeds, plan))

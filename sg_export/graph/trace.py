@@ -11,7 +11,7 @@ the graphs of a model share all weights, and a model on PyTorch's meta device ca
 import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import onnx_ir as ir
@@ -88,7 +88,7 @@ def _export(
     every = list(itertools.chain.from_iterable(inputs))
     values, dynamic = _examples(inputs, facts, next(model.parameters()).device)
     try:
-        with quiet(), torch.no_grad(), nullcontext() if each_layer else state.in_place_of_layers():
+        with quiet(), torch.no_grad(), _cache_of(every), nullcontext() if each_layer else state.in_place_of_layers():
             exported = translate(torch.export.export(program, values, dynamic_shapes=(dynamic,)), opset)
     except Exception as error:  # PyTorch's exporter raises many kinds
         if was_interrupt(error):
@@ -254,3 +254,15 @@ def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([named(dim) for dim in value.shape])
+
+
+def _cache_of(inputs: Sequence[TensorFacts]) -> AbstractContextManager[None]:
+    """Return a block without PyTorch's cache of output shapes if step graphs have symbolic sizes.
+
+    A third of the time of tracing such graphs was spent in the cache: it proves for each symbolic
+    size that an entry fits.
+    """
+    from torch._dynamo import config  # the export imports it anyway, in a second
+
+    sizes = {size for tensor in inputs for size in tensor.shape if isinstance(size, str)}
+    return config.patch(fake_tensor_cache_enabled=sizes <= {"S"})  # type: ignore[no-any-return]

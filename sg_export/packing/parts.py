@@ -22,7 +22,7 @@ from sg_export.parts.decode import LoadedDecoder, load_decoder
 from sg_export.parts.encode import encode
 from sg_export.parts.text import LoadedText, load_text
 from sg_export.progress import Counted
-from sg_runtime.errors import UsageError
+from sg_runtime.errors import MissingExtraError, UsageError
 from sg_runtime.manifest import BuiltGraph, Decoder, GraphFacts, ModelFacts, Part, Precision, Text, TextEncoder
 
 TOKENIZER = "text/tokenizer.json"
@@ -43,16 +43,25 @@ class PartBuild:
     graphs: tuple[tuple[GraphSpec, ModelFacts], ...]
 
     def stages(self, options: CompileOptions) -> int:
-        """Return the number of stages that `add_part` reports."""
+        """Return the number of stages that `add_parts` reports."""
         return 1 + len(self.graphs) * (2 + len(options.libraries))
 
 
 def choose_parts(checkpoint: str | Path, builds: Sequence[SizeBuild], options: CompileOptions) -> dict[Part, PartBuild]:
     """Load the parts that the options name, or that the folders have.
 
-    Raises UsageError for a part that is asked for without a folder, and the errors of `load_text`
-    and `load_decoder`.
+    Raises UsageError for a part that is asked for without a folder, MissingExtraError without the
+    extra `diffusers`, and the errors of `load_text` and `load_decoder`.
     """
+    try:
+        return _chosen(checkpoint, builds, options)
+    except MissingExtraError as error:
+        if options.parts is None and options.vae is None:
+            raise MissingExtraError(f"{error}; or leave out text encoder and decoder: give `parts` step") from None
+        raise
+
+
+def _chosen(checkpoint: str | Path, builds: Sequence[SizeBuild], options: CompileOptions) -> dict[Part, PartBuild]:
     model, folder, found = builds[0].loaded.facts, options.pipeline, dict[Part, PartBuild]()
     if folder is None and (Path(checkpoint) / PIPELINE_FILE).is_file():
         folder = Path(checkpoint)

@@ -1,24 +1,34 @@
 """Quantization search: ranges, layers that stay in high precision, and quality gates."""
 
 import functools
+import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard, split_of
+from sg_calibration.feeds import (
+    Split,
+    collect,
+    given_shards,
+    identity_of,
+    images_of,
+    read_shard,
+    shard_folders,
+    split_of,
+)
 from sg_calibration.layers import check_names
 from sg_calibration.prompts import Prompts
-from sg_calibration.ranges import RangeTable, measure, read_table, write_table
+from sg_calibration.ranges import RangeTable, Runs, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.graph.products import belongs
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.options.types import BASES
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize.gates import gates_failure, gates_hold, gates_remedy, time_ratio
-from sg_export.quantize.layers import quantizable_layers
+from sg_export.quantize.layers import LayerFacts, quantizable_layers
 from sg_export.quantize.rewrite import quantized_pipeline, reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, GateError, UsageError
@@ -26,13 +36,17 @@ from sg_runtime.files import sha256_of
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
     MANIFEST_FILE,
+    OF_TEXT,
     LayerChoice,
     Precision,
     Quantization,
     QuantizedType,
+    Text,
     read_manifest,
 )
 from sg_runtime.pipeline import Pipeline
+
+LOG = logging.getLogger("sg_export")
 
 Tell = Callable[[str, float | None], None]
 
@@ -50,23 +64,33 @@ def measure_ranges(
     tell: Tell,
     prompts: Prompts | None = None,
 ) -> RangeTable:
-    """Measure the ranges of a bundle's layers.
+    """Measure the ranges of a bundle's layers, over all of its sizes.
 
     data: folder of shards; None to collect shards from guided runs.
     folder: folder that keeps the shards of the guided runs, so that an interrupted collection can
     be resumed; by default a temporary one.
     prompts: see `images_of`.
+
+    If there are several sizes, each has its shards in a folder of its own; see `shard_folders`.
     """
-    pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
-    guidances = built_guidances(reference.manifest)
+    views = reference.views
+    if data is None and prompts is None and isinstance(reference.manifest.model.conditions, Text):
+        LOG.warning(
+            "calibration on random prompts: ranges of real prompts differ: build with the text encoder, or give `data` "
+            "with the embeddings of your prompts"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        if data is not None:
-            paths = given_shards(data)
-        else:
-            kept = folder or Path(scratch)
-            paths = collect(pipe, guidances, feeds, kept, identity, lambda stage, k, n: tell(stage, k / n), prompts)
-        shards = (read_shard(path, reference.manifest.model) for path in paths)
-        return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
+        folders = shard_folders(data or folder or Path(scratch), [view.manifest.model.size for view in views])
+        runs = []
+        for view, own in zip(views, folders, strict=True):
+            pipe, model, guidances = reference_pipeline(view), view.manifest.model, built_guidances(view.manifest)
+            identity = identity_of(view.manifest)
+            if data is not None:
+                paths = given_shards(own)
+            else:
+                paths = collect(pipe, guidances, feeds, own, identity, lambda stage, k, n: tell(stage, k / n), prompts)
+            runs.append(Runs(pipe, guidances, map(functools.partial(read_shard, model=model), paths)))
+        return measure(runs, lambda stage: tell(stage, None))
 
 
 def decide_quantization(
@@ -158,7 +182,7 @@ class _Choice:
 
 def _search(
     pipe: Pipeline,
-    known: Collection[str],
+    known: Mapping[str, LayerFacts],
     options: QuantizeOptions,
     makes: Callable[[Sequence[str]], Pipeline],
     tell: Tell,
@@ -169,7 +193,8 @@ def _search(
     The most sensitive layers return to high precision first, as few as the gates require on the
     images of the search.
     """
-    open_layers = [name for name in known if name not in options.exclude]
+    of_text = [name for name, facts in known.items() if facts.of_text and not options.text]
+    open_layers = [name for name in known if name not in (*options.exclude, *of_text)]
     walks = walks_of(pipe, "search", options.search_images, prompts, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
@@ -185,6 +210,7 @@ def _search(
     returned = worst_first[: _least(passes, len(worst_first))]
     choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
     choice |= {name: _Choice(False, "returned by the search", sensitivities[name]) for name in returned}
+    choice |= {name: _Choice(False, OF_TEXT, None) for name in of_text}
     return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
 
 

@@ -275,6 +275,33 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object], befor
     monkeypatch.setattr(checkpoint, before, late)
 
 
+def mapped_memory() -> int:
+    """Return the bytes of files that are mapped into this process and in its memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_read_holds_one_tensor_of_the_file_at_a_time_in_memory(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, path = 16 << 20, tmp_path / f"large.{suffix}"
+    state = {f"layers.{index}.weight": torch.full((size // 4,), float(index)) for index in range(6)}
+    (torch.save if suffix == "pt" else save_file)(state, path)
+    seen, original = list[int](), checkpoint._copy
+
+    def watched(mapped: torch.UntypedStorage) -> torch.UntypedStorage:
+        own = original(mapped)
+        seen.append(mapped_memory())
+        return own
+
+    monkeypatch.setattr(checkpoint, "_copy", watched)
+    found = read_checkpoint(path).tensors
+    assert len(seen) == len(state)
+    assert max(seen) - min(seen) < size
+    assert all(map(torch.equal, [found[name] for name in sorted(found)], state.values()))
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".legacy"])
 @pytest.mark.parametrize("before", ["_read", "_in_memory"])
 @pytest.mark.parametrize("change", ["rewritten", "cut", "damaged", "replaced"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from full_pipelines import FULL, TOKENS, write_full_pipeline
+from full_pipelines import FULL, TOKENS
 from numpy.typing import NDArray
 
 from sg_export.checkpoint import Overrides
@@ -26,16 +26,8 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_full_pipeline(tmp_path_factory.mktemp("full") / "prx")
-
-
-@pytest.fixture(scope="module")
-def bundle(folder: Path) -> Bundle:
-    options = CompileOptions(
-        folder.parent / "bundle", guidance="cfg", batch=1, scale=3.0, overrides=Overrides(route=Route(0, 1))
-    )
-    return compile(folder, options)
+def bundle(full_bundle: Path) -> Bundle:
+    return Bundle.open(full_bundle)
 
 
 @pytest.fixture
@@ -44,10 +36,10 @@ def pipe(bundle: Bundle) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def upstream(folder: Path) -> Any:
+def upstream(full_pipeline: Path) -> Any:
     from diffusers import PRXPipeline
 
-    made = PRXPipeline.from_pretrained(folder)
+    made = PRXPipeline.from_pretrained(full_pipeline)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -187,10 +179,12 @@ def test_one_prompt_as_text_serves_all_images(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(asked("a cat"), asked(["a cat", "a cat"]))
 
 
-def test_parts_that_are_left_out_leave_embeddings_and_latents(folder: Path, tmp_path: Path, bundle: Bundle) -> None:
+def test_parts_that_are_left_out_leave_embeddings_and_latents(
+    full_pipeline: Path, tmp_path: Path, bundle: Bundle
+) -> None:
     route = Overrides(route=Route(0, 1))
     alone = compile(
-        folder, CompileOptions(tmp_path / "out", guidance="none", batch=1, overrides=route, parts=("step",))
+        full_pipeline, CompileOptions(tmp_path / "out", guidance="none", batch=1, overrides=route, parts=("step",))
     )
     assert not alone.manifest.parts
     pipe = Pipeline.load(alone)

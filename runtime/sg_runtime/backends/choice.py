@@ -119,11 +119,8 @@ def open_backend(
     part in BF16 on the CPU.
     """
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
-    if part is not None and part.precision == "bf16" and choice.name == "onnxruntime-cpu":
-        raise BundleError(
-            f"{bundle.path}: {part.all_graphs[0].name} is in BF16, which {choice.name} does not run: build it with "
-            f"`text_precision` fp32"
-        )
+    if part is not None:
+        check_part(bundle, part, choice.name)
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
@@ -145,6 +142,15 @@ def open_backend(
             bundle.manifest.precision_name.upper(),
         )
     return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture, threads=threads, part=part)
+
+
+def check_part(bundle: Bundle, part: PartFacts, name: str) -> None:
+    """Raise BundleError for a part in BF16 if the chosen backend, `name`, is the CPU's."""
+    if part.precision == "bf16" and name == "onnxruntime-cpu":
+        raise BundleError(
+            f"{bundle.path}: {part.all_graphs[0].name} is in BF16, which {name} does not run: build it with "
+            f"`text_precision` fp32, or give prompt_embeds"
+        )
 
 
 class _NothingForItError(BundleError):

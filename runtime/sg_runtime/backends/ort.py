@@ -134,7 +134,7 @@ class OrtBackend:
         self.captures = capture and PROVIDERS[name].graph_option is not None
         self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
-        self._open = open_graph or self._open_session
+        self._open_graph = open_graph
         own = (bundle.manifest if part is None else part).all_graphs
         self._weights = [name for name in bundle.manifest.files if name.endswith(".bin")]
         self._sessions: dict[Path, _Opened] = {}
@@ -200,7 +200,9 @@ class OrtBackend:
         if self._sessions:
             self._bundle.check_unchanged(*self._weights, mapped=True)
 
-    def _open_session(self, path: Path) -> "InferenceSession":
+    def _open(self, path: Path) -> "InferenceSession":
+        if self._open_graph is not None:
+            return self._open_graph(path)
         provider, options = PROVIDERS[self.name], {}
         if self._shared is None:
             return open_session(path, provider=provider, threads=self._threads)

@@ -49,8 +49,15 @@ class FileFacts(Strict):
     sha256: str
 
 
+class _Views:
+    """Place for the views of a manifest, which are no fields of it. Empty until the first use."""
+
+    __slots__ = ("_views",)
+    _views: "tuple[Manifest, ...]"
+
+
 @dataclass(frozen=True, slots=True)
-class Manifest(Strict):
+class Manifest(Strict, _Views):
     """The manifest of a bundle. It describes one size of the samples, by default the first.
 
     schema_version: version of the manifest schema.
@@ -168,10 +175,13 @@ class Manifest(Strict):
 
     @property
     def views(self) -> "tuple[Manifest, ...]":
-        """The manifest as a description of each size, this one first."""
-        this = self._this
-        others = [(*self.sizes[:number], *self.sizes[number + 1 :]) for number in range(len(self.sizes))]
-        return (self, *(self._view(number, (this, *rest)) for number, rest in enumerate(others)))
+        """The manifest as a description of each size, this one first. They are made once."""
+        if not hasattr(self, "_views"):
+            this = self._this
+            others = [(*self.sizes[:number], *self.sizes[number + 1 :]) for number in range(len(self.sizes))]
+            views = (self, *(self._view(number, (this, *rest)) for number, rest in enumerate(others)))
+            object.__setattr__(self, "_views", views)
+        return self._views
 
     def at(self, height: int, width: int) -> "Manifest":
         """Return the manifest as a description of another size; see `ModelFacts.size`.

@@ -29,8 +29,8 @@ Encoded = tuple[NDArray[np.float32], NDArray[np.int64]]
 class PromptEncoder:
     """The text encoder of a bundle, with the embeddings of the last prompts by their tokens."""
 
-    def __init__(self, bundle: Bundle, run: Run) -> None:
-        """Read the tokenizer. run: runs the text encoder.
+    def __init__(self, bundle: Bundle) -> None:
+        """Read the tokenizer.
 
         Raises UsageError if the bundle has no text encoder, MissingExtraError if a library for text
         is not installed, and BundleError if the tokenizer is damaged.
@@ -45,12 +45,14 @@ class PromptEncoder:
             )
         with bundle.reading(facts.tokenizer):
             self._tokenizer = Tokenizer(bundle.file(facts.tokenizer), conditions.tokens)
-        self._facts, self._tokens, self._run = facts, conditions.tokens, run
+        self._facts, self._tokens = facts, conditions.tokens
         self._cache: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, prompts: Sequence[str]) -> Encoded:
+    def __call__(self, prompts: Sequence[str], run: Run) -> Encoded:
         """Return the embeddings of prompts. An empty text stands for no prompt.
+
+        run: runs the text encoder.
 
         Warns of prompts that are cut. Raises UsageError if cleaning leaves nothing of a text.
         """
@@ -69,7 +71,7 @@ class PromptEncoder:
         if new:
             rows = list(new.values())
             graph = self._facts.all_graphs[0]
-            (embeddings,) = self._run(graph, {"ids": tokens.ids[rows], "mask": tokens.mask[rows]})
+            (embeddings,) = run(graph, {"ids": tokens.ids[rows], "mask": tokens.mask[rows]})
             known |= zip(new, embeddings, strict=True)
         with self._lock:
             for key in keys:

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import DeviceMemoryError
 from sg_runtime.manifest import GraphFacts, Part
 from sg_runtime.run.budget import part_bytes
-from sg_runtime.run.encode import PromptEncoder
+from sg_runtime.run.encode import Encoded, PromptEncoder
 from sg_runtime.run.evaluate import run_once
 from sg_runtime.run.lanes import LanePool
 
@@ -80,13 +80,13 @@ class OpenParts:
                 if self._keep != "all":
                     self._parts.clear()
 
-    @property
-    def encoder(self) -> PromptEncoder:
-        """The text encoder with its cache. Raises the errors of `PromptEncoder`."""
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        """Return embeddings and mask of prompts; see `PromptEncoder`."""
         with self._lock:
             if self._encoder is None:
-                self._encoder = PromptEncoder(self.bundle, functools.partial(self.run, "text"))
-            return self._encoder
+                self._encoder = PromptEncoder(self.bundle)
+            encoder = self._encoder
+        return encoder(prompts, functools.partial(self.run, "text"))
 
     def release(self, bundle: Bundle) -> None:
         """Free the buffers of a size's idle lanes, and close text encoder and decoder."""

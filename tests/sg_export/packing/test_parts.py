@@ -238,3 +238,17 @@ def test_prompts_without_a_text_encoder_are_refused(tiny_checkpoint: Path, tmp_p
     quantize = QuantizeOptions(prompts=tmp_path / "prompts.txt")
     with pytest.raises(UsageError, match=r"`prompts` .*: expected none for a build without a text encoder"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", quantize=quantize))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_engine_of_a_decoder_needs_no_fused_attention(
+    precision: Any, tiny_checkpoint: Path, vae: Path, tmp_path: Path
+) -> None:
+    """Steps need it. A decoder in BF16 is of another opset."""
+    engines = EngineOptions(compute_capabilities=(89,))
+    asked = CompileOptions(tmp_path / "out", (0.5,), precision=precision, vae=vae, engines=engines)
+    decoder = compile(tiny_checkpoint, asked).manifest.decoder
+    assert decoder is not None
+    ((engine,),) = (built.engines for built in decoder.built)
+    assert (engine.kind, engine.fused_attention) == ("decode", 0)

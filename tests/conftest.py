@@ -18,14 +18,16 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from weights import random_state
 
 import sg_export.graph.trace
+import sg_export.packing.parts
 from sg_calibration.ranges import write_table
 from sg_calibration.settings import FeedSettings
 from sg_export.checkpoint import Overrides
 from sg_export.compiler import compile
+from sg_export.graph.trace_part import trace_part
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
@@ -185,9 +187,9 @@ def read_trace(path: Path) -> tuple[ir.Model, Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once(once: Once) -> Iterator[None]:
-    """Trace each network structure once for all tests and workers.
+    """Trace each network structure, and each part with its weights, once for all tests and workers.
 
-    This is safe because the exporter's result holds no weights.
+    The exporter's result for a network holds no weights.
     """
     traced: dict[str, Any] = {}
 
@@ -199,8 +201,15 @@ def _traced_once(once: Once) -> Iterator[None]:
             traced[key] = read_trace(once(name, lambda path: write_trace(export_untraced(model, *arguments), path)))
         return traced[key]
 
+    def export_part(module: nn.Module, name: str, *arguments: Any) -> ir.Model:
+        state = hashlib.sha256(b"".join(value.numpy().tobytes() for value in module.state_dict().values()))
+        key = repr((str(module), state.hexdigest(), name, arguments[:-1], arguments[-1].__name__))
+        file = f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+        return ir.load(once(file, lambda path: ir.save(trace_part(module, name, *arguments), path)))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sg_export.graph.trace, "_export", export)
+        patch.setattr(sg_export.packing.parts, "trace_part", export_part)
         yield
 
 

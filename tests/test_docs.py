@@ -1,8 +1,9 @@
 """Check that the guidance, production, text-to-image and pictures pages run.
 
 They run on the reference models without their blocks after the first, which is the route. These
-have the classes, tokens and names of the reference models. With SG_EXPORT_REAL_PAGES=1, which
-`make pages` sets, they run on the reference models themselves.
+have the classes, tokens and names of the reference models. Builds get a fixed batch, with which
+tracing takes half the time. With SG_EXPORT_REAL_PAGES=1, which `make pages` sets, the pages run on
+the reference models themselves, as they are written.
 """
 
 import json
@@ -32,10 +33,14 @@ def words(command: str) -> list[str]:
     return shlex.split(command.strip().removeprefix("$ ").replace("\\\n", ""))[1:]
 
 
-def run(page: str) -> dict[str, Any]:
+REAL = bool(os.environ.get("SG_EXPORT_REAL_PAGES"))
+
+
+def run(page: str, batch: int) -> dict[str, Any]:
     """Run the commands and programs of a page in order, in the current folder.
 
-    Returns the variables of the programs.
+    batch: number of images of the bundles that commands build without one. Returns the variables of
+    the programs.
     """
     text = (DOCS / page).read_text(encoding="utf-8")
     names: dict[str, Any] = {}
@@ -44,8 +49,11 @@ def run(page: str) -> dict[str, Any]:
             exec(compile(match["program"], page, "exec"), names)
             continue
         arguments = words(match[0])
-        fewer = ["--count", "2"] if arguments[0] == "generate" else []
-        result = CliRunner().invoke(main, arguments + fewer)
+        if arguments[0] == "generate":
+            arguments += ["--count", "2"]
+        if arguments[0] == "build" and "--batch" not in arguments and not REAL:
+            arguments += ["--batch", str(batch)]
+        result = CliRunner().invoke(main, arguments)
         refused = match[0].strip().startswith("$ ")
         assert result.exit_code == (2 if refused else 0), result.output
         if refused:
@@ -68,7 +76,7 @@ def _small_references(
 ) -> None:
     """Give the names of the reference models to small ones, and enter an empty folder."""
     monkeypatch.chdir(tmp_path)
-    if os.environ.get("SG_EXPORT_REAL_PAGES"):
+    if REAL:
         return
     folder = tmp_path_factory.mktemp("references")
     for name, file in list(REFERENCES.items()):
@@ -78,12 +86,12 @@ def _small_references(
 
 @pytest.mark.slow
 def test_guidance_page_run_from_top_to_bottom_does_what_it_says() -> None:
-    assert run("guidance.md")["images"].shape == (1, 16, 16, 1)
+    assert run("guidance.md", 2)["images"].shape == (1, 16, 16, 1)
 
 
 @pytest.mark.slow
 def test_production_page_run_from_top_to_bottom_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    names = run("production.md")
+    names = run("production.md", 4)
     assert capsys.readouterr().out == "(2, 16, 16, 1)\n(1, 16, 16, 1)\n(4, 16, 16, 1)\n"
     assert names["latents"].shape == names["velocity"].shape == (2, 1, 16, 16)
 
@@ -95,7 +103,7 @@ def test_text_to_image_page_run_from_top_to_bottom_does_what_it_says(
     """The page's folder `prx` is a tiny one, which `PRXPipeline.save_pretrained` writes."""
     write_full_pipeline(tmp_path / "prx")
     capsys.readouterr()
-    names = run("text-to-image.md")
+    names = run("text-to-image.md", 2)
     printed = ["(2, 64, 64, 3) uint8", "(2, 12, 16) (2, 12)", "True", "True", "(2, 48, 80, 3)"]
     assert capsys.readouterr().out.splitlines() == printed
     assert names["both"].weak is not None
@@ -108,7 +116,7 @@ def test_pictures_page_run_from_top_to_bottom_does_what_it_says(
     """The page's checkpoint is a tiny one, and its decoder that of a tiny autoencoder."""
     tiny.save(tmp_path / "latest.pt")
     autoencoder(channels=tiny.config.channels).save_pretrained(tmp_path / "vae")
-    run("pictures.md")
+    run("pictures.md", 2)
     assert capsys.readouterr().out == "(2, 64, 64, 3) uint8\n"
 
 

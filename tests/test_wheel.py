@@ -134,5 +134,5 @@ def test_packages_of_installed_wheel_are_not_this_checkout(python: Path, tmp_pat
 
 @pytest.mark.slow
 def test_installed_wheel_builds_a_bundle(python: Path, tmp_path: Path) -> None:
-    run(python, "-m", "sg_export", "build", "--sparsity", "0.5", "-o", "out", cwd=tmp_path)
+    run(python, "-m", "sg_export", "build", "--sparsity", "0.5", "--batch", "1", "-o", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "manifest.json").is_file()

@@ -3,7 +3,7 @@
 import shlex
 from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, PARTS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text, size_text
+from sg_runtime.manifest import ENGINE_TARGETS, OF_TEXT, PARTS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text, size_text
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -112,6 +112,8 @@ def _precision_words(manifest: Manifest, base: str) -> list[str]:
     excluded = [word for layer in plan.layers if layer.reason == "excluded" for word in ("--exclude", layer.name)]
     gates = ["--gate-cosine", number_text(plan.gates.cosine), "--gate-guided", number_text(plan.gates.guided)]
     allowed = [] if plan.passed else ["--allow-quality-loss"]
+    if isinstance(manifest.model.conditions, Text) and all(layer.reason != OF_TEXT for layer in plan.layers):
+        excluded.append("--quantize-text")
     return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *gates, *allowed]
 
 

@@ -391,6 +391,7 @@ class QuantizationChoice(RangeSource):
     calibration: table of ranges.
     method: rule that makes a range from observed values.
     exclude: layers that stay in the base precision.
+    quantize_text: quantize the projections of the text.
     like: quantized bundle whose choice of layers to take over.
     gate_cosine, gate_guided: gates, if they differ from those of the type.
     allow_quality_loss: write the bundle even if its gates do not hold.
@@ -399,6 +400,7 @@ class QuantizationChoice(RangeSource):
     calibration: Path | None
     method: Any
     exclude: tuple[str, ...]
+    quantize_text: bool
     like: Path | None
     gate_cosine: float | None
     gate_guided: float | None
@@ -421,6 +423,7 @@ class QuantizationChoice(RangeSource):
             self.feeds,
             self.prompts,
             self.exclude,
+            self.quantize_text,
             self.like,
             QualityGates(cosine, guided),
             allow_quality_loss=self.allow_quality_loss,
@@ -428,7 +431,7 @@ class QuantizationChoice(RangeSource):
 
 
 QUANTIZATION = (
-    *("calibration", "calib_data", *RUNS, "prompts", "method", "exclude", "like"),
+    *("calibration", "calib_data", *RUNS, "prompts", "method", "exclude", "quantize_text", "like"),
     *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
 )
 """Options that are only for INT8 and FP8."""
@@ -451,6 +454,11 @@ quantization_options = Group(
         ),
         click.option(
             "--exclude", multiple=True, metavar="LAYER", help="Layer to leave in the base precision; repeatable."
+        ),
+        click.option(
+            "--quantize-text",
+            is_flag=True,
+            help="Quantize the projections of the text, too, which run once for a prompt.",
         ),
         click.option(
             "--like",

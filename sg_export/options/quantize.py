@@ -26,6 +26,7 @@ class QuantizeOptions:
     prompts: file of the prompts of those runs and of the gates, one in each line, for a build with
     a text encoder; None for those of `sg_calibration.prompts`.
     exclude: layers that stay in the base precision.
+    text: quantize the projections of the text, too. They run once for a prompt.
     like: quantized bundle whose choice of layers is taken over; None to search for one.
     gates: quality gates; None for those in QUALITY_GATES.
     search_images: number of images in the search for layers, for each guidance.
@@ -40,6 +41,7 @@ class QuantizeOptions:
     feeds: FeedSettings = field(default_factory=FeedSettings)
     prompts: Path | None = None
     exclude: tuple[str, ...] = ()
+    text: bool = False
     like: Path | None = None
     gates: QualityGates | None = None
     search_images: int = 4

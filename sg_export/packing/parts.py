@@ -11,6 +11,7 @@ from sg_export.diffusers_folder import PIPELINE_FILE
 from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_part_parity, check_types
 from sg_export.graph.half import half_attentions, to_half
+from sg_export.graph.opset import CONV_IN_BF16
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.trace_part import trace_part
 from sg_export.graph.weights import write_graphs
@@ -133,16 +134,20 @@ def add_parts(
 
 def _build(build: PartBuild, options: CompileOptions, folder: Path, counted: Counted) -> tuple[BuiltGraph, ...]:
     """Trace, write and check the graphs of a part, and build their engines."""
-    specs, models = [spec for spec, _ in build.graphs], {}
+    specs, models, opset = [spec for spec, _ in build.graphs], {}, options.opset
+    if build.precision == "bf16" and isinstance(build.loaded, LoadedDecoder):
+        opset = max(opset, CONV_IN_BF16)
     for spec, model in build.graphs:
         counted(f"tracing {spec.name}")
         inputs, outputs = graph_inputs(spec, model, 1), graph_outputs(spec, model, 1)
-        traced = trace_part(build.loaded.module, spec.name, inputs, outputs, options.opset, lower_attention)
+        traced = trace_part(build.loaded.module, spec.name, inputs, outputs, opset, lower_attention)
         if build.precision != "fp32":
             to_half(traced.graph, build.precision, ())
         models[spec] = traced
     costs = {spec: count_cost(models[spec].graph) for spec in specs}
-    attentions = {spec.name: half_attentions(models[spec].graph) for spec in specs}
+    # An autoencoder attends once, with a head of 512 values, for which no fused kernel was found.
+    fusible = not isinstance(build.loaded, LoadedDecoder)
+    attentions = {spec.name: half_attentions(models[spec].graph) if fusible else 0 for spec in specs}
     counted("writing graphs and weights")
     (folder / "graphs").mkdir(exist_ok=True)
     write_graphs(models.values(), folder / "graphs", WEIGHTS_FILES[specs[0].network])

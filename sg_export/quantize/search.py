@@ -3,7 +3,7 @@
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from sg_export.options.quantize import QuantizeOptions
 from sg_export.options.types import BASES
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize.gates import gates_failure, gates_hold, gates_remedy, time_ratio
-from sg_export.quantize.layers import quantizable_layers
+from sg_export.quantize.layers import LayerFacts, quantizable_layers
 from sg_export.quantize.rewrite import quantized_pipeline, reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, GateError, UsageError
@@ -36,6 +36,7 @@ from sg_runtime.files import sha256_of
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
     MANIFEST_FILE,
+    OF_TEXT,
     LayerChoice,
     Precision,
     Quantization,
@@ -181,7 +182,7 @@ class _Choice:
 
 def _search(
     pipe: Pipeline,
-    known: Collection[str],
+    known: Mapping[str, LayerFacts],
     options: QuantizeOptions,
     makes: Callable[[Sequence[str]], Pipeline],
     tell: Tell,
@@ -192,7 +193,8 @@ def _search(
     The most sensitive layers return to high precision first, as few as the gates require on the
     images of the search.
     """
-    open_layers = [name for name in known if name not in options.exclude]
+    of_text = [name for name, facts in known.items() if facts.of_text and not options.text]
+    open_layers = [name for name in known if name not in (*options.exclude, *of_text)]
     walks = walks_of(pipe, "search", options.search_images, prompts, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
@@ -208,6 +210,7 @@ def _search(
     returned = worst_first[: _least(passes, len(worst_first))]
     choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
     choice |= {name: _Choice(False, "returned by the search", sensitivities[name]) for name in returned}
+    choice |= {name: _Choice(False, OF_TEXT, None) for name in of_text}
     return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
 
 

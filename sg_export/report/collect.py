@@ -71,6 +71,7 @@ class Page:
     mask_noise: largest mask noise of the first bundle's runs, see `walk.Walk`.
     scale: guidance scale of the first bundle.
     images: number of images in a grid.
+    prompts: their prompts, for a model with a text encoder.
     """
 
     bundles: tuple[BundleReport, ...]
@@ -79,6 +80,7 @@ class Page:
     mask_noise: float
     scale: float
     images: int
+    prompts: tuple[str, ...]
 
 
 def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Report = silent) -> Page:
@@ -123,6 +125,7 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
         max(own.mask_noise for own in walks),
         first.manifest.guidance.scale,
         SHOWN_IMAGES,
+        () if prompts is None else prompts.texts[:SHOWN_IMAGES],
     )
 
 

@@ -222,10 +222,13 @@ def _samples(page: Page) -> list[str]:
     modes = [mode for mode in ("none", "cfg", "sg") if any(mode in bundle.samples for bundle in page.bundles)]
     if not modes:
         return [
-            "<h2>Samples</h2><p>The model samples latents and no decoder is in the bundles, so there are no images.</p>"
+            "<h2>Samples</h2><p>There are no images: the bundles have no decoder for the model's latents, or no text "
+            "encoder for its prompts.</p>"
         ]
     titles = {"none": "Unguided", "cfg": "CFG", "sg": "Sparse Guidance"}
     parts = [f"<h2>Samples</h2><p>{page.images} images, with the same seeds and kept tokens in every bundle.</p>"]
+    if page.prompts:
+        parts.append(f"<ol>{''.join(f'<li>{escape(prompt)}</li>' for prompt in page.prompts)}</ol>")
     for mode in modes:
         figures = "".join(
             f'<figure><img alt="{titles[mode]}, {escape(bundle.name)}" src="{_png(bundle.samples[mode])}">'

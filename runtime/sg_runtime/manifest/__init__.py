@@ -56,7 +56,7 @@ from sg_runtime.manifest.parts import (
     text_inputs,
     text_outputs,
 )
-from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
+from sg_runtime.manifest.quantization import OF_TEXT, LayerChoice, QualityGates, Quantization, StratumQuality
 from sg_runtime.manifest.sizes import SizeFacts
 from sg_runtime.manifest.source import Source
 
@@ -68,6 +68,7 @@ __all__ = [
     "FLOAT32_MIN",
     "MANIFEST_FILE",
     "MODES",
+    "OF_TEXT",
     "PARTS",
     "SCHEMA_VERSION",
     "SUBSET_RULES",

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from sg_runtime.manifest.base import QuantizedType, Strict
 
+OF_TEXT = "of the text"
+"""Reason of a layer that is not quantized because it is a projection of the text."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice(Strict):

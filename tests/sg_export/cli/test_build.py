@@ -36,13 +36,13 @@ def test_build_without_model_builds_the_reference_and_says_so(
 
 @pytest.mark.slow
 def test_build_in_another_process_gives_the_same_bytes(
-    process: Callable[..., Any], fixed_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+    process: Callable[..., Any], build_once: Callable[..., Path], quick_checkpoint: Path, tmp_path: Path
 ) -> None:
-    rates = ("--sparsity", 0.5, "--strong-sparsity", 0.25)
-    result = process("build", tiny_checkpoint, *rates, "--batch", 3, "-o", "again")
+    here = build_once("quick-bundle", quick_checkpoint, sparsity=(0.5,), batch=1)
+    result = process("build", quick_checkpoint, "--sparsity", 0.5, "--batch", 1, "-o", "again")
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    assert content(tmp_path / "again") == content(fixed_bundle)
+    assert content(tmp_path / "again") == content(here)
 
 
 def test_build_options_reach_the_bundle(cli: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:

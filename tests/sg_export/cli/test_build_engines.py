@@ -60,24 +60,18 @@ def test_build_of_engines_tells_how_to_verify_first_then_phases_and_engines(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "exit_code", "space"), [(signal.SIGINT, 130, "3G"), (signal.SIGTERM, 143, "4G")])
 def test_build_of_engines_that_is_ended_by_a_signal_leaves_nothing(
-    number: int,
-    exit_code: int,
-    space: str,  # another one, so that no engine is in the cache
-    start: Callable[..., Any],
-    tiny_checkpoint: Path,
-    cache: Path,
-    tmp_path: Path,
+    start: Callable[..., Any], tiny_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
+    """SIGTERM and SIGHUP raise the same exception; see the test of `build` for ONNX graphs."""
     before = set(cache.iterdir())
-    with start("build", tiny_checkpoint, *RTX, *UNGUIDED, "--batch", 7, "--workspace", space, "-o", "out") as building:
+    with start("build", tiny_checkpoint, *RTX, *UNGUIDED, "--batch", 7, "-o", "out") as building:
         for line in building.stderr:
             if "building dense: Building engine" in line:
                 break
-        building.send_signal(number)
+        building.send_signal(signal.SIGINT)
         rest = building.stderr.read()  # to the end: a living child would keep the pipe open
-    assert building.returncode == exit_code, rest
+    assert building.returncode == 130, rest
     assert rest.endswith("; nothing was left half-written\n")
     assert not list(tmp_path.iterdir())
     kept = set(cache.iterdir()) - before

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sg_calibration.prompts import read_prompts
 from sg_runtime import __version__
 
 FAST = ("--steps", 1, "-q")
@@ -101,3 +102,12 @@ def test_inspect_and_bench_show_the_parts_on_lines_of_their_own(cli: Callable[..
     timed = cli("bench", full_bundle, "--runs", 1, "--steps", 1).stdout
     assert "ms for a prompt" in timed
     assert "ms for an image" in timed
+
+
+@pytest.mark.slow
+def test_report_shows_the_prompts_and_their_images(cli: Callable[..., Any], full_bundle: Path, tmp_path: Path) -> None:
+    assert cli("report", full_bundle, "-q", "-o", tmp_path / "page.html").exit_code == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<li>{read_prompts(None)[0]}</li>" in text
+    assert text.count("<img") == 2, "unguided and CFG"
+    assert "<td>decode</td>" in text

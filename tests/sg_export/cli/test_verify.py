@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from polygraphy.json import load_json
 
 from sg_runtime.bundle import Bundle
 from sg_runtime.files import sha256_of
@@ -210,17 +211,14 @@ def test_verify_of_a_bundle_that_takes_no_file_passes_and_says_so(cli: Callable[
 
 
 @pytest.mark.slow
-def test_verify_of_a_read_only_bundle_writes_its_results_where_output_says(
-    mounted: Callable[..., Any], bundle: Path, tmp_path: Path
+def test_verify_of_a_read_only_bundle_passes_and_says_that_results_are_not_written(
+    mounted: Callable[..., Any], bundle: Path
 ) -> None:
     result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle")
     assert result.returncode == 0, result.stderr
     assert (
         "results are not written: disk/bundle/verify.json: cannot be written (Read-only file system)" in result.stdout
     )
-    result = mounted(f"--bind -o ro {bundle.parent}", "verify", "disk/bundle", "-o", "verify.json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
 
 
 @pytest.fixture(scope="module")
@@ -291,11 +289,11 @@ def test_verify_of_a_quantized_bundle_leaves_states_of_guided_runs_for_polygraph
     cli: Callable[..., Any], tiny_int8_bundle: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     commands = printed_commands(cli, tiny_int8_bundle, tmp_path)
-    assert len(commands) == 3
-    for command, runs in zip(commands, (8, 9, 9), strict=True):
-        done = shell(command, environment, tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"Passed: {runs}/{runs} iterations" in done.stdout
+    runs = [len(load_json(str(path))) for path in sorted((tmp_path / "parity").glob("*-inputs.json"))]
+    assert (len(commands), runs) == (3, [8, 9, 9])
+    done = shell(commands[-1], environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Passed: 9/9 iterations" in done.stdout
     strict = commands[-1].replace("threshold 0.5", "threshold 0.99999999")
     assert strict != commands[-1]
     assert shell(strict, environment, tmp_path).returncode != 0

@@ -23,7 +23,7 @@ from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_types, run_onnx
 from sg_export.graph.emulate import emulated
 from sg_export.graph.half import HALF, to_half
-from sg_export.graph.opset import DEFAULT_OPSET, OPSETS
+from sg_export.graph.opset import CONV_IN_BF16, DEFAULT_OPSET, OPSETS
 from sg_export.graph.products import token_table, weighted_products
 from sg_export.graph.trace_part import trace_part
 from sg_export.graph.weights import write_graphs
@@ -211,9 +211,9 @@ half = pytest.mark.parametrize("precision", HALF)
 
 
 def in_half(names: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrize a test by parts and precisions. ONNX has Conv in BF16 from opset 22 on."""
+    """Parametrize a test by parts and precisions."""
     found = [
-        ((name, 22 if precision == "bf16" and name in DECODERS else DEFAULT_OPSET), precision)
+        ((name, CONV_IN_BF16 if precision == "bf16" and name in DECODERS else DEFAULT_OPSET), precision)
         for name in names
         for precision in HALF
     ]
@@ -315,7 +315,7 @@ def test_count_cost_of_a_text_encoder_reads_a_row_of_its_table_per_token(precisi
     [
         *((name, precision) for name in ("T5Gemma", "Qwen3VL") for precision in ("fp32", "bf16", "fp16")),
         *((name, precision) for name in DECODERS for precision in ("fp32", "fp16")),
-        *(((name, 22), "bf16") for name in DECODERS),
+        *(((name, CONV_IN_BF16), "bf16") for name in DECODERS),
     ],
     indirect=["part"],
     ids=str,

@@ -1,4 +1,4 @@
-"""Bundles with engines: real TensorRT-RTX builds of the reference model and of tiny models.
+"""Bundles with engines: real TensorRT-RTX builds of tiny models.
 
 The builds need no GPU.
 """
@@ -42,29 +42,20 @@ def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
 # Block 0 is before the route and has one attention. The others are in the route or after it, and
 # each of them has two attentions. In BF16, the last block is in FP32, which has no fused kernel.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "precision", "gpus", "last", "attentions"),
-    [("tiny", "fp32", (), 2, 0), ("glyphs", "fp16", (89,), 7, 15), ("tiny", "bf16", (89,), 2, 3)],
-)
+@pytest.mark.parametrize(("precision", "gpus", "attentions"), [("fp32", (), 0), ("fp16", (89,), 5), ("bf16", (89,), 3)])
 def test_compile_makes_one_engine_for_all_sparsities(
-    name: str,
-    precision: Precision,
-    gpus: tuple[int, ...],
-    last: int,
-    attentions: int,
-    tiny_checkpoint: Path,
-    tmp_path: Path,
+    precision: Precision, gpus: tuple[int, ...], attentions: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     engine_options = EngineOptions(batch=(1, 4), compute_capabilities=gpus)
     options = CompileOptions(tmp_path / "out", (0.5, 0.9), precision=precision, engines=engine_options)
-    bundle = compile(tiny_checkpoint if name == "tiny" else name, options)
-    tokens, half, few = (64, 32, 7) if name == "glyphs" else (16, 8, 2)
+    bundle = compile(tiny_checkpoint, options)
+    tokens, half, few = 16, 8, 2
     guided = f"guided-{tokens}-K"
     assert bundle == Bundle.open(bundle.path)
     assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", "engines"}
     manifest, engines = bundle.manifest, engines_of(bundle)
     assert manifest.precision == precision
-    after = {"fp32": (), "fp16": ENDS, "bf16": (*ENDS, f"blocks.{last}")}
+    after = {"fp32": (), "fp16": ENDS, "bf16": (*ENDS, "blocks.2")}
     assert manifest.fp32_layers == after[precision]
     assert [(graph.name, graph.file) for graph in manifest.graphs] == [
         (graph, None) for graph in ("condition", f"guided-{tokens}-{half}", f"guided-{tokens}-{few}")
@@ -134,7 +125,6 @@ GUIDED = {"condition", "guided-16-K"}
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"sparsity": (0.5,)}, GUIDED),
         ({"sparsity": (0.5,), "strong_sparsity": (0.0, 0.25)}, {*GUIDED, "guided-K-K"}),
         ({"sparsity": (0.5,), "guidance": "cfg+sg"}, {"condition", "guided-16-K-null"}),
         ({"guidance": "cfg"}, {"condition", "guided-16-16-null"}),
@@ -142,7 +132,7 @@ GUIDED = {"condition", "guided-16-K"}
         ({"sparsity": (0.5,), "interval": (0.2, 0.8)}, {*GUIDED, "dense", "sparse-K"}),
         ({"weak_checkpoint": True}, {"condition", "dense", "weak-condition", "weak-sparse-K"}),
     ],
-    ids=["sg", "two strong", "cfg+sg", "cfg", "none", "interval", "autoguidance"],
+    ids=["two strong", "cfg+sg", "cfg", "none", "interval", "autoguidance"],
 )
 def test_compile_builds_engines_of_what_the_plan_uses(
     changes: dict[str, Any], names: set[str], build: Build, quick: Any, tmp_path: Path

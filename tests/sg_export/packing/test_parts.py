@@ -22,7 +22,7 @@ from sg_export.parts.encode import encode
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
-from sg_runtime.manifest import QualityGates, Route
+from sg_runtime.manifest import OF_TEXT, QualityGates, Route
 from sg_runtime.pipeline import Pipeline
 
 ROUTE = Overrides(route=Route(0, 1))
@@ -218,6 +218,10 @@ def test_quantization_runs_from_prompts_and_verify_judges_on_the_same(
     assert manifest.text is not None
     assert manifest.quantization.prompts == ("4 cats", "8 cats")
     assert manifest.text.precision == "fp32"
+    of_text = [layer.name for layer in manifest.quantization.layers if layer.reason == OF_TEXT]
+    assert of_text == [f"blocks.{block}.attention.txt_kv_proj" for block in range(2)]
+    assert all(layer.quantized for layer in manifest.quantization.layers if layer.name not in of_text)
+    assert "--quantize-text" not in build_command(manifest, "out")
     judged: list[Sequence[str]] = []
 
     def recorded(loaded: Any, texts: Sequence[str], tokens: int) -> Any:
@@ -234,3 +238,17 @@ def test_prompts_without_a_text_encoder_are_refused(tiny_checkpoint: Path, tmp_p
     quantize = QuantizeOptions(prompts=tmp_path / "prompts.txt")
     with pytest.raises(UsageError, match=r"`prompts` .*: expected none for a build without a text encoder"):
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", quantize=quantize))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_engine_of_a_decoder_needs_no_fused_attention(
+    precision: Any, tiny_checkpoint: Path, vae: Path, tmp_path: Path
+) -> None:
+    """Steps need it. A decoder in BF16 is of another opset."""
+    engines = EngineOptions(compute_capabilities=(89,))
+    asked = CompileOptions(tmp_path / "out", (0.5,), precision=precision, vae=vae, engines=engines)
+    decoder = compile(tiny_checkpoint, asked).manifest.decoder
+    assert decoder is not None
+    ((engine,),) = (built.engines for built in decoder.built)
+    assert (engine.kind, engine.fused_attention) == ("decode", 0)

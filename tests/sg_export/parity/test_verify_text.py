@@ -40,9 +40,9 @@ def folder(once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def build(folder: Path, build_once: Callable[..., Path]) -> Callable[..., Path]:
-    """Return a function that builds the model for CFG + SG at 0 and 0.5."""
-    usual = {"guidance": "cfg+sg", "sparsity": (0.5,), "overrides": OVERRIDES}
-    return lambda name, **options: build_once(name, folder, **usual, **options)
+    """Return a function that builds the model for CFG + SG at 0 and 0.5, for two images."""
+    usual = {"guidance": "cfg+sg", "sparsity": (0.5,), "overrides": OVERRIDES, "batch": 2}
+    return lambda name, **options: build_once(name, folder, **{**usual, **options})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -25,10 +25,13 @@ _TRANSPOSED = ".T"
 _TOLERANCE = 1e-7
 
 
-def optimize_around_weights(model: ir.Model, program: nn.Module) -> None:
+def optimize_around_weights(
+    model: ir.Model, program: nn.Module, optimize: Callable[[ir.Model], object] = optimizer.optimize_ir
+) -> None:
     """Optimize a model with its weights as values of unknown content.
 
     program: the exported module. Tensors that its code makes are constants, and no weights.
+    optimize: the optimizer.
 
     Each Transpose of a weight, or of a weight made a matrix, is then replaced by a value with ".T"
     after the weight's name.
@@ -43,7 +46,7 @@ def optimize_around_weights(model: ir.Model, program: nn.Module) -> None:
             weights.append(initializer)
     small = _small_constants(graph)
     graph.inputs.extend([*weights, *small])
-    optimizer.optimize_ir(model)
+    optimize(model)
     for value, tensor in small.items():
         graph.inputs.remove(value)
         value.const_value = tensor

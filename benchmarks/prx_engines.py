@@ -102,7 +102,16 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="also build the guided graph in FP8")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows: list[Row] = []
+    fp8: Engine | None = None
+
+    def save() -> None:
+        """Write what is measured so far."""
+        if options.output:
+            content: dict[str, object] = {"machine": machine("torch", "onnx", "tensorrt-rtx")}
+            content |= {"rows": [asdict(row) for row in rows], "fp8": fp8 and asdict(fp8)}
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         shape = published(512, depth=options.depth)
         folder = write_folder(shape, Path(scratch) / "prx")
@@ -113,12 +122,11 @@ def main() -> None:
                 first = first or guided(row).engine_mb
                 rows.append(row)
                 print(row, flush=True)
-        fp8 = measure_fp8(folder, shape, Path(scratch)) if options.fp8 else None
-        print(fp8, flush=True)
-    if options.output:
-        content: dict[str, object] = {"machine": machine("torch", "onnx", "tensorrt-rtx")}
-        content |= {"rows": [asdict(row) for row in rows], "fp8": fp8 and asdict(fp8)}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+                save()
+        if options.fp8:
+            fp8 = measure_fp8(folder, shape, Path(scratch))
+            print(fp8, flush=True)
+            save()
 
 
 def guided(row: Row) -> Engine:

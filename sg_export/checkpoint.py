@@ -41,6 +41,12 @@ BESIDE = "ema_denoiser"
 The family's adapter tells them apart.
 """
 
+_DENOISER = re.compile(r"(.*\.)?(?:ema_denoiser\.model|denoiser)")
+"""Key of a denoiser in Photoroom/PRX, with the key of what it lies in."""
+
+_EMBEDDER = "resolution_embedder"
+"""Key next to the denoisers, under which earlier files of Photoroom/PRX hold a part of both."""
+
 _MODEL_KEYS = ("model_state_dict", "model", "state_dict", "params", "module", "net", "network")
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 _PREFIX = re.compile(rf"^(({_WRAPPERS}|model)\.)+")
@@ -167,15 +173,8 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
         files = checkpoint_files(path, weights)
         with _unchanged(files.all, sha256_of(*files.all) if sha256 is None else sha256) as digest:
             configs = {component: read_config(config) for component, config in files.configs.items()}
-            content: Mapping[Any, Any] = {}
-            facts = CheckpointFacts(family="prx" if configs else None)
-            names: dict[str, set[str]] = {}
-            for file in files.weights:
-                part, stated = _read(file)
-                names[file.name] = {str(name) for name in part}
-                content, facts = {**content, **part}, _over(stated, facts)
-            if files.index is not None:
-                _check_index(files.index, names)
+            content, stated = _read_all(files)
+            facts = _over(stated, CheckpointFacts(family="prx" if configs else None))
             if configs:
                 chosen, tensors = files.variant or "bare", _state_of(content)
             else:
@@ -188,6 +187,34 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
         facts = _over(_facts_beside(sidecar, path), facts)
     plain, prefix = _without_wrappers(path, tensors)
     return Checkpoint(Source(path.resolve().name, digest, chosen, reference), plain, facts, prefix, configs)
+
+
+def read_part(files: Files) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of another part of a pipeline, by their names without wrappers.
+
+    The second result is the hash of all files. Raises CheckpointError for files that are missing or
+    damaged, or that change while they are read.
+    """
+    try:
+        with _unchanged(files.all, sha256_of(*files.all)) as digest:
+            tensors = _in_memory(_state_of(_read_all(files)[0]))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
+    return _without_wrappers(files.weights[0], tensors)[0], digest
+
+
+def _read_all(files: Files) -> tuple[Mapping[Any, Any], CheckpointFacts]:
+    """Return what all files of weights hold, and the facts that they state."""
+    content: Mapping[Any, Any] = {}
+    facts = CheckpointFacts()
+    names: dict[str, set[str]] = {}
+    for file in files.weights:
+        part, stated = _read(file)
+        names[file.name] = {str(name) for name in part}
+        content, facts = {**content, **part}, _over(stated, facts)
+    if files.index is not None:
+        _check_index(files.index, names)
+    return content, facts
 
 
 def sidecar_of(path: Path) -> Path:
@@ -469,6 +496,15 @@ def _under(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(key) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
 
 
+def _by_key(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under a key, and of a denoiser also the embedder next to it."""
+    named = _under(key, tensors)
+    if named and (denoiser := _DENOISER.fullmatch(key)):
+        beside = _under(f"{denoiser[1] or ''}{_EMBEDDER}", tensors)
+        named = {f"{_EMBEDDER}.{name}": tensor for name, tensor in beside.items()} | named
+    return named
+
+
 def _sets_of(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
     """Return the sets of a file by their names "ema" and "model", or all its tensors as "bare"."""
     sets: dict[str, dict[str, Tensor]] = {}
@@ -522,7 +558,7 @@ def _choose_set(path: Path, content: Mapping[Any, Any], weights: str | None) -> 
             raise CheckpointError(f"{path}: expected tensors by their names, found {found}")
         return chosen, sets[chosen]
     flat = _flat(content)
-    if named := _under(weights, flat) or _under(weights, sets[default]):
+    if named := _by_key(weights, flat) or _by_key(weights, sets[default]):
         return weights, named
     if weights not in ("ema", "model"):
         keys = list(dict.fromkeys(name.partition(".")[0] for name in flat if "." in name))

@@ -20,6 +20,7 @@ from sg_export.options.compile import CompileOptions
 from sg_export.packing.engines import check_libraries, check_timing_cache
 from sg_export.packing.folder import check_output, check_place, new_folder
 from sg_export.packing.pack import add_engines, engine_source, files_of, manifest_of, pack, trace_all
+from sg_export.packing.parts import add_parts, choose_parts, prompts_of
 from sg_export.packing.sizes import SizeBuild, choose_sizes
 from sg_export.progress import Counted, Report, silent
 from sg_export.reference import REFERENCES
@@ -39,8 +40,9 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     compilation leaves no files behind. An existing bundle stays until its successor is complete.
     """
     inputs = [*inputs_of(checkpoint, options.weak_checkpoint, weights=options.weights)]
+    inputs += filter(None, (options.pipeline, options.vae))
     if options.quantize is not None:
-        inputs += filter(None, (options.quantize.table, options.quantize.data, options.quantize.like))
+        inputs += filter(None, options.quantize.files)
     check_output(options.output, options.force, inputs)
     check_place(options.output)
     check_libraries(options.libraries, options.products)
@@ -55,6 +57,8 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
         report(f"loading {options.weak_checkpoint}", 0, None)
         weak = load_weak(options.weak_checkpoint, loaded, options.weights, options.overrides)
     builds = choose_sizes(loaded, weak, options)
+    parts = choose_parts(checkpoint, builds, options)
+    prompts = None if options.quantize is None else prompts_of(parts, options.quantize.prompts)
     layers = fp32_layers(loaded.model, options.precision, half_only=options.half_only)
     sources = {spec: build.source(spec) for build in builds for spec in build.specs}
     files = files_of(list(sources), symbolic=bool(options.libraries))
@@ -65,7 +69,8 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
     }
     passes = 1 if options.quantize is None else 2
     tracings = len({*sources.values()})
-    counted = Counted(report, tracings + passes * (1 + len(sources)) + len(engine_files) * len(options.libraries))
+    stages = tracings + passes * (1 + len(sources)) + len(engine_files) * len(options.libraries)
+    counted = Counted(report, stages + sum(part.stages(options) for part in parts.values()))
     with new_folder(options.output, options.force, inputs) as folder:
         traced = trace_all(sources, files, options, counted)
         quantization = None
@@ -76,18 +81,19 @@ def compile(checkpoint: str | Path, options: CompileOptions, report: Report = si
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
                 reference = _reference_bundle(builds, files, traced, options, Path(scratch), counted)
                 quantization, ranges = decide_quantization(
-                    reference, options.quantize, options.precision, layers, counted.stage
+                    reference, options.quantize, options.precision, layers, counted.stage, prompts
                 )
                 traced = quantized_models(reference, files, quantization, ranges)
         written = pack(sources, files, traced, layers, options, folder, counted)
         engines = []
         for build in builds:
             own = [(name, graphs) for name, graphs in engine_files.items() if graphs[0] in build.specs]
-            parts = [engine_source(folder, name, graphs, written) for name, graphs in own]
-            engines.append(add_engines(build.loaded, parts, options, folder, counted))
+            holders = [engine_source(folder, name, graphs, written) for name, graphs in own]
+            engines.append(add_engines(build.loaded.facts, holders, options, folder, counted))
+        text, decoder = add_parts(parts, options, folder, counted)
         if not options.has_onnx:
             shutil.rmtree(folder / "graphs")
-        manifest = manifest_of(builds, options, layers, quantization, written, engines, folder)
+        manifest = manifest_of(builds, options, layers, quantization, written, engines, folder, text, decoder)
         write_manifest(manifest, folder / MANIFEST_FILE)
     return Bundle(options.output, manifest)
 

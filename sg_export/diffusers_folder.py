@@ -19,11 +19,22 @@ PIPELINES = ("PRXPipeline", "PRXPixelPipeline")
 """Supported pipelines, of latents and of pixels."""
 
 PIPELINE_FILE = "model_index.json"
-CONFIGS = {"transformer": "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}
+CONFIGS = {
+    "transformer": "config.json",
+    "scheduler": "scheduler_config.json",
+    "vae": "config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 """File of the configuration in the folder of each component that is read."""
 
-WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.]+?(?<!-of-\d{5})))?\.safetensors")
-INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
+OPTIONAL = ("vae", "tokenizer")
+"""Components whose configurations may be absent: they only confirm or complete facts."""
+
+STEM = "diffusion_pytorch_model"
+"""First word of the names of weights that diffusers writes."""
+
+AUTOENCODERS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
+"""Supported autoencoders, and the field of their configuration with an entry for each level."""
 
 
 def is_folder(path: Path) -> bool:
@@ -34,7 +45,7 @@ def is_folder(path: Path) -> bool:
 def find_configs(folder: Path) -> dict[str, Path]:
     """Return the configurations in a folder by component: "pipeline" and the keys of `CONFIGS`.
 
-    A pipeline has all of them, but "vae" may be absent. The folder of a transformer has
+    A pipeline has all of them, but those of OPTIONAL may be absent. The folder of a transformer has
     "transformer" alone. Raises CheckpointError for another folder, and for a component that is
     missing.
     """
@@ -52,29 +63,32 @@ def find_configs(folder: Path) -> dict[str, Path]:
         path = folder / component / name
         if path.is_file():
             found[component] = path
-        elif component != "vae":  # its configuration only confirms the size of latents
+        elif component not in OPTIONAL:
             raise CheckpointError(f"{folder}: expected {component}/{name}, found none: fetch the folder again")
     _check_class(found["transformer"], (TRANSFORMER,))
     return found
 
 
-def find_weights(folder: Path, variant: str | None) -> tuple[Path, str | None]:
-    """Return the file of weights in the folder of a transformer, or its index, and its variant.
+def find_weights(folder: Path, variant: str | None, stem: str = STEM) -> tuple[Path, str | None]:
+    """Return the file of weights in the folder of a component, or its index, and its variant.
 
     variant: variant to take; None for the weights without a variant, or the only variant.
+    stem: first word of the names of weights.
 
     Raises CheckpointError if there are no weights, and UsageError if the variant is not there or
     has to be chosen.
     """
+    file = re.compile(rf"{stem}(\.(?P<variant>[^.]+?))?(?<!-of-\d{{5}})\.safetensors")
+    index = re.compile(rf"{stem}\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
     found: dict[str | None, Path] = {}
-    for form in (WEIGHTS, INDEX):  # as in diffusers, an index comes before a file
+    for form in (file, index):  # as in diffusers, an index comes before a file
         found |= {match["variant"]: path for path in folder.iterdir() if (match := form.fullmatch(path.name))}
     variants = sorted(name for name in found if name is not None)
     if not found:
         names = sorted(path.name for path in folder.iterdir()) or ["nothing"]
         raise CheckpointError(
-            f"{folder}: expected diffusion_pytorch_model.safetensors or its index, found {listed(names)}: save the "
-            f"transformer with safe_serialization=True"
+            f"{folder}: expected {stem}.safetensors or its index, found {listed(names)}: save the model with "
+            f"safe_serialization=True"
         )
     if variant is None and None not in found:
         if len(variants) > 1:
@@ -97,6 +111,25 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def latent_side(config: Mapping[str, Any], channels: int, place: str) -> int:
+    """Return the side, in pixels, of the square that a latent of an autoencoder decodes to.
+
+    config: content of its config.json. channels: channels of a latent of the model. place: name of
+    the configuration, for errors.
+
+    Raises CheckpointError for another autoencoder, and for other channels.
+    """
+    name = str(config.get("_class_name"))
+    if name not in AUTOENCODERS:
+        raise CheckpointError(f"{place}: _class_name: expected {' or '.join(AUTOENCODERS)}, found {name}")
+    if (latents := config.get("latent_channels")) != channels:
+        raise CheckpointError(f"{place}: latent_channels: expected {channels}, as in the model, found {latents}")
+    levels = config.get(AUTOENCODERS[name])
+    if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
+        raise CheckpointError(f"{place}: {AUTOENCODERS[name]}: expected a list with a number per level, found {levels}")
+    return 1 << (len(levels) - 1)
 
 
 def _check_class(path: Path, supported: tuple[str, ...]) -> None:

@@ -18,13 +18,16 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from weights import random_state
 
 import sg_export.graph.trace
+import sg_export.packing.parts
 from sg_calibration.ranges import write_table
 from sg_calibration.settings import FeedSettings
+from sg_export.checkpoint import Overrides
 from sg_export.compiler import compile
+from sg_export.graph.trace_part import trace_part
 from sg_export.models.dit import DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_export.models.sparse import SparseModel
@@ -33,7 +36,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.quantize.search import measure_ranges
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import QualityGates
+from sg_runtime.manifest import QualityGates, Route
 
 # A busy machine must not fail a test by a deadline.
 settings.register_profile("any speed", deadline=None)
@@ -184,9 +187,9 @@ def read_trace(path: Path) -> tuple[ir.Model, Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once(once: Once) -> Iterator[None]:
-    """Trace each network structure once for all tests and workers.
+    """Trace each network structure, and each part with its weights, once for all tests and workers.
 
-    This is safe because the exporter's result holds no weights.
+    The exporter's result for a network holds no weights.
     """
     traced: dict[str, Any] = {}
 
@@ -198,8 +201,15 @@ def _traced_once(once: Once) -> Iterator[None]:
             traced[key] = read_trace(once(name, lambda path: write_trace(export_untraced(model, *arguments), path)))
         return traced[key]
 
+    def export_part(module: nn.Module, name: str, *arguments: Any) -> ir.Model:
+        state = hashlib.sha256(b"".join(value.numpy().tobytes() for value in module.state_dict().values()))
+        key = repr((str(module), state.hexdigest(), name, arguments[:-1], arguments[-1].__name__))
+        file = f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+        return ir.load(once(file, lambda path: ir.save(trace_part(module, name, *arguments), path)))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sg_export.graph.trace, "_export", export)
+        patch.setattr(sg_export.packing.parts, "trace_part", export_part)
         yield
 
 
@@ -312,6 +322,22 @@ def engine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
     """
     options = {"sparsity": (0.5,), "engines": EngineOptions(), "precision": "fp16"}
     return build_once("engine-bundle", tiny_checkpoint, **options)
+
+
+@pytest.fixture(scope="session")
+def full_pipeline(once: Once) -> Path:
+    """Return the folder of a complete pipeline of a tiny PRX; see `full_pipelines`."""
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    from full_pipelines import write_full_pipeline
+
+    return once("prx-full", write_full_pipeline)
+
+
+@pytest.fixture(scope="session")
+def full_bundle(build_once: Build, full_pipeline: Path) -> Path:
+    """Return a bundle of the complete pipeline, for CFG and one image, next to its folder."""
+    route = Overrides(route=Route(0, 1))
+    return build_once("prx-full-bundle", full_pipeline, guidance="cfg", batch=1, scale=3.0, overrides=route)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Check that the guidance, production and text-to-image pages run.
+"""Check that the guidance, production, text-to-image and pictures pages run.
 
 They run on the reference models without their blocks after the first, which is the route. These
 have the classes, tokens and names of the reference models. Builds get a fixed batch, with which
@@ -10,13 +10,12 @@ import json
 import os
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from prx_folders import CONFIG, state_of, write_pipeline
+from full_pipelines import autoencoder, write_full_pipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -101,12 +100,24 @@ def test_production_page_run_from_top_to_bottom_does_what_it_says(capsys: pytest
 def test_text_to_image_page_run_from_top_to_bottom_does_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page's folder `prx` is a tiny one, as `save_pretrained` of diffusers writes it."""
-    config = replace(CONFIG, width=64, mlp_width=80)
-    write_pipeline(tmp_path / "prx", config, state_of(config))
+    """The page's folder `prx` is a tiny one, which `PRXPipeline.save_pretrained` writes."""
+    write_full_pipeline(tmp_path / "prx")
+    capsys.readouterr()
     names = run("text-to-image.md", 2)
-    assert capsys.readouterr().out == "(2, 32, 4, 6)\n(2, 32, 3, 2)\n"
+    printed = ["(2, 64, 64, 3) uint8", "(2, 12, 16) (2, 12)", "True", "True", "(2, 48, 80, 3)"]
+    assert capsys.readouterr().out.splitlines() == printed
     assert names["both"].weak is not None
+
+
+@pytest.mark.slow
+def test_pictures_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Any
+) -> None:
+    """The page's checkpoint is a tiny one, and its decoder that of a tiny autoencoder."""
+    tiny.save(tmp_path / "latest.pt")
+    autoencoder(channels=tiny.config.channels).save_pretrained(tmp_path / "vae")
+    run("pictures.md", 2)
+    assert capsys.readouterr().out == "(2, 64, 64, 3) uint8\n"
 
 
 def test_production_page_has_a_program_of_at_most_20_lines() -> None:

@@ -7,7 +7,6 @@ shard is a NumPy archive with one batch of images along one guided run. Kept tok
 
 import hashlib
 import json
-import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +17,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sg_calibration.prompts import Prompts
 from sg_calibration.settings import SEEDS, FeedSettings
 from sg_runtime.conditions import Conditions, examples, of_classes, of_prompts
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing, sha256_of
-from sg_runtime.manifest import GuidancePlan, Labels, Manifest, ModelFacts, Text
+from sg_runtime.manifest import GuidancePlan, Labels, Manifest, ModelFacts, size_text
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.sampling import integrate, trajectory
-
-LOG = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Split = Literal["calibration", "search", "gate"]
@@ -80,19 +78,29 @@ _TYPES: _Types = {
 }
 
 
-def images_of(split: Split, model: ModelFacts, count: int, seed: int = 0) -> tuple[Conditions, list[int]]:
+def images_of(
+    split: Split, model: ModelFacts, count: int, seed: int = 0, prompts: Prompts | None = None
+) -> tuple[Conditions, list[int]]:
     """Return the conditions and the seeds of `count` images of a split.
 
-    Classes come in turn. Prompts are random, see `sg_runtime.conditions.examples`. Splits share no
-    seeds, so their noise, kept tokens and prompts differ too. Splits share no classes. An exception
-    is a model with fewer than four classes, where every split has all of them.
+    Classes and prompts come in turn. Without `prompts` a text model gets random ones, see
+    `sg_runtime.conditions.examples`. Splits share no seeds, so their noise and kept tokens differ
+    too. Splits share no classes and no prompts. An exception are fewer than four of them, where
+    every split has all.
     """
     seeds = [_SEEDS[split] + seed + image for image in range(count)]
+    if prompts is not None:
+        return split_of(split, prompts, count).conditions(count), seeds
     if not isinstance(model.conditions, Labels):
         return examples(model, count, seeds[0]), seeds
     every = range(model.conditions.count)
     classes = [label for label in every if len(every) < 4 or label % 4 in _PLACES[split]]
     return of_classes(model.conditions, [classes[image % len(classes)] for image in range(count)]), seeds
+
+
+def split_of(split: Split, prompts: Prompts, count: int) -> Prompts:
+    """Return the prompts of `count` images of a split."""
+    return prompts.of(_PLACES[split], count)
 
 
 def collect(
@@ -102,11 +110,13 @@ def collect(
     folder: Path,
     identity: str,
     report: Callable[[str, int, int], None],
+    prompts: Prompts | None = None,
 ) -> list[Path]:
     """Sample guided runs with the pipeline and write their states to `folder`; return the shards.
 
     Existing shards are kept, so an interrupted collection can be resumed. identity: identity of the
     model, see `identity_of`. report: callback with (stage, shards done, shards in total).
+    prompts: see `images_of`.
     Raises CalibrationError if the folder holds altered shards, or shards of another model or of
     other settings.
     """
@@ -116,6 +126,8 @@ def collect(
         "settings": asdict(settings),
         "guidances": [f"{_name(plan)} at {plan.scale}" for plan in guidances],
     }
+    if prompts is not None:
+        facts["prompts"] = list(prompts.texts)
     known: dict[str, str] = {}
     if (folder / SHARDS_FILE).exists():
         content = _manifest(folder)
@@ -125,12 +137,7 @@ def collect(
                 f"{folder}: expected shards of this model with these settings, found others: give an empty folder"
             )
         _check_hashes(folder, known)
-    if isinstance(pipe.bundle.manifest.model.conditions, Text):
-        LOG.warning(
-            "calibration on random prompts: ranges of real prompts differ: give `data` with the embeddings of your "
-            "prompts"
-        )
-    conditions, seeds = images_of("calibration", pipe.bundle.manifest.model, settings.samples, settings.seed)
+    conditions, seeds = images_of("calibration", pipe.bundle.manifest.model, settings.samples, settings.seed, prompts)
     size = min(pipe.batch, settings.samples)
     jobs = [(plan, first) for plan in guidances for first in range(0, settings.samples, size)]
     shards = []
@@ -146,6 +153,11 @@ def collect(
             with replacing(folder / SHARDS_FILE) as temporary:
                 temporary.write_text(json.dumps({**facts, "shards": known}, indent=1) + "\n")
     return shards
+
+
+def shard_folders(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
+    """Return the folder of each size's shards: one in `folder`, such as 512x768, for several."""
+    return [folder / size_text(size) for size in sizes] if len(sizes) > 1 else [folder]
 
 
 def given_shards(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from sg_calibration.settings import LEAST_STRATA, METHODS, Method
 from sg_runtime.backends.ort import open_session
 from sg_runtime.errors import CalibrationError, UsageError
 from sg_runtime.files import replacing
-from sg_runtime.manifest import GraphFacts, GuidancePlan
+from sg_runtime.manifest import GraphFacts, GuidancePlan, size_text
 from sg_runtime.manifest.base import Strict
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.evaluate import GraphRunner
@@ -72,48 +72,58 @@ class RangeTable(Strict):
         return {name: layer.thresholds[method] for name, layer in self.layers.items()}
 
 
-def measure(
-    pipe: Pipeline,
-    guidances: Sequence[GuidancePlan],
-    shards: Iterable[Shard],
-    report: Callable[[str], None] = lambda _: None,
-) -> RangeTable:
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Shards of one size of the samples, and what they run through.
+
+    pipe: pipeline with FP32 graphs on the CPU.
+    guidances: guidances of which the pipeline has graphs.
+    shards: shards of the pipeline's size.
+    """
+
+    pipe: Pipeline
+    guidances: Sequence[GuidancePlan]
+    shards: Iterable[Shard]
+
+
+def measure(runs: Sequence[Runs], report: Callable[[str], None] = lambda _: None) -> RangeTable:
     """Measure the inputs of all layers while every shard runs through the graphs of every guidance.
 
-    pipe: pipeline with FP32 graphs on the CPU. Each layer has one range for both branches and all
-    sparsities, as their tokens share tensors. Raises CalibrationError if an input is not finite or
-    is constant, or if there are too few values or times.
+    runs: those of each size of one model. Each layer has one range for all sizes, both branches and
+    all sparsities, as their tokens share tensors. Raises CalibrationError if an input is not finite
+    or is constant, or if there are too few values or times.
     """
-    manifest = pipe.bundle.manifest
     histograms: dict[str, _Histogram] = {}
-    observers: dict[str, _Observer] = {}
     largest: dict[str, dict[float, float]] = {}
     images = evaluations = 0
-    runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
-    for number, shard in enumerate(shards):
-        report(f"measuring ranges, shard {number + 1}")
-        images += len(shard.seed)
-        for guidance in guidances:
-            plan = pipe.prepare(
-                shard.time,
-                shard.conditions,
-                shard.seed.tolist(),
-                counters=shard.counters,
-                guidance=guidance,
-            )
-            for index, x in enumerate(shard.x):
-                evaluations += len(x)
-                for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
-                    if launch.graph.name not in observers:
-                        observers[launch.graph.name] = _Observer(pipe, launch.graph)
-                    for group in runner.groups(len(x)):
-                        seen = observers[launch.graph.name](runner.feeds(plan, launch, x, x, group))
-                        _check(seen)
-                        for name, value in seen.items():
-                            highest = histograms.setdefault(name, _Histogram()).add(value)
-                            at = largest.setdefault(name, {})
-                            time = float(shard.time[index])
-                            at[time] = max(at.get(time, 0.0), highest)
+    for size in runs:
+        observers: dict[str, _Observer] = {}
+        pipe, manifest = size.pipe, size.pipe.bundle.manifest
+        runner = GraphRunner(manifest, pipe.backend.lane(), pipe.batch, pipe.backend.batches)
+        for number, shard in enumerate(size.shards):
+            report(f"measuring ranges at {size_text(manifest.model.size)}, shard {number + 1}")
+            images += len(shard.seed)
+            for guidance in size.guidances:
+                plan = pipe.prepare(
+                    shard.time,
+                    shard.conditions,
+                    shard.seed.tolist(),
+                    counters=shard.counters,
+                    guidance=guidance,
+                )
+                for index, x in enumerate(shard.x):
+                    evaluations += len(x)
+                    for launch in launches(manifest, plan, index, 0.0, 1.0, 0.0):
+                        if launch.graph.name not in observers:
+                            observers[launch.graph.name] = _Observer(pipe, launch.graph)
+                        for group in runner.groups(len(x)):
+                            seen = observers[launch.graph.name](runner.feeds(plan, launch, x, x, group))
+                            _check(seen)
+                            for name, value in seen.items():
+                                highest = histograms.setdefault(name, _Histogram()).add(value)
+                                at = largest.setdefault(name, {})
+                                time = float(shard.time[index])
+                                at[time] = max(at.get(time, 0.0), highest)
     counts = {name: int(histogram.counts.sum()) for name, histogram in histograms.items()}
     if not counts or min(counts.values()) < LEAST_VALUES:
         name = min(counts, key=lambda key: counts[key], default="every layer")
@@ -138,7 +148,7 @@ def measure(
         found = {"min-max": largest_of_all, "percentile": seen_of.percentile(), "entropy": seen_of.entropy()}
         found = {method: min(value, largest_of_all) for method, value in found.items()}
         layers[name] = LayerRange(tuple(at[time] for time in sorted(at, reverse=True)), found)
-    return RangeTable(identity_of(manifest), images, evaluations, times, layers)
+    return RangeTable(identity_of(runs[0].pipe.bundle.manifest), images, evaluations, times, layers)
 
 
 class _Histogram:

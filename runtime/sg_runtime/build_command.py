@@ -3,7 +3,7 @@
 import shlex
 from typing import get_args
 
-from sg_runtime.manifest import ENGINE_TARGETS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text, size_text
+from sg_runtime.manifest import ENGINE_TARGETS, OF_TEXT, PARTS, UPSTREAM_SUBSET, Manifest, OnnxTarget, Text, size_text
 
 USUAL_OPSET = 20
 """Default ONNX opset of `sg-export build`."""
@@ -56,6 +56,7 @@ def build_command(
         words += ["--interval", *map(number_text, plan.interval)]
     words += [] if plan.subset == UPSTREAM_SUBSET.get(manifest.model.family) else ["--subset", plan.subset]
     words += _model_words(manifest)
+    words += _part_words(manifest, target)
     precision = "fp32" if target == "onnxruntime" else "fp16" if sm == 75 else manifest.precision
     words += ["--steps", str(manifest.sampling.steps), "--precision", *_precision_words(manifest, precision)]
     words += ["--opset", str(manifest.opset)] if manifest.opset != USUAL_OPSET else []
@@ -85,6 +86,24 @@ def _model_words(manifest: Manifest) -> list[str]:
     return facts
 
 
+def _part_words(manifest: Manifest, target: str | None) -> list[str]:
+    """Return the parts, and their folders if these are not that of the checkpoint.
+
+    The text encoder keeps its precision if the target stays.
+    """
+    text, decoder, given = manifest.text, manifest.decoder, manifest.source.name
+    words = []
+    if isinstance(manifest.model.conditions, Text) and len(manifest.parts) < len(PARTS) - 1:
+        words += ["--parts", ",".join(part for part in PARTS if part == "step" or part in manifest.parts)]
+    if text is not None:
+        words += [] if text.source.name == given else ["--pipeline", text.source.name]
+        words += [] if target is not None else ["--text-precision", text.precision]
+        given = text.source.name
+    if decoder is not None:
+        words += [] if decoder.source.name == given else ["--vae", decoder.source.name]
+    return words
+
+
 def _precision_words(manifest: Manifest, base: str) -> list[str]:
     """Return the precision and, if the bundle is quantized, the quantization options."""
     plan = manifest.quantization
@@ -93,6 +112,8 @@ def _precision_words(manifest: Manifest, base: str) -> list[str]:
     excluded = [word for layer in plan.layers if layer.reason == "excluded" for word in ("--exclude", layer.name)]
     gates = ["--gate-cosine", number_text(plan.gates.cosine), "--gate-guided", number_text(plan.gates.guided)]
     allowed = [] if plan.passed else ["--allow-quality-loss"]
+    if isinstance(manifest.model.conditions, Text) and all(layer.reason != OF_TEXT for layer in plan.layers):
+        excluded.append("--quantize-text")
     return [plan.type, "--base-precision", base, "--method", plan.method, *excluded, *gates, *allowed]
 
 

@@ -16,8 +16,8 @@ from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, 
 STRAYS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".directory", ".nfs*", ".fuse_hidden*", "@eaDir")
 """Names of files that desktops and network mounts leave in any folder."""
 
-PARTS = (MANIFEST_FILE, "graphs", "engines")
-"""Names in the folder of a bundle."""
+FOLDERS = ("graphs", "engines", "text")
+"""Folders in the folder of a bundle."""
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 """Ends of the names of checkpoints."""
@@ -65,10 +65,13 @@ class Bundle:
         if found is not None:
             raise BundleError(f"{root}: expected a bundle (a directory), found {found}")
         manifest = read_manifest(root / MANIFEST_FILE)
-        for file in (*(part.file for part in manifest.all_graphs), *(part.file for part in manifest.all_engines)):
+        files = [graph.file for graph in manifest.graphs_of_parts]
+        files += [engine.file for engine in manifest.engines_of_parts]
+        files += [] if manifest.text is None else [manifest.text.tokenizer]
+        for file in files:
             if file is not None and file not in manifest.files:
                 raise BundleError(f"{root}: {file} is not among the manifest's files; rebuild the bundle")
-        for present in sorted(path for folder in ("graphs", "engines") for path in (root / folder).glob("*")):
+        for present in sorted(path for folder in FOLDERS for path in (root / folder).glob("*")):
             name = present.relative_to(root).as_posix()
             if name not in manifest.files and not any(fnmatchcase(present.name, form) for form in STRAYS):
                 raise BundleError(
@@ -156,7 +159,11 @@ def _something_else(root: Path) -> str | None:
     if (root / MANIFEST_FILE).is_file():
         return None
     inside = next((parent for parent in root.absolute().parents if (parent / MANIFEST_FILE).is_file()), None)
-    if inside is not None and root.exists() and root.absolute().relative_to(inside).parts[0] in PARTS:
+    if (
+        inside is not None
+        and root.exists()
+        and root.absolute().relative_to(inside).parts[0] in (MANIFEST_FILE, *FOLDERS)
+    ):
         return f"a part of one; give {inside}"
     make = "make one with sg-export build"
     if not root.is_dir():

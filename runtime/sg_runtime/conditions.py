@@ -12,6 +12,7 @@ from sg_runtime.devices.memory import from_dlpack
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import Labels, ModelFacts, Text
 from sg_runtime.manifest.base import items, whole_number
+from sg_runtime.requests import image_rows
 
 Classes = Sequence[int | str | None]
 
@@ -66,8 +67,8 @@ def parse(model: ModelFacts, given: Classes | Conditions) -> Conditions:
         return given
     if isinstance(model.conditions, Text):
         raise UsageError(
-            f"classes: expected none: the model is conditioned on text: give prompt_embeds, or what "
-            f"Pipeline.prompts(…) returns; found {given!r}"
+            f"classes: expected none: the model is conditioned on text: give prompts or prompt_embeds, or what "
+            f"Pipeline.from_text(…) or Pipeline.prompts(…) returns; found {given!r}"
         )
     names = items("classes", given, "a sequence with a class for each image")
     if not names:
@@ -125,11 +126,11 @@ def of_prompts(
         raise UsageError(f"prompt_embeds: expected none: {model.family} is conditioned on classes: give classes")
     strong = _prompt_columns(text, "prompt", embeds, mask)
     count = len(strong["mask"]) if images is None else images
-    rows = [_rows("prompt_embeds", len(strong["mask"]), count)]
+    rows = [image_rows("prompt_embeds", len(strong["mask"]), count)]
     columns = [strong]
     if negative_embeds is not None:
         columns.append(_prompt_columns(text, "negative", negative_embeds, negative_mask))
-        rows.append(len(strong["mask"]) + _rows("negative_embeds", len(columns[1]["mask"]), count))
+        rows.append(len(strong["mask"]) + image_rows("negative_embeds", len(columns[1]["mask"]), count))
     elif negative_mask is not None:
         raise UsageError("negative_mask: expected none without negative_embeds, found one")
     joined = {name: np.concatenate([part[name] for part in columns]) for name in strong}
@@ -154,12 +155,6 @@ def _prompt_columns(text: Text, what: str, embeds: object, mask: object) -> dict
             f"{valid.shape}"
         )
     return {"embeddings": found.astype(np.float32), "mask": valid.astype(np.int64)}
-
-
-def _rows(name: str, prompts: int, images: int) -> Indices:
-    if prompts not in (1, images):
-        raise UsageError(f"{name}: expected 1 prompt, or {images}, one per image, found {prompts}")
-    return np.zeros(images, np.int64) if prompts == 1 else np.arange(images)
 
 
 def _array(name: str, value: object) -> NDArray[Any]:

@@ -32,6 +32,8 @@ LIBRARIES = (
     Library("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX engines", "tensorrt-rtx"),
     Library("tensorrt", "tensorrt", "TensorRT engines", "tensorrt"),
     Library("cuda", "cuda-bindings", "engines", "tensorrt-rtx"),
+    Library("tokenizers", "tokenizers", "prompts", "text"),
+    Library("ftfy", "ftfy", "prompts", "text"),
     Library("torch", "torch", "building", "export"),
     Library("onnx", "onnx", "building", "export"),
     Library("onnxscript", "onnxscript", "building", "export"),
@@ -39,6 +41,8 @@ LIBRARIES = (
     Library("ml_dtypes", "ml-dtypes", "building", "export"),
     Library("safetensors", "safetensors", "building", "export"),
     Library("sympy", "sympy", "building", "export"),
+    Library("diffusers", "diffusers", "building text encoders and decoders", "diffusers"),
+    Library("transformers", "transformers", "building text encoders", "diffusers"),
     Library("polygraphy", "polygraphy", "verify", "verify"),
 )
 """All libraries, in the order of `sg-export doctor`."""

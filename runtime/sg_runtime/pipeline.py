@@ -1,13 +1,13 @@
 """Samples images from a bundle: first the conditioning of a run, then its guided evaluations."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,21 @@ from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, UsageError
 from sg_runtime.guidance import Ramp, choose, levels, with_scale
 from sg_runtime.images import to_pixels
-from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, SamplerName, SubsetRule, size_text
+from sg_runtime.manifest import GuidanceMode, GuidancePlan, Manifest, Part, SamplerName, SubsetRule, size_text
 from sg_runtime.manifest.base import choice, flag, items, number, whole_number
 from sg_runtime.requests import (
     check_times,
+    checked_prompts,
     checked_seeds,
     expect,
     expect_callable,
     given_subset,
+    image_rows,
 )
+from sg_runtime.run.encode import Encoded
 from sg_runtime.run.evaluate import GraphRunner
-from sg_runtime.run.lanes import LanePool, LaneState
+from sg_runtime.run.lanes import LaneState
+from sg_runtime.run.opened import Keep, OpenParts, telling_needs
 from sg_runtime.run.prepared import Batch, PreparedRun, prepare
 from sg_runtime.run.sample import Run, check_finite, noise, sample_group
 from sg_runtime.sampling import SAMPLERS, Churn, Update, trajectory
@@ -44,28 +48,6 @@ LOG = logging.getLogger("sg_runtime")
 DEFAULT_BATCH = 16
 
 
-class _Sizes:
-    """Backend and lanes of each size of a bundle that is in use, shared by its pipelines."""
-
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle = bundle
-        self._first = backend, LanePool(bundle.manifest, backend)
-        self._others: dict[tuple[int, int], tuple[Backend, LanePool]] = {}
-        self._lock = threading.Lock()
-
-    def of(self, bundle: Bundle) -> tuple[Backend, LanePool]:
-        """Return backend and lanes of a view of the bundle; open them on first use."""
-        size = bundle.manifest.model.size
-        if size == self.bundle.manifest.model.size:
-            return self._first
-        with self._lock:
-            if size not in self._others:
-                first, lanes = self._first
-                backend = first.at(bundle)
-                self._others[size] = backend, LanePool(bundle.manifest, backend, lanes)
-            return self._others[size]
-
-
 class Pipeline:
     """A bundle ready to run. Safe to use from several threads; they share the weights.
 
@@ -74,11 +56,9 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, batch: int, chunk: int | None = None) -> None:
         self.bundle = bundle
-        self.backend = backend
         self.batch = batch
         self.chunk = chunk
-        self._sizes = _Sizes(bundle, backend)
-        self._lanes = self._sizes.of(bundle)[1]
+        self._opened = OpenParts(bundle, backend, None, "all")
         self._arguments: dict[str, Any] | None = None
 
     @classmethod
@@ -93,6 +73,7 @@ class Pipeline:
         stream: object | None = None,
         capture: bool = True,
         threads: int | None = None,
+        keep: Keep = "all",
         verify_hashes: bool = True,
     ) -> "Pipeline":
         """Open a bundle on a device.
@@ -113,6 +94,9 @@ class Pipeline:
         capture: whether to launch runs as CUDA graphs, if the backend supports it.
         threads: number of CPU threads per run; by default one for each core that the process may
         use. A server with several concurrent runs gives each run a share of the cores.
+        keep: parts of a text-to-image bundle that stay open after use: "all"; "step", which closes
+        text encoder and decoder; or "one", which has one part open at a time and opens it again
+        for every use. A closed part takes no memory.
         verify_hashes: see `Bundle.open`.
 
         Raises BundleError if the bundle is damaged or no backend on this machine can run it,
@@ -121,6 +105,7 @@ class Pipeline:
         """
         flag("verify_hashes", verify_hashes)
         flag("capture", capture)
+        choice("keep", keep, get_args(Keep))
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes=verify_hashes)
         for name, value in {"batch": batch, "chunk": chunk, "threads": threads}.items():
             if value is not None and whole_number(name, value) < 1:
@@ -131,11 +116,25 @@ class Pipeline:
         plan = opened.manifest.quantization
         if plan is not None and plan.remarks:
             LOG.warning("%s: %s", opened.path, "; ".join(plan.remarks))
-        opened_backend = open_backend(
-            opened, device, backend=backend, batch=batch, stream=stream, capture=capture, threads=threads
-        )
-        sizes = opened_backend.batches
-        pipe = cls(opened, opened_backend, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
+
+        def opener(part: Part, name: str | None = backend) -> Backend:
+            """Open a part. name: backend; None to choose one."""
+            return open_backend(
+                opened,
+                device,
+                backend=name,
+                batch=batch if part == "step" else None,
+                stream=stream,
+                capture=capture and part == "step",
+                threads=threads,
+                part=opened.manifest.parts.get(part),
+            )
+
+        with telling_needs(opened):
+            step = opener("step")
+        sizes = step.batches
+        pipe = cls(opened, step, batch or (DEFAULT_BATCH if sizes is None else max(sizes)), chunk)
+        pipe._opened = OpenParts(opened, step, partial(opener, name=step.name), keep)
         pipe._arguments = {
             "device": device,
             "backend": backend,
@@ -144,9 +143,15 @@ class Pipeline:
             "stream": stream,
             "capture": capture,
             "threads": threads,
+            "keep": keep,
             "verify_hashes": verify_hashes,
         }
         return pipe
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the denoiser at this size. It is opened if it is not."""
+        return self._opened.step(self.bundle)[0]
 
     def __reduce__(self) -> tuple[Callable[..., "Pipeline"], tuple[Any, ...]]:
         """Pickle the pipeline as the arguments of `load`.
@@ -160,7 +165,7 @@ class Pipeline:
                 f"pickle: expected a pipeline of Pipeline.load without a stream, found {found}: load the bundle in "
                 f"the other process"
             )
-        first = self._sizes.bundle
+        first = self._opened.bundle
         return _load_again, (first.root, first.manifest, self.bundle.manifest.model.size, self._arguments)
 
     def at(self, height: int, width: int) -> "Pipeline":
@@ -174,27 +179,35 @@ class Pipeline:
         and stay open. Buffers are freed by the `release` of their own size. Raises UsageError for a
         size that was not built; the message gives the build command that adds it.
         """
-        bundle = self._sizes.bundle.at(height, width)
-        backend, lanes = self._sizes.of(bundle)
-        made = Pipeline(bundle, backend, self.batch, self.chunk)
-        made._sizes, made._lanes, made._arguments = self._sizes, lanes, self._arguments
+        made = Pipeline.__new__(Pipeline)
+        vars(made).update(vars(self))  # copy() would load the bundle again
+        made.bundle = self._opened.bundle.at(height, width)
+        self._opened.step(made.bundle)
         return made
 
     def warmup(self, images: int = 1, *, steps: int | None = None, guidance: GuidancePlan | None = None) -> None:
         """Sample `images` images and discard them, to set up later runs of the same size.
 
         Opens graphs and engines and allocates buffers. On a GPU it samples twice, to compile
-        kernels and capture CUDA graphs. steps, guidance: see `sample`.
+        kernels and capture CUDA graphs. Text encoder and decoder run once, too. steps, guidance:
+        see `sample`.
         """
         if whole_number("images", images) < 1:
             raise UsageError(f"images: expected at least 1, found {images}")
-        for _ in range(1 if self.backend.name == "onnxruntime-cpu" else 2):
+        for _ in range(1 if self._opened.name == "onnxruntime-cpu" else 2):
             conditions = examples(self.bundle.manifest.model, images)
-            self.sample(conditions, range(images), steps=steps, guidance=guidance)
+            x = self.sample(conditions, range(images), steps=steps, guidance=guidance)
+        if self.bundle.manifest.text_graph is not None:
+            self.encode([None])
+        if self.bundle.manifest.decode_graph is not None:
+            self.decode(x[:1])
 
     def release(self) -> None:
-        """Free the buffers of all idle lanes. Later runs allocate them again."""
-        self._lanes.release()
+        """Free the buffers of all idle lanes, and close text encoder and decoder.
+
+        Later runs allocate and open them again.
+        """
+        self._opened.release(self.bundle)
 
     def guidance(
         self,
@@ -252,11 +265,51 @@ class Pipeline:
         model = self.bundle.manifest.model
         return of_prompts(model, prompt_embeds, prompt_mask, negative_embeds, negative_mask, images)
 
+    def encode(self, prompts: Sequence[str | None]) -> Encoded:
+        """Return embeddings (P, L, C) float32 and mask (P, L) int64 of P prompts, for `prompts`.
+
+        prompts: texts; None or "" for no prompt. They are cleaned and cut as the model's own
+        pipeline does, with a warning for each that is cut. The same prompt is encoded once, while
+        it is among the last 32.
+
+        Raises UsageError if the bundle has no text encoder, or for a text without words, and
+        MissingExtraError without the extra text.
+        """
+        return self._opened.encode(checked_prompts("prompts", prompts, empty=True))
+
+    def from_text(
+        self,
+        prompts: str | Sequence[str | None],
+        negative: str | Sequence[str | None] | None = None,
+        *,
+        images: int | None = None,
+    ) -> Conditions:
+        """Return prompts that are given as text, to sample with; see `encode`.
+
+        negative: prompts of the weak branch in the guidance cfg and cfg+sg; "" for no prompt. By
+        default there are none.
+        images: number of images. One prompt, or one negative prompt, serves all of them; otherwise
+        there is one for each. By default one for each prompt.
+        """
+        texts = checked_prompts("prompts", prompts)
+        others = None if negative is None else checked_prompts("negative", negative, empty=True)
+        rows = image_rows("prompts", len(texts), images or len(texts))
+        distinct = list(dict.fromkeys([*texts, *(others or ())]))
+        strong = np.array([distinct.index(text) for text in texts])[rows]
+        weak = None
+        if others is not None:
+            weak = np.array([distinct.index(text) for text in others])
+            weak = weak[image_rows("negative", len(others), len(rows))]
+        embeds, mask = self._opened.encode(distinct)
+        return Conditions({"embeddings": embeds, "mask": mask}, strong, weak)
+
     def __call__(
         self,
         classes: Classes | Conditions | None = None,
         seeds: Sequence[int] = (),
         *,
+        prompts: str | Sequence[str | None] | None = None,
+        negative: str | Sequence[str | None] | None = None,
         prompt_embeds: object = None,
         prompt_mask: object = None,
         negative_embeds: object = None,
@@ -272,24 +325,36 @@ class Pipeline:
         """Sample and decode one image per seed. See `sample` for the other arguments.
 
         classes: for a class model, the class of each image.
+        prompts, negative: for a text model with a text encoder, see `from_text`. The default of
+        `negative` in the guidance cfg and cfg+sg is no prompt.
         prompt_embeds, prompt_mask, negative_embeds, negative_mask: for a text model, see `prompts`.
         decode: turns samples (B, C, H, W) float32 into images.
-        Returns the result of `decode` if given. Otherwise returns (B, H, W, C) uint8 for pixel
-        models and latents (B, C, H, W) float32 for latent models.
+        Returns the result of `decode` if given. Otherwise returns images, (B, H, W, C) uint8, or
+        latents (B, C, H, W) float32 if the model samples latents and the bundle has no decoder.
         """
         expect_callable("decode", decode)
-        given = (prompt_embeds, prompt_mask, negative_embeds, negative_mask)
-        if any(value is not None for value in given):
-            if classes is not None:
-                raise UsageError("classes: expected none beside prompt_embeds, found some")
-            conditions: Classes | Conditions = self.prompts(
-                *given[:2],
+        embedded = (prompt_embeds, prompt_mask, negative_embeds, negative_mask)
+        kinds = {
+            "classes": classes is not None,
+            "prompts": prompts is not None or negative is not None,
+            "prompt_embeds": any(value is not None for value in embedded),
+        }
+        if sum(kinds.values()) > 1:
+            found = " and ".join(name for name, given in kinds.items() if given)
+            raise UsageError(f"expected one of {', '.join(kinds)}, found {found}")
+        conditions: Classes | Conditions = () if classes is None else classes
+        if kinds["prompts"]:
+            if negative is None and self._scaled(guidance, scale).row.null_weak:
+                negative = ""
+            given = () if prompts is None else prompts
+            conditions = self.from_text(given, negative, images=len(checked_seeds(seeds)))
+        elif kinds["prompt_embeds"]:
+            conditions = self.prompts(
+                *embedded[:2],
                 negative_embeds=negative_embeds,
                 negative_mask=negative_mask,
                 images=len(checked_seeds(seeds)),
             )
-        else:
-            conditions = () if classes is None else classes
         x = self.sample(
             conditions,
             seeds,
@@ -302,7 +367,7 @@ class Pipeline:
         )
         if decode is not None:
             return decode(x)
-        return self.decode(x) if self.bundle.manifest.model.space == "pixel" else x
+        return self.decode(x) if self.gives_images else x
 
     def sample(
         self,
@@ -404,7 +469,7 @@ class Pipeline:
                 memory.copy(state[:images], result[first : first + images])
             assert result is not None
             samples = memory.download(result)
-            check_finite(samples, self.bundle, self.backend.name)
+            check_finite(samples, self.bundle, self._opened.name)
             return result, samples
 
     def initial_noise(self, seeds: Sequence[int]) -> Array:
@@ -504,14 +569,16 @@ class Pipeline:
             return strong, weak
 
     def decode(self, x: Array) -> NDArray[np.uint8]:
-        """Convert samples (B, C, H, W) float32 in [-1, 1] of a pixel model to (B, H, W, C) uint8.
+        """Return the images of samples (B, C, H, W) float32, (B, H, W, C) uint8.
 
-        Raises UsageError for a latent model, whose decoder is not part of the bundle.
+        Values of a pixel model in [-1, 1] become those in 0 to 255. Latents run through the
+        decoder, one at a time. Raises UsageError for latents if the bundle has no decoder, and
+        NonFiniteError if an image is not finite.
         """
-        if self.bundle.manifest.model.space == "latent":
+        if not self.gives_images:
             raise UsageError(
-                f"{self.bundle.path}: expected a pixel model, found a latent model, and the bundle has no decoder; "
-                f"pass decode= or use the latents"
+                f"{self.bundle.path}: expected a decoder for the model's latents, found none: pass decode=, use the "
+                f"latents, or build the bundle with `vae` FOLDER"
             )
         shape = self.bundle.manifest.model.latent
         expect("x", x, np.ndarray, f"an array of floats of shape (B, {', '.join(map(str, shape))})")
@@ -519,7 +586,27 @@ class Pipeline:
             raise UsageError(
                 f"x: expected floats of shape (B, {', '.join(map(str, shape))}), found {x.dtype} of shape {x.shape}"
             )
+        if self.bundle.manifest.decode_graph is not None:
+            (x,) = self.run_part("decode", {"latents": x.astype(np.float32)})
+            check_finite(x, self.bundle, self._opened.name)
         return to_pixels(x)
+
+    def run_part(self, part: Part, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the outputs of a part's graph, "text" or "decode", for inputs with P rows.
+
+        It runs one row at a time. Raises UsageError if the bundle lacks the part.
+        """
+        manifest = self.bundle.manifest
+        graph = {"text": manifest.text_graph, "decode": manifest.decode_graph}.get(part)
+        if graph is None:
+            raise UsageError(f"part {part!r}: expected one of {', '.join(manifest.parts) or 'none'}")
+        return self._opened.run(part, graph, feeds)
+
+    @property
+    def gives_images(self) -> bool:
+        """Whether runs give images: of a pixel model, or by the decoder of the bundle."""
+        manifest = self.bundle.manifest
+        return manifest.model.space == "pixel" or manifest.decode_graph is not None
 
     def _scaled(self, guidance: GuidancePlan | None, scale: Ramp | None) -> GuidancePlan:
         expect("guidance", guidance, GuidancePlan, "a GuidancePlan, which `Pipeline.guidance(…)` returns")
@@ -537,9 +624,10 @@ class Pipeline:
     @contextmanager
     def _running(self) -> Iterator[tuple[LaneState, GraphRunner]]:
         """Lease a lane for this thread. Yields the lane and a graph runner in it."""
-        with self._lanes.lease() as leased:
-            yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, self.backend.batches)
-            self.backend.keep()
+        backend, lanes = self._opened.step(self.bundle)
+        with lanes.lease() as leased:
+            yield leased, GraphRunner(self.bundle.manifest, leased.lane, self.batch, backend.batches)
+            backend.keep()
 
     @contextmanager
     def _evaluating(

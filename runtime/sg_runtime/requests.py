@@ -54,6 +54,33 @@ def checked_seeds(seeds: Sequence[int], images: int | None = None) -> list[int]:
     return found
 
 
+def checked_prompts(name: str, prompts: object, *, empty: bool = False) -> list[str]:
+    """Return prompts as a list of texts, "" for no prompt. A text alone is a list of one.
+
+    empty: whether "" is accepted besides None. Raises UsageError for anything but texts and None,
+    and for no prompts at all.
+    """
+    found = items(name, [prompts] if isinstance(prompts, str) else prompts, "a text, or a sequence of texts")
+    if not found:
+        raise UsageError(f"{name}: expected at least one text, found none")
+    for text in found:
+        if text is not None and not isinstance(text, str):
+            raise UsageError(f"{name}: expected texts, found {text!r}")
+        if text is not None and not text.strip() and not (empty and not text):
+            raise UsageError(f"{name}: expected words, found {text!r}: give None for no prompt")
+    return [text or "" for text in found]
+
+
+def image_rows(name: str, given: int, images: int) -> Indices:
+    """Return the row of each image among `given` prompts: that of the one, or one for each.
+
+    Raises UsageError for another number of prompts.
+    """
+    if given not in (1, images):
+        raise UsageError(f"{name}: expected 1 prompt, or {images}, one per image, found {given}")
+    return np.zeros(images, np.int64) if given == 1 else np.arange(images)
+
+
 def expect(name: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
     """Raise UsageError unless an argument is None or of this kind, which `words` describe."""
     if value is not None and not isinstance(value, kind):

@@ -48,6 +48,9 @@ RENAMED = {
 }
 """Names of diffusers by patterns of the training code's names, without block and ending."""
 
+MOST_TEXT_TOKENS = 1024
+"""A tokenizer with a larger `model_max_length` states the length of its language model's texts."""
+
 VARIANTS = {
     "sprint_fuse.": "the fusion of SPRINT",
     "sprint_mask_token": "the mask token of SPRINT",
@@ -198,9 +201,11 @@ def _sample(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _text_tokens(checkpoint: Checkpoint, stated: int | None) -> int:
-    """Return the number of text tokens that is stated, or else that of the pipeline."""
+    """Return the number of text tokens that is stated, or else that of pipeline or tokenizer."""
     if stated is None:
-        stated = prx_configs.field(checkpoint, "pipeline", "prompt_max_tokens", prx_configs.TEXT_TOKENS)
+        longest = prx_configs.field(checkpoint, "tokenizer", "model_max_length", prx_configs.TEXT_TOKENS)
+        usual = longest if longest <= MOST_TEXT_TOKENS else prx_configs.TEXT_TOKENS
+        stated = prx_configs.field(checkpoint, "pipeline", "prompt_max_tokens", usual)
     if stated < 1:
         raise UsageError(f"{checkpoint.source.file}: text_tokens: expected at least 1, found {stated}")
     return stated

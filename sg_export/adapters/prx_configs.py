@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sg_export.checkpoint import Checkpoint
+from sg_export.diffusers_folder import latent_side
 from sg_export.models.prx import PERIOD, THETA, TIME_FACTOR, PRXConfig
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.manifest import Prediction, Sampling, Shifted
@@ -30,9 +31,6 @@ PIXELS_PER_LATENT = {3: 1, 16: 8, 32: 32}
 
 3 are pixels, 16 the latents of Flux's autoencoder, 32 those of DC-AE.
 """
-
-AUTOENCODERS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
-"""Supported autoencoders, and the field of their configuration with an entry for each level."""
 
 SHIFT = 3.0
 """Shift of the times of the published models."""
@@ -105,15 +103,7 @@ def pixels_per_latent(checkpoint: Checkpoint, channels: int) -> int:
             f"{file}: expected samples of {', '.join(map(str, PIXELS_PER_LATENT))} channels, found {channels}: state "
             f"pixels_per_latent, the side in pixels of a latent, in a JSON file next to it"
         )
-    place, name = where(checkpoint, "autoencoder"), str(config.get("_class_name"))
-    if name not in AUTOENCODERS:
-        raise CheckpointError(f"{place}: _class_name: expected {' or '.join(AUTOENCODERS)}, found {name}")
-    if (latents := config.get("latent_channels")) != channels:
-        raise CheckpointError(f"{place}: latent_channels: expected {channels}, as in the transformer, found {latents}")
-    levels = config.get(AUTOENCODERS[name])
-    if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
-        raise CheckpointError(f"{place}: {AUTOENCODERS[name]}: expected a list with a number per level, found {levels}")
-    return 1 << (len(levels) - 1)
+    return latent_side(config, channels, where(checkpoint, "autoencoder"))
 
 
 def default_sampling(prediction: Prediction, times: Shifted, noise_scale: float) -> Sampling:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.conditions import Conditions, examples
 from sg_runtime.errors import UsageError
 from sg_runtime.host import peak_memory
+from sg_runtime.manifest import Part
 from sg_runtime.pipeline import Pipeline
 
 Baseline = Literal["pytorch", "pytorch-compiled"]
@@ -88,6 +90,20 @@ class Roofline:
 
 
 @dataclass(frozen=True, slots=True)
+class PartTime:
+    """Time of text encoder or decoder.
+
+    part: the part.
+    run: time of one prompt or one image.
+    share: median time / time of an image with a prompt of its own, all parts together.
+    """
+
+    part: Part
+    run: Percentiles
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class BenchResult:
     """Result of `bench`.
 
@@ -101,6 +117,7 @@ class BenchResult:
     runs: number of timed runs.
     sides: measurements of the bundle, then of the baselines.
     roofline: limits of the machine; None on a GPU without PyTorch.
+    parts: times of text encoder and decoder, which `sides` do not contain.
     """
 
     bundle: str
@@ -113,6 +130,7 @@ class BenchResult:
     runs: int
     sides: tuple[Side, ...]
     roofline: Roofline | None
+    parts: tuple[PartTime, ...] = ()
 
 
 def bench(
@@ -200,7 +218,27 @@ def bench(
         runs,
         tuple(sides),
         _roofline(opened, choice, count, sides[0].step.p50, report),
+        _part_times(pipe, runs, sides[0].image.p50, report),
     )
+
+
+def _part_times(pipe: Pipeline, runs: int, image_ms: float, report: Report) -> tuple[PartTime, ...]:
+    """Time text encoder and decoder, each on one input at a time. A first run is not counted.
+
+    image_ms: time of the denoiser for an image.
+    """
+    noise = pipe.initial_noise([0])
+    work: dict[Part, Callable[[int], object]] = {
+        "text": lambda number: pipe.encode([f"{number} apples on a table"]),  # another each time
+        "decode": lambda _: pipe.decode(noise),
+    }
+    found: dict[Part, Percentiles] = {}
+    for part in pipe.bundle.manifest.parts:
+        report(f"timing {part}", 0, None)
+        times = [_seconds(partial(work[part], number)) for number in range(runs + 1)]
+        found[part] = Percentiles.of(times[1:])
+    total = image_ms + sum(run.p50 for run in found.values())
+    return tuple(PartTime(part, run, run.p50 / total) for part, run in found.items())
 
 
 class _Ours:

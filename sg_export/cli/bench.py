@@ -102,6 +102,11 @@ def bench(
     columns = ("", "precision", *times, "images/s", "time", "peak GB")
     plan = f"images at once: {result.images}, {result.steps} {result.sampler} steps, {result.runs} runs"
     print_table(f"{bundle}: {plan}, on {result.device}", columns, rows)
+    for part in result.parts:
+        unit = "a prompt" if part.part == "text" else "an image"
+        click.echo(
+            f"{part.part}: {part.run.p50:.4g} ms for {unit}, {part.share:.0%} of an image with a prompt of its own"
+        )
     for reason in result.rejected:
         click.echo(f"not {with_options(reason)}")
     if result.roofline is None:

@@ -13,10 +13,12 @@ from sg_export.cli.options import (
     RUNS,
     GuidanceChoice,
     ModelSource,
+    PartChoice,
     QuantizationChoice,
     TargetChoice,
     guidance_options,
     model_options,
+    part_options,
     quantization_options,
     refuse_given,
     target_options,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     cls=Command,
     sections={
         "Model": model_options.names,
+        "Parts": part_options.names,
         "Guidance and sampling": (*guidance_options.names, "steps"),
         "Precision": ("precision", "base_precision"),
         "Quantization, with --precision int8 or fp8": quantization_options.names,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 @guidance_options
 @click.option("--steps", type=click.IntRange(min=1), help="Default sampling steps.  [default: 40; 28 for PRX]")
 @model_options
+@part_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
@@ -73,6 +77,7 @@ def build(
     guidance: GuidanceChoice,
     steps: int | None,
     source: ModelSource,
+    chosen_parts: PartChoice,
     precision: Any,
     base_precision: Any,
     quantization: QuantizationChoice,
@@ -87,9 +92,10 @@ def build(
     """Compile MODEL into a bundle.
 
     MODEL is a checkpoint (PyTorch, safetensors), a folder of diffusers with a PRX, or the name of a
-    reference model. The default is the reference model glyphs. ONNX checks every graph, and ONNX
-    Runtime runs it once for a comparison with PyTorch. Engines of earlier builds come from a cache,
-    $SG_EXPORT_CACHE or sg-export in the user's cache folder.
+    reference model. The default is the reference model glyphs. Text encoder and decoder of a folder
+    become parts of the bundle; --vae adds a decoder to a model of classes. ONNX checks every graph,
+    and ONNX Runtime runs it once for a comparison with PyTorch. Engines of earlier builds come from
+    a cache, $SG_EXPORT_CACHE or sg-export in the user's cache folder.
 
     \b
     Examples:
@@ -99,6 +105,7 @@ def build(
       sg-export build --target onnxruntime-cuda --precision fp16 --batch 1
       sg-export build --sparsity 0.5 --precision int8
       sg-export build prx-512-t2i-sft --route 2-12 --size 512x768
+      sg-export build latest.pt --vae sd-vae-ft-ema
       sg-export build glyphs --weak-checkpoint glyphs-early --schedule cosine \\
         --sparsity 0.6 --sparsity 0.3 --sparsity 0
     """
@@ -134,6 +141,7 @@ def build(
         weights=source.weight_set,
         overrides=source.overrides_of_first,
         sizes=source.size[1:],
+        **{field.name: getattr(chosen_parts, field.name) for field in fields(chosen_parts)},
         force=force,
     )
     if not options.has_onnx and not quiet:
@@ -149,14 +157,13 @@ def build(
     elif not quiet:
         for strong, weak in skipped_pairs(options, bundle.manifest):
             click.echo(f"skipped the pair {strong:g}/{weak:g}: its weak branch is not sparser", err=True)
-        for engine in bundle.manifest.all_engines:
+        for engine in bundle.manifest.engines_of_parts:
             _echo_engine(bundle, engine)
         _echo_quantization(bundle)
         size = sum(file.size for file in bundle.manifest.files.values())
         manifest = bundle.manifest
-        count = f"{len(manifest.all_graphs)} graphs" + f", {len(manifest.all_engines)} engines" * bool(
-            options.libraries
-        )
+        count = f"{len(manifest.graphs_of_parts)} graphs"
+        count += f", {len(manifest.engines_of_parts)} engines" * bool(options.libraries)
         if manifest.sizes:
             count += f" for {', '.join(size_text(view.model.size) for view in manifest.views)}"
         click.echo(f"{bundle.path}: {count}, {size / 1e6:.1f} MB")

@@ -64,26 +64,30 @@ def calibrate(
     """Measure the ranges of MODEL's activations, for build --precision int8 or fp8.
 
     They are measured on guided runs of MODEL, or on your data. One table covers all pairs of
-    sparsities and is valid only for this checkpoint. Without a table, build measures the ranges.
+    sparsities and all sizes that are given. It is valid only for this checkpoint. Without a table,
+    build measures the ranges.
 
     \b
     Examples:
       sg-export calibrate --sparsity 0.5 --calib-samples 32 -o ranges.json
       sg-export build --sparsity 0.5 --precision int8 --calibration ranges.json
     """
-    from sg_calibration.feeds import given_shards
+    from sg_calibration.feeds import given_shards, shard_folders
+    from sg_calibration.prompts import Prompts, read_prompts
     from sg_calibration.ranges import write_table
     from sg_export.compiler import compile, inputs_of
     from sg_export.options.compile import CompileOptions
     from sg_export.quantize.search import measure_ranges
     from sg_export.reference import DEFAULT_REFERENCE
+    from sg_runtime.pipeline import Pipeline
 
     check_output_file(output, inputs_of(model or DEFAULT_REFERENCE, weak_checkpoint))
     if folder is not None:
         check_output_folder(folder, "--folder")
     if ranges.calib_data is not None:
         refuse_given((*RUNS, "folder"), "only if ranges are measured on runs, without --calib-data")
-        given_shards(ranges.calib_data)  # raises before anything is traced
+        for data in shard_folders(ranges.calib_data, source.size):
+            given_shards(data)  # raises before anything is traced
     feeds = ranges.feeds
     with progress(quiet) as report, tempfile.TemporaryDirectory() as scratch:
 
@@ -98,10 +102,17 @@ def calibrate(
             guidance,
             weak_checkpoint,
             weights=source.weight_set,
-            overrides=source.overrides,
+            sizes=source.size[1:],
+            overrides=source.overrides_of_first,
+            parts=None if ranges.calib_data is None else ("step",),
         )
         reference = compile(model or DEFAULT_REFERENCE, options, report)
-        table = measure_ranges(reference, feeds, ranges.calib_data, folder, tell)
+        prompts = None
+        if reference.manifest.text is not None:
+            prompts = Prompts(read_prompts(ranges.prompts), Pipeline.load(reference, "cpu").encode)
+        elif ranges.prompts is not None:
+            refuse_given(("prompts",), "expected none: there is no text encoder to read them")
+        table = measure_ranges(reference, feeds, ranges.calib_data, folder, tell, prompts)
     with writing(output):
         write_table(table, output)
     if not quiet:

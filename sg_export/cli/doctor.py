@@ -5,6 +5,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from sg_runtime import __version__
 from sg_runtime.backends import choose_onnx_backend
 from sg_runtime.backends.ort_check import two_wheels
 from sg_runtime.extras import LIBRARIES, install_extra, outdated
+
+if TYPE_CHECKING:
+    from sg_runtime.bundle import Bundle
 
 
 @click.command(cls=Command)
@@ -33,10 +37,13 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         from sg_runtime.backends import choose_backend
         from sg_runtime.bundle import Bundle
 
-        choice = choose_backend(Bundle.open(bundle))
+        opened = Bundle.open(bundle)
+        choice = choose_backend(opened)
         click.echo(f"{bundle}: device auto is {choice.name}")
         for reason in choice.rejected:
             click.echo(f"not {with_options(reason)}")
+        for line in _parts(opened, choice.name):
+            click.echo(line)
         return
     versions = {library.distribution: _version(library.distribution) for library in LIBRARIES}
     providers = _providers()
@@ -85,6 +92,28 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     for fault in faults:
         click.echo(f"fault: {fault}")
     click.echo("sg-export doctor BUNDLE says what would run a bundle here, and why nothing faster")
+
+
+def _parts(bundle: "Bundle", backend: str) -> list[str]:
+    """Return a line for each part of a bundle: what it needs, or why it does not run here."""
+    from sg_runtime.backends.choice import check_part
+    from sg_runtime.errors import SgError
+    from sg_runtime.extras import require
+    from sg_runtime.manifest import TextEncoder
+    from sg_runtime.run.budget import part_bytes
+
+    lines = []
+    for name, part in bundle.manifest.parts.items():
+        try:
+            check_part(bundle, part, backend)
+            if isinstance(part, TextEncoder):
+                for module in ("tokenizers", *(() if part.cleaning == "none" else ("ftfy",))):
+                    require(module, "text")
+        except SgError as error:
+            lines.append(f"not the part {name}: {with_options(str(error))}")
+        else:
+            lines.append(f"part {name}: {part_bytes(bundle.manifest, name) / 1e6:,.0f} MB with activations")
+    return lines
 
 
 def _version(distribution: str) -> str | None:

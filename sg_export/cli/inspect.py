@@ -16,7 +16,7 @@ from sg_export.diffusers_folder import is_folder
 if TYPE_CHECKING:
     from sg_export.loading import LoadedModel
     from sg_runtime.bundle import Bundle
-    from sg_runtime.manifest import GuidancePlan, Level, Manifest, ModelFacts
+    from sg_runtime.manifest import Manifest, ModelFacts
 
 
 @click.command(cls=Command)
@@ -39,7 +39,7 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
 
         bundle = Bundle.open(path)
         if as_json:
-            from sg_export.cost.step import step_costs, step_table
+            from sg_export.cost.step import part_costs, step_costs, step_table
             from sg_runtime.manifest import size_text
 
             manifest = bundle.manifest
@@ -48,6 +48,8 @@ def inspect(path: str, source: ModelSource, as_json: bool) -> None:
                 "step_costs": [asdict(cost) for cost in step_costs(manifest)],
                 "step_guidance": [asdict(step) for step in step_table(manifest)],
             }
+            if manifest.parts:
+                content["part_costs"] = [asdict(cost) for cost in part_costs(manifest)]
             if manifest.sizes:
                 content["step_costs_by_size"] = {
                     size_text(view.model.size): [asdict(cost) for cost in step_costs(view)] for view in manifest.views
@@ -110,7 +112,7 @@ def _print_bundle(bundle: "Bundle") -> None:
     size = sum(file.size for file in manifest.files.values())
     rows = [
         *_model_rows(*(view.model for view in manifest.views)),
-        ("guidance", _guidance(manifest.guidance)),
+        ("guidance", str(manifest.guidance)),
         ("sampling", f"{sampling.steps} {sampling.sampler} steps"),
         ("precision", _precision(manifest)),
         ("graphs", f"opset {manifest.opset}, batch {manifest.batch or 'symbolic'}"),
@@ -120,12 +122,15 @@ def _print_bundle(bundle: "Bundle") -> None:
             for name, source in (("source", manifest.source), ("weak source", manifest.weak_source))
             if source is not None
         ),
+        *_part_rows(manifest),
         ("size", f"{size / 1e6:.1f} MB, built by {manifest.created_by}"),
     ]
     print_table("", ("", str(bundle.path)), rows)
     _print_schedule(manifest)
     for view in manifest.views:
         _print_costs(view)
+    if manifest.parts:
+        _print_parts(manifest)
     graphs = [
         (
             graph.name,
@@ -136,12 +141,43 @@ def _print_bundle(bundle: "Bundle") -> None:
             graph.cost.activation_bytes / 1e6,
             graph.parity,
         )
-        for graph in manifest.all_graphs
+        for graph in manifest.graphs_of_parts
     ]
     _print_engines(bundle)
     _print_quantization(manifest)
     columns = ("graph", "sparsity", "linear GMAC", "attention GMAC", "weights MB", "activations MB", "L2 to PyTorch")
-    print_table("Graphs, per image (condition: per row)", columns, graphs)
+    print_table("Graphs, per image (condition: per row; text: per prompt)", columns, graphs)
+
+
+def _part_rows(manifest: "Manifest") -> list[tuple[str, str]]:
+    """Return the facts of text encoder and decoder."""
+    rows = []
+    if manifest.text is not None:
+        text = manifest.text
+        capped = ", scores capped by a tanh, so no fused attention" if text.capped else ""
+        cleaning = "" if text.cleaning == "none" else f", {text.cleaning} cleaning of prompts"
+        rows.append(("text encoder", f"{text.source.file}, {text.precision}{cleaning}{capped}"))
+    if manifest.decoder is not None:
+        rows.append(("decoder", f"{manifest.decoder.source.file}, {manifest.decoder.precision}"))
+    return rows
+
+
+def _print_parts(manifest: "Manifest") -> None:
+    from sg_export.cost.step import part_costs
+
+    rows = [
+        (
+            cost.part,
+            cost.runs,
+            cost.linear_macs / 1e9,
+            cost.attention_macs / 1e9,
+            cost.weight_bytes / 1e6,
+            f"{cost.share:.1%}",
+        )
+        for cost in part_costs(manifest)
+    ]
+    columns = ("part", "runs", "linear GMAC", "attention GMAC", "weights MB", "share of GMAC")
+    print_table("Cost of an image with a prompt of its own, by part", columns, rows)
 
 
 def _precision(manifest: "Manifest") -> str:
@@ -197,32 +233,10 @@ def _print_engines(bundle: "Bundle") -> None:
             bundle.manifest.files[engine.file].size / 1e6,
             engine.fused_attention,
         )
-        for engine in bundle.manifest.all_engines
+        for engine in bundle.manifest.engines_of_parts
     ]
     if rows:
         print_table("Engines", ("engine", "built by", "for SM", "profiles", "MB", "fused attentions"), rows)
-
-
-def _guidance(plan: "GuidancePlan") -> str:
-    """Return the plan as one line."""
-
-    def ramp(first: float, last: float | None) -> str:
-        return f"{first:g}" if last is None else f"{first:g} to {last:g}"
-
-    def rate(first: "Level", last: "Level | None") -> str:
-        return ramp(first.sparsity, None if last is None else last.sparsity)
-
-    parts: list[str] = [plan.mode]
-    if plan.row.weak_level != "same":
-        strong, weak = rate(plan.strong, plan.strong_last), rate(plan.weak, plan.weak_last)
-        parts.append(f"sparsity {strong} strong and {weak} weak")
-    if plan.row.branches == 2:
-        parts.append(f"scale {ramp(plan.scale, plan.scale_last)}")
-    if plan.interval is not None:
-        parts.append(f"between times {plan.interval[0]:g} and {plan.interval[1]:g}")
-    if plan.subset == "fixed":
-        parts.append("one subset for all steps")
-    return ", ".join(parts)
 
 
 def _print_schedule(manifest: "Manifest") -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, RampType, RouteType, SizeType
+from sg_export.cli.types import ComputeCapabilityType, ImageSizeType, PartsType, RampType, RouteType, SizeType
 from sg_runtime.backends import BACKENDS
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import SUBSET_RULES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sg_export.options.engines import EngineOptions
     from sg_export.options.quantize import QuantizeOptions
     from sg_runtime.guidance import Ramp
-    from sg_runtime.manifest import GuidanceMode, OnnxTarget, QuantizedType, SubsetRule
+    from sg_runtime.manifest import GuidanceMode, OnnxTarget, Part, Precision, QuantizedType, SubsetRule
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,7 +86,7 @@ def _parameters(options: Sequence[Callable[[F], F]]) -> list[click.Parameter]:
 class ModelSource:
     """Facts about a checkpoint that the user states by options.
 
-    size: height and width of the picture; several for a build.
+    size: height and width of the picture; several for build and calibrate.
     """
 
     weights: str | None
@@ -108,7 +108,7 @@ class ModelSource:
     def overrides(self) -> "Overrides":
         """The facts that replace those of the checkpoint, with one size."""
         if len(self.size) > 1:
-            raise UsageError(f"--size: expected one, found {len(self.size)}: only a build takes several")
+            raise UsageError(f"--size: expected one, found {len(self.size)}: only build and calibrate take several")
         return self.overrides_of_first
 
     @property
@@ -149,8 +149,8 @@ model_options = Group(
             type=ImageSizeType(),
             metavar="HEIGHTxWIDTH",
             multiple=True,
-            help="Height and width of the picture in pixels, for models with text. Repeatable in build; the first is "
-            "the default of runs.  [default: the pipeline's]",
+            help="Height and width of the picture in pixels, for models with text. Repeatable in build and "
+            "calibrate; the first is the default of runs.  [default: the pipeline's]",
         ),
         click.option(
             "--text-tokens",
@@ -272,6 +272,57 @@ guidance_options = Group(
 
 
 @dataclass(frozen=True, slots=True)
+class PartChoice:
+    """The parts of a bundle, chosen by options.
+
+    parts: names of the parts; None for all that the folders have.
+    pipeline: folder of a pipeline.
+    vae: folder of an autoencoder.
+    text_precision: precision of the text encoder.
+    """
+
+    parts: "tuple[Part, ...] | None"
+    pipeline: Path | None
+    vae: Path | None
+    text_precision: "Precision | None"
+
+
+part_options = Group(
+    "chosen_parts",
+    PartChoice,
+    (
+        click.option(
+            "--parts",
+            type=PartsType(),
+            metavar="LIST",
+            help="Parts of the bundle, separated by commas: step is the denoiser, text the text encoder, decode the "
+            "decoder of latents.  [default: step, and those that --vae, --pipeline or the folder of MODEL has]",
+        ),
+        click.option(
+            "--pipeline",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Folder of a pipeline of diffusers whose text encoder and decoder are taken.  [default: MODEL, if it "
+            "is one]",
+        ),
+        click.option(
+            "--vae",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Folder of diffusers' AutoencoderKL or AutoencoderDC whose decoder is taken.  [default: the "
+            "pipeline's]",
+        ),
+        click.option(
+            "--text-precision",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="Type of the text encoder's matmuls. Activations of Gemma are beyond the range of fp16.  [default: "
+            "bf16 for GPUs, if --precision is lower than fp32; else fp32]",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class RangeSource:
     """The runs or the data that ranges of activations are measured on."""
 
@@ -279,6 +330,7 @@ class RangeSource:
     calib_samples: int
     calib_steps: int
     calib_seed: int
+    prompts: Path | None
 
     @property
     def feeds(self) -> "FeedSettings":
@@ -320,6 +372,13 @@ _FEEDS = (
         show_default=True,
         help="First seed of the calibration runs.",
     ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="File with a prompt in each line, for models with a text encoder: of the calibration runs and, in build, "
+        "of the gates.  [default: a short list of everyday pictures]",
+    ),
 )
 
 feed_options = Group("ranges", RangeSource, _FEEDS)
@@ -332,6 +391,7 @@ class QuantizationChoice(RangeSource):
     calibration: table of ranges.
     method: rule that makes a range from observed values.
     exclude: layers that stay in the base precision.
+    quantize_text: quantize the projections of the text.
     like: quantized bundle whose choice of layers to take over.
     gate_cosine, gate_guided: gates, if they differ from those of the type.
     allow_quality_loss: write the bundle even if its gates do not hold.
@@ -340,6 +400,7 @@ class QuantizationChoice(RangeSource):
     calibration: Path | None
     method: Any
     exclude: tuple[str, ...]
+    quantize_text: bool
     like: Path | None
     gate_cosine: float | None
     gate_guided: float | None
@@ -360,7 +421,9 @@ class QuantizationChoice(RangeSource):
             self.calibration,
             self.calib_data,
             self.feeds,
+            self.prompts,
             self.exclude,
+            self.quantize_text,
             self.like,
             QualityGates(cosine, guided),
             allow_quality_loss=self.allow_quality_loss,
@@ -368,7 +431,7 @@ class QuantizationChoice(RangeSource):
 
 
 QUANTIZATION = (
-    *("calibration", "calib_data", *RUNS, "method", "exclude", "like"),
+    *("calibration", "calib_data", *RUNS, "prompts", "method", "exclude", "quantize_text", "like"),
     *("gate_cosine", "gate_guided", "allow_quality_loss", "base_precision"),
 )
 """Options that are only for INT8 and FP8."""
@@ -391,6 +454,11 @@ quantization_options = Group(
         ),
         click.option(
             "--exclude", multiple=True, metavar="LAYER", help="Layer to leave in the base precision; repeatable."
+        ),
+        click.option(
+            "--quantize-text",
+            is_flag=True,
+            help="Quantize the projections of the text, too, which run once for a prompt.",
         ),
         click.option(
             "--like",

@@ -7,7 +7,7 @@ import click
 
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import Route
+from sg_runtime.manifest import PARTS, Part, Route
 
 
 class RouteType(click.ParamType[Route]):
@@ -36,6 +36,18 @@ class ImageSizeType(click.ParamType[tuple[int, int]]):
         if match is None or 0 in (size := (int(match[1]), int(match[2]))):
             self.fail(f"{value!r}: expected HEIGHTxWIDTH in pixels, for example 512x768", param, context)
         return size
+
+
+class PartsType(click.ParamType[tuple[Part, ...]]):
+    """Parts of a bundle, separated by commas."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[Part, ...]:
+        named = dict.fromkeys(name.strip() for name in str(value).split(","))
+        if "step" not in named or not named.keys() <= set(PARTS):
+            self.fail(f"{value!r}: expected step, alone or with text and decode, as step,text,decode", param, context)
+        return tuple(part for part in PARTS if part in named)
 
 
 class RampType(click.ParamType[Ramp]):

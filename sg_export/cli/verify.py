@@ -29,6 +29,18 @@ EPSILON = 1e-12
     "--weak-checkpoint", type=click.Path(), help="Checkpoint of the weak network.  [default: found by its name]"
 )
 @click.option(
+    "--pipeline",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of the pipeline whose text encoder and decoder BUNDLE has.  [default: found by its name]",
+)
+@click.option(
+    "--vae",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of the autoencoder whose decoder BUNDLE has.  [default: found by its name]",
+)
+@click.option(
     "--device",
     help="Device that runs the bundle: auto, cpu, cuda, cuda:1.  [default: the CPU, which emulates half precision in "
     "FP32 with rounding]",
@@ -57,6 +69,8 @@ def verify(
     bundle: Path,
     checkpoint: str | None,
     weak_checkpoint: str | None,
+    pipeline: Path | None,
+    vae: Path | None,
     device: str | None,
     backend: str | None,
     output: Path | None,
@@ -68,7 +82,8 @@ def verify(
     The checkpoint must be the file that the bundle was built from. Every graph is compared at times
     from 0.02 to 0.98, a guided graph with two separate passes. Then complete runs with equal seeds
     and kept tokens are compared. A quantized bundle is compared at every time of a guided PyTorch
-    run, by the gates that it was built with. The exit code is 5 if a gate fails.
+    run, by the gates that it was built with. Text encoder and decoder are compared at prompts and
+    at noise. The exit code is 5 if a gate fails.
 
     Engines run on their GPU alone. With --save-polygraphy, inputs and PyTorch's outputs for each of
     their profiles are saved anywhere, also for a bundle of engines alone.
@@ -95,7 +110,8 @@ def verify(
         unwritable = failure.message  # a bundle may be on a read-only disk
     if output is not None:
         opened = Bundle.open(bundle, verify_hashes=False)  # the comparison checks them
-        sources = filter(None, (opened.manifest.source, opened.manifest.weak_source))
+        parts = (part.source for part in opened.manifest.parts.values())
+        sources = filter(None, (opened.manifest.source, opened.manifest.weak_source, *parts))
         check_output_file(output, inputs_of(*(found_by_name(opened, source) for source in sources)))
     if save_polygraphy is not None:
         check_output_folder(save_polygraphy, "--save-polygraphy")
@@ -104,6 +120,8 @@ def verify(
             bundle,
             checkpoint,
             weak_checkpoint=weak_checkpoint,
+            pipeline=pipeline,
+            vae=vae,
             device=device,
             backend=backend,
             save_polygraphy=save_polygraphy,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import sympy
 
-from sg_export.graph.products import PRODUCTS, weight_of, weighted_products
+from sg_export.graph.products import PRODUCTS, token_table, weight_of, weighted_products
 from sg_runtime.manifest import Cost
 
 Dimension = int | ir.SymbolicDim
@@ -21,7 +21,7 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
     of MatMul, Gemm and Conv with a weight. Attention multiply-adds are those of MatMul of two
     computed tensors, and of MultiHeadAttention. A fixed batch is divided out. A symbolic size has
     its value in `sizes`; the value is 1 if `sizes` lacks it. A weight's bytes count once for every
-    node that reads it.
+    node that reads it. Of a table of embeddings, the rows of the tokens count.
     """
     size_of = functools.partial(_size, sizes=tuple((sizes or {}).items()))
     linear = attention = 0
@@ -37,10 +37,10 @@ def count_cost(graph: ir.Graph, sizes: Mapping[str, int] | None = None) -> Cost:
         else:
             attention += macs
     weights = sum(
-        value.const_value.nbytes * len(value.uses())
+        value.const_value.nbytes * sum(token_table(use.node) is None for use in value.uses())
         for value in graph.initializers.values()
         if value.const_value is not None
-    )
+    ) + sum(_bytes(node.outputs[0], size_of) for node in graph if token_table(node) is not None)
     images = batch if isinstance(batch, int) else 1
     return Cost(linear // images, attention // images, weights, _activation_peak(graph, size_of) // images)
 

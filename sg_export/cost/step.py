@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sg_runtime.guidance import StepGuidance, guidance_table, levels
-from sg_runtime.manifest import Cost, GraphFacts, Level, Manifest, NetworkName, Route
+from sg_runtime.manifest import PARTS, Cost, GraphFacts, Level, Manifest, NetworkName, Part, Route
 from sg_runtime.sampling import trajectory
 
 PUBLISHED = {
@@ -72,6 +72,50 @@ def step_costs(manifest: Manifest) -> list[StepCost]:
     if plan.row.weak_level != "same":
         costs.append(_passes(manifest, "two passes", both))
     return [*costs, bundle]
+
+
+@dataclass(frozen=True, slots=True)
+class PartCost:
+    """Cost of a part for one image of a default run.
+
+    part: the part.
+    runs: number of runs of its graph: evaluations of the denoiser, or 1.
+    linear_macs: multiply-adds of products with a weight, in all runs and hoisted graphs.
+    attention_macs: multiply-adds of products of two computed tensors.
+    weight_bytes: bytes of weights read.
+    share: share of the multiply-adds of all parts.
+    """
+
+    part: Part
+    runs: int
+    linear_macs: float
+    attention_macs: float
+    weight_bytes: float
+    share: float
+
+
+def part_costs(manifest: Manifest) -> list[PartCost]:
+    """Return the cost of each part of a bundle for one image with a prompt of its own.
+
+    An encoded prompt serves all its images: the text encoder counts once for each prompt.
+    """
+    step, evaluations = step_costs(manifest)[-1], len(step_table(manifest))
+    rows: list[tuple[Part, int, float, float, float]] = [
+        (
+            "step",
+            evaluations,
+            (step.linear_macs + step.condition_macs) * evaluations,
+            step.attention_macs * evaluations,
+            (step.weight_bytes + step.condition_bytes) * evaluations,
+        )
+    ]
+    graphs: dict[Part, GraphFacts | None] = {"text": manifest.text_graph, "decode": manifest.decode_graph}
+    for part, graph in graphs.items():
+        if graph is not None:
+            rows.append((part, 1, graph.cost.linear_macs, graph.cost.attention_macs, graph.cost.weight_bytes))
+    total = sum(linear + attention for _, _, linear, attention, _ in rows)
+    ordered = sorted(rows, key=lambda row: PARTS.index(row[0]))
+    return [PartCost(*row, share=(row[2] + row[3]) / total) for row in ordered]
 
 
 def step_table(manifest: Manifest) -> tuple[StepGuidance, ...]:

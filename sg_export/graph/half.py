@@ -5,28 +5,36 @@ FP32 value: a gate, the residual stream, a LayerNorm. So attention runs in half 
 its projections. Modulation, residuals, guidance and the update stay in FP32 without being named.
 
 Norms and rotations of queries and keys are in FP32. An attention is in half precision nevertheless
-if its values come from a half-precision product: queries and keys are converted before it.
+if its values come from a half-precision product: queries and keys are converted before it. If it
+changes its scores after their product, as a cap does, these changes and the softmax stay in FP32.
+
+The parts around the network have residuals without gates and attention without softmax: sums of two
+computed values, and products of two outside of attention, are in FP32. A table of embeddings is
+stored in half precision, and its rows are converted.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sg_export.graph.products import belongs, weighted_products
+from sg_export.graph.products import belongs, token_table, weighted_products
 from sg_export.models.sparse import SparseModel
 from sg_export.options.types import BASES
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision
 from sg_runtime.vocabulary import HELD
 
-STATISTICS = ("LayerNormalization", "RMSNormalization", "Pow")
+STATISTICS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "Pow")
 """Operators that square. FP16 holds squares up to 65504."""
 
 LAYOUT = ("Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 """Operators that place values and compute none. Pad adds some, and CUDA pads no BF16."""
+
+_CHANGES = ("Add", "Div", "Mul", "Tanh")
+"""Operators between the scores of an attention and its softmax: bias, scale, and cap."""
 
 _PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 HALF: Mapping[HalfPrecision, ir.DataType] = {name: ir.DataType(BASES[name].onnx) for name in _PRECISIONS}
@@ -68,9 +76,11 @@ def to_half(
     Inputs and outputs of the graph keep their types, except those that `is_half` names. Weights are
     converted when they are read. Reading raises ExportError if a weight is out of range.
     """
-    half, layers, exact = HALF[precision], tuple(fp32_layers), () if tokens_in_half else tuple(fp32_operators)
+    half, layers = HALF[precision], tuple(fp32_layers)
     weighted = {node: name for name, node in weighted_products(graph)}
-    attended = _half_attentions(graph, {node for node, name in weighted.items() if not belongs(name, layers)})
+    tables = {node: str(table.name) for node in graph if (table := token_table(node)) is not None}
+    attended, scored = _half_attentions(graph, {node for node, name in weighted.items() if not belongs(name, layers)})
+    exact = scored if tokens_in_half else scored | _exact(graph, tuple(fp32_operators))
     copies: dict[ir.Value, ir.Value] = {}
 
     def typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -94,7 +104,9 @@ def to_half(
             wanted = _FP32 if belongs(weighted[node], layers) else half
         elif node in attended:
             wanted = half
-        elif node.op_type in exact or not all(value.dtype == half for value in computed):
+        elif node in tables:
+            wanted = _FP32 if belongs(tables[node], layers) else half
+        elif node in exact or not all(value.dtype == half for value in computed):
             wanted = _FP32
         else:
             wanted = half if computed or tokens_in_half else _FP32
@@ -105,6 +117,11 @@ def to_half(
             for output in node.outputs:
                 if output.dtype == _FP32:
                     output.type = ir.TensorType(half)
+            if node in tables:
+                uses = list(node.outputs[0].uses())
+                rows = typed(node.outputs[0], _FP32)
+                for use in uses:
+                    use.node.replace_input_with(use.idx, rows)
     for index, output in enumerate(graph.outputs):
         wanted = half if is_half(str(output.name)) else _FP32
         if output.dtype in (_FP32, half) and output.dtype != wanted:
@@ -128,26 +145,51 @@ def is_half(name: str) -> bool:
     return HELD.get(held) == "image" and held != "text_bias"
 
 
-def _half_attentions(graph: ir.Graph, products: Collection[ir.Node]) -> set[ir.Node]:
+def _half_attentions(graph: ir.Graph, products: Collection[ir.Node]) -> tuple[set[ir.Node], set[ir.Node]]:
     """Return the nodes of the attentions whose values come from one of these products.
 
     These are the nodes from the scaled query to the weighted values, and those before them that
-    only place queries, keys, values and bias.
+    only place queries, keys, values and bias. If scores are changed after their product, the nodes
+    that do so and the softmax are in the second set in place of the first.
     """
-    found: set[ir.Node] = set()
-    for softmax in [node for node in graph if node.op_type == "Softmax"]:
-        sums, terms = _before([softmax.inputs[0]], lambda node: node.op_type == "Add")
-        scores = {node for node in terms if node.op_type == "MatMul"}
-        weighted = {use.node for use in softmax.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 0}
+    found, scored = set[ir.Node](), set[ir.Node]()
+    for softmax, changes, scores, weighted in _attentions(graph):
         values, sources = _before([node.inputs[1] for node in weighted], _places)
         if not sources.isdisjoint(products):
-            inputs, _ = _before([value for node in (*sums, *scores) for value in node.inputs], _places)
-            found |= {softmax, *sums, *scores, *weighted, *values, *inputs}
+            plain = all(node.op_type == "Add" for node in changes)
+            placed = (*scores, *changes) if plain else scores
+            inputs, _ = _before([value for node in placed for value in node.inputs], _places)
+            (found if plain else scored).update({softmax, *changes})
+            found |= {*scores, *weighted, *values, *inputs}
     for fused in [node for node in graph if node.op_type == "MultiHeadAttention"]:
         _, sources = _before([fused.inputs[2]], _places)
         if not sources.isdisjoint(products):
             found |= {fused, *_before(fused.inputs, _places)[0]}
+    return found, scored
+
+
+def _exact(graph: ir.Graph, operators: Collection[str]) -> set[ir.Node]:
+    """Return the nodes that stay in FP32: `operators`, residual sums, and linear attention.
+
+    A product of two computed tensors is of linear attention if no softmax follows or precedes it.
+    """
+    beside = {node for _, _, scores, weighted in _attentions(graph) for node in (*scores, *weighted)}
+    found = set[ir.Node]()
+    for node in graph:
+        computed = not any(value is None or value.is_initializer() for value in node.inputs)
+        residual = node.op_type == "Add" or (node.op_type == "MatMul" and node not in beside)
+        if node.op_type in operators or (computed and residual):
+            found.add(node)
     return found
+
+
+def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, set[ir.Node], set[ir.Node], set[ir.Node]]]:
+    """Yield each softmax, with what changes its scores, their product, and that with the values."""
+    for softmax in [node for node in graph if node.op_type == "Softmax"]:
+        changes, terms = _before([softmax.inputs[0]], lambda node: node.op_type in _CHANGES)
+        scores = {node for node in terms if node.op_type == "MatMul"}
+        weighted = {use.node for use in softmax.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 0}
+        yield softmax, changes, scores, weighted
 
 
 def _places(node: ir.Node) -> bool:

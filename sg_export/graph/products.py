@@ -1,4 +1,4 @@
-"""Products with a weight (matmuls and convolutions), and the modules that they belong to."""
+"""Products with a weight (matmuls and convolutions), their modules, and tables of embeddings."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,6 +6,9 @@ import onnx_ir as ir
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 """Operators that take a weight as their second input."""
+
+TOKEN_IDS = "ids"
+"""Input of a text encoder's graph: numbers of tokens, which are rows of its table of embeddings."""
 
 
 def belongs(weight: str, layers: Iterable[str]) -> bool:
@@ -29,3 +32,15 @@ def weight_of(node: ir.Node) -> ir.Value | None:
     if weight is not None and (source := weight.producer()) is not None and source.op_type == "DequantizeLinear":
         weight = source.inputs[0]
     return weight if weight is not None and weight.is_initializer() else None
+
+
+def token_table(node: ir.Node) -> ir.Value | None:
+    """Return the table of embeddings whose rows a node takes by `TOKEN_IDS`; None if it is none.
+
+    It is large, and a run reads one row of it per token.
+    """
+    if node.op_type != "Gather":
+        return None
+    table, rows = node.inputs
+    by_token = rows is not None and rows.is_graph_input() and rows.name == TOKEN_IDS
+    return table if by_token and table is not None and table.is_initializer() else None

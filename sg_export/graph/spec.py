@@ -1,6 +1,6 @@
 """Specifications of a bundle's graphs: what each one computes, and its input and output tensors.
 
-Each graph is one computation of a `SparseModel`.
+A graph is one computation of a `SparseModel`, or of the text encoder or decoder next to it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,12 @@ from sg_runtime.manifest import (
     ModelFacts,
     NetworkName,
     TensorFacts,
+    Text,
+    decode_inputs,
+    decode_outputs,
     size_text,
+    text_inputs,
+    text_outputs,
 )
 from sg_runtime.vocabulary import HELD, HOISTED, step_inputs
 
@@ -28,7 +33,7 @@ class GraphSpec:
     """One graph to trace.
 
     kind: what the graph computes.
-    levels: none for condition and prompt, one for dense and sparse, strong and weak for guided.
+    levels: one for dense and sparse, strong and weak for guided, none for the others.
     network: the network that the graph belongs to.
     null_weak: whether the weak branch of a guided graph has the condition "no class".
     size: size of the samples, see `ModelFacts.size`, if the bundle has several and the graph
@@ -110,6 +115,10 @@ def graph_inputs(
     """
     if spec.hoisted:
         return model.conditions.hoisted[spec.kind]
+    if spec.kind == "text":
+        return text_inputs(_text(model).tokens)
+    if spec.kind == "decode":
+        return decode_inputs(model.latent)
     images, held = "B" if batch is None else batch, model.held
     tensors = []
     for tensor in step_inputs(len(spec.levels), held, conditioned(held) if spec.null_weak else ()):
@@ -157,6 +166,11 @@ def graph_outputs(spec: GraphSpec, model: ModelFacts, batch: int | None) -> tupl
     """Return the outputs of a graph; arguments as in `graph_inputs`."""
     if spec.hoisted:
         return tuple(TensorFacts(name, "float32", ("S", *model.held[name])) for name in HOISTED[spec.kind])
+    if spec.kind == "text":
+        return text_outputs(_text(model).tokens, _text(model).width)
+    if spec.kind == "decode":
+        assert model.pixels_per_latent is not None
+        return decode_outputs(model.latent, model.pixels_per_latent)
     latent = ("B" if batch is None else batch, *model.latent)
     return (TensorFacts("prediction", "float32", latent), TensorFacts("next", "float32", latent))
 
@@ -167,6 +181,11 @@ _DTYPES: dict[ir.DataType, Literal["float32", "float16", "bfloat16", "int64"]] =
     ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT64: "int64",
 }
+
+
+def _text(model: ModelFacts) -> Text:
+    assert isinstance(model.conditions, Text)  # the text encoder is of a model with text
+    return model.conditions
 
 
 def typed(tensors: Iterable[TensorFacts], values: Iterable[ir.Value]) -> tuple[TensorFacts, ...]:

@@ -8,12 +8,8 @@ Weights are hidden from the exporter's optimizer, so no weight is folded into a 
 the graphs of a model share all weights, and a model on PyTorch's meta device can be traced.
 """
 
-import ast
 import itertools
-import logging
 import re
-import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -27,6 +23,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from sg_export.graph.attention import lower_attention
+from sg_export.graph.exported import finished, initializer_of, module_of, optimize_around_weights, quiet
 from sg_export.graph.module import compute, random_inputs
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN, MODULE, Layer, Program, assemble
@@ -37,9 +34,6 @@ from sg_export.models.subset import Subset
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import ModelFacts, TensorFacts
 
-_MODEL_PREFIX, _NETWORK_PREFIX = "model.", "network."
-_WEIGHT_PREFIX = _MODEL_PREFIX + _NETWORK_PREFIX
-_TRANSPOSED = ".T"
 _TRACED_SIZES = {"B": 2, "S": 3, "K": 2, "K_strong": 3, "K_weak": 2}
 """Sizes of the symbolic dimensions while tracing. PyTorch would treat 0 and 1 as constants."""
 
@@ -76,11 +70,11 @@ def trace(
         inputs=[{tensor.name: next(starts) for tensor in tensors} for tensors in inputs],
         outputs=[{tensor.name: next(ends) for tensor in tensors} for tensors in outputs],
         bodies=[Layer(index, held, end) for (index, held), end in zip(layers, ends, strict=True)],
-        weight=lambda name: _weight(model, name),
+        weight=lambda name: initializer_of(model, name),
         layer_name=model.network.layer_name,
         layer_inputs=model.network.layer_inputs,
     )
-    return [_finished(assemble(program, number, name), outputs[number], lower) for number, name in enumerate(names)]
+    return [finished(assemble(program, number, name), outputs[number], lower) for number, name in enumerate(names)]
 
 
 def _export(
@@ -98,17 +92,17 @@ def _export(
     every = list(itertools.chain.from_iterable(inputs))
     values, dynamic = _examples(inputs, facts, next(model.parameters()).device)
     try:
-        with _quiet(), torch.no_grad(), _cache_of(every), nullcontext() if each_layer else state.in_place_of_layers():
+        with quiet(), torch.no_grad(), _cache_of(every), nullcontext() if each_layer else state.in_place_of_layers():
             exported = translate(torch.export.export(program, values, dynamic_shapes=(dynamic,)), opset)
     except Exception as error:  # PyTorch's exporter raises many kinds
         if was_interrupt(error):
             raise KeyboardInterrupt from None
         at = ", ".join(name for name, spec in zip(names, specs, strict=True) if state.at in (spec, None))
         raise ExportError(f"graph {at}: PyTorch {torch.__version__} cannot export it: {error}") from error
-    _optimize_around_weights(exported)
+    optimize_around_weights(exported, program, _simplify)
     _name_dimensions(exported.graph, every)
     for node in exported.graph:
-        node.metadata_props[MODULE] = _module(node)
+        node.metadata_props[MODULE] = module_of(node)
     return exported, state.traced
 
 
@@ -271,79 +265,6 @@ def _simplify(model: ir.Model) -> None:
         last(model)
 
 
-def _optimize_around_weights(model: ir.Model) -> None:
-    """Optimize a model with its weights as values of unknown content.
-
-    Each Transpose of a weight, or of a weight made a matrix, is then replaced by a value with ".T"
-    after the weight's name.
-    """
-    graph = model.graph
-    weights: list[ir.Value] = []
-    for name, initializer in list(graph.initializers.items()):
-        if name.startswith(_WEIGHT_PREFIX):
-            initializer.const_value = None
-            del graph.initializers[name]
-            weights.append(initializer)
-    graph.inputs.extend(weights)
-    _simplify(model)
-    for weight in weights:
-        graph.inputs.remove(weight)
-        weight.name = str(weight.name).removeprefix(_WEIGHT_PREFIX)
-        transposed = ir.Value(name=f"{weight.name}{_TRANSPOSED}")
-        matrices = [use.node for use in weight.uses() if use.node.op_type == "Reshape"]
-        for value in (*(node.outputs[0] for node in matrices), weight):
-            for node in [use.node for use in value.uses() if use.node.op_type == "Transpose"]:
-                node.outputs[0].replace_all_uses_with(transposed)
-                graph.remove(node, safe=True)
-        graph.remove([node for node in matrices if not node.outputs[0].uses()], safe=True)
-
-
-def _weight(model: SparseModel, name: str) -> ir.Value:
-    """Return a parameter or buffer of the network as an initializer.
-
-    If its name ends in ".T", it is made a matrix and transposed when it is read.
-    """
-    values, turned = _tensor(model, name.removesuffix(_TRANSPOSED)), name.endswith(_TRANSPOSED)
-    tensor = ir.tensor_adapters.TorchTensor(values.flatten(1) if turned else values)
-    made: ir.TensorProtocol = tensor
-    shape = ir.Shape(tensor.shape.numpy())
-    if turned:
-        shape = ir.Shape(reversed(tensor.shape.numpy()))
-        made = ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=made)
-
-
-def _tensor(model: SparseModel, name: str) -> Tensor:
-    module, _, own = f"{_NETWORK_PREFIX}{name}".rpartition(".")
-    found: Tensor = getattr(model.get_submodule(module), own)
-    return found.detach()
-
-
-def _module(node: ir.Node) -> str:
-    """Return the name in the network of the module that a node comes from."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
-    module = f"{scopes[-2]}." if len(scopes) > 1 else "."
-    return module.removeprefix(_MODEL_PREFIX).removeprefix(_NETWORK_PREFIX).rstrip(".")
-
-
-def _finished(model: ir.Model, outputs: Sequence[TensorFacts], lower: Callable[[ir.Graph], None]) -> ir.Model:
-    """Lower a graph to its target, name its nodes and set its output shapes; return its model.
-
-    The name of a node is its module and its operator, as blocks.3.attn/Softmax. Backends and
-    Polygraphy report these names.
-    """
-    lower(model.graph)
-    used: Counter[str] = Counter()
-    for node in model.graph:
-        name = f"{node.metadata_props.get(MODULE, '')}/{node.op_type}"
-        node.name = f"{name}_{used[name]}" if used[name] else name
-        used[name] += 1
-    for value, facts in zip(model.graph.outputs, outputs, strict=True):
-        value.shape = ir.Shape(facts.shape)
-    passes.ClearMetadataAndDocStringPass()(model)
-    return model
-
-
 def _name_dimensions(graph: ir.Graph, inputs: Sequence[TensorFacts]) -> None:
     """Rename the tracer's symbolic dimensions to those of `inputs`, in all values.
 
@@ -378,23 +299,3 @@ def _cache_of(inputs: Sequence[TensorFacts]) -> AbstractContextManager[None]:
 
     sizes = {size for tensor in inputs for size in tensor.shape if isinstance(size, str)}
     return config.patch(fake_tensor_cache_enabled=sizes <= {"S"})  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress messages of PyTorch within the block.
-
-    They are warnings about its own deprecated parts and about torchvision, which is not needed, and
-    logs of an exception, which the caller reports.
-    """
-    wanted = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
-    levels = {name: logging.getLogger(name).level for name in wanted}
-    for name, level in wanted.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -74,9 +74,15 @@ def _to(x: Any, dtype: int, *_: Any) -> Any:
     return opset18.Identity(x) if x.dtype == dtype else opset18.Cast(x, to=dtype)
 
 
+def _same(x: Any) -> Any:
+    """Translate an operator that changes nothing in a graph, such as aten.detach_."""
+    return opset18.Identity(x)
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: translate_attention,
     torch.ops.aten.flatten.using_ints: _flatten,
     torch.ops.aten.unflatten.int: _unflatten,
     torch.ops.aten.to.dtype: _to,
+    torch.ops.aten.detach_.default: _same,
 }

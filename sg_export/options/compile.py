@@ -10,7 +10,7 @@ from sg_export.options.engines import EngineOptions
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import Ramp
-from sg_runtime.manifest import MODES, EngineLibrary, GuidanceMode, OnnxTarget, Precision, SubsetRule
+from sg_runtime.manifest import MODES, PARTS, EngineLibrary, GuidanceMode, OnnxTarget, Part, Precision, SubsetRule
 
 DEFAULT_SPARSITY = 0.5
 
@@ -45,6 +45,13 @@ class CompileOptions:
     weights, overrides: see `load_model`.
     sizes: height and width, in pixels, of further sizes of the picture, next to that in `overrides`
     or the model's own.
+    parts: parts of the bundle, of which "step" is one; None for all that `vae`, `pipeline` or the
+    checkpoint's folder has.
+    pipeline: folder of a pipeline of diffusers whose text encoder and decoder are taken; None for
+    the checkpoint, if it is one.
+    vae: folder of the autoencoder whose decoder is taken; None for that of the pipeline.
+    text_precision: precision of the text encoder; None for BF16 where it can run, if `precision` is
+    a half precision, else FP32.
     force: replace an existing bundle that holds only its own files.
     """
 
@@ -67,6 +74,10 @@ class CompileOptions:
     weights: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
     sizes: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Part, ...] | None = None
+    pipeline: Path | None = None
+    vae: Path | None = None
+    text_precision: Precision | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -82,9 +93,17 @@ class CompileOptions:
             ("precision", self.precision, get_args(Precision)),
             ("guidance", self.mode, tuple(MODES)),
             ("onnx_target", self.onnx_target, get_args(OnnxTarget)),
+            ("text_precision", self.text_precision or "fp32", get_args(Precision)),
+            *(("parts", part, PARTS) for part in self.parts or ()),
         ):
             if value not in known:
                 raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+        if self.parts is not None:
+            if "step" not in self.parts:
+                raise UsageError(f"parts: expected step among them, found {', '.join(self.parts) or 'none'}")
+            for part, option in (("decode", "vae"), ("text", "text_precision")):
+                if part not in self.parts and getattr(self, option) is not None:
+                    raise UsageError(f"{option}: expected none for a bundle without {part}, found one")
         if MODES[self.mode].weak_level == "same" and self.sparsity:
             raise UsageError(
                 f"sparsity: {self.mode} guidance has no sparser branch: give strong_sparsity, or guidance sg"
@@ -105,11 +124,19 @@ class CompileOptions:
             if self.batch is not None:
                 raise UsageError("batch: expected none next to engines, which have image counts of their own")
             self.engines.check_types(self.precision, None if self.quantize is None else self.quantize.type)
-        elif self.precision == "bf16" and not self.for_cuda:
+        elif "bf16" in (self.precision, self.text_precision) and not self.for_cuda:
+            name = "precision" if self.precision == "bf16" else "text_precision"
             raise UsageError(
-                "precision bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or build for ONNX Runtime's "
+                f"{name} bf16: ONNX Runtime's CPU provider has none: give fp32 or fp16, or build for ONNX Runtime's "
                 "CUDA provider, `onnx_target` onnxruntime-cuda, or for TensorRT-RTX, `libraries` tensorrt_rtx"
             )
+
+    @property
+    def precision_of_text(self) -> Precision:
+        """Precision of the text encoder. Gemma's activations are beyond the range of FP16."""
+        if self.text_precision is not None:
+            return self.text_precision
+        return "bf16" if self.precision != "fp32" and (self.for_cuda or self.engines is not None) else "fp32"
 
     @property
     def for_cuda(self) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sg_calibration.prompts import read_prompts
 from sg_calibration.settings import METHODS, FeedSettings, Method
 from sg_calibration.types import QUANTS
 from sg_runtime.errors import UsageError
@@ -22,7 +23,10 @@ class QuantizeOptions:
     table: table of ranges from `sg-export calibrate`; None to measure the ranges.
     data: folder of the user's calibration shards; None to measure on guided runs.
     feeds: settings of the guided runs that ranges are measured on.
+    prompts: file of the prompts of those runs and of the gates, one in each line, for a build with
+    a text encoder; None for those of `sg_calibration.prompts`.
     exclude: layers that stay in the base precision.
+    text: quantize the projections of the text, too. They run once for a prompt.
     like: quantized bundle whose choice of layers is taken over; None to search for one.
     gates: quality gates; None for those in QUALITY_GATES.
     search_images: number of images in the search for layers, for each guidance.
@@ -35,7 +39,9 @@ class QuantizeOptions:
     table: Path | None = None
     data: Path | None = None
     feeds: FeedSettings = field(default_factory=FeedSettings)
+    prompts: Path | None = None
     exclude: tuple[str, ...] = ()
+    text: bool = False
     like: Path | None = None
     gates: QualityGates | None = None
     search_images: int = 4
@@ -61,9 +67,16 @@ class QuantizeOptions:
         """Raise UsageError if a requested file or folder does not exist."""
         if self.table is not None and not self.table.is_file():
             raise UsageError(f"`table` {self.table}: found no file: make it with sg-export calibrate")
+        if self.prompts is not None:
+            read_prompts(self.prompts)
         for option, folder in (("data", self.data), ("like", self.like)):
             if folder is not None and not folder.is_dir():
                 raise UsageError(f"`{option}` {folder}: found no folder of this name")
+
+    @property
+    def files(self) -> tuple[Path | None, ...]:
+        """Files and folders that are read."""
+        return self.table, self.data, self.like, self.prompts
 
     @property
     def effective_method(self) -> Method:

@@ -173,8 +173,8 @@ def _report_phase(report: Report, stage: str, number: int, total: int, phase: st
 def _profiles(
     source: EngineSource, batches: Sequence[int], hoisted_rows: Mapping[GraphKind, int]
 ) -> tuple[Profile, ...]:
-    if source.specs[0].hoisted:
-        return (Profile(hoisted_rows[source.specs[0].kind], ()),)
+    if not source.specs[0].levels:  # text encoder and decoder take one row
+        return (Profile(hoisted_rows.get(source.specs[0].kind, 1), ()),)
     keeps = [tuple(level.keep for level in spec.levels) for spec in source.specs]
     return tuple(Profile(batch, keep) for batch in batches for keep in keeps)
 

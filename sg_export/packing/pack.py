@@ -21,19 +21,23 @@ from sg_export.packing.engines import EngineSource, build_engines
 from sg_export.packing.sizes import SizeBuild
 from sg_export.progress import Counted
 from sg_runtime import __version__
+from sg_runtime.bundle import FOLDERS
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import (
     SCHEMA_VERSION,
     Cost,
+    Decoder,
     EngineFacts,
     FileFacts,
     GraphFacts,
     GraphKind,
     Manifest,
+    ModelFacts,
     NetworkName,
     PassCost,
     Quantization,
     SizeFacts,
+    TextEncoder,
     size_text,
 )
 
@@ -45,7 +49,12 @@ weights of `condition` once. A row of `prompt` is a whole prompt, so weights are
 """
 
 
-WEIGHTS_FILES: Mapping[NetworkName, str] = {"main": "weights.bin", "weak": "weights-weak.bin"}
+WEIGHTS_FILES: Mapping[NetworkName, str] = {
+    "main": "weights.bin",
+    "weak": "weights-weak.bin",
+    "text_encoder": "weights-text-encoder.bin",
+    "decoder": "weights-decoder.bin",
+}
 
 
 def manifest_of(
@@ -56,6 +65,8 @@ def manifest_of(
     written: "Written",
     engines: Sequence[tuple[EngineFacts, ...]],
     folder: Path,
+    text: TextEncoder | None = None,
+    decoder: Decoder | None = None,
 ) -> Manifest:
     """Return the manifest of the bundle in `folder`.
 
@@ -83,10 +94,12 @@ def manifest_of(
         weak_source=None if weak is None else weak.source,
         files={
             path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
-            for path in sorted((*(folder / "graphs").glob("*"), *(folder / "engines").glob("*")))
+            for path in sorted(path for own in FOLDERS for path in (folder / own).glob("*"))
         },
         passes=first.passes,
         sizes=tuple(others),
+        text=text,
+        decoder=decoder,
     )
 
 
@@ -196,7 +209,7 @@ def pack(
         for spec in own:
             costs[spec] = count_cost(graph, keep_sizes(spec, [level.keep for level in spec.levels]))
     counted("writing graphs and weights")
-    (folder / "graphs").mkdir()
+    (folder / "graphs").mkdir(exist_ok=True)
     for network, own_models in by_network.items():
         if own_models:
             write_graphs(own_models, folder / "graphs", WEIGHTS_FILES[network])
@@ -234,7 +247,7 @@ def engine_source(folder: Path, name: str, own: Sequence[GraphSpec], written: Wr
 
 
 def add_engines(
-    loaded: LoadedModel, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
+    model: ModelFacts, sources: Sequence[EngineSource], options: CompileOptions, folder: Path, counted: Counted
 ) -> tuple[EngineFacts, ...]:
     """Build the engines of one size in `folder`/engines and return their facts."""
     if options.engines is None:
@@ -246,4 +259,4 @@ def add_engines(
         else:
             counted.stage(stage, share)
 
-    return build_engines(sources, loaded.facts, HOISTED_ROWS, options.engines, folder / "engines", report)
+    return build_engines(sources, model, HOISTED_ROWS, options.engines, folder / "engines", report)

@@ -23,7 +23,7 @@ from sg_export.parity.compare import Feed
 from sg_export.parity.torch_backend import evaluate
 from sg_runtime.backends import Lane
 from sg_runtime.bundle import Bundle
-from sg_runtime.manifest import EngineFacts, GraphFacts, Manifest
+from sg_runtime.manifest import EngineFacts, GraphFacts, Manifest, Precision
 from sg_runtime.run.evaluate import run_once
 
 
@@ -36,7 +36,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         self.graph = graph
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return _inputs(self.graph)
+        return inputs_of_graph(self.graph)
 
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
         self.inference_time = 0.0
@@ -52,7 +52,7 @@ class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         self.graph = graph
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return _inputs(self.graph)
+        return inputs_of_graph(self.graph)
 
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
         memory = self.lane.memory
@@ -66,7 +66,8 @@ class LaneRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         return OrderedDict((name, memory.download(array)) for name, array in outputs.items())
 
 
-def _inputs(graph: GraphFacts) -> TensorMetadata:
+def inputs_of_graph(graph: GraphFacts) -> TensorMetadata:
+    """Return names, types and shapes of a graph's inputs."""
     metadata = TensorMetadata()
     for tensor in graph.inputs:
         metadata.add(tensor.name, tensor.storage, tensor.shape)
@@ -91,35 +92,43 @@ def _in_bf16(bits: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 
-def onnx_commands(bundle: Bundle, graph: GraphFacts, data: Sequence[str]) -> tuple[str, ...]:
+def onnx_commands(
+    bundle: Bundle, graph: GraphFacts, data: Sequence[str], precision: Precision | None = None
+) -> tuple[str, ...]:
     """Return the Polygraphy commands that compare a graph's ONNX file with saved outputs.
 
-    data: options of `save_data`. There is none for a graph without an ONNX file, for BF16, and for
-    half precision in the form for CUDA: ONNX Runtime's CPU provider cannot run these.
+    data: options of `save_data`. precision: precision of a part; None for the denoiser.
+
+    There is none for a graph without an ONNX file, for BF16, and for half precision in the form for
+    CUDA: ONNX Runtime's CPU provider cannot run these.
     """
     on_cpu = ("fp32",) if bundle.manifest.onnx_target == "onnxruntime-cuda" else ("fp32", "fp16")
-    if graph.file is None or bundle.manifest.precision not in on_cpu:
+    if graph.file is None or (precision or bundle.manifest.precision) not in on_cpu:
         return ()
-    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt", *data, *_thresholds(bundle.manifest)]
+    words = ["polygraphy", "run", str(bundle.onnx(graph)), "--onnxrt", *data, *_thresholds(bundle.manifest, precision)]
     return (shlex.join(words),)
 
 
-def engine_command(bundle: Bundle, engine: EngineFacts, profile: int, data: Sequence[str]) -> str:
+def engine_command(
+    bundle: Bundle, engine: EngineFacts, profile: int, data: Sequence[str], precision: Precision | None = None
+) -> str:
     """Return the Polygraphy command that compares one profile of an engine with saved outputs.
+
+    precision: precision of a part; None for the denoiser.
 
     Polygraphy runs TensorRT-RTX if a variable asks for it. Its default allocation does not fit
     engines that leave all allocation to the caller.
     """
     words = ["polygraphy", "run", str(bundle.file(engine.file)), "--model-type", "engine", "--trt"]
     words += ["--optimization-profile", str(profile), "--allocation-strategy", "profile"]
-    command = shlex.join([*words, *data, *_thresholds(bundle.manifest)])
+    command = shlex.join([*words, *data, *_thresholds(bundle.manifest, precision)])
     return f"POLYGRAPHY_USE_TENSORRT_RTX=1 {command}" if engine.library == "tensorrt_rtx" else command
 
 
-def _thresholds(manifest: Manifest) -> list[str]:
-    """Return Polygraphy's options for the gates of a bundle's precision."""
-    if manifest.quantization is not None:
+def _thresholds(manifest: Manifest, precision: Precision | None) -> list[str]:
+    """Return Polygraphy's options for the gates of a precision, by default the denoiser's."""
+    if precision is None and manifest.quantization is not None:
         least = manifest.quantization.gates.cosine
         return ["--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{least:g}"]
-    tolerance = f"{BASES[manifest.precision].tolerance:g}"
+    tolerance = f"{BASES[precision or manifest.precision].tolerance:g}"
     return ["--atol", tolerance, "--rtol", tolerance]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_calibration.feeds import images_of
+from sg_calibration.prompts import Encode, Prompts
 from sg_calibration.settings import LEAST_STRATA
 from sg_export.loading import LoadedModel
 from sg_export.options.quantize import GATE_IMAGES
@@ -28,17 +29,22 @@ EVERY = 3
 
 
 def compare_guidance(
-    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan
+    pipeline: Pipeline,
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    guidance: GuidancePlan,
+    encode: Encode | None = None,
 ) -> tuple[Walk, list[Comparison]]:
     """Compare the bundle's predictions with PyTorch's at every time of a guided run of PyTorch.
 
     The gates of the bundle's build apply. Then compares complete runs, without a gate. The subject
-    also gives the distance between two PyTorch runs with different kept tokens.
+    also gives the distance between two PyTorch runs with different kept tokens. encode: see
+    `reference_walk`.
     """
     manifest = pipeline.bundle.manifest
     assert manifest.quantization is not None
     gates = manifest.quantization.gates
-    own = reference_walk(pipeline, loaded, weak, guidance)
+    own = reference_walk(pipeline, loaded, weak, guidance, encode)
     conditions, seeds = own.conditions, own.seeds
     plan, branches = pipeline.prepare(own.times, conditions, seeds, guidance=guidance), by_pipeline(pipeline)
     comparisons = []
@@ -57,10 +63,22 @@ def compare_guidance(
 
 
 def reference_walk(
-    pipeline: Pipeline, loaded: LoadedModel, weak: LoadedModel | None, guidance: GuidancePlan, *, noise: bool = True
+    pipeline: Pipeline,
+    loaded: LoadedModel,
+    weak: LoadedModel | None,
+    guidance: GuidancePlan,
+    encode: Encode | None = None,
+    *,
+    noise: bool = True,
 ) -> Walk:
-    """Return the guided run of PyTorch that a quantized bundle is compared with; see `walk`."""
-    conditions, seeds = images_of("gate", pipeline.bundle.manifest.model, GATE_IMAGES)
+    """Return the guided run of PyTorch that a quantized bundle is compared with; see `walk`.
+
+    encode: text encoder for the prompts that the gates judged; None if they judged none.
+    """
+    manifest = pipeline.bundle.manifest
+    conditions, seeds = images_of("gate", manifest.model, GATE_IMAGES)
+    if encode is not None and manifest.quantization is not None and manifest.quantization.prompts:
+        conditions = Prompts(manifest.quantization.prompts, encode).conditions(GATE_IMAGES)
     return walk(pipeline, by_pytorch(loaded, weak, conditions), guidance, conditions, seeds, LEAST_STRATA, noise=noise)
 
 

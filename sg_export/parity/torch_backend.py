@@ -33,7 +33,7 @@ def evaluate(
     with torch.no_grad():
         if graph.hoisted:
             outputs = dict(zip(HOISTED[graph.kind], model.hoist(graph.kind, given), strict=True))
-            check_reference(loaded, graph.name, *(value.numpy() for value in outputs.values()))
+            check_reference(loaded.source, graph.name, *(value.numpy() for value in outputs.values()))
             return OrderedDict((name, value.numpy()) for name, value in outputs.items())
         scaled = given["c_in"] * given["x"]
         output, *weak = (model.predict(scaled, one.held, one.keep) for one in branch_inputs(graph.kind, given))
@@ -41,7 +41,7 @@ def evaluate(
             output = torch.from_numpy(guide(output.numpy(), weak[0].numpy(), float(given["scale"])))
         prediction = given["c_skip"] * given["x"] + given["c_out"] * output
         following = given["a"] * given["x"] + given["b"] * prediction + given["e"] * given["r"]
-    check_reference(loaded, graph.name, prediction.numpy(), following.numpy())
+    check_reference(loaded.source, graph.name, prediction.numpy(), following.numpy())
     return OrderedDict(prediction=prediction.numpy(), next=following.numpy())
 
 

@@ -39,7 +39,7 @@ def by_pytorch(loaded: LoadedModel, weak: LoadedModel | None, conditions: Condit
                 None if keep is None else torch.from_numpy(keep),
             )
         found: Array = (scaling.c_skip * state + scaling.c_out * output).numpy()
-        check_reference(network, f"time {plan.times[k]:.3g} of a run", found)
+        check_reference(network.source, f"time {plan.times[k]:.3g} of a run", found)
         return found
 
     def branches(x: Array, plan: PreparedRun, index: int) -> tuple[Array, Array]:

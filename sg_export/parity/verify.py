@@ -6,7 +6,7 @@ Polygraphy runs and compares every graph at several times. Complete sampling run
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
+from sg_calibration.prompts import Encode
 from sg_export.graph.check import check_reference
 from sg_export.graph.emulate import emulated
 from sg_export.graph.module import columns_in_torch, random_inputs
@@ -27,10 +28,14 @@ from sg_export.loading import LoadedModel, reload_checkpoint, reload_weak
 from sg_export.options.types import BASES
 from sg_export.parity import two_pass
 from sg_export.parity.compare import RUN_IMAGES, Comparison, Feed, Parity, compare_arrays, rates_of
+from sg_export.parity.parts import compare_parts, reload_part
 from sg_export.parity.polygraphy import LaneRunner, TorchRunner, engine_command, onnx_commands, save_data
 from sg_export.parity.strata import compare_guidance, feeds_of, reference_walk
 from sg_export.parity.torch_backend import TorchBackend, to_storage
 from sg_export.parity.walk import sampled
+from sg_export.parts.decode import LoadedDecoder
+from sg_export.parts.encode import encode
+from sg_export.parts.text import LoadedText
 from sg_export.progress import Report, silent
 from sg_runtime.backends import Lane
 from sg_runtime.backends.ort import OrtBackend, open_session
@@ -48,6 +53,7 @@ from sg_runtime.manifest import (
     Labels,
     Manifest,
     ModelFacts,
+    Part,
     Precision,
     SamplerName,
     Shifted,
@@ -68,6 +74,8 @@ def verify(
     checkpoint: str | Path | None = None,
     *,
     weak_checkpoint: str | Path | None = None,
+    pipeline: Path | None = None,
+    vae: Path | None = None,
     device: str | None = None,
     backend: str | None = None,
     times: Sequence[float] = TIMES,
@@ -78,6 +86,7 @@ def verify(
 
     checkpoint, weak_checkpoint: checkpoints of the networks. By default the reference model, or the
     file of the recorded name, next to the bundle or in the current folder.
+    pipeline, vae: folders of text encoder and decoder; see `reload_part`.
     device, backend: device and backend that run the bundle, see `Pipeline.load`. Without both, the
     graphs run on the CPU; half-precision graphs then run in FP32 with the rounding of their type.
     times: times in (0, 1]. An edm model is compared at the noise levels at the same fractions of
@@ -101,9 +110,12 @@ def verify(
         save_polygraphy.mkdir(parents=True, exist_ok=True)
     G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
     found = Parity((), ())
+    parts = {part: reload_part(opened, part, checkpoint, pipeline, vae) for part in opened.manifest.parts}
     for view in opened.views:
         report_of_view = _naming(view, report)
-        parity = _verify(view, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report_of_view)
+        parity = _verify(
+            view, parts, checkpoint, weak_checkpoint, device, backend, times, save_polygraphy, report_of_view
+        )
         found = _joined(found, _named(view, parity))
     return found
 
@@ -124,7 +136,7 @@ def _naming(view: Bundle, report: Report) -> Report:
 
 def _named(view: Bundle, parity: Parity) -> Parity:
     """Return the comparisons with the size in their subjects. Graphs have it in their names."""
-    graphs, prefix = {graph.name for graph in view.manifest.graphs}, _size_prefix(view)
+    graphs, prefix = {graph.name for graph in view.manifest.graphs_of_parts}, _size_prefix(view)
     named = (c if c.subject in graphs else replace(c, subject=f"{prefix}{c.subject}") for c in parity.comparisons)
     return replace(parity, comparisons=tuple(named))
 
@@ -140,6 +152,7 @@ def _joined(first: Parity, second: Parity) -> Parity:
 
 def _verify(
     opened: Bundle,
+    parts: Mapping[Part, LoadedText | LoadedDecoder],
     checkpoint: str | Path | None,
     weak_checkpoint: str | Path | None,
     device: str | None,
@@ -148,7 +161,10 @@ def _verify(
     save_polygraphy: Path | None,
     report: Report,
 ) -> Parity:
-    """Compare a bundle at one size; arguments and errors as in `verify`."""
+    """Compare a bundle at one size; arguments and errors as in `verify`.
+
+    parts: networks of text encoder and decoder.
+    """
     if device is None and backend is None:
         graphs = opened.manifest.hoisted("main")[0].file is not None
         if not graphs and save_polygraphy is None:
@@ -162,7 +178,7 @@ def _verify(
         lane = pipeline.backend.lane()
         lane.enter()
     loaded = reload_checkpoint(opened, checkpoint)
-    networks = _Networks(loaded, reload_weak(opened, weak_checkpoint, loaded))
+    networks = _Networks(loaded, reload_weak(opened, weak_checkpoint, loaded), _encode(opened, parts))
     parity = Parity((), ())
     if pipeline is not None:
         sides = _Sides(pipeline, networks)
@@ -170,18 +186,35 @@ def _verify(
             parity = _compare_quantized(sides, lane or pipeline.backend.lane(), times, save_polygraphy, report)
         else:
             parity = _compare(sides, lane, times, save_polygraphy, report)
+    if parts and (pipeline is not None or save_polygraphy is not None):
+        own = compare_parts(opened, parts, None if lane is None else pipeline, save_polygraphy, report)
+        parity = Parity((*parity.comparisons, *own.comparisons), (*parity.commands, *own.commands))
     if save_polygraphy is None:
         return parity
     engines = _save_engines(opened, networks, times, save_polygraphy, report)
     return replace(parity, commands=(*parity.commands, *engines))
 
 
+def _encode(bundle: Bundle, parts: Mapping[Part, LoadedText | LoadedDecoder]) -> Encode | None:
+    """Return the text encoder among the networks of the parts."""
+    text, conditions = parts.get("text"), bundle.manifest.model.conditions
+    if not isinstance(text, LoadedText) or isinstance(conditions, Labels):
+        return None
+    return functools.partial(encode, text, tokens=conditions.tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class _Networks:
-    """The networks of a bundle in PyTorch: the main one, and the weak one if the bundle has it."""
+    """The networks of a bundle in PyTorch.
+
+    main: the main network.
+    weak: the weak network, if the bundle has one.
+    encode: the text encoder, if the bundle has one.
+    """
 
     main: LoadedModel
     weak: LoadedModel | None
+    encode: Encode | None
 
     def of(self, graph: GraphFacts) -> LoadedModel:
         """Return the network that `graph` was traced from."""
@@ -245,7 +278,8 @@ def _compare_quantized(
     feeds: dict[str, list[Feed]] = {}
     for number, guidance in enumerate(guidances):
         report(f"comparing at every time, {guidance.mode} {rates_of(guidance)}", number, len(guidances))
-        own, compared = compare_guidance(sides.pipeline, sides.networks.main, sides.networks.weak, guidance)
+        networks = sides.networks
+        own, compared = compare_guidance(sides.pipeline, networks.main, networks.weak, guidance, networks.encode)
         comparisons += compared
         if folder is not None:
             feeds |= feeds_of(sides.pipeline, lane, own)
@@ -284,7 +318,7 @@ def _save_engines(
     if wanted and manifest.quantization is not None:
         pipeline = Pipeline(bundle, TorchBackend(networks.of, RUN_IMAGES), RUN_IMAGES)
         for guidance in built_guidances(manifest):
-            walks.append(reference_walk(pipeline, networks.main, networks.weak, guidance, noise=False))
+            walks.append(reference_walk(pipeline, networks.main, networks.weak, guidance, networks.encode, noise=False))
     commands = []
     for number, ((graph, rows), profiles) in enumerate(wanted.items()):
         report(f"saving {graph.name} for {rows} rows", number, len(wanted))
@@ -434,7 +468,7 @@ def _compare_run(
         weak_levels=levels(manifest, guidance.row.weak_network),
     )
     gates, name = BASES[manifest.precision].gates, _run_name(guidance, sampler, fused)
-    check_reference(loaded, name, wanted)
+    check_reference(loaded.source, name, wanted)
     found = sampled(pipeline, conditions, seeds, steps=RUN_STEPS, sampler=sampler, guidance=guidance, fused=fused)
     return compare_arrays(name, "samples", None, wanted, found, gates.run, gates.cosine)
 

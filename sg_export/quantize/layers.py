@@ -19,12 +19,14 @@ class LayerFacts:
     """Size and cost of a quantizable layer.
 
     weight_bytes: bytes of its FP32 weight. linear_macs: multiply-adds for one image. in_steps:
-    whether it is in a step graph; otherwise it is only in `condition`.
+    whether it is in a step graph; otherwise it is only in a hoisted graph. of_text: whether it is
+    only in `prompt`, a projection of the text.
     """
 
     weight_bytes: int
     linear_macs: int
     in_steps: bool
+    of_text: bool
 
 
 def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
@@ -41,7 +43,9 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
         for name, layer in layers_of(onnx.load(path, load_external_data=False), reference.manifest.model.ends).items():
             weight = model.initializers[layer.weight].const_value
             assert weight is not None
-            layer_facts = LayerFacts(weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps)
+            layer_facts = LayerFacts(
+                weight.nbytes, macs[layer.weight.removesuffix(".T")], in_steps, graph.kind == "prompt"
+            )
             found.setdefault(name, {}).setdefault(graph.network, layer_facts)
     facts = {}
     for name in sorted(found, key=reading_order):
@@ -50,6 +54,7 @@ def quantizable_layers(reference: Bundle) -> dict[str, LayerFacts]:
             sum(one.weight_bytes for one in networks),
             sum(one.linear_macs for one in networks),
             any(one.in_steps for one in networks),
+            all(one.of_text for one in networks),
         )
     return facts
 

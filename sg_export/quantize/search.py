@@ -1,23 +1,34 @@
 """Quantization search: ranges, layers that stay in high precision, and quality gates."""
 
 import functools
+import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from sg_calibration.feeds import Split, collect, given_shards, identity_of, images_of, read_shard
+from sg_calibration.feeds import (
+    Split,
+    collect,
+    given_shards,
+    identity_of,
+    images_of,
+    read_shard,
+    shard_folders,
+    split_of,
+)
 from sg_calibration.layers import check_names
-from sg_calibration.ranges import RangeTable, measure, read_table, write_table
+from sg_calibration.prompts import Prompts
+from sg_calibration.ranges import RangeTable, Runs, measure, read_table, write_table
 from sg_calibration.settings import LEAST_STRATA, FeedSettings
 from sg_export.graph.products import belongs
 from sg_export.options.quantize import QuantizeOptions
 from sg_export.options.types import BASES
 from sg_export.parity.walk import Walk, by_pipeline, judge, run_distance, walk
 from sg_export.quantize.gates import gates_failure, gates_hold, gates_remedy, time_ratio
-from sg_export.quantize.layers import quantizable_layers
+from sg_export.quantize.layers import LayerFacts, quantizable_layers
 from sg_export.quantize.rewrite import quantized_pipeline, reference_pipeline
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CalibrationError, GateError, UsageError
@@ -25,13 +36,17 @@ from sg_runtime.files import sha256_of
 from sg_runtime.guidance import built_guidances
 from sg_runtime.manifest import (
     MANIFEST_FILE,
+    OF_TEXT,
     LayerChoice,
     Precision,
     Quantization,
     QuantizedType,
+    Text,
     read_manifest,
 )
 from sg_runtime.pipeline import Pipeline
+
+LOG = logging.getLogger("sg_export")
 
 Tell = Callable[[str, float | None], None]
 
@@ -42,34 +57,54 @@ STRATA = LEAST_STRATA
 
 
 def measure_ranges(
-    reference: Bundle, feeds: FeedSettings, data: Path | None, folder: Path | None, tell: Tell
+    reference: Bundle,
+    feeds: FeedSettings,
+    data: Path | None,
+    folder: Path | None,
+    tell: Tell,
+    prompts: Prompts | None = None,
 ) -> RangeTable:
-    """Measure the ranges of a bundle's layers.
+    """Measure the ranges of a bundle's layers, over all of its sizes.
 
     data: folder of shards; None to collect shards from guided runs.
     folder: folder that keeps the shards of the guided runs, so that an interrupted collection can
     be resumed; by default a temporary one.
+    prompts: see `images_of`.
+
+    If there are several sizes, each has its shards in a folder of its own; see `shard_folders`.
     """
-    pipe, identity = reference_pipeline(reference), identity_of(reference.manifest)
-    guidances = built_guidances(reference.manifest)
+    views = reference.views
+    if data is None and prompts is None and isinstance(reference.manifest.model.conditions, Text):
+        LOG.warning(
+            "calibration on random prompts: ranges of real prompts differ: build with the text encoder, or give `data` "
+            "with the embeddings of your prompts"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        if data is not None:
-            paths = given_shards(data)
-        else:
-            paths = collect(
-                pipe, guidances, feeds, folder or Path(scratch), identity, lambda stage, k, n: tell(stage, k / n)
-            )
-        shards = (read_shard(path, reference.manifest.model) for path in paths)
-        return measure(pipe, guidances, shards, lambda stage: tell(stage, None))
+        folders = shard_folders(data or folder or Path(scratch), [view.manifest.model.size for view in views])
+        runs = []
+        for view, own in zip(views, folders, strict=True):
+            pipe, model, guidances = reference_pipeline(view), view.manifest.model, built_guidances(view.manifest)
+            identity = identity_of(view.manifest)
+            if data is not None:
+                paths = given_shards(own)
+            else:
+                paths = collect(pipe, guidances, feeds, own, identity, lambda stage, k, n: tell(stage, k / n), prompts)
+            runs.append(Runs(pipe, guidances, map(functools.partial(read_shard, model=model), paths)))
+        return measure(runs, lambda stage: tell(stage, None))
 
 
 def decide_quantization(
-    reference: Bundle, options: QuantizeOptions, base: Precision, fp32_layers: Collection[str], tell: Tell
+    reference: Bundle,
+    options: QuantizeOptions,
+    base: Precision,
+    fp32_layers: Collection[str],
+    tell: Tell,
+    prompts: Prompts | None = None,
 ) -> tuple[Quantization, dict[str, float]]:
     """Choose the layers to quantize and measure the quality of the result.
 
     Returns the plan, and the ranges of the quantized layers. base, fp32_layers: precision of the
-    other layers, see `half.to_half`.
+    other layers, see `half.to_half`. prompts: see `images_of`.
 
     Raises GateError if the gates do not hold. Raises UsageError for an unknown layer, or for a plan
     of another network.
@@ -81,7 +116,7 @@ def decide_quantization(
     if options.table is not None:
         table, digest = read_table(options.table, identity_of(manifest)), sha256_of(options.table)
     else:
-        table = measure_ranges(reference, options.feeds, options.data, None, tell)
+        table = measure_ranges(reference, options.feeds, options.data, None, tell, prompts)
         with tempfile.TemporaryDirectory() as scratch:
             write_table(table, Path(scratch) / "table.json")
             digest = sha256_of(Path(scratch) / "table.json")
@@ -93,11 +128,11 @@ def decide_quantization(
             f"{', '.join(missing[:5])}: make the table again with sg-export calibrate"
         )
     makes = functools.partial(quantized_pipeline, reference, options.type, ranges, base=base, fp32_layers=fp32_layers)
-    choice = given or _search(pipe, known, options, makes, tell)
+    choice = given or _search(pipe, known, options, makes, tell, prompts)
     quantized = [name for name in known if choice[name].quantized]
     tell("measuring the quality of the result", None)
     candidate = makes(quantized)
-    judged = walks_of(pipe, "gate", options.gate_images)
+    judged = walks_of(pipe, "gate", options.gate_images, prompts)
     quality = judge(candidate, judged)
     holds = gates_hold(quality, options.effective_gates)
     if not holds and not options.allow_quality_loss:
@@ -131,6 +166,7 @@ def decide_quantization(
         passed=holds,
         time_ratio=ratio,
         remarks=tuple(remarks),
+        prompts=() if prompts is None else split_of("gate", prompts, options.gate_images).texts,
     )
     return result, {name: ranges[name] for name in quantized if name in ranges}
 
@@ -146,18 +182,20 @@ class _Choice:
 
 def _search(
     pipe: Pipeline,
-    known: Collection[str],
+    known: Mapping[str, LayerFacts],
     options: QuantizeOptions,
     makes: Callable[[Sequence[str]], Pipeline],
     tell: Tell,
+    prompts: Prompts | None,
 ) -> dict[str, _Choice]:
     """Choose the layers that stay in high precision.
 
     The most sensitive layers return to high precision first, as few as the gates require on the
     images of the search.
     """
-    open_layers = [name for name in known if name not in options.exclude]
-    walks = walks_of(pipe, "search", options.search_images, noise=False)
+    of_text = [name for name, facts in known.items() if facts.of_text and not options.text]
+    open_layers = [name for name in known if name not in (*options.exclude, *of_text)]
+    walks = walks_of(pipe, "search", options.search_images, prompts, noise=False)
     sensitivities: dict[str, float] = {}
     for number, name in enumerate(open_layers):
         tell(f"measuring the sensitivity of {name}", number / len(open_layers))
@@ -172,6 +210,7 @@ def _search(
     returned = worst_first[: _least(passes, len(worst_first))]
     choice = {name: _Choice(True, "quantized", sensitivities[name]) for name in open_layers}
     choice |= {name: _Choice(False, "returned by the search", sensitivities[name]) for name in returned}
+    choice |= {name: _Choice(False, OF_TEXT, None) for name in of_text}
     return choice | {name: _Choice(False, "excluded", None) for name in options.exclude}
 
 
@@ -193,13 +232,15 @@ def _choice_of(path: Path, known: Collection[str], kind: QuantizedType) -> dict[
     return choice
 
 
-def walks_of(pipe: Pipeline, split: Split, images: int, *, noise: bool = True) -> list[Walk]:
+def walks_of(
+    pipe: Pipeline, split: Split, images: int, prompts: Prompts | None = None, *, noise: bool = True
+) -> list[Walk]:
     """Return one walk of the pipeline for each guidance that the bundle has graphs for.
 
     The images are those of `split`. noise: also measure the mask noise.
     """
     manifest = pipe.bundle.manifest
-    own = images_of(split, manifest.model, images)
+    own = images_of(split, manifest.model, images, prompts=prompts)
     return [walk(pipe, by_pipeline(pipe), plan, *own, STRATA, noise=noise) for plan in built_guidances(manifest)]
 
 

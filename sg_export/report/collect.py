@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_calibration.feeds import identity_of, images_of
+from sg_calibration.prompts import Prompts, read_prompts
 from sg_calibration.settings import LEAST_STRATA
-from sg_export.cost.step import StepCost, step_costs
+from sg_export.cost.step import PartCost, StepCost, part_costs, step_costs
 from sg_export.parity.walk import by_pipeline, judge, run_distance, walk
 from sg_export.progress import Report, silent
 from sg_runtime.bundle import Bundle
-from sg_runtime.conditions import examples
+from sg_runtime.conditions import Classes, Conditions, examples
 from sg_runtime.errors import UsageError
 from sg_runtime.guidance import built_guidances
 from sg_runtime.images import grid
@@ -44,8 +45,8 @@ class BundleReport:
     backend: name of the backend that ran it.
     bytes: total size of its files.
     seconds: median time of a default run of one image.
-    samples: grid of samples for each guidance mode that the bundle was built for; empty for models
-        of latents.
+    samples: grid of samples for each guidance mode that the bundle was built for; empty if the
+        bundle gives latents, or takes embeddings of prompts.
     quality: quality at each time compared with the first bundle; None for the first bundle.
     runs: largest relative L2 distance of complete runs to the first bundle's; None for the first
         bundle.
@@ -65,16 +66,21 @@ class BundleReport:
 class Page:
     """Data of all bundles. The other bundles are compared with the first.
 
-    costs: costs of a step of the first bundle. mask_noise: largest mask noise of the first bundle's
-    runs, see `walk.Walk`. scale: guidance scale of the first bundle. images: number of images in a
-    grid.
+    costs: costs of a step of the first bundle.
+    parts: costs of its parts, if it has several.
+    mask_noise: largest mask noise of the first bundle's runs, see `walk.Walk`.
+    scale: guidance scale of the first bundle.
+    images: number of images in a grid.
+    prompts: their prompts, for a model with a text encoder.
     """
 
     bundles: tuple[BundleReport, ...]
     costs: tuple[StepCost, ...]
+    parts: tuple[PartCost, ...]
     mask_noise: float
     scale: float
     images: int
+    prompts: tuple[str, ...]
 
 
 def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Report = silent) -> Page:
@@ -90,7 +96,8 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
                 f"{other.path}: expected a bundle of the same checkpoint as {first.path}, found one of another model"
             )
     pipes = [Pipeline.load(bundle, device) for bundle in opened]
-    conditions, seeds = images_of("gate", first.manifest.model, JUDGED)
+    prompts = None if first.manifest.text is None else Prompts(read_prompts(None), pipes[0].encode)
+    conditions, seeds = images_of("gate", first.manifest.model, JUDGED, prompts=prompts)
     shared = _shared(opened)
     report("sampling guided runs of the first bundle", 0, 2 + len(pipes))
     walks = [walk(pipes[0], by_pipeline(pipes[0]), plan, conditions, seeds, LEAST_STRATA) for plan in shared]
@@ -114,9 +121,11 @@ def collect(bundles: Sequence[str | Path], *, device: str = "auto", report: Repo
     return Page(
         tuple(found),
         tuple(step_costs(first.manifest)),
+        tuple(part_costs(first.manifest)) if first.manifest.parts else (),
         max(own.mask_noise for own in walks),
         first.manifest.guidance.scale,
         SHOWN_IMAGES,
+        () if prompts is None else prompts.texts[:SHOWN_IMAGES],
     )
 
 
@@ -153,23 +162,28 @@ def _seconds(pipes: Sequence[Pipeline]) -> list[float]:
 
 
 def _samples(pipe: Pipeline) -> dict[str, NDArray[np.uint8]]:
-    """Return a grid of samples for each guidance mode, at the same classes and seeds.
+    """Return a grid of samples for each guidance mode, at the same classes or prompts and seeds.
 
-    Modes that the bundle was not built for are left out. A model of latents has no grids.
+    Modes that the bundle was not built for are left out.
     """
     model = pipe.bundle.manifest.model
-    if model.space == "latent":
+    given: Classes | Conditions
+    if not pipe.gives_images:
         return {}
-    if not isinstance(model.conditions, Labels):
+    if isinstance(model.conditions, Labels):
+        count = model.conditions.count
+        given = [image * max(count // SHOWN_IMAGES, 1) % count for image in range(SHOWN_IMAGES)]
+    elif pipe.bundle.manifest.text is not None:
+        given = pipe.from_text(read_prompts(None)[:SHOWN_IMAGES], "")
+    else:
         return {}
-    count = model.conditions.count
-    classes = [image * max(count // SHOWN_IMAGES, 1) % count for image in range(SHOWN_IMAGES)]
     found: dict[str, NDArray[np.uint8]] = {}
     for mode in MODES:
         try:
             plan = pipe.guidance(mode)
-            x = pipe.sample(classes, range(SHOWN_IMAGES), guidance=plan)
+            x = pipe.sample(given, range(SHOWN_IMAGES), guidance=plan)
         except UsageError:  # the bundle was not built for this mode
             continue
-        found[mode] = grid(pipe.decode(x), columns=4, zoom=max(1, 64 // model.latent[1]))
+        images = pipe.decode(x)
+        found[mode] = grid(images, columns=4, zoom=max(1, 64 // images.shape[1]))
     return found

@@ -59,6 +59,7 @@ def render(page: Page) -> str:
                 for cost in page.costs
             ],
         ),
+        *_parts(page),
         *_quality(page),
         *(part for bundle in page.bundles for part in _layers(bundle)),
         *_samples(page),
@@ -68,6 +69,29 @@ def render(page: Page) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
     )
+
+
+def _parts(page: Page) -> list[str]:
+    """Return the section on text encoder and decoder."""
+    if not page.parts:
+        return []
+    rows = [
+        [
+            cost.part,
+            str(cost.runs),
+            f"{cost.linear_macs / 1e9:.4g}",
+            f"{cost.attention_macs / 1e9:.4g}",
+            f"{cost.weight_bytes / 1e6:.4g}",
+            f"{cost.share:.1%}",
+        ]
+        for cost in page.parts
+    ]
+    return [
+        "<h2>Cost of an image</h2>",
+        "<p>For an image with a prompt of its own, by part of the first bundle. An encoded prompt serves all its "
+        "images.</p>",
+        _table(["part", "runs", "linear GMAC", "attention GMAC", "weights read, MB", "share of GMAC"], rows),
+    ]
 
 
 def _remarks(bundle: BundleReport) -> tuple[str, ...]:
@@ -198,10 +222,13 @@ def _samples(page: Page) -> list[str]:
     modes = [mode for mode in ("none", "cfg", "sg") if any(mode in bundle.samples for bundle in page.bundles)]
     if not modes:
         return [
-            "<h2>Samples</h2><p>The model samples latents and no decoder is in the bundles, so there are no images.</p>"
+            "<h2>Samples</h2><p>There are no images: the bundles have no decoder for the model's latents, or no text "
+            "encoder for its prompts.</p>"
         ]
     titles = {"none": "Unguided", "cfg": "CFG", "sg": "Sparse Guidance"}
     parts = [f"<h2>Samples</h2><p>{page.images} images, with the same seeds and kept tokens in every bundle.</p>"]
+    if page.prompts:
+        parts.append(f"<ol>{''.join(f'<li>{escape(prompt)}</li>' for prompt in page.prompts)}</ol>")
     for mode in modes:
         figures = "".join(
             f'<figure><img alt="{titles[mode]}, {escape(bundle.name)}" src="{_png(bundle.samples[mode])}">'

@@ -153,7 +153,7 @@ def test_transformer_without_weights_is_refused(left: list[str], found: str, tmp
         (tmp_path / name).touch()
     message = refusal(tmp_path)
     assert f"expected diffusion_pytorch_model.safetensors or its index, found {found}" in message
-    assert message.endswith(": save the transformer with safe_serialization=True")
+    assert message.endswith(": save the model with safe_serialization=True")
 
 
 def test_transformer_of_several_variants_asks_for_one(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -277,7 +277,7 @@ def test_pipeline_with_another_scheduler_is_refused(change: dict[str, Any], mess
             {"_class_name": "AutoencoderTiny"},
             "_class_name: expected AutoencoderKL or AutoencoderDC, found Autoencoder",
         ),
-        ({"latent_channels": 16}, "latent_channels: expected 32, as in the transformer, found 16"),
+        ({"latent_channels": 16}, "latent_channels: expected 32, as in the model, found 16"),
         ({"block_out_channels": 4}, "block_out_channels: expected a list with a number per level, found 4"),
         ({"block_out_channels": []}, "block_out_channels: expected a list with a number per level, found []"),
     ],

@@ -19,7 +19,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from sg_calibration import ranges
 from sg_calibration.feeds import Shard, given_shards, identity_of, read_shard
 from sg_calibration.layers import layers_of
-from sg_calibration.ranges import RangeTable, measure, read_table, write_table
+from sg_calibration.ranges import RangeTable, Runs, measure, read_table, write_table
 from sg_export.models.dit import ENDS
 from sg_export.quantize.rewrite import reference_pipeline
 from sg_runtime.bundle import Bundle
@@ -153,14 +153,14 @@ def test_measure_of_too_few_values_is_refused(pipe: Pipeline, shards: list[Shard
     plans = built_guidances(pipe.bundle.manifest)
     for few in ([cut], []):
         with pytest.raises(CalibrationError, match=r"expected at least 10000 values, found \d+: give more `samp"):
-            measure(pipe, plans, few)
+            measure([Runs(pipe, plans, few)])
 
 
 def test_measure_of_too_few_times_is_refused(pipe: Pipeline, shards: list[Shard]) -> None:
     few = [replace(shard, x=shard.x[:9], time=shard.time[:9]) for shard in shards]
     few = [replace(shard, step=shard.step[:9], evaluation=shard.evaluation[:9]) for shard in few]
     with pytest.raises(CalibrationError, match=r"expected at least 25 different times along a run, found \d:"):
-        measure(pipe, built_guidances(pipe.bundle.manifest), few)
+        measure([Runs(pipe, built_guidances(pipe.bundle.manifest), few)])
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_measure_of_inputs_that_are_not_finite_names_the_layer(
 ) -> None:
     pipe = altered(blocks__0__mlp__fc1__bias=value)
     with pytest.raises(CalibrationError, match=r"blocks.0.mlp.fc2: expected finite inputs, found NaN or infinity"):
-        measure(pipe, built_guidances(pipe.bundle.manifest), shards)
+        measure([Runs(pipe, built_guidances(pipe.bundle.manifest), shards)])
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
@@ -199,7 +199,7 @@ def test_measure_of_inputs_that_never_change_names_the_layer(
 ) -> None:
     pipe = altered(blocks__1__mlp__fc1__weight=0.0, blocks__1__mlp__fc1__bias=value)
     with pytest.raises(CalibrationError, match=r"blocks.1.mlp.fc2: expected inputs that change, found only [\d.]+: ch"):
-        measure(pipe, built_guidances(pipe.bundle.manifest), shards[:1])
+        measure([Runs(pipe, built_guidances(pipe.bundle.manifest), shards[:1])])
 
 
 def test_identity_of_is_that_of_the_checkpoint_and_not_of_the_bundle(

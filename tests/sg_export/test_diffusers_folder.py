@@ -198,27 +198,47 @@ def test_load_model_of_a_file_alone_samples_as_the_code_of_its_layout(
     assert trained.sampling == Sampling("euler", 28, Shifted(3.0, None), 1.0, floor)
 
 
-@pytest.mark.parametrize("averaged", ["all", "without the resolution", "nothing"])
-@pytest.mark.parametrize("nested", [True, False], ids=["Composer", "flat"])
-def test_load_model_of_a_training_file_takes_averaged_weights(nested: bool, averaged: str, tmp_path: Path) -> None:
-    """An earlier version of the training code does not average the embedder of the resolution."""
-    plain, ema = in_training(state_of(PIXEL, 0)), in_training(state_of(PIXEL, 1))
-    beside = {name: plain[name] for name in plain if name.startswith("resolution_embedder.")}
-    if averaged == "without the resolution":
-        plain, ema = ({n: t for n, t in names.items() if n not in beside} for names in (plain, ema))
-    else:
-        beside = {}
-    model = {f"denoiser.{name}": tensor for name, tensor in plain.items()} | beside
-    if averaged != "nothing":
-        model |= {f"ema_denoiser.model.{name}": tensor for name, tensor in ema.items()}
+EMBEDDER = "resolution_embedder."
+NESTED = pytest.mark.parametrize("nested", [True, False], ids=["Composer", "flat"])
+
+
+def write_trained(path: Path, plain: dict[str, Tensor], ema: dict[str, Tensor], *, nested: bool, beside: bool) -> Path:
+    """Write a file of the training code.
+
+    beside: the embedder of the resolution is next to the denoisers, as in earlier files.
+    """
+    outside = {name: plain[name] for name in plain if beside and name.startswith(EMBEDDER)}
+    model = {f"denoiser.{name}": tensor for name, tensor in plain.items() if name not in outside} | outside
+    model |= {f"ema_denoiser.model.{name}": tensor for name, tensor in ema.items() if name not in outside}
+    if ema:
         model |= {"ema_denoiser._is_active": torch.tensor(True)}
     model |= {"text_tower.embed.weight": torch.ones(2, 2)}
-    torch.save({"state": {"model": model}, "rng": []} if nested else model, tmp_path / "ep0.pt")
-    loaded = load_model(tmp_path / "ep0.pt", overrides=Overrides(size=(32, 16)))
-    expected = state_of(PIXEL, 0 if averaged == "nothing" else 1)
-    if averaged == "without the resolution":
-        expected |= {name: tensor for name, tensor in state_of(PIXEL, 0).items() if name in beside}
-    assert_holds(loaded, expected)
+    torch.save({"state": {"model": model}, "rng": []} if nested else model, path)
+    return path
+
+
+@pytest.mark.parametrize("averaged", ["all", "without the resolution", "nothing"])
+@NESTED
+def test_load_model_of_a_training_file_takes_averaged_weights(nested: bool, averaged: str, tmp_path: Path) -> None:
+    """An earlier version of the training code does not average the embedder of the resolution."""
+    plain, ema = state_of(PIXEL, 0), {} if averaged == "nothing" else state_of(PIXEL, 1)
+    beside = averaged == "without the resolution"
+    path = write_trained(tmp_path / "ep0.pt", in_training(plain), in_training(ema), nested=nested, beside=beside)
+    expected = plain | {name: ema[name] for name in ema if not (beside and name.startswith(EMBEDDER))}
+    assert_holds(load_model(path, overrides=Overrides(size=(32, 16))), expected)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(("key", "seed"), [("denoiser", 0), ("ema_denoiser.model", 1)])
+@NESTED
+def test_load_model_of_a_training_file_by_key_has_its_embedder(
+    nested: bool, key: str, seed: int, beside: bool, tmp_path: Path
+) -> None:
+    states = state_of(PIXEL, 0), state_of(PIXEL, 1)
+    path = write_trained(tmp_path / "ep0.pt", *map(in_training, states), nested=nested, beside=beside)
+    expected = states[seed] | {name: states[0][name] for name in states[0] if beside and name.startswith(EMBEDDER)}
+    size = Overrides(size=(32, 16))
+    assert_holds(load_model(path, weights=f"state.model.{key}" if nested else key, overrides=size), expected)
 
 
 def test_load_weak_of_a_folder_takes_the_facts_of_the_strong_network(tmp_path: Path, state: dict[str, Tensor]) -> None:

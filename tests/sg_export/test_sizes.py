@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from prx_folders import CONFIG, PIXEL, state_of, write_pipeline
 
+from sg_calibration.ranges import RangeTable
+from sg_calibration.settings import FeedSettings
 from sg_export.bench.measure import bench
 from sg_export.checkpoint import Overrides
 from sg_export.cli import main
@@ -25,6 +28,7 @@ from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
 from sg_export.packing.sizes import choose_sizes
 from sg_export.parity.verify import verify
+from sg_export.quantize.search import measure_ranges
 from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, UsageError
@@ -152,6 +156,49 @@ def test_weak_network_has_graphs_of_each_size(folder: Path, tmp_path: Path) -> N
     assert source.source == other.source
 
 
+# Ranges
+
+
+@pytest.mark.slow
+def test_ranges_cover_all_sizes(
+    bundle: Path, folder: Path, build_once: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measured(path: Path) -> RangeTable:
+        return measure_ranges(Bundle.open(path), FeedSettings(samples=1), None, None, lambda *_: None)
+
+    found = measured(bundle)
+    assert caplog.text.count("calibration on random prompts") == 1
+    alone = [
+        measured(build_once(f"prx-alone-{number}", folder, overrides=overrides(size), **OPTIONS))
+        for number, size in enumerate(SIZES)
+    ]
+    assert (found.images, found.evaluations) == (3, sum(table.evaluations for table in alone))
+    for name, layer in found.layers.items():
+        assert layer.largest == tuple(map(max, *(table.layers[name].largest for table in alone)))
+    assert found.ranges("min-max") != alone[0].ranges("min-max"), "other sizes reach further"
+
+
+@pytest.mark.slow
+def test_calibrate_of_several_sizes_makes_a_table_of_all(folder: Path, tmp_path: Path) -> None:
+    def calibrate(*words: str | Path) -> Result:
+        model = [folder, "--route", "0-0", "--size", "64x256", "--size", "96x64", "--text-tokens", "3"]
+        output = ["--quiet", "-o", tmp_path / "ranges.json"]
+        return CliRunner().invoke(main, ["calibrate", *map(str, [*model, *words, *output])])
+
+    feeds = tmp_path / "feeds"
+    result = calibrate("--calib-samples", "1", "--folder", feeds)
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "ranges.json").read_text()
+    assert json.loads(table)["images"] == 2
+    assert {path.name for path in feeds.iterdir()} == {"64x256", "96x64"}
+    assert calibrate("--calib-data", feeds).exit_code == 0
+    assert (tmp_path / "ranges.json").read_text() == table
+    shutil.rmtree(feeds / "96x64")
+    result = calibrate("--calib-data", feeds)
+    assert result.exit_code == 6
+    assert f"{feeds}/96x64: expected a folder of .npz files, found none" in result.output
+
+
 # Views
 
 
@@ -168,6 +215,13 @@ def test_view_describes_its_size(manifest: Manifest) -> None:
     for view in manifest.views:
         assert view.guidance.row is manifest.guidance.row
         assert view.model.parameters == manifest.model.parameters
+
+
+def test_at_makes_the_views_once(manifest: Manifest) -> None:
+    views = manifest.views
+    assert all(manifest.at(*size) is view for size, view in zip(SIZES, views, strict=True))
+    for other in (pickle.loads(pickle.dumps(manifest)), replace(manifest, created_by="other")):
+        assert [view.created_by for view in other.views] == [other.created_by] * len(SIZES)
 
 
 def test_at_finds_every_size_from_every_view(manifest: Manifest) -> None:
@@ -357,11 +411,10 @@ def test_compile_of_sizes_of_a_class_model_is_refused(tiny_checkpoint: Path, tmp
     assert "expected no --size for a model of tread, whose tensors fix it" in result.output
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["calibrate", "-o", "ranges.json"]])
-def test_several_sizes_are_refused_outside_of_build(command: list[str], folder: Path) -> None:
-    result = CliRunner().invoke(main, [*command, str(folder), "--size", "64x64", "--size", "96x64"])
+def test_inspect_of_several_sizes_is_refused(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(folder), "--size", "64x64", "--size", "96x64"])
     assert result.exit_code == 2
-    assert "--size: expected one, found 2: only a build takes several" in result.output
+    assert "--size: expected one, found 2: only build and calibrate take several" in result.output
 
 
 def altered(bundle: Path, copy: Path, change: Callable[[Any], object]) -> Path:

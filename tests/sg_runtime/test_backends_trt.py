@@ -210,7 +210,7 @@ def test_guided_of_an_array_on_the_device_stays_there(
     x = on_cpu(library.bundle.path).initial_noise(SEEDS[:images])
     expected = on_cpu(library.bundle.path).guided(x, on_cpu(library.bundle.path).prepare_once(0.5, CLASSES[:images]))
     close(pipe.guided(x, pipe.prepare_once(0.5, CLASSES[:images])), expected)
-    with pipe._lanes.lease() as worker:
+    with pipe._opened.step(pipe.bundle)[1].lease() as worker:
         held = worker.lane.memory.hold(x)
         worker.lane.memory.wait()
 
@@ -240,7 +240,7 @@ def test_plan_that_one_lane_prepared_is_there_for_another(library: Library, pipe
     x, times = reference.initial_noise(SEEDS), [1.0, 0.5]
     expected = reference.guided(x, reference.prepare(times, CLASSES, SEEDS), 1)
     plan = pipe.prepare(times, CLASSES, SEEDS)
-    with pipe._lanes.lease():
+    with pipe._opened.step(pipe.bundle)[1].lease():
         close(pipe.guided(x, plan, 1), expected)
     assert len({stream for context in library.contexts for stream in context.streams}) == 2
 
@@ -370,7 +370,7 @@ def test_memory_of_runs_that_are_over_is_given_back(driver: Driver, pipe: Pipeli
 
 
 def test_forget_gives_all_buffers_back(driver: Driver, pipe: Pipeline) -> None:
-    with pipe._lanes.lease():
+    with pipe._opened.step(pipe.bundle)[1].lease():
         pass
     idle = driver.used  # the scratch
     for _ in range(3):

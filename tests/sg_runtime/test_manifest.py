@@ -24,7 +24,9 @@ from sg_runtime.manifest import (
     FLOAT32_MAX,
     FLOAT32_MIN,
     SCHEMA_VERSION,
+    BuiltGraph,
     Cost,
+    Decoder,
     EngineFacts,
     FileFacts,
     GraphFacts,
@@ -48,6 +50,7 @@ from sg_runtime.manifest import (
     Source,
     StratumQuality,
     TensorFacts,
+    decode_inputs,
     json_schema,
     read_manifest,
     write_manifest,
@@ -83,6 +86,7 @@ quantizations = st.builds(
     st.booleans(),
     st.none() | numbers,
     st.lists(texts, max_size=2).map(tuple),
+    st.lists(texts, max_size=2).map(tuple),
 )
 MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg", "cfg+sg", "autoguidance")
 routes = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda pair: Route(min(pair), max(pair)))
@@ -115,7 +119,7 @@ def models(draw: st.DrawFn) -> ModelFacts:
 @st.composite
 def graphs(draw: st.DrawFn, tokens: int, kind: GraphKind, network: NetworkName) -> GraphFacts:
     level = st.builds(Level, sparsities, st.integers(1, tokens))
-    levels = {"condition": 0, "dense": 1, "sparse": 1, "guided": 2}[kind]
+    levels = {"dense": 1, "sparse": 1, "guided": 2}.get(kind, 0)
     inputs = draw(st.lists(tensors, max_size=2))
     if kind == "guided" and draw(st.booleans()):
         inputs.append(TensorFacts("modulations_weak", "float32", ("B", 4)))
@@ -148,6 +152,13 @@ def engines(draw: st.DrawFn) -> EngineFacts:
         build_seconds=draw(times),
         build_memory_bytes=draw(counts),
     )
+
+
+@st.composite
+def decoders(draw: st.DrawFn, model: ModelFacts) -> Decoder:
+    graph = replace(draw(graphs(model.tokens, "decode", "decoder")), inputs=decode_inputs(model.latent))
+    built = BuiltGraph(graph, tuple(draw(st.lists(engines(), max_size=2))))
+    return Decoder(draw(sources), draw(st.sampled_from(["fp32", "fp16", "bf16"])), (built,))
 
 
 @st.composite
@@ -208,6 +219,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         source=draw(sources),
         weak_source=weak_source,
         files=draw(st.dictionaries(texts, st.builds(FileFacts, counts, texts), max_size=3)),
+        decoder=draw(st.none() | decoders(model)) if model.space == "latent" else None,
     )
 
 

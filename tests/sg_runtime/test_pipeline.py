@@ -328,7 +328,9 @@ def test_call_of_a_latent_model_returns_latents(tiny_cfg_sg_bundle: Path) -> Non
 
 def test_decode_of_latents_is_refused_with_the_remedy(tiny_cfg_sg_bundle: Path) -> None:
     pipe = Pipeline.load(tiny_cfg_sg_bundle)
-    with pytest.raises(UsageError, match="the bundle has no decoder; pass decode= or use the latents") as caught:
+    with pytest.raises(
+        UsageError, match="expected a decoder for the model's latents, found none: pass decode="
+    ) as caught:
         pipe.decode(pipe.initial_noise([0]))
     assert str(caught.value).startswith(str(tiny_cfg_sg_bundle))
 

@@ -170,7 +170,9 @@ def test_sample_with_a_negative_prompt_missing_says_what_to_give(pipe: Pipeline,
 
 
 def test_call_with_classes_and_prompts_is_refused(pipe: Pipeline, three: Conditions) -> None:
-    with pytest.raises(UsageError, match="classes: expected none beside prompt_embeds, found some"):
+    with pytest.raises(
+        UsageError, match="expected one of classes, prompts, prompt_embeds, found classes and prompt_embeds"
+    ):
         pipe([0], [0], prompt_embeds=three.columns["embeddings"])
     with pytest.raises(UsageError, match="classes: expected none: the model is conditioned on text"):
         pipe([0], [0])

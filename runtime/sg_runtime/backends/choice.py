@@ -10,7 +10,7 @@ from sg_runtime.build_command import build_command
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, SgError, UsageError
 from sg_runtime.extras import require
-from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary
+from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineLibrary, PartFacts
 from sg_runtime.manifest.base import whole_number
 from sg_runtime.requests import expect
 
@@ -106,16 +106,21 @@ def open_backend(
     stream: object | None = None,
     capture: bool = True,
     threads: int | None = None,
+    part: PartFacts | None = None,
 ) -> Backend:
     """Open the backend that `choose_backend` chooses.
 
     stream: CUDA stream to run in; see `cuda.stream_handle`.
     capture: whether runs are captured as CUDA graphs if the backend supports it.
     threads: number of threads of a run on the CPU; None for those that the process may use.
+    part: part whose graphs it runs; None for the denoiser.
 
-    Raises UsageError if `stream` is given on the CPU or `threads` on a GPU.
+    Raises UsageError if `stream` is given on the CPU or `threads` on a GPU, and BundleError for a
+    part in BF16 on the CPU.
     """
     choice = choose_backend(bundle, device, backend=backend, batch=batch)
+    if part is not None:
+        check_part(bundle, part, choice.name)
     if stream is not None and choice.name == "onnxruntime-cpu":
         raise UsageError(f"stream: expected none on the CPU, which was chosen: {choice}")
     if threads is not None and choice.name != "onnxruntime-cpu":
@@ -125,10 +130,10 @@ def open_backend(
         from sg_runtime.devices.cuda import keep_current
 
         with keep_current():
-            return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture)
+            return TrtBackend(bundle, _LIBRARIES[choice.name], choice.number, stream, capture, part)
     from sg_runtime.backends.ort import OrtBackend
 
-    if choice.name == "onnxruntime-cuda" and bundle.manifest.quantization is not None:
+    if choice.name == "onnxruntime-cuda" and part is None and bundle.manifest.quantization is not None:
         LOG.warning(
             "%s: on %s, %s graphs are slower than FP16: its kernels widen the values and multiply in the base "
             "precision; build with `precision` fp16, or engines of TensorRT",
@@ -136,7 +141,16 @@ def open_backend(
             choice.name,
             bundle.manifest.precision_name.upper(),
         )
-    return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture, threads=threads)
+    return OrtBackend(bundle, choice.name, choice.number, stream, capture=capture, threads=threads, part=part)
+
+
+def check_part(bundle: Bundle, part: PartFacts, name: str) -> None:
+    """Raise BundleError for a part in BF16 if the chosen backend, `name`, is the CPU's."""
+    if part.precision == "bf16" and name == "onnxruntime-cpu":
+        raise BundleError(
+            f"{bundle.path}: {part.all_graphs[0].name} is in BF16, which {name} does not run: build it with "
+            f"`text_precision` fp32, or give prompt_embeds"
+        )
 
 
 class _NothingForItError(BundleError):

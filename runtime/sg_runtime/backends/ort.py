@@ -19,7 +19,7 @@ from sg_runtime.devices.memory import DeviceArray, HostMemory
 from sg_runtime.errors import BundleError, DeviceMemoryError, EngineError, SgError
 from sg_runtime.extras import require
 from sg_runtime.host import usable_cores
-from sg_runtime.manifest import GraphFacts
+from sg_runtime.manifest import GraphFacts, PartFacts
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -113,6 +113,7 @@ class OrtBackend:
         capture: bool = True,
         threads: int | None = None,
         open_graph: "Callable[[Path], InferenceSession] | None" = None,
+        part: PartFacts | None = None,
     ) -> None:
         """Select the provider and the memory; on a GPU, upload the weights.
 
@@ -122,6 +123,7 @@ class OrtBackend:
         capture: whether runs are captured as CUDA graphs if the provider supports it.
         threads: number of threads of a run on the CPU; see `open_session`.
         open_graph: replacement of `open_session` on the CPU.
+        part: part whose graphs it runs; None for the denoiser.
 
         Raises DeviceMemoryError if the weights do not fit on the GPU.
         """
@@ -132,10 +134,9 @@ class OrtBackend:
         self.captures = capture and PROVIDERS[name].graph_option is not None
         self._bundle, self._number, self._threads = bundle, number, threads
         self._memory: Any = HostMemory() if self.lanes is None else _cuda_memory(number, stream)
-        self._open = open_graph or self._open_session
-        graphs = {graph.file for graph in bundle.manifest.all_graphs}
-        engines = {engine.file for engine in bundle.manifest.all_engines}
-        self._weights = [name for name in bundle.manifest.files if name not in graphs | engines]
+        self._open_graph = open_graph
+        own = (bundle.manifest if part is None else part).all_graphs
+        self._weights = [name for name in bundle.manifest.files if name.endswith(".bin")]
         self._sessions: dict[Path, _Opened] = {}
         self._lock = threading.Lock()
         self._own: OwnThread | None = None
@@ -144,9 +145,7 @@ class OrtBackend:
             self._own = OwnThread("sg-export-onnxruntime")
             self._own.do(self._memory.enter)
             with bundle.reading(*self._weights):
-                self._shared = self._own.do(
-                    lambda: DeviceWeights(self._memory, map(bundle.onnx, bundle.manifest.all_graphs))
-                )
+                self._shared = self._own.do(lambda: DeviceWeights(self._memory, map(bundle.onnx, own)))
 
     def lane(self) -> "OrtLane":
         return OrtLane(self, self._memory, self._number)
@@ -201,7 +200,9 @@ class OrtBackend:
         if self._sessions:
             self._bundle.check_unchanged(*self._weights, mapped=True)
 
-    def _open_session(self, path: Path) -> "InferenceSession":
+    def _open(self, path: Path) -> "InferenceSession":
+        if self._open_graph is not None:
+            return self._open_graph(path)
         provider, options = PROVIDERS[self.name], {}
         if self._shared is None:
             return open_session(path, provider=provider, threads=self._threads)

@@ -22,7 +22,7 @@ from sg_runtime.devices.cuda import CudaArray, CudaMemory, keep_current, use_gpu
 from sg_runtime.devices.memory import DeviceArray
 from sg_runtime.errors import BundleError, DeviceError, EngineError
 from sg_runtime.files import cache_folder, replacing
-from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineFacts, EngineLibrary, GraphFacts
+from sg_runtime.manifest import ENGINE_NAMES, ENGINE_TARGETS, EngineFacts, EngineLibrary, GraphFacts, PartFacts
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -37,12 +37,14 @@ class TrtBackend:
         number: int = 0,
         stream: object | None = None,
         capture: bool = True,
+        part: PartFacts | None = None,
     ) -> None:
         """Deserialise the engines.
 
         number: number of the GPU.
         stream: CUDA stream to run in; see `cuda.stream_handle`.
         capture: whether runs are captured as CUDA graphs.
+        part: part whose engines it runs; None for the denoiser, at the size of `bundle`.
 
         Raises EngineError if the library cannot open an engine.
         """
@@ -50,12 +52,14 @@ class TrtBackend:
         self.lanes: int | None = None if stream is None else 1
         self.batches: tuple[int, ...] | None = bundle.manifest.engine_batches(library)
         self.bundle, self.library, self.captures = bundle, library, capture
+        self.holder = bundle.manifest if part is None else part
         self._number, self._stream = number, stream
         self._trt = import_module(library)
         use_gpu(number)  # TensorRT loads engines into the current GPU
         self._log = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._log)
-        facts = [engine for engine in bundle.manifest.engines if engine.library == library]
+        engines = bundle.manifest.engines if part is None else part.all_engines
+        facts = [engine for engine in engines if engine.library == library]
         self._engines = {engine.file: self._deserialize(engine) for engine in facts}
         self._configs = {engine.file: self._config(engine) for engine in facts}
         self._compiled: set[str] = set()  # engines that have new kernels
@@ -183,7 +187,7 @@ class TrtLane:
         fixed: bool = False,
     ) -> Call:
         batch = inputs[graph.inputs[0].name].shape[0]
-        found = self._backend.bundle.manifest.engine(graph, batch, self._backend.library)
+        found = self._backend.holder.engine(graph, batch, self._backend.library)
         if found is None:
             raise BundleError(
                 f"{self._backend.bundle.path}: {graph.name} has no engine of {self.library} for "

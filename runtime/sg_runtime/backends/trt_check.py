@@ -46,7 +46,7 @@ def check_engines(bundle: Bundle, library: EngineLibrary, batch: int | None = No
 
 def check_library(bundle: Bundle, library: EngineLibrary, version: str, gpus: Sequence[Gpu]) -> None:
     """Raise BundleError unless version `version` of `library` can run its engines on `gpus[0]`."""
-    for engine in bundle.manifest.all_engines:
+    for engine in bundle.manifest.engines_of_parts:
         if engine.library != library:
             continue
         _check_file(bundle, engine)

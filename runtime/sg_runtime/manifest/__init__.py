@@ -8,12 +8,15 @@ from sg_runtime.manifest.base import (
     ENGINE_TARGETS,
     FLOAT32_MAX,
     FLOAT32_MIN,
+    PARTS,
+    Cleaning,
     EngineLibrary,
     GraphKind,
     GuidanceMode,
     HalfPrecision,
     NetworkName,
     OnnxTarget,
+    Part,
     Precision,
     Prediction,
     QuantizedType,
@@ -25,7 +28,6 @@ from sg_runtime.manifest.files import (
     SCHEMA_VERSION,
     FileFacts,
     Manifest,
-    Source,
     adapter,
     json_schema,
     read_manifest,
@@ -44,8 +46,19 @@ from sg_runtime.manifest.guidance import (
     Shifted,
 )
 from sg_runtime.manifest.model import SUBSET_RULES, UPSTREAM_SUBSET, Labels, Level, ModelFacts, Route, SubsetRule, Text
-from sg_runtime.manifest.quantization import LayerChoice, QualityGates, Quantization, StratumQuality
+from sg_runtime.manifest.parts import (
+    BuiltGraph,
+    Decoder,
+    PartFacts,
+    TextEncoder,
+    decode_inputs,
+    decode_outputs,
+    text_inputs,
+    text_outputs,
+)
+from sg_runtime.manifest.quantization import OF_TEXT, LayerChoice, QualityGates, Quantization, StratumQuality
 from sg_runtime.manifest.sizes import SizeFacts
+from sg_runtime.manifest.source import Source
 
 __all__ = [
     "ENGINE_NAMES",
@@ -55,10 +68,15 @@ __all__ = [
     "FLOAT32_MIN",
     "MANIFEST_FILE",
     "MODES",
+    "OF_TEXT",
+    "PARTS",
     "SCHEMA_VERSION",
     "SUBSET_RULES",
     "UPSTREAM_SUBSET",
+    "BuiltGraph",
+    "Cleaning",
     "Cost",
+    "Decoder",
     "EngineFacts",
     "EngineLibrary",
     "FileFacts",
@@ -76,6 +94,8 @@ __all__ = [
     "ModelFacts",
     "NetworkName",
     "OnnxTarget",
+    "Part",
+    "PartFacts",
     "PassCost",
     "Precision",
     "Prediction",
@@ -93,10 +113,15 @@ __all__ = [
     "SubsetRule",
     "TensorFacts",
     "Text",
+    "TextEncoder",
     "adapter",
+    "decode_inputs",
+    "decode_outputs",
     "json_schema",
     "read_manifest",
     "schema_of",
     "size_text",
+    "text_inputs",
+    "text_outputs",
     "write_manifest",
 ]

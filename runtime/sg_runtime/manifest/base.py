@@ -3,19 +3,28 @@
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import index as as_index
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from sg_runtime.errors import UsageError
 
-GraphKind = Literal["condition", "prompt", "dense", "sparse", "guided"]
+GraphKind = Literal["condition", "prompt", "dense", "sparse", "guided", "text", "decode"]
 
 
 GuidanceMode = Literal["none", "cfg", "sg", "cfg+sg", "autoguidance"]
 
 
-NetworkName = Literal["main", "weak"]
+NetworkName = Literal["main", "weak", "text_encoder", "decoder"]
+
+
+Part = Literal["text", "step", "decode"]
+"""Parts of a bundle: the text encoder, the denoiser, and the decoder of latents."""
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+Cleaning = Literal["none", "light", "full"]
+"""Rules by which prompts are cleaned before they are tokenized; see `sg_runtime.text`."""
 
 
 Prediction = Literal["flow", "edm", "x0"]

@@ -19,46 +19,26 @@ from sg_runtime.manifest.base import (
     GraphKind,
     NetworkName,
     OnnxTarget,
+    Part,
     Precision,
     Strict,
     check_counts,
     whole_number,
 )
-from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, Profile
+from sg_runtime.manifest.graphs import EngineFacts, GraphFacts, PassCost, find_engine
 from sg_runtime.manifest.guidance import GuidancePlan, Karras, Sampling
 from sg_runtime.manifest.model import ModelFacts, Text
+from sg_runtime.manifest.parts import Decoder, PartFacts, TextEncoder, decode_inputs, text_inputs
 from sg_runtime.manifest.quantization import Quantization
 from sg_runtime.manifest.sizes import SizeFacts
+from sg_runtime.manifest.source import Source
 from sg_runtime.manifest.upgrade import upgraded
 from sg_runtime.vocabulary import HOISTED, INPUTS
 
-SCHEMA_VERSION: Literal[6] = 6
+SCHEMA_VERSION: Literal[7] = 7
 
 
 MANIFEST_FILE = "manifest.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Source(Strict):
-    """The checkpoint a bundle was built from.
-
-    file: name of the checkpoint's file or folder.
-    sha256: SHA-256 of the file in lower-case hex. The shards that an index lists are joined to
-    it, in the order of their names. In a folder, the configurations come first.
-    weights: set of weights in the file: "ema", "model" or a key; "bare" if the file has only one.
-    In a folder, the variant of the weights; "bare" for weights without a variant.
-    reference: name of the model if it ships with sg-export, else None.
-    """
-
-    file: str
-    sha256: str
-    weights: str
-    reference: str | None
-
-    @property
-    def name(self) -> str:
-        """Name of the checkpoint on the command line."""
-        return self.reference or self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +49,15 @@ class FileFacts(Strict):
     sha256: str
 
 
+class _Views:
+    """Place for the views of a manifest, which are no fields of it. Empty until the first use."""
+
+    __slots__ = ("_views",)
+    _views: "tuple[Manifest, ...]"
+
+
 @dataclass(frozen=True, slots=True)
-class Manifest(Strict):
+class Manifest(Strict, _Views):
     """The manifest of a bundle. It describes one size of the samples, by default the first.
 
     schema_version: version of the manifest schema.
@@ -85,16 +72,18 @@ class Manifest(Strict):
     opset: ONNX opset of the graphs.
     batch: number of images to which the ONNX graphs are fixed; None if the batch size is symbolic.
     hoisted_rows: number of rows in one launch of each hoisted graph, by kind.
-    graphs: all graphs.
-    engines: all engines.
+    graphs: the denoiser's graphs.
+    engines: the denoiser's engines.
     source: checkpoint of the main network.
     weak_source: checkpoint of the weak network; None if there is no weak network.
     files: size and hash of each file, by its path in the bundle.
     passes: costs of single branches of which a bundle of engines holds no graph.
     sizes: the other sizes that the bundle was built for; see `at`.
+    text: the text encoder; None if the bundle has none.
+    decoder: the decoder of latents; None if the bundle has none.
     """
 
-    schema_version: Literal[6]
+    schema_version: Literal[7]
     created_by: str
     model: ModelFacts
     guidance: GuidancePlan
@@ -113,6 +102,8 @@ class Manifest(Strict):
     files: dict[str, FileFacts]
     passes: tuple[PassCost, ...] = ()
     sizes: tuple[SizeFacts, ...] = ()
+    text: TextEncoder | None = None
+    decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         latents = [self.model.latent, *(size.latent for size in self.sizes)]
@@ -153,6 +144,30 @@ class Manifest(Strict):
                         f"graph {graph.name}: input {tensor.name}: expected {wanted} tokens, found {tensor.shape}"
                     )
 
+        if self.text is not None and self.text_graph is None:
+            raise UsageError(f"text: expected a graph for prompts of {self.model.conditions}, found none")
+        if self.decoder is not None and (self.model.space == "pixel" or self.decode_graph is None):
+            raise UsageError(f"decoder: expected a graph for latents of {self.model.latent}, found none")
+
+    @property
+    def parts(self) -> dict[Part, PartFacts]:
+        """The parts next to the denoiser that the bundle has, by name."""
+        found: dict[Part, PartFacts | None] = {"text": self.text, "decode": self.decoder}
+        return {name: part for name, part in found.items() if part is not None}
+
+    @property
+    def text_graph(self) -> GraphFacts | None:
+        """The graph of the text encoder, or None."""
+        conditions = self.model.conditions
+        if self.text is None or not isinstance(conditions, Text):
+            return None
+        return self.text.find(text_inputs(conditions.tokens))
+
+    @property
+    def decode_graph(self) -> GraphFacts | None:
+        """The graph of the decoder for this size, or None."""
+        return None if self.decoder is None else self.decoder.find(decode_inputs(self.model.latent))
+
     @property
     def precision_name(self) -> str:
         """Name of the precision in messages, such as "int8 over fp16"."""
@@ -160,10 +175,13 @@ class Manifest(Strict):
 
     @property
     def views(self) -> "tuple[Manifest, ...]":
-        """The manifest as a description of each size, this one first."""
-        this = self._this
-        others = [(*self.sizes[:number], *self.sizes[number + 1 :]) for number in range(len(self.sizes))]
-        return (self, *(self._view(number, (this, *rest)) for number, rest in enumerate(others)))
+        """The manifest as a description of each size, this one first. They are made once."""
+        if not hasattr(self, "_views"):
+            this = self._this
+            others = [(*self.sizes[:number], *self.sizes[number + 1 :]) for number in range(len(self.sizes))]
+            views = (self, *(self._view(number, (this, *rest)) for number, rest in enumerate(others)))
+            object.__setattr__(self, "_views", views)
+        return self._views
 
     def at(self, height: int, width: int) -> "Manifest":
         """Return the manifest as a description of another size; see `ModelFacts.size`.
@@ -225,13 +243,23 @@ class Manifest(Strict):
 
     @property
     def all_graphs(self) -> tuple[GraphFacts, ...]:
-        """The graphs of all sizes."""
+        """The denoiser's graphs of all sizes."""
         return (*self.graphs, *(graph for size in self.sizes for graph in size.graphs))
 
     @property
     def all_engines(self) -> tuple[EngineFacts, ...]:
-        """The engines of all sizes."""
+        """The denoiser's engines of all sizes."""
         return (*self.engines, *(engine for size in self.sizes for engine in size.engines))
+
+    @property
+    def graphs_of_parts(self) -> tuple[GraphFacts, ...]:
+        """The graphs of all parts and sizes."""
+        return (*self.all_graphs, *(graph for part in self.parts.values() for graph in part.all_graphs))
+
+    @property
+    def engines_of_parts(self) -> tuple[EngineFacts, ...]:
+        """The engines of all parts and sizes."""
+        return (*self.all_engines, *(engine for part in self.parts.values() for engine in part.all_engines))
 
     def graph(
         self, kind: GraphKind, *keep: int, network: NetworkName = "main", null_weak: bool = False
@@ -251,14 +279,7 @@ class Manifest(Strict):
 
         library: library of the engine; None for any.
         """
-        wanted = Profile(batch, tuple(level.keep for level in graph.levels))
-        for engine in self.engines:
-            if library not in (None, engine.library):
-                continue
-            same = (engine.kind, engine.network, engine.null_weak) == (graph.kind, graph.network, graph.null_weak)
-            if same and wanted in engine.profiles:
-                return engine, engine.profiles.index(wanted)
-        return None
+        return find_engine(self.engines, graph, batch, library)
 
     def engine_batches(self, library: EngineLibrary | None = None) -> tuple[int, ...]:
         """Return the batch sizes in the profiles of all engines, or of one library's engines."""

@@ -1,5 +1,6 @@
 """Facts about graphs and engines."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sg_runtime.errors import UsageError
@@ -7,8 +8,8 @@ from sg_runtime.manifest.base import EngineLibrary, GraphKind, NetworkName, Stri
 from sg_runtime.manifest.model import Level
 from sg_runtime.vocabulary import HOISTED, is_separate
 
-_LEVELS: dict[GraphKind, int] = {"condition": 0, "prompt": 0, "dense": 1, "sparse": 1, "guided": 2}
-"""Number of levels of a graph, by its kind."""
+_LEVELS: dict[GraphKind, int] = {"dense": 1, "sparse": 1, "guided": 2}
+"""Number of levels of a step graph, by its kind. Other graphs have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,9 @@ class GraphFacts(Strict):
     """A graph of the bundle.
 
     name: name of the graph.
-    kind: "condition", "prompt", "dense", "sparse" or "guided".
+    kind: what the graph computes.
     network: network that the graph belongs to.
-    levels: none for condition and prompt; one for dense and sparse; strong and weak for guided.
+    levels: one for dense and sparse; strong and weak for guided; none for the others.
     file: ONNX file, possibly shared by graphs of other levels; None if only engines hold the graph.
     inputs: inputs of the graph, in order.
     outputs: outputs of the graph, in order.
@@ -54,10 +55,8 @@ class GraphFacts(Strict):
     parity: float | None
 
     def __post_init__(self) -> None:
-        if len(self.levels) != _LEVELS[self.kind]:
-            raise UsageError(
-                f"graph {self.name}: levels: expected {_LEVELS[self.kind]} for {self.kind}, found {len(self.levels)}"
-            )
+        if len(self.levels) != (wanted := _LEVELS.get(self.kind, 0)):
+            raise UsageError(f"graph {self.name}: levels: expected {wanted} for {self.kind}, found {len(self.levels)}")
         if not self.outputs:
             raise UsageError(f"graph {self.name}: outputs: expected at least one, found none")
 
@@ -136,3 +135,20 @@ class EngineFacts(Strict):
     def __post_init__(self) -> None:
         if not self.profiles or not self.compute_capabilities:
             raise UsageError(f"engine {self.file}: expected at least one profile and compute capability, found none")
+
+
+def find_engine(
+    engines: Iterable[EngineFacts], graph: GraphFacts, batch: int, library: EngineLibrary | None = None
+) -> tuple[EngineFacts, int] | None:
+    """Return the engine for `graph` on `batch` images and the index of its profile, or None.
+
+    library: library of the engine; None for any.
+    """
+    wanted = Profile(batch, tuple(level.keep for level in graph.levels))
+    for engine in engines:
+        if library not in (None, engine.library):
+            continue
+        same = (engine.kind, engine.network, engine.null_weak) == (graph.kind, graph.network, graph.null_weak)
+        if same and wanted in engine.profiles:
+            return engine, engine.profiles.index(wanted)
+    return None

@@ -118,6 +118,19 @@ class GuidancePlan(Strict):
                 f"{self.mode} guidance: expected equal sparsities, found {strong:g} (strong) and {weak:g} (weak)"
             )
 
+    def __str__(self) -> str:
+        parts: list[str] = [self.mode]
+        if self.row.weak_level != "same":
+            strong, weak = _rate(self.strong, self.strong_last), _rate(self.weak, self.weak_last)
+            parts.append(f"sparsity {strong} strong and {weak} weak")
+        if self.row.branches == 2:
+            parts.append(f"scale {_ramp(self.scale, self.scale_last)}")
+        if self.interval is not None:
+            parts.append(f"between times {self.interval[0]:g} and {self.interval[1]:g}")
+        if self.subset == "fixed":
+            parts.append("one subset for all steps")
+        return ", ".join(parts)
+
     def draw(self, step: int, evaluation: int) -> tuple[int, int]:
         """Return the counters, step and evaluation, with which kept tokens are drawn."""
         return (step, evaluation) if self.subset == "fresh" else (0, 0)
@@ -126,6 +139,14 @@ class GuidancePlan(Strict):
     def row(self) -> Mode:
         """The row of the plan's mode in `MODES`."""
         return MODES[self.mode]
+
+
+def _ramp(first: float, last: float | None) -> str:
+    return f"{first:g}" if last is None else f"{first:g} to {last:g}"
+
+
+def _rate(first: Level, last: Level | None) -> str:
+    return _ramp(first.sparsity, None if last is None else last.sparsity)
 
 
 @dataclass(frozen=True, slots=True)

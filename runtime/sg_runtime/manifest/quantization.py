@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from sg_runtime.manifest.base import QuantizedType, Strict
 
+OF_TEXT = "of the text"
+"""Reason of a layer that is not quantized because it is a projection of the text."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice(Strict):
@@ -74,6 +77,8 @@ class Quantization(Strict):
     time_ratio: time of a guided step / time of the FP32 step, on ONNX Runtime's CPU provider of the
     build machine; None if the provider does not run the quantized graphs as they are.
     remarks: warnings for the user of the bundle.
+    prompts: prompts of the images that the gates judged, in turn; none if they had classes or
+    random embeddings.
     """
 
     type: QuantizedType
@@ -89,3 +94,4 @@ class Quantization(Strict):
     passed: bool
     time_ratio: float | None
     remarks: tuple[str, ...]
+    prompts: tuple[str, ...] = ()

@@ -73,4 +73,9 @@ def _from_5(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "model": {**facts, **added}}
 
 
-_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}
+def _from_6(content: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade from schema 6 to 7, which adds text encoder and decoder."""
+    return {**content, "schema_version": 7}
+
+
+_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from sg_runtime.devices.memory import aligned
-from sg_runtime.manifest import GraphFacts, Manifest
+from sg_runtime.manifest import GraphFacts, Manifest, Part
 from sg_runtime.run.workspace import LATENTS, LAUNCHES
 from sg_runtime.vocabulary import SCALARS
 
@@ -35,6 +35,17 @@ def _row_bytes(manifest: Manifest, graph: GraphFacts) -> list[int]:
     """Return the bytes of one row of each output of a hoisted graph."""
     held = manifest.model.held
     return [math.prod(held[tensor.name]) * tensor.storage.itemsize for tensor in graph.outputs]
+
+
+def part_bytes(manifest: Manifest, part: Part) -> int:
+    """Return the bytes of a part's weights and of the activations of one image.
+
+    Engines count by their files. If there are several of one graph, the largest counts.
+    """
+    holder = manifest if part == "step" else manifest.parts[part]
+    engines = [manifest.files[engine.file].size for engine in holder.all_engines]
+    weights = [graph.cost.weight_bytes for graph in holder.all_graphs]
+    return max(engines or weights) + max(graph.cost.activation_bytes for graph in holder.all_graphs)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -158,7 +158,7 @@ def test_generate_in_a_pipe_reports_its_rate_now_and_then(
     monkeypatch.setattr(sys.modules["sg_export.cli.generate"], "TELL_SECONDS", 0.0)
     result = cli("generate", glyphs_bundle, "--steps", 3, "--count", 1, "-o", tmp_path / "a.png")
     *rates, last = result.stderr.splitlines()
-    matches = [re.fullmatch(r"\[(\d)/3\] sampling, ([\d.e+]+) images/s", line) for line in rates]
+    matches = [re.fullmatch(r"\[(\d)/3\] sampling, ([\d.e+]+) steps/s, \d+ s left", line) for line in rates]
     assert [match[1] for match in matches if match] == ["1", "2", "3"]
     _, seconds, _, rate, _ = last.replace("in", "").split()  # of the complete run
     assert float(seconds) * float(rate) == pytest.approx(1, rel=0.01)
@@ -181,7 +181,7 @@ def test_generate_of_latents_writes_npy_and_refuses_png(
     assert np.load(tmp_path / "x.npy").shape == (5, 2, 8, 8)
     assert refused(2, "generate", tiny_bundle, *FAST, "-o", tmp_path / "x.png") == (
         f"{tmp_path}/x.png: expected .npy, since {tiny_bundle} samples latents and holds no decoder: "
-        f"give --output {tmp_path}/x.npy and decode that file"
+        f"give --output {tmp_path}/x.npy and decode that file, or build with --vae"
     )
 
 

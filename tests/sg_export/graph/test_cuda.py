@@ -18,12 +18,13 @@ from sg_export.graph.attention import lower_attention
 from sg_export.graph.check import check_graph, check_types, run_onnx
 from sg_export.graph.cuda import MICROSOFT, MOST_OUTPUTS, lower_for_cuda
 from sg_export.graph.emulate import emulated
+from sg_export.graph.exported import finished
 from sg_export.graph.half import fp32_layers, to_half
 from sg_export.graph.module import random_inputs
 from sg_export.graph.opset import DEFAULT_OPSET
 from sg_export.graph.spec import GraphSpec, graph_inputs, graph_outputs
 from sg_export.graph.stamp import DOMAIN
-from sg_export.graph.trace import _finished, trace
+from sg_export.graph.trace import trace
 from sg_export.graph.weights import write_graphs
 from sg_export.loading import LoadedModel
 from sg_export.models.dit import DiT, DiTConfig
@@ -79,7 +80,7 @@ def graphs(network: Network, precision: Precision, *, cuda: bool = True) -> dict
     lower = partial(lower_for_cuda, precision=precision) if cuda else lower_attention
     loaded = network.loaded
     models = {
-        spec: _finished(model.clone(), graph_outputs(spec, loaded.facts, network.batch), lower)
+        spec: finished(model.clone(), graph_outputs(spec, loaded.facts, network.batch), lower)
         for spec, model in zip(network.specs, traced(network), strict=True)
     }
     if precision != "fp32":

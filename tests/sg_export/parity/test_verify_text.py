@@ -139,13 +139,10 @@ def test_bench_runs_beside_pytorch(build: Callable[..., Path], folder: Path) -> 
 # Calibration
 
 
-def test_collect_stores_prompts_with_the_states(
-    build: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_collect_stores_prompts_with_the_states(build: Callable[..., Path], tmp_path: Path) -> None:
     pipe = Pipeline.load(build("latents-fp32", precision="fp32"), "cpu", batch=2)
     guidances, settings = built_guidances(pipe.bundle.manifest), FeedSettings(samples=2)
     (path,) = collect(pipe, guidances, settings, tmp_path, "identity", lambda *_: None)
-    assert "calibration on random prompts" in caplog.text
     shard, facts = read_shard(path, pipe.bundle.manifest.model), pipe.bundle.manifest.model
     wanted, seeds = images_of("calibration", facts, 2)
     assert shard.seed.tolist() == seeds

@@ -106,7 +106,7 @@ def test_render_of_a_page_shows_what_was_measured(page: Page) -> None:
         assert f">{layer.name}</div>" in text
         assert ("excluded" if layer.sensitivity is None else f"{layer.sensitivity:.2%}") in text
     assert "int8&lt;&amp;&gt;" in text
-    assert "no decoder is in the bundles" in text
+    assert "the bundles have no decoder" in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian's package chromium)")

@@ -187,7 +187,7 @@ def generate(
     Examples:
       sg-export generate glyphs-bundle --class A --class b --count 16 -o grid.png
       sg-export generate xl-bundle --class 207 --count 4 -o latents.npy
-      sg-export generate prx-bundle --prompt "a tram on a beach" --count 4 -o tram.png
+      sg-export generate prx-bundle --prompt "a tram on a beach" -o a.png
     """
     import numpy as np
 

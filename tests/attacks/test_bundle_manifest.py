@@ -50,13 +50,13 @@ def test_load_of_a_manifest_that_is_no_json_is_refused(bundle: Path, refused: Re
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"manifest"', b"{}"])
 def test_load_of_json_that_is_no_manifest_is_refused(bundle: Path, refused: Refused, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
-    refused("manifest.json: expected schema version 6, found None")
+    refused("manifest.json: expected schema version 7, found None")
 
 
 @pytest.mark.parametrize("version", [0, 1, -1, "2", True, 2.0, [2], 10**30])
 def test_load_of_an_unknown_schema_version_is_refused(edit: Edit, refused: Refused, version: object) -> None:
     edit(lambda content: content.update(schema_version=version))
-    refused(f"expected schema version 6, found {version!r}; rebuild the bundle with this sg-export")
+    refused(f"expected schema version 7, found {version!r}; rebuild the bundle with this sg-export")
 
 
 def test_load_of_half_a_character_is_refused(edit: Edit, refused: Refused) -> None:

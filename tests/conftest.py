@@ -84,11 +84,13 @@ class Tiny:
 
 SLOW = {
     *("glyphs_bundle", "bundles", "engine_bundle", "engines", "xl", "prx"),
+    *("full_pipeline", "full_bundle"),
     *("half_bundle", "tiny_int8_bundle", "tiny_fp8_bundle", "tiny_half_bundle"),
 }
 """Fixtures that take long to build and that few tests need.
 
-They are of the reference model, quantized, with engines, or of a large network with text.
+They are of the reference model, quantized, with engines, of a large network with text, or of a
+complete pipeline.
 """
 
 

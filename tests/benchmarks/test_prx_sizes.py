@@ -10,6 +10,8 @@ from benchmarks.prx_models import CONTEXT, Shape
 from benchmarks.prx_sizes import SHAPES, STEPS, measure
 from sg_runtime.manifest import Route
 
+pytestmark = pytest.mark.slow
+
 RECORDED = json.loads((Path(__file__).parents[2] / "benchmarks/results/prx_sizes.json").read_text())
 BY_WAY = {(row["size"], row["way"]): row for row in RECORDED["rows"]}
 

@@ -36,6 +36,8 @@ from sg_runtime.manifest import Labels, Manifest, Route
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.sample import noise
 
+pytestmark = pytest.mark.slow
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 Build = Callable[..., Path]
 

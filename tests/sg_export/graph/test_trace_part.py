@@ -35,6 +35,8 @@ from sg_runtime.backends.rtx_header import read_rtx_header
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Precision, TensorFacts
 
+pytestmark = pytest.mark.slow
+
 FLOAT = ir.DataType.FLOAT
 TEXT = ("T5Gemma", "T5Gemma with a window", "Qwen3VL")
 DECODERS = ("AutoencoderKL", "AutoencoderDC")

@@ -21,6 +21,8 @@ from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import ModelFacts
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

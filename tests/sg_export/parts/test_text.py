@@ -24,6 +24,8 @@ from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Labels, ModelFacts, Text
 from sg_runtime.text import Tokenizer, clean
 
+pytestmark = pytest.mark.slow
+
 diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
 transformers = pytest.importorskip("transformers", reason="needs the extra diffusers")
 

@@ -161,7 +161,6 @@ def test_weak_network_has_graphs_of_each_size(folder: Path, tmp_path: Path) -> N
 # Ranges
 
 
-@pytest.mark.slow
 def test_ranges_cover_all_sizes(
     bundle: Path, folder: Path, build_once: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,7 +179,6 @@ def test_ranges_cover_all_sizes(
     assert found.ranges("min-max") != alone[0].ranges("min-max"), "other sizes reach further"
 
 
-@pytest.mark.slow
 def test_calibrate_of_several_sizes_makes_a_table_of_all(folder: Path, tmp_path: Path) -> None:
     def calibrate(*words: str | Path) -> Result:
         model = [folder, "--route", "0-0", "--size", "64x256", "--size", "96x64", "--text-tokens", "3"]
@@ -299,7 +297,6 @@ def test_sample_at_each_size_is_that_of_a_bundle_of_this_size(
     assert found.backend is pipe.backend
 
 
-@pytest.mark.slow
 def test_sample_at_another_resolution_is_that_of_a_bundle_of_this_size(pixels: Path, build_once: Build) -> None:
     options: dict[str, Any] = {"guidance": "none", "sparsity": (), "batch": 2}
     both = build_once("prx-pixels-both", pixels, overrides=overrides(PIXELS[0]), sizes=PIXELS[1:], **options)
@@ -452,7 +449,6 @@ def test_bundle_with_a_size_that_does_not_fit_is_refused(
 # Engines
 
 
-@pytest.mark.slow
 def test_engines_are_of_one_size_each(folder: Path, tmp_path: Path) -> None:
     engines = EngineOptions(compute_capabilities=(89,), allow_unfused=True)
     options = CompileOptions(

@@ -19,6 +19,8 @@ from sg_runtime.manifest import Route
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.run.launches import launches
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = Overrides(Route(1, 1), size=(128, 192), text_tokens=CONFIG.text_tokens)
 SEEDS = [3, 4, 5]
 STEPS = 3

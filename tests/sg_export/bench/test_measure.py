@@ -18,6 +18,8 @@ from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.guidance import levels
 from sg_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 
 def test_percentiles_of_times_are_milliseconds() -> None:
     found = Percentiles.of([0.001 * value for value in range(101)])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_bench_prints_a_table_with_reasons_and_the_share(cli: Callable[..., Any], tiny_bundle: Path) -> None:
     result = cli("bench", tiny_bundle, "--images", 2, "--steps", 2, "--runs", 2, "--baseline", "pytorch")

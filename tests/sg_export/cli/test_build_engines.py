@@ -17,6 +17,8 @@ from sg_export.options.compile import CompileOptions
 from sg_export.options.engines import EngineOptions
 from sg_runtime.bundle import Bundle
 
+pytestmark = pytest.mark.slow
+
 RTX = ("--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "8.9")
 UNGUIDED = ("--guidance", "none")
 """The mode with the fewest graphs, which another process traces fastest."""
@@ -33,7 +35,6 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SG_EXPORT_CACHE", str(cache))
 
 
-@pytest.mark.slow
 def test_build_of_engines_tells_how_to_verify_first_then_phases_and_engines(
     cli: Callable[..., Any], quick_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -59,7 +60,6 @@ def test_build_of_engines_tells_how_to_verify_first_then_phases_and_engines(
     assert [line.partition(": ")[2] for line in again.stderr.splitlines()] == ["hit", "hit"]
 
 
-@pytest.mark.slow
 def test_build_of_engines_that_is_ended_by_a_signal_leaves_nothing(
     start: Callable[..., Any], tiny_checkpoint: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +79,6 @@ def test_build_of_engines_that_is_ended_by_a_signal_leaves_nothing(
     assert len(kept) == 2
 
 
-@pytest.mark.slow
 def test_build_whose_child_is_killed_says_what_to_do(
     start: Callable[..., Any], quick_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 from sg_runtime.bundle import Bundle
 from sg_runtime.manifest import QualityGates
 
+pytestmark = pytest.mark.slow
+
 LEAST = ("--calib-samples", 1)
 WIDE = ("--gate-cosine", 0.5, "--gate-guided", 1)
 Run = Callable[..., Any]
@@ -21,7 +23,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tables") / "ranges.json"
 
 
-@pytest.mark.slow
 def test_calibrate_writes_a_table_that_build_takes(
     cli: Run, quick_checkpoint: Path, table: Path, tmp_path: Path
 ) -> None:

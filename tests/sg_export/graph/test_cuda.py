@@ -34,6 +34,8 @@ from sg_export.parity.distances import relative_l2
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Level, Precision, Route
 
+pytestmark = pytest.mark.slow
+
 CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2, mlp_width=20, num_classes=3)
 ALL, HALF = Level(0.0, 9), Level(0.5, 4)
 CONDITION, DENSE, SPARSE = GraphSpec("condition"), GraphSpec("dense", (ALL,)), GraphSpec("sparse", (HALF,))
@@ -167,7 +169,6 @@ def test_lower_for_cuda_keeps_the_cost_of_a_graph(network: Network) -> None:
         assert after.attention_macs == before.attention_macs + others, spec.name
 
 
-@pytest.mark.slow
 def test_lower_for_cuda_in_fp16_converts_tokens_and_modulations_once(dit: LoadedModel) -> None:
     graph = graphs(Network(dit, None, SYMBOLIC), "fp16")[GUIDED].graph
     casts = [node for node in graph if node.op_type == "Cast"]

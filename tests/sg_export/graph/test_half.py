@@ -25,6 +25,8 @@ from sg_export.quantize.rewrite import quantized_model
 from sg_runtime.errors import ExportError
 from sg_runtime.manifest import HalfPrecision, Level, QuantizedType, Route
 
+pytestmark = pytest.mark.slow
+
 CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2, mlp_width=20, num_classes=3)
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 GUIDED = GraphSpec("guided", (Level(0.0, 9), Level(0.5, 4)))

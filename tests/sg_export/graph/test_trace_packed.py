@@ -26,6 +26,8 @@ from sg_export.models.dit import AdaLNNetwork, DiT, DiTConfig
 from sg_export.models.maskdit import MaskDiT
 from sg_runtime.manifest import Level, Route
 
+pytestmark = pytest.mark.slow
+
 CONFIG = DiTConfig(image_size=6, patch=2, channels=2, width=12, depth=3, heads=2, mlp_width=20, num_classes=3)
 TOKENS, IMAGES = 9, 2
 SPLIT, WHOLE, FIRST, LAST = Route(1, 1), Route(0, 2), Route(0, 0), Route(2, 2)

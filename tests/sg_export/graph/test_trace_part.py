@@ -311,7 +311,6 @@ def test_count_cost_of_a_text_encoder_reads_a_row_of_its_table_per_token(precisi
     assert count_cost(graph).weight_bytes == everything - (320 - TOKENS) * FULL.context * size
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "precision"),
     [

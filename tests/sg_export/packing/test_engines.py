@@ -34,6 +34,8 @@ from sg_runtime.devices.gpus import Gpu
 from sg_runtime.errors import EngineError, ExportError, MissingExtraError, UsageError
 from sg_runtime.manifest import EngineFacts, Precision, Profile
 
+pytestmark = pytest.mark.slow
+
 
 def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
     return {Path(engine.file).name.partition(".")[0]: engine for engine in bundle.manifest.engines}
@@ -41,7 +43,6 @@ def engines_of(bundle: Bundle) -> dict[str, EngineFacts]:
 
 # Block 0 is before the route and has one attention. The others are in the route or after it, and
 # each of them has two attentions. In BF16, the last block is in FP32, which has no fused kernel.
-@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "gpus", "attentions"), [("fp32", (), 0), ("fp16", (89,), 5), ("bf16", (89,), 3)])
 def test_compile_makes_one_engine_for_all_sparsities(
     precision: Precision, gpus: tuple[int, ...], attentions: int, tiny_checkpoint: Path, tmp_path: Path
@@ -121,7 +122,6 @@ def test_compile_for_gpus_without_fp32_products_has_none(build: Build) -> None:
 GUIDED = {"condition", "guided-16-K"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -148,7 +148,6 @@ def test_compile_builds_engines_of_what_the_plan_uses(
         assert bundle.manifest.engine(graph, 40 if graph.kind == "condition" else 1) is not None, graph.name
 
 
-@pytest.mark.slow
 def test_compile_with_keep_onnx_has_the_graphs_that_the_engines_were_built_from(build: Build) -> None:
     bundle = build(keep_onnx=True)
     assert engines_of(bundle).keys() == GUIDED
@@ -266,7 +265,6 @@ def test_check_timing_cache_that_cannot_be_written_is_refused(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.slow
 def test_compile_of_weights_out_of_range_names_the_first_product(quick: Any, tmp_path: Path) -> None:
     state = quick.state()
     state["blocks.0.mlp.fc1.weight"] *= 1e5
@@ -349,7 +347,6 @@ def test_engine_options_out_of_range_are_refused(settings: dict[str, Any], messa
         EngineOptions(**settings)
 
 
-@pytest.mark.slow
 def test_compile_for_both_targets_has_graphs_for_one_and_engines_for_the_other(build: Build) -> None:
     bundle = build(guidance={"guidance": "none"}, keep_onnx=True)
     assert engines_of(bundle).keys() == {"condition", "dense"}
@@ -378,7 +375,6 @@ def test_profile_shapes_have_a_row_for_each_kept_token_and_for_each_token(
     assert shapes == {"x": latent, "r": latent, "modulations": (3, loaded.facts.held["modulations"][0]), **kept}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "symbolic"), [(None, True), (3, False)], ids=["any sizes", "one size"])
 def test_engine_of_rows_that_the_runtime_uploads_is_built(
     tiny_checkpoint: Path, tmp_path: Path, batch: int | None, symbolic: bool

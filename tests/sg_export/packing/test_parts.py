@@ -25,6 +25,8 @@ from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
 from sg_runtime.manifest import OF_TEXT, QualityGates, Route
 from sg_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 ROUTE = Overrides(route=Route(0, 1))
 
 
@@ -76,7 +78,6 @@ def test_verify_with_another_folder_of_the_parts_is_refused(sizes: Bundle, full_
         verify(sizes.path, full_pipeline, vae=other, times=(0.5,))
 
 
-@pytest.mark.slow
 def test_engines_are_built_of_the_parts_too(full_pipeline: Path, tmp_path: Path) -> None:
     engines = EngineOptions(batch=(1,), compute_capabilities=(89,), allow_unfused=True)  # heads of 8 values
     bundle = compile(full_pipeline, options(tmp_path / "out", batch=None, precision="fp16", engines=engines))
@@ -197,7 +198,6 @@ def test_parts_without_the_extra_are_refused_with_its_name(
     assert not compile(full_pipeline, options(tmp_path / "out", parts=("step",))).manifest.parts
 
 
-@pytest.mark.slow
 def test_quantization_runs_from_prompts_and_verify_judges_on_the_same(
     full_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +240,6 @@ def test_prompts_without_a_text_encoder_are_refused(tiny_checkpoint: Path, tmp_p
         compile(tiny_checkpoint, CompileOptions(tmp_path / "out", quantize=quantize))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_engine_of_a_decoder_needs_no_fused_attention(
     precision: Any, tiny_checkpoint: Path, vae: Path, tmp_path: Path

@@ -15,6 +15,8 @@ from sg_runtime.errors import BundleError
 from sg_runtime.manifest import Precision
 from sg_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS: list[Precision] = ["fp32", "fp16", "bf16"]
 
 

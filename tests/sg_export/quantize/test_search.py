@@ -34,6 +34,8 @@ from sg_runtime.errors import CalibrationError, ExportError, GateError, UsageErr
 from sg_runtime.manifest import QualityGates
 from sg_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 Quantize = Callable[..., QuantizeOptions]
 STEP = [f"blocks.{k}.{name}" for k in range(3) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 CONDITION = [*(f"blocks.{k}.adaLN_modulation.1" for k in range(3)), "final_layer.adaLN_modulation.1"]
@@ -77,7 +79,6 @@ def layer_tensors(model: onnx.ModelProto) -> dict[str, list[bytes]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.open(request.getfixturevalue(f"tiny_{kind}_bundle"))
@@ -106,7 +107,6 @@ def test_compile_writes_the_plan_into_the_manifest(kind: str, request: pytest.Fi
     assert plan.time_ratio is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_compile_stores_weights_of_layers_in_one_byte(
     kind: str, tiny_bundle: Path, request: pytest.FixtureRequest
@@ -191,7 +191,6 @@ def reference(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
 
 
-@pytest.mark.slow
 def test_plan_with_gates_returns_the_worst_layers_first_and_as_few_as_possible(
     reference: Bundle, tiny_int8_bundle: Path, quantize_tiny: Quantize
 ) -> None:
@@ -227,7 +226,6 @@ def test_least_is_the_first_that_passes(first: int, most: int) -> None:
 IMPOSSIBLE = QualityGates(1.0, 0.0)
 
 
-@pytest.mark.slow
 def test_compile_that_fails_its_gates_writes_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
@@ -257,7 +255,6 @@ def test_compile_with_allow_quality_loss_writes_it_and_every_load_warns(
     assert f"{bundle.path}: its gates do not hold" in caplog.text
 
 
-@pytest.mark.slow
 def test_compile_with_no_layer_that_may_be_quantized_returns_all(reference: Bundle, quantize_tiny: Quantize) -> None:
     # FP32 itself passes, within the rounding of a cosine in float64. No quantized layer passes.
     options = quantize_tiny("int8", gates=QualityGates(1 - 1e-9, 1e-9))
@@ -414,7 +411,6 @@ def guided_engine_size(bundle: Bundle) -> int:
 
 
 # INT8 and FP8, each for GPUs that support it.
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sms"), [("int8", (86, 89, 120)), ("fp8", (89, 120))])
 def test_compile_builds_engines_of_one_byte_weights(
     kind: Any, sms: tuple[int, ...], wide_checkpoint: Path, plain_engine_size: int, tmp_path: Path
@@ -435,7 +431,6 @@ def test_compile_builds_engines_of_one_byte_weights(
         assert guided_engine_size(bundle) < plain_engine_size - 500_000, sm
 
 
-@pytest.mark.slow
 def test_compile_on_a_full_disk_leaves_nothing(
     tiny_checkpoint: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

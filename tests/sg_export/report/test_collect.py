@@ -18,6 +18,8 @@ from sg_runtime.bundle import Bundle
 from sg_runtime.errors import UsageError
 from sg_runtime.manifest import write_manifest
 
+pytestmark = pytest.mark.slow
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img"}
 

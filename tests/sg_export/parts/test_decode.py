@@ -3,19 +3,16 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from full_pipelines import FULL, TOKENS, autoencoder, write_full_pipeline
+from full_pipelines import FULL, autoencoder
 from prx_folders import write_json
 from safetensors.torch import load_file, save_file
 
-from sg_export.checkpoint import Overrides
-from sg_export.loading import load_model
 from sg_export.parts.decode import EARLIER, load_decoder
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
 from sg_runtime.files import sha256_of
@@ -27,16 +24,6 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LATENTS = torch.randn(1, FULL.channels, *FULL.image_size, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def folder(once: Callable[..., Path]) -> Path:
-    return once("full-pipeline", write_full_pipeline)
-
-
-@pytest.fixture(scope="module")
-def facts(folder: Path) -> ModelFacts:
-    return load_model(folder, overrides=Overrides(text_tokens=TOKENS)).facts
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from full_pipelines import CAP, FULL, TOKENS, qwen_encoder, t5gemma_config, text_encoder, tokenizer, write_full_pipeline
+from full_pipelines import CAP, FULL, TOKENS, qwen_encoder, t5gemma_config, text_encoder, tokenizer
 from prx_folders import write_json
 from torch import nn
 
-from sg_export.checkpoint import Overrides
-from sg_export.loading import load_model
 from sg_export.parts.text import TOKENIZER_FILES, LoadedText, load_text
 from sg_runtime.errors import CheckpointError, MissingExtraError, UsageError
 from sg_runtime.files import sha256_of
@@ -30,16 +27,6 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
 transformers = pytest.importorskip("transformers", reason="needs the extra diffusers")
 
 PROMPTS = ("", "A cat", "the cat -- sat on the mat, by the sea of tea &amp; the rest")
-
-
-@pytest.fixture(scope="module")
-def folder(once: Callable[..., Path]) -> Path:
-    return once("full-pipeline", write_full_pipeline)
-
-
-@pytest.fixture(scope="module")
-def facts(folder: Path) -> ModelFacts:
-    return load_model(folder, overrides=Overrides(text_tokens=TOKENS)).facts
 
 
 @pytest.fixture

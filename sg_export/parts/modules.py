@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sg_export.checkpoint import Files, checkpoint_files
 from sg_export.diffusers_folder import find_weights
 from sg_export.recognize import listed
-from sg_runtime.errors import CheckpointError
+from sg_runtime.errors import CheckpointError, SgError
 from sg_runtime.manifest import Source
 
 
@@ -36,6 +36,8 @@ def refused_by(library: ModuleType, subject: Path) -> Iterator[None]:
     """Turn an error of a library about a file into CheckpointError, within the block."""
     try:
         yield
+    except SgError:
+        raise
     except Exception as error:  # these libraries raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(

@@ -596,10 +596,9 @@ class Pipeline:
 
         It runs one row at a time. Raises UsageError if the bundle lacks the part.
         """
-        manifest = self.bundle.manifest
-        graph = {"text": manifest.text_graph, "decode": manifest.decode_graph}.get(part)
+        graph = self.bundle.manifest.part_graph(part)
         if graph is None:
-            raise UsageError(f"part {part!r}: expected one of {', '.join(manifest.parts) or 'none'}")
+            raise UsageError(f"part {part!r}: expected one of {', '.join(self.bundle.manifest.parts) or 'none'}")
         return self._opened.run(part, graph, feeds)
 
     @property

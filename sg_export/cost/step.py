@@ -109,9 +109,8 @@ def part_costs(manifest: Manifest) -> list[PartCost]:
             (step.weight_bytes + step.condition_bytes) * evaluations,
         )
     ]
-    graphs: dict[Part, GraphFacts | None] = {"text": manifest.text_graph, "decode": manifest.decode_graph}
-    for part, graph in graphs.items():
-        if graph is not None:
+    for part in manifest.parts:
+        if (graph := manifest.part_graph(part)) is not None:
             rows.append((part, 1, graph.cost.linear_macs, graph.cost.attention_macs, graph.cost.weight_bytes))
     total = sum(linear + attention for _, _, linear, attention, _ in rows)
     ordered = sorted(rows, key=lambda row: PARTS.index(row[0]))

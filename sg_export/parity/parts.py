@@ -82,7 +82,7 @@ def compare_parts(
     """
     comparisons, commands = [], list[str]()
     for part, facts in bundle.manifest.parts.items():
-        graph = bundle.manifest.text_graph if part == "text" else bundle.manifest.decode_graph
+        graph = bundle.manifest.part_graph(part)
         assert graph is not None
         report(f"comparing {graph.name}", 0, None)
         feeds = _feeds(bundle, networks[part])

@@ -168,6 +168,10 @@ class Manifest(Strict, _Views):
         """The graph of the decoder for this size, or None."""
         return None if self.decoder is None else self.decoder.find(decode_inputs(self.model.latent))
 
+    def part_graph(self, part: Part) -> GraphFacts | None:
+        """Return the graph of the text encoder or of the decoder at this size, or None."""
+        return {"text": self.text_graph, "decode": self.decode_graph}.get(part)
+
     @property
     def precision_name(self) -> str:
         """Name of the precision in messages, such as "int8 over fp16"."""

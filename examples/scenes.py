@@ -211,7 +211,7 @@ def draw(caption: Caption, rng: np.random.Generator) -> Scene:
 
 
 def _places(rng: np.random.Generator, sides: list[int], relation: Relation | None) -> list[tuple[float, float]]:
-    """Draw centres (x, y) of squares that do not overlap and, if related, lie clearly as they should."""
+    """Draw centres (x, y) of squares apart from each other, clearly placed if related."""
     while True:
         at = [(rng.uniform(side / 2, SIDE - side / 2), rng.uniform(side / 2, SIDE - side / 2)) for side in sides]
         if relation is not None:
@@ -265,7 +265,7 @@ def _sprite(name: str, side: int, angle: int, flipped: bool) -> NDArray[np.uint8
 
 
 def make_sheet(font: Path) -> None:
-    """Write `emoji.png`, a row of all objects, from Noto Color Emoji. A turned object fits its cell."""
+    """Write `emoji.png`, a row of all objects, from the font Noto Color Emoji."""
     face = ImageFont.truetype(str(font), 109)  # the only size of its bitmaps
     sheet = Image.new("RGBA", (_CELL * len(NAMES), _CELL))
     for index, character in enumerate(OBJECTS.values()):

@@ -11,9 +11,7 @@ samples are kept in the work folder, so an interrupted run can be resumed.
 import argparse
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,14 +31,13 @@ from benchmarks.glyph_judge import (
     real_images,
 )
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
+from benchmarks.guidance_grid import LABELS, Search, Setting, levels, shown, step_gmac, timed
 from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
-from sg_export.cost.step import step_costs
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
-from sg_runtime.guidance import Ramp
 from sg_runtime.images import save_png
-from sg_runtime.manifest import GuidanceMode, GuidancePlan
+from sg_runtime.manifest import GuidanceMode
 
 BATCH = 124
 """Number of images in one engine run: two of each character."""
@@ -63,76 +60,10 @@ CRITERION = (
 )
 
 
-Rates = float | tuple[float, ...]
-"""A sparsity, or the levels of a cosine schedule from the first step to the last."""
-
 COSINE = (0.0, 0.2, 0.4, 0.6)
 """Levels of the paper's schedule here. The schedule goes from one end to the other."""
 
 WEAK_CHECKPOINT = "glyphs-early"
-
-LABELS: Mapping[GuidanceMode, str] = {
-    "none": "unguided",
-    "cfg": "CFG",
-    "sg": "SG",
-    "cfg+sg": "CFG + SG",
-    "autoguidance": "AutoGuidance + SG",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Sampling settings of one row.
-
-    guidance: guidance mode.
-    scale: guidance scale; 1 if unguided.
-    strong_sparsity: sparsity of the strong branch.
-    sparsity: sparsity of the weak branch; None if the mode does not set one.
-    """
-
-    guidance: GuidanceMode
-    scale: float = 1.0
-    strong_sparsity: Rates = 0.0
-    sparsity: Rates | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the setting in a table."""
-        label = LABELS[self.guidance]
-        if self.guidance == "none":
-            return label
-        rates = "" if self.sparsity is None else f" {_range(self.strong_sparsity)}/{_range(self.sparsity)}"
-        return f"{label}{rates}, ω = {self.scale:g}"
-
-    def plan(self, pipe: Pipeline) -> GuidancePlan:
-        """Return the guidance of a run on a bundle of this mode."""
-        return pipe.guidance(
-            self.guidance,
-            scale=self.scale,
-            strong_sparsity=_ramp(self.strong_sparsity),
-            sparsity=None if self.sparsity is None else _ramp(self.sparsity),
-        )
-
-
-def _levels(rates: Rates) -> tuple[float, ...]:
-    return rates if isinstance(rates, tuple) else (rates,)
-
-
-def _ramp(rates: Rates) -> Ramp:
-    return (rates[0], rates[-1]) if isinstance(rates, tuple) else rates
-
-
-def _range(rates: Rates) -> str:
-    return f"{rates[0]:g}→{rates[-1]:g}" if isinstance(rates, tuple) else f"{rates:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """Grid of one mode: every pair of (strong, weak) sparsities at every scale."""
-
-    guidance: GuidanceMode
-    scales: tuple[float, ...]
-    pairs: tuple[tuple[Rates, Rates | None], ...] = ((0.0, None),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,16 +152,6 @@ def generate(
     return images[..., 0]
 
 
-def step_gmac(pipe: Pipeline, setting: Setting, steps: int) -> float:
-    """Return the linear multiply-adds, in 1e9, of the graphs that run in a step for one image.
-
-    The result is the mean over `steps` Euler steps.
-    """
-    manifest = pipe.bundle.manifest
-    run = replace(manifest, guidance=setting.plan(pipe), sampling=replace(manifest.sampling, steps=steps))
-    return step_costs(run)[-1].linear_macs / 1e9
-
-
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """Sampler that keeps its samples in `folder`.
@@ -260,7 +181,7 @@ class Sampler:
         return images, classes
 
     def _key(self, setting: Setting, count: int, block: int) -> str:
-        rates = "-".join(_range(rate).replace("→", "to") for rate in (setting.strong_sparsity, setting.sparsity or 0.0))
+        rates = "-".join(shown(rate).replace("→", "to") for rate in (setting.strong_sparsity, setting.sparsity or 0.0))
         pipe = self.pipes[setting.guidance]
         files = sorted((name, facts.sha256) for name, facts in pipe.bundle.manifest.files.items())
         made_by = hashlib.sha256(f"{files} {pipe.batch} {version('sg-export')}".encode()).hexdigest()[:12]
@@ -334,24 +255,24 @@ def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     samples_folder = work / "samples"
     samples_folder.mkdir(parents=True, exist_ok=True)
-    with _timed("compilation", seconds):
+    with timed("compilation", seconds):
         pipes = {
             search.guidance: Pipeline.load(compiled(search, work / "bundles" / search.guidance), batch=BATCH)
             for search in budget.searches
         }
         pipes["none"] = pipes["cfg"]  # every bundle has the same dense graph
-    with _timed("classifier", seconds):
+    with timed("classifier", seconds):
         classifier = cached_classifier(work, budget.classifier_variants, budget.classifier_epochs)
         variants = max(1, budget.reference_variants // 4)
         read_training = ClassifierFacts.of(classifier, TRAINING_FONTS, variants)
         read_held_out = ClassifierFacts.of(classifier, HELD_OUT_FONTS, 3 * variants)  # one third of the number of fonts
-    with _timed("references", seconds):
+    with timed("references", seconds):
         judge = Judge.of(classifier, budget.reference_variants, MEASURE_SEED)
         scout = replace(judge, held_out=held_out_gaussian(classifier, budget.reference_variants, SEARCH_SEED))
     sampler = Sampler(pipes, samples_folder, budget.steps)
     manifest, results = pipes["autoguidance"].bundle.manifest, output / "quality_glyphs.json"
     kept = kept_rows(results, manifest.source.sha256, read_held_out, budget) if keep else {}
-    with _timed("search", seconds):
+    with timed("search", seconds):
         searched = tuple(
             kept.get(("searched", setting.name)) or sampler.row(setting, budget.searched, [SEARCH_BLOCK], scout)
             for setting in budget.grid
@@ -359,7 +280,7 @@ def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
         searched_real = real_rows(budget.searched, [SEARCH_BLOCK], scout)
     winners = [best(searched, budget.grid, search.guidance) for search in budget.searches]
     chosen = [Setting("none"), *winners]
-    with _timed("measurement", seconds):
+    with timed("measurement", seconds):
         measured = tuple(
             kept.get(("measured", setting.name)) or sampler.row(setting, budget.measured, budget.blocks, judge)
             for setting in chosen
@@ -398,14 +319,6 @@ def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
     save_png(sheet(shown), output / "quality_glyphs.png")
 
 
-@contextmanager
-def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[part] = round(time.perf_counter() - began, 1)
-    print(f"{part}: {seconds[part]:.1f} s", flush=True)
-
-
 def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -418,8 +331,8 @@ def compiled(search: Search, output: Path) -> Path:
     """
     import sg_export
 
-    strong = dict.fromkeys(level for rates, _ in search.pairs for level in _levels(rates))
-    weak = dict.fromkeys(level for _, rates in search.pairs if rates is not None for level in _levels(rates))
+    strong = dict.fromkeys(level for rates, _ in search.pairs for level in levels(rates))
+    weak = dict.fromkeys(level for _, rates in search.pairs if rates is not None for level in levels(rates))
     options = sg_export.CompileOptions(
         output,
         sparsity=tuple(weak),

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.glyph_judge import MEASURE_SEED, Judge, cached_classifier
+from benchmarks.guidance_grid import Setting
 from benchmarks.machine import machine
-from benchmarks.quality_glyphs import BATCH, FULL, QUICK, Budget, Sampler, Setting
+from benchmarks.quality_glyphs import BATCH, FULL, QUICK, Budget, Sampler
 from sg_export import CompileOptions, compile
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime import Pipeline

@@ -4,10 +4,10 @@
 
 It trains an autoencoder on crops of scenes, then the transformer and its text encoder on latents.
 Blocks 1 to 6 of 8 see a random half of the tokens. The text encoder is trained along up to the
-early checkpoint and then kept, so that both checkpoints read the same embeddings. The results are
-`scenes`, a folder of `PRXPipeline` in float16 with averaged weights, and `scenes-early`, with the
-early transformer, the weak model of AutoGuidance. The recipe follows CompVis/tread (`rf.py`:
-logit-normal times, velocity loss) and the published transformer of PRX.
+early checkpoint and then kept, so that both checkpoints read the same embeddings. The results have
+averaged weights in float16: `scenes`, a folder of `PRXPipeline`, and `scenes-early.safetensors`,
+the early transformer, the weak model of AutoGuidance. The recipe follows CompVis/tread
+(`rf.py`: logit-normal times, velocity loss) and the published transformer of PRX.
 """
 
 import argparse
@@ -25,10 +25,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.scenes import SIDE, WORDS, Caption, draw, draw_caption
+from examples.scenes import NAMES, SIDE, WORDS, Caption, draw, draw_caption
 from sg_export.adapters.prx import kept_count
+from sg_export.checkpoint import METADATA_KEY
 from sg_export.models.prx import PRX, PRXConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.files import replacing
@@ -49,6 +51,7 @@ CONFIG = PRXConfig(
 )
 ROUTE = Route(1, 6)
 SELECTION_RATE = 0.5
+TIME_SHIFT = 1.0
 BATCH = 128
 PROMPT_DROPOUT = 0.1
 LEARNING_RATE = 1.5e-3
@@ -360,7 +363,7 @@ def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.d
         done = step + 1
         if done == EARLY:
             model.text_encoder.load_state_dict(average.text_encoder.state_dict())
-            write(output / "scenes-early", average, tokenizer, autoencoder, done, seed)
+            write_transformer(output / "scenes-early.safetensors", average, facts_after(done, seed))
         if done % SAVED == 0 or done == steps:
             curve.append({"step": done, "loss": running / (SAVED if done % SAVED == 0 else done % SAVED)})
             curve[-1] |= {name: held_out_loss(average, held_out, seed, name == "held_out_routed") for name in HELD_OUT}
@@ -373,7 +376,7 @@ def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.d
         pace.show(done, ", ".join(f"{name} {value:.4f}" for name, value in (curve[-1] if curve else {}).items()))
     with replacing(output / "curve.json") as temporary:
         temporary.write_text(json.dumps(curve, indent=1) + "\n")
-    write(output / "scenes", average, tokenizer, autoencoder, steps, seed)
+    write_pipeline(output / "scenes", average, tokenizer, autoencoder, facts_after(steps, seed))
 
 
 HELD_OUT = ("held_out_dense", "held_out_routed")
@@ -456,9 +459,10 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(value, 1 - decay)
 
 
-def write(folder: Path, model: Model, tokenizer: Any, autoencoder: Any, steps: int, seed: int) -> None:
+def write_pipeline(folder: Path, model: Model, tokenizer: Any, autoencoder: Any, facts: dict[str, Any]) -> None:
     """Write a folder of `PRXPipeline` in float16, and next to it the facts that it lacks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel
+    from transformers.models.t5gemma import T5GemmaConfig
 
     transformer = PRXTransformer2DModel(
         in_channels=CONFIG.channels,
@@ -473,7 +477,7 @@ def write(folder: Path, model: Model, tokenizer: Any, autoencoder: Any, steps: i
     transformer.load_state_dict(model.transformer.network.state_dict())
     pipeline = PRXPipeline(
         transformer=transformer.half(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT),
         text_encoder=deepcopy(model.text_encoder).half(),
         tokenizer=tokenizer,
         vae=deepcopy(autoencoder).half(),
@@ -484,18 +488,37 @@ def write(folder: Path, model: Model, tokenizer: Any, autoencoder: Any, steps: i
     # As in published folders. The names that saving gives do not load everywhere.
     index |= {"text_encoder": ["prx", "T5GemmaEncoder"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    facts = {
-        "route": str(ROUTE),
-        "selection_rate": SELECTION_RATE,
-        "training": {
-            "steps": steps,
-            "batch": BATCH,
-            "seed": seed,
-            "data": f"scenes of {len(WORDS)} words, {SIDE}x{SIDE} RGB; the text encoder was trained along",
-        },
-    }
+    # `T5GemmaEncoder` reads the encoder's part of a whole configuration.
+    encoder = model.text_encoder.config.to_dict()
+    whole = T5GemmaConfig(encoder=encoder, decoder=encoder).to_dict() | {"architectures": ["T5GemmaEncoder"]}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(whole, indent=2) + "\n")
     with replacing(folder.with_name(f"{folder.name}.json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def write_transformer(file: Path, model: Model, facts: dict[str, Any]) -> None:
+    """Write the transformer alone in float16, with the facts that its shapes do not show."""
+    facts = facts | {
+        "family": "prx",
+        "heads": CONFIG.heads,
+        "size": [SIDE, SIDE],
+        "text_tokens": TEXT_TOKENS,
+        "channels": CONFIG.channels,
+        "patch": CONFIG.patch,
+        "pixels_per_latent": PIXELS_PER_LATENT,
+        "time_shift": TIME_SHIFT,
+    }
+    state = model.transformer.network.state_dict()
+    half = {name: value.to("cpu", torch.float16).contiguous() for name, value in state.items()}
+    with replacing(file) as temporary:
+        save_file(half, temporary, metadata={METADATA_KEY: json.dumps(facts)})
+
+
+def facts_after(steps: int, seed: int) -> dict[str, Any]:
+    """Return what no tensor shows of a model after `steps` steps."""
+    data = f"scenes of {len(NAMES)} emoji, {SIDE}x{SIDE} RGB"
+    training = {"steps": steps, "batch": BATCH, "seed": seed, "data": data, "text_encoder_steps": min(steps, EARLY)}
+    return {"route": str(ROUTE), "selection_rate": SELECTION_RATE, "training": training}
 
 
 if __name__ == "__main__":

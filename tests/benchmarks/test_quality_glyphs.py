@@ -11,19 +11,8 @@ import pytest
 
 from benchmarks.glyph_judge import ClassifierFacts, Figures
 from benchmarks.glyph_report import Row
-from benchmarks.quality_glyphs import (
-    COSINE,
-    FULL,
-    LABELS,
-    QUICK,
-    Budget,
-    Sampler,
-    Setting,
-    best,
-    compiled,
-    kept_rows,
-    step_gmac,
-)
+from benchmarks.guidance_grid import LABELS, Setting, step_gmac
+from benchmarks.quality_glyphs import COSINE, FULL, QUICK, Budget, Sampler, best, compiled, kept_rows
 from examples.glyphs import CLASS_NAMES
 from sg_export.options.compile import CompileOptions
 from sg_runtime import Pipeline
@@ -53,7 +42,9 @@ def test_grid_of_a_budget_has_every_guided_mode_and_distinct_names(budget: Budge
 
 def test_name_of_settings_says_what_differs() -> None:
     assert Setting("none").name == "unguided"
+    assert Setting("none", 1.0, 0.5).name == "unguided at γ 0.5"
     assert Setting("cfg", 1.5).name == "CFG, ω = 1.5"
+    assert Setting("cfg", 1.5, 0.5).name == "CFG at γ 0.5, ω = 1.5"
     assert Setting("cfg+sg", 2.0, 0.25, 0.75).name == "CFG + SG 0.25/0.75, ω = 2"
     assert Setting("autoguidance", 3.0, COSINE, COSINE[::-1]).name == "AutoGuidance + SG 0→0.6/0.6→0, ω = 3"
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sg_export.diffusers_folder import find_configs, find_weights, read_config
 from sg_export.recognize import DOWNLOAD, listed, what_file_is, what_is
-from sg_export.reference import REFERENCES, reference_path
+from sg_export.reference import REFERENCES, place_of
 from sg_runtime.errors import CheckpointError, UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import Prediction, Route, Source
@@ -163,7 +163,7 @@ def read_checkpoint(checkpoint: str | Path, weights: str | None = None, sha256: 
     while it is read. Raises UsageError if the file does not hold `weights`.
     """
     reference = str(checkpoint) if str(checkpoint) in REFERENCES else None
-    path = reference_path(reference) if reference else Path(checkpoint)
+    path = place_of(checkpoint)
     if not path.exists():
         raise CheckpointError(
             f"{path}: expected a checkpoint file, a folder of diffusers or the name of a reference model "

@@ -7,7 +7,7 @@ from sg_export.adapters import ADAPTERS, find_adapter
 from sg_export.checkpoint import Checkpoint, Overrides, checkpoint_files, merge_facts, read_checkpoint
 from sg_export.models.sparse import SparseModel
 from sg_export.recognize import what_is
-from sg_export.reference import REFERENCES, reference_path
+from sg_export.reference import REFERENCES, place_of
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, CheckpointError, UsageError
 from sg_runtime.files import sha256_of
@@ -178,7 +178,7 @@ def _read_of(bundle: Bundle, source: Source, checkpoint: str | Path | None, para
                 f"{bundle.path}: its checkpoint {source.file} is neither next to the bundle nor in the current "
                 f"folder: give `{parameter}`"
             )
-    path = reference_path(str(checkpoint)) if str(checkpoint) in REFERENCES else Path(checkpoint)
+    path = place_of(checkpoint)
     if not path.exists():
         raise CheckpointError(
             f"{path}: expected the checkpoint of {bundle.path}, {source.file}, found {what_is(str(checkpoint))}"

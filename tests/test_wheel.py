@@ -110,6 +110,8 @@ def test_wheel_holds_every_module_and_the_data(wheel: Path) -> None:
     }
     expected |= {f"{room}/py.typed" for room in ROOMS}
     expected |= {f"sg_export/reference/{name}.safetensors" for name in ("glyphs", "glyphs-early")}
+    scenes = ROOT / "sg_export" / "reference" / "scenes"
+    expected |= {file.relative_to(ROOT).as_posix() for file in scenes.rglob("*.*")}
     expected |= {"sg_runtime/manifest/schema.json"}
     with zipfile.ZipFile(wheel) as archive:
         assert expected <= set(archive.namelist())

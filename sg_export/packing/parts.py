@@ -22,6 +22,7 @@ from sg_export.parts.decode import LoadedDecoder, load_decoder
 from sg_export.parts.encode import encode
 from sg_export.parts.text import LoadedText, load_text
 from sg_export.progress import Counted
+from sg_export.reference import place_of
 from sg_runtime.errors import MissingExtraError, UsageError
 from sg_runtime.manifest import BuiltGraph, Decoder, GraphFacts, ModelFacts, Part, Precision, Text, TextEncoder
 
@@ -63,8 +64,8 @@ def choose_parts(checkpoint: str | Path, builds: Sequence[SizeBuild], options: C
 
 def _chosen(checkpoint: str | Path, builds: Sequence[SizeBuild], options: CompileOptions) -> dict[Part, PartBuild]:
     model, folder, found = builds[0].loaded.facts, options.pipeline, dict[Part, PartBuild]()
-    if folder is None and (Path(checkpoint) / PIPELINE_FILE).is_file():
-        folder = Path(checkpoint)
+    if folder is None and (place_of(checkpoint) / PIPELINE_FILE).is_file():
+        folder = place_of(checkpoint)
     if folder is not None and _is_wanted("text", folder, options):
         if not isinstance(model.conditions, Text):
             raise UsageError(f"parts: text: expected a model of text, found {model.family}, a model of classes")

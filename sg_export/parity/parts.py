@@ -25,6 +25,7 @@ from sg_export.parts.decode import LoadedDecoder, load_decoder
 from sg_export.parts.encode import tokenized
 from sg_export.parts.text import LoadedText, load_text
 from sg_export.progress import Report
+from sg_export.reference import place_of
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import CheckpointError
 from sg_runtime.manifest import GraphFacts, Part, PartFacts, Text, TextEncoder
@@ -46,8 +47,9 @@ def reload_part(
     """
     facts, model = bundle.manifest.parts[part], bundle.manifest.model
     folder = pipeline if part == "text" else vae or pipeline
-    if folder is None and checkpoint is not None and Path(checkpoint).resolve().name == facts.source.file:
-        folder = Path(checkpoint)
+    checkpoint = checkpoint or bundle.manifest.source.reference
+    if folder is None and checkpoint is not None and place_of(checkpoint).resolve().name == facts.source.file:
+        folder = place_of(checkpoint)
     folder = folder or found_by_name(bundle, facts.source)
     if folder is None:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from examples.scenes import NAMES, SIDE, WORDS, Caption, draw, draw_caption
 from sg_export.adapters.prx import kept_count
-from sg_export.checkpoint import METADATA_KEY
+from sg_export.checkpoint import METADATA_KEY, sidecar_of
 from sg_export.models.prx import PRX, PRXConfig
 from sg_export.models.sparse import SparseModel
 from sg_runtime.files import replacing
@@ -65,6 +65,7 @@ POOL = 16384
 """Number of scenes that are drawn and encoded at once."""
 POOL_STEPS = 768
 """Number of steps that a pool is used for."""
+HELD_OUT_SCENES = 512
 SAVED = 250
 """Number of steps from one saved state to the next."""
 
@@ -83,7 +84,13 @@ AUTOENCODER = {
 AUTOENCODER_BATCH = 64
 CROP = 32
 """Height and width of a crop, in pixels: the autoencoder has no attention, so crops are enough."""
+AUTOENCODER_RATE = 2e-3
 KL_WEIGHT = 2e-4
+PARTS = {"autoencoder": 2000, "decoder": 2000}
+"""What is trained before the transformer, and for how many steps.
+
+The decoder is trained further alone. That changes no latent, so it can be repeated later.
+"""
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -97,11 +104,18 @@ def main() -> None:
         help="folder of the training states and the results (default %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=6000, help="total number of optimizer steps (default %(default)s)")
+    for part in PARTS:
+        parser.add_argument(
+            f"--{part}-steps",
+            type=int,
+            default=PARTS[part],
+            help=f"number of optimizer steps of the {part} (default %(default)s)",
+        )
     parser.add_argument(
-        "--autoencoder-steps",
-        type=int,
-        default=2000,
-        help="number of optimizer steps of the autoencoder (default %(default)s)",
+        "--initial",
+        type=Path,
+        help="folder of an earlier result, whose weights to go on from if there is no saved state; the optimizer "
+        "starts anew",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -113,26 +127,53 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
-    autoencoder = train_autoencoder(options.output, options.autoencoder_steps, options.seed, device)
-    train(options.output, autoencoder, options.steps, options.seed, device, options.bf16)
+    part_steps = {part: getattr(options, f"{part}_steps") for part in PARTS}
+    autoencoder = train_autoencoder(options.output, part_steps, options.seed, device, options.initial)
+    train(options.output, autoencoder, options.steps, options.seed, device, options.bf16, options.initial)
 
 
-def train_autoencoder(output: Path, steps: int, seed: int, device: torch.device) -> Any:
-    """Train the autoencoder for a total of `steps` steps, or load it from `output` if it is there.
+def train_autoencoder(
+    output: Path, steps: Mapping[str, int], seed: int, device: torch.device, initial: Path | None = None
+) -> Any:
+    """Train the autoencoder, then its decoder alone, or load it from `output` if it is there.
 
-    Its loss is the mean absolute error, with a small weight on the distance of the latents to a
-    normal distribution. Scale and shift of its configuration give latents mean 0 and standard
-    deviation 1.
+    steps: number of steps of each of PARTS. initial: folder of a pipeline whose autoencoder is taken
+    in place of a new one; its decoder alone is trained.
     """
     from diffusers import AutoencoderKL
 
-    folder, state_file = output / "autoencoder", output / "autoencoder.pt"
-    if folder.exists():
-        return AutoencoderKL.from_pretrained(folder).to(device).eval()
+    folders = {part: output / part for part in PARTS}
+    if folders["decoder"].exists():
+        return AutoencoderKL.from_pretrained(folders["decoder"]).to(device).eval()
     torch.manual_seed(seed)
-    model = AutoencoderKL(**AUTOENCODER).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    start = 0
+    if initial is not None:
+        model = AutoencoderKL.from_pretrained(initial, subfolder="vae", torch_dtype=torch.float32)
+    elif folders["autoencoder"].exists():
+        model = AutoencoderKL.from_pretrained(folders["autoencoder"])
+    else:
+        model = AutoencoderKL(**AUTOENCODER)
+        fit(model, "autoencoder", output, steps["autoencoder"], seed, device)
+        latents = encode_scenes(model, draw_scenes(2048, (seed, 2))[0], device)
+        mean, deviation = latents.mean().item(), latents.std().item()
+        model.register_to_config(scaling_factor=round(1 / deviation, 5), shift_factor=round(mean, 5))
+        model.save_pretrained(folders["autoencoder"])
+    fit(model, "decoder", output, steps["decoder"], seed, device)
+    model.save_pretrained(folders["decoder"])
+    return model
+
+
+def fit(model: Any, part: str, output: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train `part` of an autoencoder for a total of `steps` steps.
+
+    The loss is the mean absolute error. The whole autoencoder has a small weight on the distance of
+    its latents to a normal distribution. The decoder alone has the error of the differences between
+    neighbours, too, which keeps edges sharp.
+    """
+    model.to(device, memory_format=torch.channels_last).train()
+    model.encoder.requires_grad_(part == "autoencoder")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=AUTOENCODER_RATE, weight_decay=0.0)
+    start, state_file = 0, output / f"{part}.pt"
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -140,30 +181,27 @@ def train_autoencoder(output: Path, steps: int, seed: int, device: torch.device)
         start = state["step"]
     pace = Pace(start, steps)
     for step in range(start, steps):
-        factor = min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * factor
-        rng = np.random.default_rng((seed, 1, step))
+            wave = 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = AUTOENCODER_RATE * min(1.0, (step + 1) / 100) * wave
+        rng = np.random.default_rng((seed, list(PARTS).index(part), step))
         scenes = np.stack([draw(draw_caption(rng), rng).pixels for _ in range(AUTOENCODER_BATCH // 2)])
         x = to_signed(np.concatenate([_crop(scenes, rng), _crop(scenes, rng)])).to(device)
         latents = model.encode(x).latent_dist
         noise = torch.randn(latents.mean.shape, generator=generator_at(seed, step)).to(device)
-        error = (model.decode(latents.mean + latents.std * noise).sample - x).abs().mean()
-        spread = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()
+        error = model.decode(latents.mean + latents.std * noise).sample - x
+        if part == "decoder":
+            more = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        else:
+            more = KL_WEIGHT * 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()
         optimizer.zero_grad(set_to_none=True)
-        (error + KL_WEIGHT * spread).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (error.abs().mean() + more).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        pace.show(step + 1, f"absolute error {255 / 2 * error.item():.2f} of 255")
+        pace.show(step + 1, f"{part}: absolute error {255 / 2 * error.abs().mean().item():.2f} of 255")
         if (step + 1) % SAVED == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_state(state, state_file)
+            save_state({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state_file)
     model.eval()
-    latents = encode_scenes(model, draw_scenes(2048, (seed, 2))[0], device)
-    mean, spread = latents.mean().item(), latents.std().item()
-    model.register_to_config(scaling_factor=round(1 / spread, 5), shift_factor=round(mean, 5))
-    model.save_pretrained(folder)
-    return model
 
 
 def _crop(scenes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -319,26 +357,39 @@ def in_bf16(device: torch.device) -> Iterator[None]:
         yield
 
 
-def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.device, bf16: bool) -> None:
+def train(
+    output: Path,
+    autoencoder: Any,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    bf16: bool,
+    initial: Path | None = None,
+) -> None:
     """Train transformer and text encoder for a total of `steps` steps, and write the results.
 
     The state is saved every `SAVED` steps. A run with more steps than an earlier one goes on from
-    where the earlier one's learning rate began to fall. Raises SystemExit if the saved state has
-    another seed or more steps.
+    where the earlier one's learning rate began to fall. Without a saved state it goes on from the
+    weights of the pipeline in `initial`. Raises SystemExit if the saved state has another seed or
+    more steps.
     """
+    output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = Model().to(device), make_tokenizer()
     average = deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.99))
     cooling = round(steps * (1 - COOLDOWN))
-    start, curve = 0, []
+    start, warm, curve = 0, 0, []
     if (state := saved_state(output, steps, cooling, seed, device)) is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        start, curve = state["step"], state["curve"]
+        start, curve, warm = state["step"], state["curve"], state["warm"]
+    elif initial is not None:
+        start = warm = load_initial(model, initial)
+        average = deepcopy(model).eval()
     null_ids, null_mask = tokenize(tokenizer, [""], device)
-    held_out = Pool.drawn(autoencoder, tokenizer, 512, (seed, 4), device)
+    held_out = Pool.drawn(autoencoder, tokenizer, HELD_OUT_SCENES, (seed, 4), device)
     pool, pace, running = None, Pace(start, steps), 0.0
     for step in range(start, steps):
         if pool is None or step % POOL_STEPS == 0:
@@ -346,7 +397,7 @@ def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.d
         if step >= EARLY:
             model.text_encoder.requires_grad_(False)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_factor(step, steps, cooling)
+            group["lr"] = LEARNING_RATE * learning_rate_factor(step - warm, steps - warm, cooling - warm)
         generator = generator_at(seed, step)
         index = torch.randint(len(pool.ids), (BATCH,), generator=generator).to(device)
         dropped = (torch.rand(BATCH, generator=generator) < PROMPT_DROPOUT).to(device)[:, None]
@@ -358,7 +409,7 @@ def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.d
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        update_average(average, model, min(EMA_DECAY, (step + 1) / (step + 10)))
+        update_average(average, model, min(EMA_DECAY, (step - warm + 1) / (step - warm + 10)))
         running += loss.item()
         done = step + 1
         if done == EARLY:
@@ -369,7 +420,7 @@ def train(output: Path, autoencoder: Any, steps: int, seed: int, device: torch.d
             curve[-1] |= {name: held_out_loss(average, held_out, seed, name == "held_out_routed") for name in HELD_OUT}
             running = 0.0
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "steps": steps, "seed": seed, "curve": curve}
+            state |= {"step": done, "steps": steps, "seed": seed, "curve": curve, "warm": warm}
             save_state(state, output / "state.pt")
         if done == cooling:
             save_state(state, output / "state-stable.pt")
@@ -432,6 +483,17 @@ def saved_state(output: Path, steps: int, cooling: int, seed: int, device: torch
         if state["steps"] == steps or state["step"] <= cooling:
             return state
     return None
+
+
+def load_initial(model: Model, folder: Path) -> int:
+    """Load transformer and text encoder of an earlier result. Returns the number of its steps."""
+    from diffusers import PRXPipeline
+
+    pipeline = PRXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    model.transformer.network.load_state_dict(pipeline.transformer.state_dict())
+    model.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+    steps: int = json.loads(sidecar_of(folder).read_bytes())["training"]["steps"]
+    return steps
 
 
 def learning_rate_factor(step: int, steps: int, cooling: int) -> float:

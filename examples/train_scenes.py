@@ -137,8 +137,8 @@ def train_autoencoder(
 ) -> Any:
     """Train the autoencoder, then its decoder alone, or load it from `output` if it is there.
 
-    steps: number of steps of each of PARTS. initial: folder of a pipeline whose autoencoder is taken
-    in place of a new one; its decoder alone is trained.
+    steps: number of steps of each of PARTS. initial: folder of a pipeline, whose autoencoder is
+    taken in place of a new one; its decoder alone is trained.
     """
     from diffusers import AutoencoderKL
 
@@ -370,8 +370,8 @@ def train(
 
     The state is saved every `SAVED` steps. A run with more steps than an earlier one goes on from
     where the earlier one's learning rate began to fall. Without a saved state it goes on from the
-    weights of the pipeline in `initial`. Raises SystemExit if the saved state has another seed or
-    more steps.
+    weights of the pipeline in `initial`, and from `curve.json` if it is in `output`. Raises
+    SystemExit if the saved state has another seed or more steps.
     """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -388,6 +388,7 @@ def train(
     elif initial is not None:
         start = warm = load_initial(model, initial)
         average = deepcopy(model).eval()
+        curve = json.loads((output / "curve.json").read_bytes()) if (output / "curve.json").exists() else []
     null_ids, null_mask = tokenize(tokenizer, [""], device)
     held_out = Pool.drawn(autoencoder, tokenizer, HELD_OUT_SCENES, (seed, 4), device)
     pool, pace, running = None, Pace(start, steps), 0.0

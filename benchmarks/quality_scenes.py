@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import sg_export
-from benchmarks.guidance_grid import LABELS, Search, Setting, levels, step_gmac, timed
+from benchmarks.guidance_grid import Search, Setting, levels, step_gmac, timed
 from benchmarks.machine import machine
 from benchmarks.scene_judge import (
     CHECK_SEED,
@@ -197,7 +197,7 @@ def winners(rows: Sequence[Row], grid: Sequence[Setting]) -> tuple[Setting, ...]
     Unguided settings are all returned.
     """
     chosen: dict[Setting, None] = {}
-    for mode in LABELS:
+    for mode in dict.fromkeys(setting.guidance for setting in grid):
         own = [(row.figures[0], setting) for row, setting in zip(rows, grid, strict=True) if setting.guidance == mode]
         if mode == "none":
             chosen |= dict.fromkeys(setting for _, setting in own)

@@ -147,7 +147,7 @@ def train_autoencoder(
         return AutoencoderKL.from_pretrained(folders["decoder"]).to(device).eval()
     torch.manual_seed(seed)
     if initial is not None:
-        model = AutoencoderKL.from_pretrained(initial, subfolder="vae", torch_dtype=torch.float32)
+        model = AutoencoderKL.from_pretrained(initial, subfolder="vae").float()
     elif folders["autoencoder"].exists():
         model = AutoencoderKL.from_pretrained(folders["autoencoder"])
     else:
@@ -490,7 +490,7 @@ def load_initial(model: Model, folder: Path) -> int:
     """Load transformer and text encoder of an earlier result. Returns the number of its steps."""
     from diffusers import PRXPipeline
 
-    pipeline = PRXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = PRXPipeline.from_pretrained(folder).to(torch.float32)
     model.transformer.network.load_state_dict(pipeline.transformer.state_dict())
     model.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
     steps: int = json.loads(sidecar_of(folder).read_bytes())["training"]["steps"]

@@ -161,7 +161,7 @@ class Judge:
 def _shrunk(pictures: Pictures) -> NDArray[np.float32]:
     """Average squares of 4 × 4 pixels: (N, 64, 64, 3) → (N, 768) float32."""
     side = SIDE // 4
-    small = pictures.reshape(-1, side, 4, side, 4, 3).mean(axis=(2, 4), dtype=np.float32)
+    small: NDArray[np.float32] = pictures.reshape(-1, side, 4, side, 4, 3).mean(axis=(2, 4), dtype=np.float32)
     return small.reshape(len(pictures), -1)
 
 

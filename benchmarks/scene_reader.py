@@ -99,7 +99,7 @@ def train(steps: int, seed: int) -> Reader:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Reader().train().to(memory_format=torch.channels_last)
+        model = Reader().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
         rng = np.random.default_rng(seed)

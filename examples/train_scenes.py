@@ -344,7 +344,7 @@ def loss_of(transformer: nn.Module, batch: Batch, embeddings: Tensor, mask: Tens
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
     """Compute attention by two products, which is faster in BF16 on a CPU than the fused kernel."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + attn_mask
-    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 @contextmanager
@@ -391,7 +391,7 @@ def train(
         curve = json.loads((output / "curve.json").read_bytes()) if (output / "curve.json").exists() else []
     null_ids, null_mask = tokenize(tokenizer, [""], device)
     held_out = Pool.drawn(autoencoder, tokenizer, HELD_OUT_SCENES, (seed, 4), device)
-    pool, pace, running = None, Pace(start, steps), 0.0
+    pool, pace, running, counted = None, Pace(start, steps), 0.0, 0
     for step in range(start, steps):
         if pool is None or step % POOL_STEPS == 0:
             pool = Pool.drawn(autoencoder, tokenizer, POOL, (seed, 3, step // POOL_STEPS), device)
@@ -411,20 +411,20 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_average(average, model, min(EMA_DECAY, (step - warm + 1) / (step - warm + 10)))
-        running += loss.item()
+        running, counted = running + loss.item(), counted + 1
         done = step + 1
         if done == EARLY:
             model.text_encoder.load_state_dict(average.text_encoder.state_dict())
             write_transformer(output / "scenes-early.safetensors", average, facts_after(done, seed))
-        if done % SAVED == 0 or done == steps:
-            curve.append({"step": done, "loss": running / (SAVED if done % SAVED == 0 else done % SAVED)})
+        if done % SAVED == 0 or done in (cooling, steps):
+            curve.append({"step": done, "loss": running / counted})
             curve[-1] |= {name: held_out_loss(average, held_out, seed, name == "held_out_routed") for name in HELD_OUT}
-            running = 0.0
+            running, counted = 0.0, 0
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"step": done, "steps": steps, "seed": seed, "curve": curve, "warm": warm}
             save_state(state, output / "state.pt")
-        if done == cooling:
-            save_state(state, output / "state-stable.pt")
+            if done == cooling:
+                save_state(state, output / "state-stable.pt")
         pace.show(done, ", ".join(f"{name} {value:.4f}" for name, value in (curve[-1] if curve else {}).items()))
     with replacing(output / "curve.json") as temporary:
         temporary.write_text(json.dumps(curve, indent=1) + "\n")

@@ -50,14 +50,19 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert factors == pytest.approx([1 / 300, 1, 1, 1, 0.525, 0.05])
 
 
+def make_short(patched: pytest.MonkeyPatch) -> None:
+    """Give the training small sizes."""
+    sizes = {"POOL": 32, "BATCH": 4, "EARLY": 3, "SAVED": 1, "HELD_OUT_SCENES": 8, "AUTOENCODER_BATCH": 2}
+    for name, value in sizes.items():
+        patched.setattr(train_scenes, name, value)
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output of a run of four steps that stopped at the second and went on."""
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in {"POOL": 32, "BATCH": 4, "EARLY": 3, "SAVED": 1, "HELD_OUT_SCENES": 8}.items():
-            patched.setattr(train_scenes, name, value)
-        patched.setattr(train_scenes, "AUTOENCODER_BATCH", 2)
+        make_short(patched)
         autoencoder = train_autoencoder(folder, {"autoencoder": 1, "decoder": 1}, 0, CPU)
         _stop_after(2, patched, autoencoder, folder)
         train(folder, autoencoder, 4, 0, CPU, bf16=False)
@@ -116,3 +121,23 @@ def test_longer_run_goes_on_before_the_rate_fell(short: Path) -> None:
     assert earlier["step"] == 3
     with pytest.raises(SystemExit, match="expected a state of seed 1 with at most 8 steps, found seed 0 and 4"):
         saved_state(short, 8, 6, 1, CPU)
+
+
+@pytest.mark.slow
+def test_run_from_a_result_goes_on_from_its_weights(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_short(monkeypatch)
+    initial = short / "scenes"
+    autoencoder = train_autoencoder(tmp_path, {"autoencoder": 1, "decoder": 1}, 0, CPU, initial)
+    train(tmp_path, autoencoder, 5, 0, CPU, bf16=True, initial=initial)
+    training = read_checkpoint(tmp_path / "scenes").facts.training
+    assert training
+    assert training["steps"] == 5
+    first, second = (read_checkpoint(folder).tensors for folder in (initial, tmp_path / "scenes"))
+    assert all((first[name] - second[name]).abs().max() < 0.01 for name in first)
+    assert any((first[name] != second[name]).any() for name in first)
+    text = [folder / "text_encoder" / "model.safetensors" for folder in (initial, tmp_path / "scenes")]
+    assert text[0].read_bytes() == text[1].read_bytes()
+    (point,) = json.loads((tmp_path / "curve.json").read_bytes())
+    assert point["step"] == 5

@@ -305,13 +305,16 @@ def _deployment(settings: ReplicaSettings, found: float) -> Any:
         gpus = 1.0 if found and settings.device != "cpu" else 0.0
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
-        # A replica has work if one batch runs and one waits.
-        target = {
-            "min_replicas": least,
-            "max_replicas": most,
-            "target_ongoing_requests": 2 * (settings.batch or DEFAULT_BATCH),
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                # A replica has work if one batch runs and one waits.
+                "target_ongoing_requests": 2 * (settings.batch or DEFAULT_BATCH),
+                "upscale_delay_s": 5.0,
+                "downscale_delay_s": 120.0,
+            }
         }
-        scaling = {"autoscaling_config": target}
     queue = settings.service.queue
     return serve.deployment(
         Replica,

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.testclient import TestClient
 
+from sg_export.cli import main
 from sg_export.serving.app import make_app
 from sg_export.serving.engine import LocalEngine
 from sg_runtime.pipeline import Pipeline
@@ -72,3 +74,9 @@ def pictures() -> Callable[[Any], NDArray[np.uint8]]:
         return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
     return read
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Return a function that runs a command in this process."""
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -25,7 +25,7 @@ from sg_export.serving.logs import log
 from sg_export.serving.metrics import Metrics
 from sg_export.serving.schema import described, parse, runtime_request
 from sg_runtime.errors import SgError, UsageError
-from sg_runtime.service import Request, Statistics, checked
+from sg_runtime.service import PARTS, Request, Statistics, checked
 
 T = TypeVar("T")
 
@@ -222,14 +222,12 @@ class _Server:
             progress.dec(asked.n)
         total = time.monotonic() - began
         self.metrics.answered(engine.name, reply, total)
-        fields["parts"] = {
-            name: round(getattr(reply.parts, name), 6) for name in ("wait", "encode", "sample", "decode")
-        }
+        fields["parts"] = {name: round(getattr(reply.parts, name), 6) for name in PARTS}
         data = [
             {"b64_json": base64.b64encode(image).decode(), "seed": seed}
             for image, seed in zip(reply.images, wanted.seeds, strict=True)
         ]
-        body = {"created": int(time.time()), "model": engine.name, "data": data}
+        body = {"created": int(time.time()), "model": engine.name, "seconds": fields["parts"], "data": data}
         return Response(json.dumps(body), media_type="application/json")
 
     async def _reply(self, engine: Engine, wanted: Request) -> Reply:

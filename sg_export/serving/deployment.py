@@ -253,15 +253,19 @@ def deployed(
             ray.shutdown()
 
 
-def _keep_to_itself(token: bool) -> None:
+def _keep_to_itself(alone: bool) -> None:
     """Make Ray report no usage and write no logs here. It must not be imported yet.
 
-    token: whether a new token guards its ports, which take connections from everywhere.
+    alone: whether Ray runs on this machine alone. Then its ports are those of the loopback
+    interface, except one of each replica, and all of them ask for a new token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    if token and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if alone and "ray" not in sys.modules:
+        # On the systems of this name Ray's address is 127.0.0.1, which is wanted here.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None:
@@ -275,7 +279,6 @@ def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None
         "num_cpus": cores,
         "include_dashboard": False,
         "object_store_memory": 256 << 20,
-        "_node_ip_address": "127.0.0.1",
     }
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with _own_signals():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from servers import WAIT, Server, serving, starting, until
+from servers import WAIT, Server, listening, serving, starting, until
 
 from sg_runtime.pipeline import Pipeline
 
@@ -49,6 +49,15 @@ def test_two_bundles_are_served_side_by_side(server: Server, pipe: Pipeline, pic
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "n")
     assert server.replicas("first")
     assert len(server.replicas("second")) == 1
+
+
+def test_ports_are_those_of_this_machine_alone_but_one_of_each_replica(server: Server) -> None:
+    """Ray Serve binds a port for calls between replicas to all addresses. A token guards it."""
+    found = listening(server.process.pid)
+    assert any(command.startswith("ray::") for command, _ in found)
+    others = [command for command, address in found if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
+    assert [command.partition(":sg-export-")[0] for command in others] == ["ray::ServeReplica"] * len(others)
+    assert len(others) == 2
 
 
 def test_replica_that_is_killed_loses_no_request_and_no_image_is_wrong(

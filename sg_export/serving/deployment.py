@@ -154,9 +154,14 @@ class RayEngine:
         end = time.monotonic() + timeout
         for tried in range(1, TRIES + 1):
             left = max(end - time.monotonic(), 0.001)
+            response = self._handle.generate.remote(request, left)
             try:
-                found = await asyncio.wait_for(self._handle.generate.remote(request, left), left + GRACE_SECONDS)
+                found = await asyncio.wait_for(response, left + GRACE_SECONDS)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             except (asyncio.TimeoutError, TimeoutError):
+                response.cancel()
                 raise DeadlineError(
                     f"{self.name}: expected an answer within {timeout + GRACE_SECONDS:g} s, found none: try again later"
                 ) from None

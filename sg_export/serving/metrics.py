@@ -43,6 +43,12 @@ class Metrics:
         )
         self.queued = Gauge("sg_queue_images", "Images that wait in replicas.", ["model"], registry=self.registry)
         self.replicas = Gauge("sg_replicas", "Replicas that run.", ["model"], registry=self.registry)
+        self.made = Gauge(
+            "sg_replica_images",
+            "Images that the replicas have made since they started, also for clients that went away.",
+            ["model"],
+            registry=self.registry,
+        )
         for model in models:
             self.images.labels(model)
             self.progress.labels(model)
@@ -62,4 +68,5 @@ class Metrics:
         for model, found in statistics.items():
             self.replicas.labels(model).set(len(found))
             self.queued.labels(model).set(sum(replica.queued for replica in found))
+            self.made.labels(model).set(sum(replica.images for replica in found))
         return generate_latest(self.registry)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from servers import WAIT, Server, listening, serving, starting, until
@@ -58,6 +59,29 @@ def test_ports_are_those_of_this_machine_alone_but_one_of_each_replica(server: S
     others = [command for command, address in found if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
     assert [command.partition(":sg-export-")[0] for command in others] == ["ray::ServeReplica"] * len(others)
     assert len(others) == 2
+
+
+def test_clients_that_go_away_cancel_their_requests_in_the_replica(server: Server) -> None:
+    """Four clients leave at once. A replica that went on would make all of their 64 images."""
+
+    def rows() -> dict[str, str]:
+        with server.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+    def leave() -> None:
+        with server.client() as client, pytest.raises(httpx2.ReadTimeout):
+            client.post(PATH, json={"model": "first", "prompt": "A", "n": 16, "steps": 250}, timeout=0.2)
+
+    before = float(rows()['sg_replica_images{model="first"}'])
+    threads = [threading.Thread(target=leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    until(lambda: rows().get('sg_requests_total{model="first",status="499"}') == "4.0")
+    until(lambda: rows()['sg_queue_images{model="first"}'] == "0.0")
+    assert float(rows()['sg_replica_images{model="first"}']) - before < 64
 
 
 def test_replica_that_is_killed_loses_no_request_and_no_image_is_wrong(

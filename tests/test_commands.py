@@ -73,7 +73,8 @@ def test_commands_in_sentences_exist_with_their_options() -> None:
 
 
 def test_options_in_pages_exist() -> None:
-    known = {name for command in main.commands.values() for option in command.params for name in option.opts}
+    options = [option for command in main.commands.values() for option in command.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         if page.name in ("decisions.md", "gpu.md"):  # old options, and those of `benchmarks.gpu`
             continue

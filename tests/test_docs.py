@@ -1,4 +1,4 @@
-"""Check that the guidance, production, text-to-image and pictures pages run.
+"""Check that the guidance, production, text-to-image, pictures and serving pages run.
 
 They run on the reference models without their blocks after the first, which is the route. These
 have the classes, tokens and names of the reference models. Builds get a fixed batch, with which
@@ -10,14 +10,17 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from full_pipelines import autoencoder, write_full_pipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from servers import serving
 
 from sg_export.cli import main
 from sg_export.reference import REFERENCES, place_of
@@ -118,6 +121,55 @@ def test_pictures_page_run_from_top_to_bottom_does_what_it_says(
     autoencoder(channels=tiny.config.channels).save_pretrained(tmp_path / "vae")
     run("pictures.md", 2)
     assert capsys.readouterr().out == "(2, 64, 64, 3) uint8\n"
+
+
+@pytest.mark.slow
+def test_serving_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first server of the page runs, on a free port. The commands after it ask that server."""
+    text = (DOCS / "serving.md").read_text(encoding="utf-8")
+    build, serve = re.findall(r"^ {4}(sg-export (?:build|serve) [^\n]*)", text, re.MULTILINE)[:2]
+    result = CliRunner().invoke(main, words(build) + ([] if REAL else ["--batch", "4"]))
+    assert result.exit_code == 0, result.output
+    answers = []
+    (tmp_path / "server").mkdir()
+    with serving(tmp_path / "server", *words(serve)[1:], "--threads", "1") as server:
+        page = text.replace("http://127.0.0.1:8000", server.address)
+        for match in re.finditer(r"^ {4}(curl (?:[^\n]*\\\n)*[^\n]*)|^```python\n([^`]*)```", page, re.MULTILINE):
+            if match[2] is not None:
+                exec(compile(match[2], "serving.md", "exec"), {})
+            else:
+                done = subprocess.run(match[1], shell=True, capture_output=True, text=True, timeout=120, check=True)
+                answers.append(done.stdout)
+    models, images, ready, metrics = answers
+    assert [model["id"] for model in json.loads(models)["data"]] == ["glyphs-bundle"]
+    assert [image["seed"] for image in json.loads(images)["data"]] == [7, 8]
+    assert json.loads(ready)["models"] == {"glyphs-bundle": "ok"}
+    assert 'sg_images_total{model="glyphs-bundle"} 3.0' in metrics
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.size == (16, 16)
+    # On a busy machine the window may end before the other requests arrive.
+    assert re.fullmatch(r"6 \{[1-4]: \d(, [1-4]: \d)*\}\n", capsys.readouterr().out)
+
+
+def test_serving_page_names_every_field_error_and_metric() -> None:
+    """The tables are compared with the code."""
+    from sg_export.serving.errors import _STATUSES
+    from sg_export.serving.metrics import Metrics
+    from sg_export.serving.schema import ImagesRequest
+
+    text = (DOCS / "serving.md").read_text(encoding="utf-8")
+    fields = {field.alias or name for name, field in ImagesRequest.model_fields.items()} - {"output_format"}
+    assert all(f"`{name}`" in text for name in fields), fields
+    rows = {
+        code: status
+        for status, codes in re.findall(r"^\| (\d+) \| (`[^|]*`) \|", text, re.MULTILINE)
+        for code in codes.split(", ")
+    }
+    assert all(rows[f"`{code}`"] == str(status) for _, status, code in _STATUSES)
+    names = {metric.name for metric in Metrics(["m"]).registry.collect()}
+    assert all(re.search(rf"`{name}(_total)?`", text) for name in names), names
 
 
 def test_production_page_has_a_program_of_at_most_20_lines() -> None:

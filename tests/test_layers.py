@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "sg_export": {"sg_runtime", "sg_engines", "sg_calibration", "click", "numpy", "onnx", "onnx_ir", "onnxscript"}
     | {"PIL", "diffusers", "ml_dtypes", "polygraphy", "pydantic", "rich", "safetensors", "sympy", "torch"}
     | {"transformers"}
+    | {"prometheus_client", "ray", "starlette", "uvicorn"}
     | BACKENDS,
 }
 
@@ -41,12 +42,16 @@ HEAVY = {
     "onnx_ir",
     "onnxscript",
     "polygraphy",
+    "prometheus_client",
     "pydantic",
+    "ray",
     "safetensors",
+    "starlette",
     "sympy",
     "tokenizers",
     "torch",
     "transformers",
+    "uvicorn",
 } | BACKENDS
 # Files that every user imports, by glob. They import `HEAVY` packages only inside functions.
 LIGHT = {"sg_runtime": ["**/*.py"], "sg_export": ["__init__.py", "__main__.py", "cli/**/*.py"]}

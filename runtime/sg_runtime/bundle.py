@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from sg_runtime.errors import BundleError, UsageError
-from sg_runtime.files import sha256_of
+from sg_runtime.files import sha256_of, state_of
 from sg_runtime.manifest import MANIFEST_FILE, FileFacts, GraphFacts, Manifest, read_manifest
 
 STRAYS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".directory", ".nfs*", ".fuse_hidden*", "@eaDir")
@@ -121,7 +121,7 @@ class Bundle:
         only a file that was written in place counts as changed.
         """
         for name in names:
-            before, now = self.checked.get(name), _state(self.root / name)
+            before, now = self.checked.get(name), state_of(self.root / name)
             if before is None or now == before or (mapped and now[:2] != before[:2]):
                 continue
             try:
@@ -143,15 +143,6 @@ class Bundle:
                 f"or for ONNX Runtime"
             )
         return self.root / graph.file
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Return device, inode, size and times of a file. It differs if the content differs."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _something_else(root: Path) -> str | None:
@@ -197,7 +188,7 @@ def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> t
                 f"files that its links lead to (cp -rL, or snapshot_download with local_dir=)"
             )
         raise BundleError(f"{root}: file {name} is missing; copy the bundle again or rebuild it")
-    state, size = _state(target), target.stat().st_size
+    state, size = state_of(target), target.stat().st_size
     if size != facts.size:
         raise BundleError(
             f"{root}: file {name}: expected {facts.size} bytes, found {size}; copy the bundle again or rebuild it"
@@ -208,6 +199,6 @@ def _check_file(root: Path, name: str, facts: FileFacts, verify_hash: bool) -> t
             f"{root}: file {name}: expected SHA-256 {facts.sha256[:12]}…, found {found[:12]}…; "
             f"it was altered after the build: copy the bundle again or rebuild it"
         )
-    if _state(target) != state:
+    if state_of(target) != state:
         raise BundleError(f"{root}: file {name} changed while it was read: try again when the bundle is complete")
     return state

@@ -71,3 +71,22 @@ class CheckpointError(SgError):
     """A checkpoint is missing, damaged, or of a family that no adapter covers."""
 
     exit_code = 6
+
+
+class RefusedError(SgError):
+    """A service refused a request, or gave it up."""
+
+
+class QueueFullError(RefusedError):
+    """The queue of a service has no room for a request.
+
+    retry_after: seconds after which the queue is likely to have room.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(RefusedError):
+    """The deadline of a request passed before its last run began."""

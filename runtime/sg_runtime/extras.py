@@ -44,6 +44,10 @@ LIBRARIES = (
     Library("diffusers", "diffusers", "building text encoders and decoders", "diffusers"),
     Library("transformers", "transformers", "building text encoders", "diffusers"),
     Library("polygraphy", "polygraphy", "verify", "verify"),
+    Library("ray", "ray", "serving", "serve"),
+    Library("starlette", "starlette", "serving", "serve"),
+    Library("uvicorn", "uvicorn", "serving", "serve"),
+    Library("prometheus_client", "prometheus-client", "serving", "serve"),
 )
 """All libraries, in the order of `sg-export doctor`."""
 

@@ -77,6 +77,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def state_of(path: Path) -> tuple[int, ...]:
+    """Return device, inode, size and times of a file. It differs if the content differs.
+
+    It is empty if the file cannot be read.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def sha256_of(*paths: Path) -> str:
     """Return the SHA-256 of a file, or of several files joined, in lower-case hex."""
     digest = hashlib.sha256()

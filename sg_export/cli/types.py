@@ -50,6 +50,20 @@ class PartsType(click.ParamType[tuple[Part, ...]]):
         return tuple(part for part in PARTS if part in named)
 
 
+class CountRangeType(click.ParamType[tuple[int, int]]):
+    """A number of replicas, or LEAST:MOST."""
+
+    name = "NUMBER|LEAST:MOST"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+            self.fail(f"{value!r}: expected a number of at least 1, or two as LEAST:MOST", param, context)
+        return int(match[1]), int(match[2] or match[1])
+
+
 class RampType(click.ParamType[Ramp]):
     """A number, or FIRST:LAST for a cosine from the first step's value to the last step's value."""
 

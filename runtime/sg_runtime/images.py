@@ -1,5 +1,6 @@
 """Convert samples to pixels and write image files."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def _lines(caption: str, font: Any, width: int) -> list[str]:
     return lines
 
 
+def png_bytes(pixels: NDArray[np.uint8], texts: Mapping[str, str] | None = None) -> bytes:
+    """Return (H, W, C) uint8, C = 1 or 3, as the content of a PNG file.
+
+    texts: text chunks by keyword.
+    """
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    chunks = PngInfo()
+    for name, text in (texts or {}).items():
+        chunks.add_itxt(name, text)
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=chunks)
+    return content.getvalue()
+
+
 def save_png(pixels: NDArray[np.uint8], path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write (H, W, C) uint8, C = 1 or 3, as PNG. Replaces an existing file atomically.
 
@@ -77,9 +92,5 @@ def save_png(pixels: NDArray[np.uint8], path: Path, texts: Mapping[str, str] | N
     """
     if pixels.shape[-1] not in (1, 3):
         raise UsageError(f"{path}: a PNG has 1 or 3 channels, found {pixels.shape[-1]}; save latents as .npy")
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    chunks = PngInfo()
-    for name, text in (texts or {}).items():
-        chunks.add_itxt(name, text)
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
+        temporary.write_bytes(png_bytes(pixels, texts))

@@ -31,6 +31,9 @@ from sg_runtime.bulk import FORMATS, Request, run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "tests/sg_runtime/fixtures/ray_cluster.py"
+SHARD = 16
+"""Images in a shard of the job on two nodes."""
+
 LIMIT = 1800.0
 """Seconds that the benchmark waits for something."""
 
@@ -38,9 +41,9 @@ LIMIT = 1800.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["overhead", "ray"], nargs="+", default=["overhead", "ray"])
-    parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -97,7 +100,7 @@ def bare_loop(request: Request) -> None:
 def killed_node(request: Request, folder: Path) -> dict[str, object]:
     """Run a job on two nodes, kill one, and compare the files with those of a job without Ray."""
     words = ["sample", str(request.bundle), "--count", str(request.count), "--steps", str(request.steps)]
-    words += ["--threads", "1", "--shard", "64", "--format", "webdataset"]
+    words += ["--threads", "1", "--shard", str(SHARD), "--format", "webdataset"]
     whole, out = folder / "whole", folder / "out"
     subprocess.run([sys.executable, "-m", "sg_export", *words, "-q", "-o", str(whole)], check=True, timeout=LIMIT)
     shards = len(list(whole.glob("*.tar")))
@@ -131,7 +134,7 @@ def killed_node(request: Request, folder: Path) -> dict[str, object]:
     return {
         "exit_code": job.returncode,
         "shards": shards,
-        "images_per_shard": 64,
+        "images_per_shard": SHARD,
         "nodes_lost": sum("of the Ray cluster was lost" in line for line in lines),
         "shards_sampled_again": len(
             {match[1] for line in lines if (match := re.search(r"shard (\d+) was lost", line))}

@@ -111,7 +111,7 @@ def sample(
     Examples:
       sg-export sample xl-bundle --count 50000 --format npz -o samples
       sg-export sample xl-bundle --count 1000 --classes 207,0-9 -o dogs
-      sg-export sample prx-bundle --count 5000 --prompt-file prompts.txt -o pictures
+      sg-export sample prx-bundle --count 5000 --prompt-file p.txt -o pictures
     """
     from sg_runtime.bulk import Request, run_job
     from sg_runtime.text import read_prompts

@@ -104,7 +104,10 @@ class RayWorkers:
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ledger = self._ray.remote(num_cpus=0)(_Ledger).remote()
+        here = require("ray.util.scheduling_strategies", "ray").NodeAffinitySchedulingStrategy(
+            self._ray.get_runtime_context().get_node_id(), soft=True
+        )
+        ledger = self._ray.remote(num_cpus=0, scheduling_strategy=here)(_Ledger).remote()
         watch = _Watch(self._ray, self._need, ledger)
         rows = data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing)).map_batches(
             _Actor,
@@ -122,6 +125,7 @@ class RayWorkers:
                 files: list[File] = _raised(pickle.loads(row["content"]))
                 done(len(self.job.images(row["shard"])))
                 yield row["shard"], files
+            watch.look()
         except self._ray.exceptions.RayError as error:
             raise DeviceError(
                 f"Ray: expected workers that sample, found an error of Ray ({_first_line(error)}): {GONE}"
@@ -178,10 +182,13 @@ class _Watch:
 
         Raises DeviceError if no worker had a place for long, or if a shard is lost again and again.
         """
-        now = time.monotonic()
-        if now - self._looked < POLL:
-            return
-        self._looked, nodes = now, _nodes(self._ray)
+        if time.monotonic() - self._looked >= POLL:
+            self.look()
+
+    def look(self) -> None:
+        """Look now."""
+        self._looked = now = time.monotonic()
+        nodes = _nodes(self._ray)
         for node in self._known.keys() - nodes.keys():
             LOG.warning("node %s of the Ray cluster was lost", node[:12])
         self._known = nodes

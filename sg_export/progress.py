@@ -1,6 +1,11 @@
 """Progress reporting for long operations."""
 
+import time
+from collections.abc import Callable
 from typing import Protocol
+
+TELL_SECONDS = 10.0
+"""Seconds between two reports of a rate."""
 
 
 class Report(Protocol):
@@ -35,3 +40,32 @@ class Counted:
     def stage(self, stage: str, share: float | None = None) -> None:
         """Report progress within the current stage."""
         self._report(stage, max(self._done - 1, 0), self._total, share)
+
+
+def with_rate(report: Report, unit: str, per: float = 1.0, *, resumes: bool = False) -> Callable[[int, int], None]:
+    """Return a callback (done, of all) that reports sampling, and now and then the rate.
+
+    unit: what the rate counts, such as "steps".
+    per: number of them for each that is done; a step of Heun has two evaluations.
+    resumes: whether the first call says what was done before.
+    """
+    began = told = time.monotonic()
+    stage, first = "sampling", None if resumes else 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal began, told, stage, first
+        now = time.monotonic()
+        if first is None:
+            began, first = now, done
+        elif now - told >= TELL_SECONDS:
+            rate = (done - first) / (now - began)
+            told, stage = now, f"sampling, {rate * per:.3g} {unit}/s, {time_text((total - done) / rate)} left"
+        report(stage, max(done - 1, 0), total)
+
+    return advance
+
+
+def time_text(seconds: float) -> str:
+    """Return a time in seconds, or from ten minutes on in hours and minutes, h:mm."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 600 else f"{minutes // 60}:{minutes % 60:02} h"

@@ -394,6 +394,16 @@ def tiny_cosine_bundle(build_once: Build, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def picture_bundle(build_once: Build, once: Once, tiny: Tiny) -> Path:
+    """Return a bundle of the fastest kind to build that gives pictures: 8×8 pixels in colour.
+
+    The network has one block, five classes and no guidance. The batch is symbolic.
+    """
+    small = replace(tiny, config=replace(TINY, depth=1, channels=3), facts={**tiny.facts, "route": "0-0"})
+    return build_once("picture-bundle", once("picture.safetensors", small.save), guidance="none", sparsity=())
+
+
+@pytest.fixture(scope="session")
 def glyphs_bundle(build_once: Build) -> Path:
     """Return a bundle of the reference model with a symbolic batch.
 

@@ -1,4 +1,4 @@
-"""Check that the guidance, production, text-to-image, pictures and serving pages run.
+"""Check that the pages of docs/ that run do what they say.
 
 They run on the reference models without their blocks after the first, which is the route. These
 have the classes, tokens and names of the reference models. Builds get a fixed batch, with which
@@ -170,6 +170,19 @@ def test_serving_page_names_every_field_error_and_metric() -> None:
     assert all(rows[f"`{code}`"] == str(status) for _, status, code in _STATUSES)
     names = {metric.name for metric in Metrics(["m"]).registry.collect()}
     assert all(re.search(rf"`{name}(_total)?`", text) for name in names), names
+
+
+@pytest.mark.slow
+def test_sampling_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra ray")
+    names = run("sampling.md", 8)
+    assert capsys.readouterr().out == "(100, 16, 16, 1) uint8 [0 1 2]\n100 0\n"
+    assert names["done"].sampled == 0
+    for name, count in {"pictures": 100, "some": 20, "by-ray": 32}.items():
+        assert len(list((tmp_path / name).glob("images/*.png"))) == count
+    assert [path.name for path in (tmp_path / "shards").glob("*.tar")] == ["00000.tar"]
 
 
 def test_production_page_has_a_program_of_at_most_20_lines() -> None:

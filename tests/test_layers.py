@@ -23,7 +23,7 @@ BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 # Packages that each package may import besides itself and the standard library. The rule covers the
 # entire package, including imports in functions and for type checking.
 MAY_IMPORT = {
-    "sg_runtime": {"numpy", "PIL", "ftfy", "pydantic", "tokenizers"} | BACKENDS,
+    "sg_runtime": {"numpy", "PIL", "ftfy", "pydantic", "ray", "tokenizers"} | BACKENDS,
     "sg_engines": {"sg_runtime", "numpy", "onnx", "onnx_ir"} | BACKENDS,
     "sg_calibration": {"sg_runtime", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic"},
     "sg_export": {"sg_runtime", "sg_engines", "sg_calibration", "click", "numpy", "onnx", "onnx_ir", "onnxscript"}
@@ -56,7 +56,7 @@ HEAVY = {
 # Files that every user imports, by glob. They import `HEAVY` packages only inside functions.
 LIGHT = {"sg_runtime": ["**/*.py"], "sg_export": ["__init__.py", "__main__.py", "cli/**/*.py"]}
 
-NOT_LOADED = ["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "ftfy", "tokenizers"]
+NOT_LOADED = ["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "ftfy", "tokenizers", "ray"]
 
 # `require` is sg_runtime.extras.require.
 IMPORT_FUNCTIONS = {"__import__", "import_module", "require"}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sg_runtime.conditions import Conditions
 from sg_runtime.errors import CalibrationError
+from sg_runtime.text import read_prompts as read_texts
 
 DEFAULT = Path(__file__).with_name("prompts.txt")
 """Prompts of everyday pictures, one in each line."""
@@ -45,12 +46,4 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
 
     Raises CalibrationError if the file cannot be read as text or has none.
     """
-    try:
-        lines = (path or DEFAULT).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"`prompts` {path}: expected a text file, found one that cannot be read ({error})"
-        ) from None
-    if not (texts := tuple(line.strip() for line in lines if line.strip())):
-        raise CalibrationError(f"`prompts` {path}: expected a prompt in each line, found none")
-    return texts
+    return read_texts("`prompts`", path or DEFAULT, CalibrationError)

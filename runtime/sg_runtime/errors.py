@@ -61,6 +61,12 @@ class BundleError(SgError):
     exit_code = 6
 
 
+class JobError(SgError):
+    """The folder of a sampling job is damaged."""
+
+    exit_code = 6
+
+
 class CalibrationError(SgError):
     """Calibration data or a range table is damaged or belongs to another model."""
 

@@ -34,6 +34,7 @@ LIBRARIES = (
     Library("cuda", "cuda-bindings", "engines", "tensorrt-rtx"),
     Library("tokenizers", "tokenizers", "prompts", "text"),
     Library("ftfy", "ftfy", "prompts", "text"),
+    Library("ray", "ray", "sampling on several machines", "ray"),
     Library("torch", "torch", "building", "export"),
     Library("onnx", "onnx", "building", "export"),
     Library("onnxscript", "onnxscript", "building", "export"),

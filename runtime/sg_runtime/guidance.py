@@ -160,6 +160,30 @@ def choose(
     return GuidancePlan(chosen, strong[0], weak[0], first, strong[1], weak[1], last, within, rule)
 
 
+@dataclass(frozen=True, slots=True)
+class PlanChanges:
+    """Parts of a bundle's guidance plan to replace, before the bundle is known; see `choose`."""
+
+    mode: GuidanceMode | None = None
+    strong_sparsity: Ramp | None = None
+    sparsity: Ramp | None = None
+    scale: Ramp | None = None
+    interval: tuple[float, float] | None = None
+    subset: SubsetRule | None = None
+
+    def of(self, manifest: Manifest) -> GuidancePlan:
+        """Return the plan of a bundle with these parts replaced. Raises the errors of `choose`."""
+        return choose(
+            manifest,
+            mode=self.mode,
+            strong_sparsity=self.strong_sparsity,
+            sparsity=self.sparsity,
+            scale=self.scale,
+            interval=self.interval,
+            subset=self.subset,
+        )
+
+
 def with_scale(plan: GuidancePlan, scale: Ramp) -> GuidancePlan:
     """Return the plan with another scale."""
     first, last = ramp_ends("scale", scale)

@@ -16,7 +16,7 @@ from urllib.parse import unquote_plus
 import numpy as np
 from numpy.typing import NDArray
 
-from sg_runtime.errors import BundleError, UsageError
+from sg_runtime.errors import BundleError, SgError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.manifest.base import Cleaning
 
@@ -84,6 +84,22 @@ _SPAM: _Rules = (
     (r"^\.\S+$", ""),
 )
 """Rules after the light cleaning."""
+
+
+def read_prompts(name: str, path: Path, kind: type[SgError] = UsageError) -> tuple[str, ...]:
+    """Return the lines of a file that are not blank, without spaces around them.
+
+    name: the file's parameter or option, for the message.
+
+    Raises an error of this kind if the file cannot be read as text or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise kind(f"{name} {path}: expected a text file, found one that cannot be read ({error})") from None
+    if not (texts := tuple(line.strip() for line in lines if line.strip())):
+        raise kind(f"{name} {path}: expected a prompt in each line, found none")
+    return texts
 
 
 def clean(rule: Cleaning, text: str) -> str:

@@ -17,6 +17,7 @@ from sg_export.cli.generate import generate
 from sg_export.cli.inspect import inspect
 from sg_export.cli.output import prepare_streams
 from sg_export.cli.report import report
+from sg_export.cli.sample import sample
 from sg_export.cli.serve import serve
 from sg_export.cli.verify import verify
 from sg_runtime import __version__
@@ -55,5 +56,5 @@ def main() -> None:
     """
 
 
-for command in (build, calibrate, generate, inspect, verify, bench, report, serve, doctor):
+for command in (build, calibrate, generate, sample, inspect, verify, bench, report, serve, doctor):
     main.add_command(command)

@@ -38,6 +38,31 @@ class ImageSizeType(click.ParamType[tuple[int, int]]):
         return size
 
 
+class ClassesType(click.ParamType[tuple[int | str, ...]]):
+    """Classes, separated by commas: indices, ranges of indices FIRST-LAST, and names."""
+
+    name = "LIST"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int | str, ...]:
+        found: list[int | str] = []
+        for part in str(value).split(","):
+            if (ends := re.fullmatch(r"(\d{1,9})-(\d{1,9})", part.strip())) is not None:
+                first, last = int(ends[1]), int(ends[2])
+                if first > last:
+                    self.fail(f"{part.strip()!r}: expected a range FIRST-LAST, found one that falls", param, context)
+                found += range(first, last + 1)
+            else:
+                found.append(class_name(part.strip()))
+        return tuple(found)
+
+
+def class_name(text: str) -> int | str:
+    """Return a class as the user names it: a number is an index."""
+    return int(text) if re.fullmatch("-?[0-9]{1,9}", text) else text
+
+
 class PartsType(click.ParamType[tuple[Part, ...]]):
     """Parts of a bundle, separated by commas."""
 

@@ -56,11 +56,7 @@ class PromptEncoder:
 
         Warns of prompts that are cut. Raises UsageError if cleaning leaves nothing of a text.
         """
-        cleaned = [clean(self._facts.cleaning, prompt) for prompt in prompts]
-        for prompt, rest in zip(prompts, cleaned, strict=True):
-            if prompt and not rest:
-                raise UsageError(f"prompt {prompt!r}: expected words, found none after cleaning: give another prompt")
-        tokens = self._tokenizer(cleaned)
+        tokens = self._tokenizer(self.clean(prompts))
         for prompt, cut in zip(prompts, tokens.cut, strict=True):
             if cut:
                 LOG.warning("prompt %r: its last %d tokens are left out: at most %d fit", prompt, cut, self._tokens)
@@ -80,3 +76,14 @@ class PromptEncoder:
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return np.stack([known[key] for key in keys]), tokens.mask
+
+    def clean(self, prompts: Sequence[str]) -> list[str]:
+        """Return prompts as the tokenizer takes them. An empty text stands for no prompt.
+
+        Raises UsageError if cleaning leaves nothing of a text.
+        """
+        cleaned = [clean(self._facts.cleaning, prompt) for prompt in prompts]
+        for prompt, rest in zip(prompts, cleaned, strict=True):
+            if prompt and not rest:
+                raise UsageError(f"prompt {prompt!r}: expected words, found none after cleaning: give another prompt")
+        return cleaned

@@ -123,11 +123,11 @@ def test_generate_churn_options_reach_the_pipeline(
         (["--churn", "1", "--churn-noise", "-1"], "amount 1, noise -1, 0 to inf"),
         (
             ["--churn-range", "1", "2"],
-            "--churn-range and --churn-noise describe the noise that --churn adds",
+            "--churn-range: describes the noise that --churn adds: give --churn, too",
         ),
         (
             ["--churn-noise", "1.1"],
-            "--churn-range and --churn-noise describe the noise that --churn adds",
+            "--churn-noise: describes the noise that --churn adds: give --churn, too",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -155,7 +155,7 @@ def test_generate_png_is_a_grid(cli: Callable[..., Any], glyphs_bundle: Path, tm
 def test_generate_in_a_pipe_reports_its_rate_now_and_then(
     cli: Callable[..., Any], glyphs_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["sg_export.cli.generate"], "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["sg_export.progress"], "TELL_SECONDS", 0.0)
     result = cli("generate", glyphs_bundle, "--steps", 3, "--count", 1, "-o", tmp_path / "a.png")
     *rates, last = result.stderr.splitlines()
     matches = [re.fullmatch(r"\[(\d)/3\] sampling, ([\d.e+]+) steps/s, \d+ s left", line) for line in rates]

@@ -59,7 +59,7 @@ def test_generate_reads_prompts_of_a_file(cli: Callable[..., Any], full_bundle: 
         (["--class", "1"], "--class: expected none: the model is conditioned on text: give --prompt"),
         (["--prompt", ""], "prompts: expected words, found ''"),
         (["--prompt", "a", "--size", "32x32"], "size 32x32 is not in this bundle, which has 64x64"),
-        (["--prompt-file", "none.txt"], "--prompt-file none.txt: cannot be read as text"),
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt: expected a text file, found one that cannot be read"),
         (["--prompt-file", "empty.txt"], "--prompt-file empty.txt: expected a prompt in each line, found none"),
     ],
 )

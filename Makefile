@@ -1,4 +1,4 @@
-# make demo    a bundle of the reference model `scenes` and captioned pictures by each guidance, in demo/
+# make demo    a bundle of the reference model and a grid of its images, in demo/
 # make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
 # make wheel   a wheel of sg-export, in dist/: `pip install 'WHEEL[ort]'` installs it on a machine that serves
 # make check   the tests for every change: all but the slow ones
@@ -20,10 +20,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-BUNDLE := demo/scenes-bundle
-PICTURES := demo/scenes.png
-# The strong branch is as sparse as in training.
-BUILD := $(BIN)/sg-export build scenes --strong-sparsity 0.5 --sparsity 0.9 --force
+BUNDLE := demo/glyphs-bundle
+GRID := demo/glyphs.png
 
 .DELETE_ON_ERROR:
 .PHONY: help demo report wheel check test pages coverage lint check-gpu clean
@@ -31,8 +29,8 @@ BUILD := $(BIN)/sg-export build scenes --strong-sparsity 0.5 --sparsity 0.9 --fo
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-demo: $(PICTURES)
-	@echo "Pictures of six prompts by each guidance: $(CURDIR)/$(PICTURES)"
+demo: $(GRID)
+	@echo "One image of every class: $(CURDIR)/$(GRID)"
 	@echo "The bundle they came from: $(CURDIR)/$(BUNDLE)"
 
 report: demo/report.html
@@ -69,26 +67,26 @@ clean:
 	rm -rf $(VENV) demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(PICTURES): $(BUNDLE)/manifest.json examples/show_scenes.py
-	$(BIN)/python -m examples.show_scenes $(BUNDLE) -o $@
+$(GRID): $(BUNDLE)/manifest.json
+	$(BIN)/sg-export generate $(BUNDLE) --count 62 --seed 0 --columns 16 --zoom 3 -o $@
 
 $(BUNDLE)/manifest.json: $(SOURCES) | $(VENV)/installed-demo
 	mkdir -p demo
-	$(BUILD) -o $(BUNDLE)
+	$(BIN)/sg-export build --sparsity 0.5 -o $(BUNDLE) --force
 
-demo/report.html: $(BUNDLE)/manifest.json demo/scenes-fp16/manifest.json demo/scenes-int8/manifest.json
+demo/report.html: $(BUNDLE)/manifest.json demo/glyphs-fp16/manifest.json demo/glyphs-int8/manifest.json
 	$(BIN)/sg-export report $(dir $^) -o $@
 
 demo/report.png: demo/report.html
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1195 \
 	    --screenshot=$(CURDIR)/$@ file://$(CURDIR)/demo/report.html
 
-demo/scenes-%/manifest.json: $(SOURCES) | $(VENV)/installed-demo
+demo/glyphs-%/manifest.json: $(SOURCES) | $(VENV)/installed-demo
 	mkdir -p demo
-	$(BUILD) --precision $* -o $(@D)
+	$(BIN)/sg-export build --sparsity 0.5 --precision $* -o $(@D) --force
 
 $(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
-	$(PIP) -e '.[diffusers,export,ort,text]'
+	$(PIP) -e '.[export,ort]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt

@@ -91,8 +91,10 @@ $(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
 	$(PIP) -e '.[diffusers,export,ort,text]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt
+# Without tests/triton.txt the tests of a real tritonserver skip.
+$(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt tests/triton.txt
 	$(PIP) -e '.[dev]'
+	-$(PIP) --no-deps -r tests/triton.txt
 	touch $@
 
 # Debian's Python has venv but not always ensurepip; its pip can then install itself into the environment.

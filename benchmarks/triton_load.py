@@ -1,7 +1,7 @@
 """Load test of `sg-export triton`: a real tritonserver next to the bare pipeline.
 
     sg-export build --sparsity 0.5 -o glyphs-bundle
-    pip install --no-deps -r tests/triton.txt
+    pip install --no-deps --target .triton -r tests/triton.txt
     python -m benchmarks.triton_load glyphs-bundle --output benchmarks/results/triton_load.json
 
 First it measures images per second of the bare pipeline. Then requests arrive at random times

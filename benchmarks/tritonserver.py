@@ -1,9 +1,9 @@
 """A real Triton server on the loopback address, from the wheel `nvidia-pytriton`.
 
-    pip install --no-deps -r tests/triton.txt
+    pip install --no-deps --target .triton -r tests/triton.txt
 
-The wheel carries `tritonserver`, its Python backend and a stub for each Python. Its own metadata
-asks for NumPy 1, which none of these parts needs, hence `--no-deps`.
+The wheel carries `tritonserver`, its Python backend and a stub for each Python. The stubs are built
+for NumPy 1, so the folder `.triton` has one, which only the server imports.
 """
 
 import os
@@ -18,8 +18,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+
+FOLDER = Path(os.environ.get("SG_EXPORT_TRITON") or Path(__file__).parent.parent / ".triton").absolute()
+"""Folder of the wheels of tests/triton.txt. Their clients come last on the path of this process."""
+
+if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+    sys.path.append(str(FOLDER))
 
 START_SECONDS = 300.0
 """Seconds within which a server must be ready. A busy machine takes minutes."""
@@ -37,8 +42,8 @@ class TritonServer:
 
 def missing() -> str | None:
     """Return what a server lacks on this machine, or None."""
-    if find_spec("pytriton") is None or find_spec("tritonclient") is None:
-        return "nvidia-pytriton or tritonclient is not installed: pip install --no-deps -r tests/triton.txt"
+    if any(not (FOLDER / name).is_dir() for name in ("pytriton", "tritonclient", "numpy")):
+        return f"no tritonserver in {FOLDER}: pip install --no-deps --target {FOLDER} -r tests/triton.txt"
     if not _stub().exists():
         return f"nvidia-pytriton has no stub for Python {sysconfig.get_python_version()}"
     if not (_library_folder() / str(sysconfig.get_config_var("INSTSONAME"))).exists():
@@ -47,10 +52,7 @@ def missing() -> str | None:
 
 
 def _parts() -> Path:
-    spec = find_spec("pytriton")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "tritonserver"
+    return FOLDER / "pytriton/tritonserver"
 
 
 def _stub() -> Path:
@@ -81,8 +83,8 @@ def running(repository: Path, scratch: Path, *options: str) -> Iterator[TritonSe
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "LD_LIBRARY_PATH": os.pathsep.join([str(_library_folder()), str(_parts().parents[1] / "nvidia_pytriton.libs")]),
+        "PATH": os.pathsep.join([str(_environment(scratch / "python") / "bin"), os.environ.get("PATH", "")]),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(_library_folder()), str(FOLDER / "nvidia_pytriton.libs")]),
     }
     log = scratch / "log"
     with log.open("wb") as output:
@@ -97,6 +99,24 @@ def running(repository: Path, scratch: Path, *options: str) -> Iterator[TritonSe
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _environment(folder: Path) -> Path:
+    """Make a virtual environment that imports what this process imports, and NumPy 1.
+
+    Return its folder. The stub ignores PYTHONPATH. It takes the environment of the `python3` that
+    comes first on PATH.
+    """
+    program = Path(sys.executable).resolve()
+    packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    packages.mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin/python3").symlink_to(program)
+    (folder / "pyvenv.cfg").write_text(f"home = {program.parent}\ninclude-system-site-packages = false\n")
+    (packages / "imports.pth").write_text(
+        "".join(f"{path}\n" for path in (str(FOLDER), *sys.path) if path and Path(path).is_dir())
+    )
+    return folder
 
 
 def _free_ports(count: int) -> list[int]:

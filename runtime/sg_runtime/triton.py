@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.errors import BundleError, DeviceError, RefusedError, SgError, UsageError
@@ -69,7 +68,6 @@ class TritonPythonModel:
 
     def _submit(self, request: Any) -> "Future[Answer] | SgError":
         try:
-            check_strides(self._pb.get_input_tensor_by_name(request, "seed").as_numpy())
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             given = json.loads(request.parameters() or "{}")
             return self._service.submit(request_of(self._manifest, inputs, given, self._max_steps))
@@ -85,18 +83,6 @@ class TritonPythonModel:
             return self._pb.InferenceResponse(output_tensors=[], error=told)
         assert isinstance(asked, Future)
         return self._pb.InferenceResponse(output_tensors=[self._pb.Tensor("image", asked.result().images)])
-
-
-def check_strides(values: NDArray[Any]) -> None:
-    """Raise RefusedError for a tensor (N, 1) of numbers whose elements are not one after another.
-
-    Stubs that are built for NumPy 1 make such tensors with NumPy 2: they misread the item size.
-    """
-    if values.strides[-1] != values.itemsize:
-        raise RefusedError(
-            f"NumPy {np.__version__}: expected NumPy 1, for which the stub of this Triton is built, found another "
-            f"one: pip install 'numpy<2' for the Python of the server"
-        )
 
 
 def check_fingerprint(bundle: Path, expected: str) -> None:

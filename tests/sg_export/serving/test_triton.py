@@ -11,10 +11,10 @@ import pytest
 from benchmarks.tritonserver import TritonServer, missing, running
 from sg_export.triton import Settings, model_config, write_repository
 from sg_runtime.bundle import Bundle
-from sg_runtime.errors import DeadlineError, DeviceError, NonFiniteError, RefusedError, UsageError
+from sg_runtime.errors import DeadlineError, DeviceError, NonFiniteError, UsageError
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.service import Request
-from sg_runtime.triton import check_strides, code_of, device_of, request_of
+from sg_runtime.triton import code_of, device_of, request_of
 
 WAIT = 120.0
 """Seconds after which a request fails."""
@@ -196,12 +196,6 @@ def test_request_of_wrong_tensors_or_parameters_is_refused(
     with pytest.raises(UsageError) as caught:
         request_of(pipe.bundle.manifest, {**inputs, "seed": column(0)}, given, 10)
     assert message in str(caught.value)
-
-
-def test_check_strides_of_what_an_old_stub_makes_with_numpy_2_is_refused() -> None:
-    check_strides(column(1, 2))
-    with pytest.raises(RefusedError, match="pip install 'numpy<2' for the Python of the server"):
-        check_strides(np.broadcast_to(np.int64(1), (2, 1)))
 
 
 @pytest.mark.parametrize(

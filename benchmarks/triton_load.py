@@ -37,8 +37,6 @@ SHARES = (0.7, 1.3)
 TIMEOUT = 30.0
 """Seconds within which the run of a request must begin."""
 
-CLASSES = 62
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +61,7 @@ def main() -> None:
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
     pipe = Pipeline.load(options.bundle, "cpu", batch=options.batch, threads=1)
+    count = pipe.bundle.manifest.model.labels.count
     expected = images_of(pipe, options.steps)
     rate = bare_rate(pipe, options.steps, options.seconds)
     report("bare", {"images_per_second": round(rate, 3)})
@@ -72,18 +71,17 @@ def main() -> None:
         write_repository(options.bundle, Path(scratch, "models"), settings, name="loaded", link=True)
         with running(Path(scratch, "models"), Path(scratch)) as server:
             for share in SHARES:
-                found = open_loop(server.grpc, share * rate, options.seconds, options.steps, expected)
+                found = open_loop(server.grpc, share * rate, options.seconds, options.steps, count, expected)
                 report(f"triton at {share:g}", {"arrivals_per_second": round(share * rate, 2)} | found)
 
 
 def images_of(pipe: Pipeline, steps: int) -> list[NDArray[Any]]:
     """Return the image of each distinct request."""
     found: list[NDArray[Any]] = []
+    count = pipe.bundle.manifest.model.labels.count
     for first in range(0, DISTINCT, pipe.batch):
         numbers = range(first, first + pipe.batch)
-        found += list(
-            pipe([number % CLASSES for number in numbers], [1000 + number for number in numbers], steps=steps)
-        )
+        found += list(pipe([number % count for number in numbers], [1000 + number for number in numbers], steps=steps))
     return found[:DISTINCT]
 
 
@@ -91,13 +89,13 @@ def bare_rate(pipe: Pipeline, steps: int, seconds: float) -> float:
     """Return the images per second of the pipeline, a full batch at a time."""
     images, began = 0, time.monotonic()
     while time.monotonic() - began < seconds:
-        pipe(list(range(pipe.batch)), range(images, images + pipe.batch), steps=steps)
+        pipe([0] * pipe.batch, range(images, images + pipe.batch), steps=steps)
         images += pipe.batch
     return images / (time.monotonic() - began)
 
 
 def open_loop(
-    address: str, rate: float, seconds: float, steps: int, expected: Sequence[NDArray[Any]]
+    address: str, rate: float, seconds: float, steps: int, count: int, expected: Sequence[NDArray[Any]]
 ) -> dict[str, Any]:
     """Send requests at random times by gRPC, whether or not the server keeps up."""
     from tritonclient import grpc
@@ -128,7 +126,7 @@ def open_loop(
             time.sleep(max(began + at - time.monotonic(), 0))
             index = draw.randrange(DISTINCT)
             inputs = [grpc.InferInput("class", [1, 1], "INT64"), grpc.InferInput("seed", [1, 1], "UINT64")]
-            inputs[0].set_data_from_numpy(np.array([[index % CLASSES]], np.int64))
+            inputs[0].set_data_from_numpy(np.array([[index % count]], np.int64))
             inputs[1].set_data_from_numpy(np.array([[1000 + index]], np.uint64))
             with lock:
                 tally.kinds["arrived"] += 1

@@ -104,12 +104,12 @@ def open_loop(
     waiting = threading.Semaphore(0)
 
     def ended(index: int, arrived: float) -> Callable[[Any, Any], None]:
-        def record(answer: Any, error: Any) -> None:
+        def record(result: Any, error: Any) -> None:
             taken = time.monotonic() - arrived
             with lock:
                 if error is None:
                     tally.kinds["answered"] += 1
-                    tally.kinds["wrong"] += not np.array_equal(answer.as_numpy("image")[0], expected[index])
+                    tally.kinds["wrong"] += not np.array_equal(result.as_numpy("image")[0], expected[index])
                     tally.seconds.append(taken)
                 else:
                     full = "maximum queue size" in error.message().lower()

@@ -64,7 +64,7 @@ check-gpu:
 	$(PYTHON) -m benchmarks.gpu $(PART)
 
 clean:
-	rm -rf $(VENV) demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .triton demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(GRID): $(BUNDLE)/manifest.json
@@ -89,8 +89,10 @@ $(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
 	$(PIP) -e '.[export,ort]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt
+# Not with constraints.txt: the server needs NumPy 1. Without .triton the tests of a real tritonserver skip.
+$(VENV)/installed-dev: $(VENV)/made pyproject.toml constraints.txt tests/triton.txt
 	$(PIP) -e '.[dev]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .triton -r tests/triton.txt
 	touch $@
 
 # Debian's Python has venv but not always ensurepip; its pip can then install itself into the environment.

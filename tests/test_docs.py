@@ -22,8 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from servers import serving
 
+from benchmarks.tritonserver import missing, running
 from sg_export.cli import main
 from sg_export.reference import REFERENCES, place_of
+from sg_runtime.triton import PARAMETERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -151,6 +153,31 @@ def test_serving_page_run_from_top_to_bottom_does_what_it_says(
         assert image.size == (16, 16)
     # On a busy machine the window may end before the other requests arrive.
     assert re.fullmatch(r"6 \{[1-4]: \d(, [1-4]: \d)*\}\n", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_triton_page_run_from_top_to_bottom_does_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server of the page is a real one, on free ports."""
+    text = (DOCS / "triton.md").read_text(encoding="utf-8")
+    build, write = map(words, re.findall(r"^ {4}(sg-export (?:build|triton) [^\n]*)", text, re.MULTILINE)[:2])
+    for arguments in (build + ([] if REAL else ["--batch", "2"]), write):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    assert result.output == "models/glyphs-bundle\n"
+    (tmp_path / "server").mkdir()
+    with running(Path("models").absolute(), tmp_path / "server") as server:
+        (program,) = re.findall(r"^```python\n([^`]*)```", text, re.MULTILINE)
+        exec(compile(program.replace("127.0.0.1:8000", server.http), "triton.md", "exec"), {})
+    assert capsys.readouterr().out == "(2, 16, 16, 1) uint8\n"
+
+
+def test_triton_page_names_every_input_and_parameter() -> None:
+    text = (DOCS / "triton.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in ("class", "class_name", "prompt", "negative", "seed", "image"))
+    assert all(f"`{name}`" in text for name in PARAMETERS)
 
 
 def test_serving_page_names_every_field_error_and_metric() -> None:

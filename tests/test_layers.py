@@ -23,7 +23,9 @@ BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 # Packages that each package may import besides itself and the standard library. The rule covers the
 # entire package, including imports in functions and for type checking.
 MAY_IMPORT = {
-    "sg_runtime": {"numpy", "PIL", "ftfy", "pydantic", "ray", "tokenizers"} | BACKENDS,
+    "sg_runtime": {"numpy", "PIL", "ftfy", "pydantic", "ray", "tokenizers"}
+    | {"triton_python_backend_utils"}
+    | BACKENDS,
     "sg_engines": {"sg_runtime", "numpy", "onnx", "onnx_ir"} | BACKENDS,
     "sg_calibration": {"sg_runtime", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic"},
     "sg_export": {"sg_runtime", "sg_engines", "sg_calibration", "click", "numpy", "onnx", "onnx_ir", "onnxscript"}
@@ -51,6 +53,7 @@ HEAVY = {
     "tokenizers",
     "torch",
     "transformers",
+    "triton_python_backend_utils",
     "uvicorn",
 } | BACKENDS
 # Files that every user imports, by glob. They import `HEAVY` packages only inside functions.

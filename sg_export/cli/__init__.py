@@ -19,6 +19,7 @@ from sg_export.cli.output import prepare_streams
 from sg_export.cli.report import report
 from sg_export.cli.sample import sample
 from sg_export.cli.serve import serve
+from sg_export.cli.triton import triton
 from sg_export.cli.verify import verify
 from sg_runtime import __version__
 
@@ -56,5 +57,5 @@ def main() -> None:
     """
 
 
-for command in (build, calibrate, generate, sample, inspect, verify, bench, report, serve, doctor):
+for command in (build, calibrate, generate, sample, inspect, verify, bench, report, serve, triton, doctor):
     main.add_command(command)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,10 +95,16 @@ def _foreign(folder: Path, own: set[str]) -> list[str]:
 
 
 @contextmanager
-def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def new_folder(
+    output: Path,
+    force: bool,
+    inputs: Iterable[Path] = (),
+    check: Callable[[Path, bool, Iterable[Path]], None] = check_output,
+) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `output` if the block succeeds.
 
     force, inputs: see `check_output`.
+    check: function that raises UsageError if an existing `output` may not be replaced.
 
     The temporary folder is next to `output`. If the block fails, it is removed. If the process is
     killed, the next build of `output` removes it. An existing bundle is kept, or restored, unless
@@ -116,7 +122,7 @@ def new_folder(output: Path, force: bool, inputs: Iterable[Path] = ()) -> Iterat
         raise _unwritable(output, error) from None
     try:
         yield temporary
-        check_output(output, force, inputs)  # again: another build may have written it in the meantime
+        check(output, force, inputs)  # again: another build may have written it in the meantime
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -4,8 +4,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -141,6 +142,15 @@ class Service:
             raise
         future.add_done_callback(lambda _: self._ended(entry))
         return future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let no run begin within the block, so that all requests of the block can share runs.
+
+        The block must not wait for an answer.
+        """
+        with self._changed:  # its lock may be taken again by the same thread
+            yield
 
     def statistics(self) -> Statistics:
         """Return what the service has done since it started."""

@@ -100,6 +100,20 @@ def test_requests_within_the_window_share_a_run(serve: Callable[..., Service]) -
     assert service.statistics().runs == {BATCH: 1}
 
 
+def test_requests_together_share_a_run_without_a_window_and_a_wrong_one_is_refused(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(window=0)
+    with service.together():
+        futures = [service.submit(Request((k,), (k,), steps=2)) for k in range(BATCH - 1)]
+        with pytest.raises(UsageError, match="class 99"):
+            service.submit(Request((99,), (0,)))
+        time.sleep(0.1)  # the thread of the service would run the first one alone
+    for future in futures:
+        future.result(WAIT)
+    assert service.statistics().runs == {BATCH - 1: 1}
+
+
 def test_request_of_more_images_than_a_batch_is_split_and_keeps_its_order(
     serve: Callable[..., Service], pipe: Pipeline
 ) -> None:

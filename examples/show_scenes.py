@@ -42,8 +42,8 @@ def main() -> None:
     pipe = Pipeline.load(options.bundle)
     plans = {
         "no guidance": pipe.guidance("none"),
-        f"CFG, ω = {options.cfg_scale:g}": pipe.guidance("cfg", scale=options.cfg_scale),
-        f"SG, ω = {options.scale:g}": pipe.guidance("sg", scale=options.scale),
+        f"CFG, scale {options.cfg_scale:g}": pipe.guidance("cfg", scale=options.cfg_scale),
+        f"SG, scale {options.scale:g}": pipe.guidance("sg", scale=options.scale),
     }
     save_png(sheet(sampled(pipe, plans, options.seed), PROMPTS), options.output)
     print(f"{options.output}: {len(plans) * len(PROMPTS)} pictures")

@@ -551,6 +551,10 @@ def write_pipeline(folder: Path, model: Model, tokenizer: Any, autoencoder: Any,
     # As in published folders. The names that saving gives do not load everywhere.
     index |= {"text_encoder": ["prx", "T5GemmaEncoder"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    # The place that the autoencoder was loaded from means nothing elsewhere.
+    config = json.loads((folder / "vae" / "config.json").read_bytes())
+    config.pop("_name_or_path", None)
+    (folder / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # `T5GemmaEncoder` reads the encoder's part of a whole configuration.
     encoder = model.text_encoder.config.to_dict()
     whole = T5GemmaConfig(encoder=encoder, decoder=encoder).to_dict() | {"architectures": ["T5GemmaEncoder"]}

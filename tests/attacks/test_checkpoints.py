@@ -76,7 +76,7 @@ def safetensors(header: bytes, data: bytes = b"") -> bytes:
 
 
 def test_checkpoint_that_is_missing_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "model.pt").endswith("(glyphs, glyphs-early), found nothing there")
+    assert refusal(tmp_path / "model.pt").endswith("(glyphs, glyphs-early, scenes), found nothing there")
 
 
 def test_checkpoint_that_is_a_folder_is_refused(tmp_path: Path) -> None:

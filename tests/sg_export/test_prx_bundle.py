@@ -25,7 +25,7 @@ from sg_runtime.manifest import Route, Sampling, Shifted
 @pytest.fixture(scope="session")
 def prx_folder(once: Callable[..., Path]) -> Path:
     """Return a pipeline folder of pixels, 32×48 in tokens of 16×16."""
-    return once("pixels", lambda path: write_pipeline(path, PIXEL, state_of(PIXEL), default_sample_size=512))
+    return once("prx-pixels", lambda path: write_pipeline(path, PIXEL, state_of(PIXEL), default_sample_size=512))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def copy(prx_folder: Path, prx_bundle: Path, tmp_path: Path) -> Bundle:
 def test_compile_of_a_folder_stores_its_conventions(prx_bundle: Path) -> None:
     manifest = Bundle.open(prx_bundle).manifest
     assert manifest.sampling == Sampling("euler", 5, Shifted(3.0, 3 / 1002), 2.0, 0.05)
-    assert (manifest.source.file, manifest.source.weights) == ("pixels", "bare")
+    assert (manifest.source.file, manifest.source.weights) == ("prx-pixels", "bare")
     assert manifest.model.picture == (32, 48)
 
 
@@ -56,7 +56,7 @@ def test_reload_checkpoint_finds_the_folder_next_to_the_bundle(copy: Bundle) -> 
 
 @pytest.mark.parametrize("part", ["model_index.json", "scheduler/scheduler_config.json"])
 def test_reload_checkpoint_of_a_changed_configuration_is_refused(part: str, copy: Bundle) -> None:
-    path = copy.path.parent / "pixels" / part
+    path = copy.path.parent / "prx-pixels" / part
     path.write_text(path.read_text() + "\n")
     with pytest.raises(CheckpointError, match=r"expected SHA-256 .*: give that checkpoint, or build a new bundle"):
         reload_checkpoint(copy, None)
@@ -64,12 +64,12 @@ def test_reload_checkpoint_of_a_changed_configuration_is_refused(part: str, copy
 
 def test_reload_checkpoint_of_a_manifest_with_other_times_is_refused(copy: Bundle) -> None:
     sampling = replace(copy.manifest.sampling, times=Shifted(2.0, None))
-    with pytest.raises(BundleError, match="its manifest describes another model than pixels: build it again"):
+    with pytest.raises(BundleError, match="its manifest describes another model than prx-pixels: build it again"):
         reload_checkpoint(replace(copy, manifest=replace(copy.manifest, sampling=sampling)), None)
 
 
 def test_reload_checkpoint_of_a_folder_that_is_no_longer_a_prx_is_refused(copy: Bundle) -> None:
-    write_json(copy.path.parent / "pixels" / "model_index.json", {"_class_name": "FluxPipeline"})
+    write_json(copy.path.parent / "prx-pixels" / "model_index.json", {"_class_name": "FluxPipeline"})
     with pytest.raises(CheckpointError, match="expected PRXPipeline or PRXPixelPipeline, found FluxPipeline"):
         reload_checkpoint(copy, None)
 

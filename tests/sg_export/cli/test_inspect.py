@@ -142,7 +142,7 @@ def test_inspect_of_few_tokens_shows_a_sparsity_that_keeps_none(
 def test_inspect_of_nothing_ends_with_6(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused(6, "inspect", tmp_path / "missing.pt") == (
         f"{tmp_path}/missing.pt: expected a checkpoint file, a folder of diffusers or the name of a reference model "
-        f"(glyphs, glyphs-early), found nothing there"
+        f"(glyphs, glyphs-early, scenes), found nothing there"
     )
 
 

@@ -15,7 +15,19 @@ from sg_export.cli import main
 from sg_runtime import __version__
 from sg_runtime.extras import install_extra
 
-COMMANDS = ["build", "calibrate", "generate", "sample", "inspect", "verify", "bench", "report", "doctor"]
+COMMANDS = [
+    "build",
+    "calibrate",
+    "generate",
+    "sample",
+    "inspect",
+    "verify",
+    "bench",
+    "report",
+    "serve",
+    "triton",
+    "doctor",
+]
 
 
 def test_main_has_the_commands() -> None:

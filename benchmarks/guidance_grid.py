@@ -80,6 +80,21 @@ class Search:
     scales: tuple[float, ...]
     pairs: tuple[tuple[Rates, Rates | None], ...] = ((0.0, None),)
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All settings of the grid."""
+        return tuple(Setting(self.guidance, scale, *pair) for pair in self.pairs for scale in self.scales)
+
+    @property
+    def strong_levels(self) -> tuple[float, ...]:
+        """Sparsities of the strong branch that a bundle needs."""
+        return tuple(dict.fromkeys(level for rates, _ in self.pairs for level in levels(rates)))
+
+    @property
+    def weak_levels(self) -> tuple[float, ...]:
+        """Sparsities of the weak branch that a bundle needs."""
+        return tuple(dict.fromkeys(level for _, rates in self.pairs if rates is not None for level in levels(rates)))
+
 
 def step_gmac(pipe: Pipeline, setting: Setting, steps: int) -> float:
     """Return the linear multiply-adds, in 1e9, of the graphs that run in a step for one image.

@@ -31,7 +31,7 @@ from benchmarks.glyph_judge import (
     real_images,
 )
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
-from benchmarks.guidance_grid import LABELS, Search, Setting, levels, shown, step_gmac, timed
+from benchmarks.guidance_grid import LABELS, Search, Setting, shown, step_gmac, timed
 from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
 from sg_runtime import Pipeline
@@ -92,12 +92,7 @@ class Budget:
     @property
     def grid(self) -> tuple[Setting, ...]:
         """Settings of the search."""
-        return tuple(
-            Setting(search.guidance, scale, strong, weak)
-            for search in self.searches
-            for strong, weak in search.pairs
-            for scale in search.scales
-        )
+        return tuple(setting for search in self.searches for setting in search.settings)
 
 
 FULL = Budget(
@@ -331,12 +326,10 @@ def compiled(search: Search, output: Path) -> Path:
     """
     import sg_export
 
-    strong = dict.fromkeys(level for rates, _ in search.pairs for level in levels(rates))
-    weak = dict.fromkeys(level for _, rates in search.pairs if rates is not None for level in levels(rates))
     options = sg_export.CompileOptions(
         output,
-        sparsity=tuple(weak),
-        strong_sparsity=tuple(strong),
+        sparsity=search.weak_levels,
+        strong_sparsity=search.strong_levels,
         guidance=search.guidance,
         weak_checkpoint=WEAK_CHECKPOINT if search.guidance == "autoguidance" else None,
         force=True,

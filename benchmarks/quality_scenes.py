@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import sg_export
-from benchmarks.guidance_grid import Search, Setting, levels, step_gmac, timed
+from benchmarks.guidance_grid import Search, Setting, step_gmac, timed
 from benchmarks.machine import machine
 from benchmarks.scene_judge import (
     CHECK_SEED,
@@ -78,12 +78,7 @@ class Budget:
     @property
     def grid(self) -> tuple[Setting, ...]:
         """Settings of the search."""
-        return tuple(
-            Setting(search.guidance, scale, strong, weak)
-            for search in self.searches
-            for strong, weak in search.pairs
-            for scale in search.scales
-        )
+        return tuple(setting for search in self.searches for setting in search.settings)
 
 
 FULL = Budget(
@@ -212,12 +207,10 @@ def compiled(search: Search, checkpoint: str, weak: str, output: Path) -> Path:
 
     Returns the path of the bundle.
     """
-    strong = dict.fromkeys(level for rates, _ in search.pairs for level in levels(rates))
-    sparse = dict.fromkeys(level for _, rates in search.pairs if rates is not None for level in levels(rates))
     options = sg_export.CompileOptions(
         output,
-        sparsity=tuple(sparse),
-        strong_sparsity=tuple(strong),
+        sparsity=search.weak_levels,
+        strong_sparsity=search.strong_levels,
         guidance=search.guidance,
         weak_checkpoint=weak if search.guidance == "autoguidance" else None,
         batch=BATCH,

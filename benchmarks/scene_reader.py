@@ -17,7 +17,7 @@ from examples.scenes import COLOURS, NAMES, SIDE, Placed, Scene, draw, draw_capt
 from sg_runtime.files import replacing
 
 CELL = 4
-"""Height and width, in pixels, of the square that one place of the feature map stands for."""
+"""Side of a cell of the feature map, in pixels."""
 
 FEATURES = 64
 """Channels of the last feature map. The Fréchet distance compares their means over the picture."""
@@ -122,7 +122,7 @@ def _degraded(x: Tensor) -> Tensor:
 
 
 def _loss(model: Reader, x: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    """Return the focal loss of the centres, the error of the sides, and that of the colours."""
+    """Return the sum of the losses of centres, sides and colours."""
     logits, sides, colours, _ = model(x)
     wanted = torch.zeros_like(logits)
     line = torch.arange(SIDE // CELL) + 0.5

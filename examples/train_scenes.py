@@ -114,8 +114,8 @@ def main() -> None:
     parser.add_argument(
         "--initial",
         type=Path,
-        help="folder of an earlier result, whose weights to go on from if there is no saved state; the optimizer "
-        "starts anew",
+        help="folder of an earlier result, whose weights are the start if there is no saved state. The optimizer "
+        "has no state then.",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Options of the commands that sample: what the images are of, how they are sampled and guided."""
+"""Options of the commands that sample or serve: conditions, sampling, guidance, runs."""
 
 import math
 from dataclasses import dataclass
@@ -53,6 +53,28 @@ KEEP = click.option(
     show_default=True,
     help="Parts of BUNDLE that stay in memory after use: all; step, without text encoder and decoder; or one part at a "
     "time.",
+)
+
+RUN_BATCH = click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Number of images of an engine run.  [default: the largest that the bundle was built for, or 4]",
+)
+
+WINDOW = click.option(
+    "--window",
+    type=click.FloatRange(0, 60),
+    default=0.005,
+    show_default=True,
+    help="Seconds for which an image waits for others that can share its run.",
+)
+
+MAX_STEPS = click.option(
+    "--max-steps",
+    type=click.IntRange(min=1),
+    default=250,
+    show_default=True,
+    help="Largest number of steps of a request.",
 )
 
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")

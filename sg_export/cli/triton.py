@@ -6,6 +6,7 @@ import click
 
 from sg_export.cli.errors import Command
 from sg_export.cli.options import DeviceChoice, device_options
+from sg_export.cli.run_options import MAX_STEPS, RUN_BATCH, WINDOW
 
 
 @click.command(
@@ -32,18 +33,8 @@ from sg_export.cli.options import DeviceChoice, device_options
     help="Link to the bundle instead of copying it. The server must find the bundle at the same path.",
 )
 @click.option("--force", is_flag=True, help="Replace a model of this name that sg-export wrote.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    help="Number of images of an engine run.  [default: the largest that the bundle was built for, or 4]",
-)
-@click.option(
-    "--window",
-    type=click.FloatRange(0, 60),
-    default=0.005,
-    show_default=True,
-    help="Seconds for which an image waits for others that can share its run.",
-)
+@RUN_BATCH
+@WINDOW
 @click.option(
     "--queue",
     type=click.IntRange(min=1),
@@ -58,13 +49,7 @@ from sg_export.cli.options import DeviceChoice, device_options
     show_default=True,
     help="Seconds within which the run of a request must begin.",
 )
-@click.option(
-    "--max-steps",
-    type=click.IntRange(min=1),
-    default=250,
-    show_default=True,
-    help="Largest number of steps of a request.",
-)
+@MAX_STEPS
 @click.option(
     "--instances",
     type=click.IntRange(min=1),

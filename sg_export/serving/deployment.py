@@ -4,9 +4,6 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sg_export.serving.engine import LocalEngine, Reply, check_servable
+from sg_export.serving.engine import DEFAULT_BATCH, LocalEngine, Reply, check_servable
 from sg_export.serving.logs import log
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, DeadlineError, DeviceError, QueueFullError, RefusedError, SgError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import MANIFEST_FILE
+from sg_runtime.ray_host import keep_ray_private, own_signals
 from sg_runtime.service import Request, Service, ServiceSettings, Statistics
 
 TRIES = 4
@@ -28,9 +26,6 @@ TRIES = 4
 
 GRACE_SECONDS = 30.0
 """Seconds after the deadline of a request for which its last run may take."""
-
-DEFAULT_BATCH = 4
-"""Number of images of a run if neither the user nor the bundle says it."""
 
 CHECK_SECONDS = 2.0
 """Seconds between two checks of a replica by Ray Serve."""
@@ -264,13 +259,9 @@ def _keep_to_itself(alone: bool) -> None:
     alone: whether Ray runs on this machine alone. Then its ports are those of the loopback
     interface, except one of each replica, and all of them ask for a new token.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    if alone and "ray" not in sys.modules:
-        # On the systems of this name Ray's address is 127.0.0.1, which is wanted here.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if keep_ray_private(alone) and "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None:
@@ -286,21 +277,8 @@ def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None
         "object_store_memory": 256 << 20,
     }
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with _own_signals():
+    with own_signals():
         ray.init(**({"address": cluster} if cluster else local), logging_level="ERROR", log_to_driver=False)
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Undo what the block does to SIGTERM: Ray's handler would end the process in its own way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _deployment(settings: ReplicaSettings, found: float) -> Any:

@@ -10,6 +10,9 @@ from sg_runtime.errors import UsageError
 from sg_runtime.images import png_bytes
 from sg_runtime.service import Parts, Request, Service, Statistics
 
+DEFAULT_BATCH = 4
+"""Number of images of a run if neither the user nor the bundle says it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:

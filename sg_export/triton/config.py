@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sg_export.serving.engine import DEFAULT_BATCH
 from sg_runtime import __version__
 from sg_runtime.backends import BACKENDS
 from sg_runtime.bundle import Bundle
@@ -10,9 +11,6 @@ from sg_runtime.errors import UsageError
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import MANIFEST_FILE, Labels, Manifest
 from sg_runtime.manifest.base import choice, number, whole_number
-
-DEFAULT_BATCH = 4
-"""Number of images of a run if neither the user nor the bundle says it."""
 
 MARK = "# Written by sg-export"
 """Begin of the first line of a configuration that sg-export wrote."""

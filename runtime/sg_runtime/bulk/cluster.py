@@ -5,9 +5,7 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +22,7 @@ from sg_runtime.bulk.run import ShardSampler
 from sg_runtime.errors import DeviceError, SgError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.host import usable_cores
+from sg_runtime.ray_host import keep_ray_private, own_signals
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -220,12 +219,9 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
 
     Raises MissingExtraError without the extra ray, and DeviceError if no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    keep_ray_private(not address)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its libraries print on standard error
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread that ends late starts a cluster of its own
-    if not address and "ray" not in sys.modules:
-        # Ray reads it when it is imported. Its servers then listen to 127.0.0.1 alone.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray = require("ray")
     if ray.is_initialized():
         yield RayWorkers(ray, request)
@@ -241,7 +237,7 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
         ray._private.worker._worker_logs_enabled = False
         try:
             _try_address(address)
-            with _own_signals(), _no_banner():
+            with own_signals(), _no_banner():
                 ray.init(**settings)
         except Exception as error:  # of Ray, some have no class of their own
             where = f"at {address}" if address else "on this machine"
@@ -257,17 +253,6 @@ def _try_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which Ray replaces."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sg_runtime.errors import BundleError, DeadlineError, DeviceError, QueueFull
 from sg_runtime.extras import require
 from sg_runtime.files import sha256_of
 from sg_runtime.manifest import MANIFEST_FILE
-from sg_runtime.ray_host import keep_ray_private, own_signals
+from sg_runtime.ray_host import keep_ray_private, starting_ray
 from sg_runtime.service import Request, Service, ServiceSettings, Statistics
 
 TRIES = 4
@@ -277,7 +277,7 @@ def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None
         "object_store_memory": 256 << 20,
     }
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with own_signals():
+    with starting_ray():
         ray.init(**({"address": cluster} if cluster else local), logging_level="ERROR", log_to_driver=False)
 
 

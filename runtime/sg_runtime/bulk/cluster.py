@@ -22,7 +22,7 @@ from sg_runtime.bulk.run import ShardSampler
 from sg_runtime.errors import DeviceError, SgError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.host import usable_cores
-from sg_runtime.ray_host import keep_ray_private, own_signals
+from sg_runtime.ray_host import keep_ray_private, starting_ray
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -220,7 +220,6 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
     Raises MissingExtraError without the extra ray, and DeviceError if no cluster answers.
     """
     keep_ray_private(not address)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its libraries print on standard error
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread that ends late starts a cluster of its own
     ray = require("ray")
     if ray.is_initialized():
@@ -237,7 +236,7 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
         ray._private.worker._worker_logs_enabled = False
         try:
             _try_address(address)
-            with own_signals(), _no_banner():
+            with starting_ray():
                 ray.init(**settings)
         except Exception as error:  # of Ray, some have no class of their own
             where = f"at {address}" if address else "on this machine"
@@ -253,22 +252,6 @@ def _try_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
-
-
-@contextmanager
-def _no_banner() -> Iterator[None]:
-    """Discard standard error of the block.
-
-    Ray's libraries print there that RAY_BACKEND_LOG_LEVEL is set. What fails is raised.
-    """
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _nodes(ray: Any) -> dict[str, Mapping[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from job_folders import LOOPBACK, alive, content, descendants, listening, name_of
+from job_folders import LOOPBACK, alive, content, descendants, listening, name_of, processor_seconds
 
 from sg_export.cli import main
 
 pytestmark = pytest.mark.slow
 
-LONG = ("--count", 24, "--shard", 2, "--batch", 2, "--steps", 600, "--threads", 1, "--format", "webdataset")
+LONG = ("--count", 24, "--shard", 2, "--batch", 2, "--steps", 1500, "--threads", 1, "--format", "webdataset")
 LIMIT = 240
 """Seconds that a test waits for something."""
 
@@ -64,6 +64,8 @@ def test_sample_by_ray_on_this_machine_survives_its_workers_and_leaves_no_proces
         assert listening(started) == listening(started) & LOOPBACK != set()
         workers = [one for one in started if "MapWorker" in name_of(one)]
         assert workers
+        before = {worker: processor_seconds(worker) for worker in workers}
+        wait_for(lambda: any(processor_seconds(worker) - before[worker] > 0.1 for worker in workers))  # in a shard
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         lines = process.stderr.read().splitlines()

@@ -120,6 +120,7 @@ def killed_node(request: Request, folder: Path) -> dict[str, object]:
             assert job.stderr is not None
             while len(list(out.glob("*.tar"))) < shards // 4:
                 if job.poll() is not None or time.monotonic() - began > LIMIT:
+                    job.kill()
                     raise SystemExit(f"the job ended too soon, or never began: {job.stderr.read()}")
                 time.sleep(0.1)
             cluster.stdin.write("kill\n")

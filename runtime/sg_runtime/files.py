@@ -77,6 +77,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Wait until the content of a file is on its disk, so that it outlives a loss of power."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 def state_of(path: Path) -> tuple[int, ...]:
     """Return device, inode, size and times of a file. It differs if the content differs.
 

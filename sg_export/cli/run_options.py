@@ -10,7 +10,7 @@ import click
 from sg_export.cli.options import INTERVAL, SUBSET, Group, refuse_given
 from sg_export.cli.types import ImageSizeType, RampType
 from sg_runtime.guidance import PlanChanges
-from sg_runtime.manifest import GuidanceMode
+from sg_runtime.manifest import GuidanceMode, SamplerName
 
 if TYPE_CHECKING:
     from sg_runtime.sampling import Churn
@@ -111,7 +111,7 @@ sampling_options = Group(
     (
         click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the bundle's]"),
         click.option(
-            "--sampler", type=click.Choice(["euler", "heun"]), help="Sampler of the run.  [default: the bundle's]"
+            "--sampler", type=click.Choice(get_args(SamplerName)), help="Sampler of the run.  [default: the bundle's]"
         ),
         click.option(
             "--churn",

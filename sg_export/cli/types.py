@@ -48,7 +48,7 @@ class ClassesType(click.ParamType[tuple[int | str, ...]]):
     ) -> tuple[int | str, ...]:
         found: list[int | str] = []
         for part in str(value).split(","):
-            if (ends := re.fullmatch(r"(\d{1,9})-(\d{1,9})", part.strip())) is not None:
+            if (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", part.strip())) is not None:
                 first, last = int(ends[1]), int(ends[2])
                 if first > last:
                     self.fail(f"{part.strip()!r}: expected a range FIRST-LAST, found one that falls", param, context)

@@ -19,7 +19,7 @@ from typing import Any
 from sg_runtime.bulk.formats import File
 from sg_runtime.bulk.job import Job, Request, plan
 from sg_runtime.bulk.run import ShardSampler
-from sg_runtime.errors import DeviceError, SgError, UsageError
+from sg_runtime.errors import DeviceError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.host import usable_cores
 from sg_runtime.ray_host import keep_ray_private, starting_ray
@@ -74,22 +74,27 @@ class RayWorkers:
         self._ray = ray
         nodes = _nodes(ray)
         cores = max((int(held.get("CPU", 0)) for held in nodes.values()), default=0)
-        request = replace(request, bundle=request.bundle.absolute(), threads=request.threads or max(1, cores))
+        threads = request.threads or max(1, cores)
+        request = replace(request, bundle=request.bundle.absolute(), threads=threads)
         wants_gpu = request.device != "cpu" and request.backend != "onnxruntime-cpu"
         on_gpu = wants_gpu and any(held.get("GPU", 0) >= 1 for held in nodes.values())
-        need = Need(1, 1) if on_gpu else Need(int(request.threads or 1), 0)
+        need = Need(1, 1) if on_gpu else Need(threads, 0)
         if not need.workers(nodes):
             raise UsageError(
                 f"expected a node of the Ray cluster with {need} for a worker, found at most {cores}: lower `threads`"
             )
-        self.job: Job = _raised(ray.get(ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_planned).remote(request)))
+        planning = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_planned).remote(request)
+        with _errors_of(ray):
+            if not ray.wait([planning], timeout=PATIENCE)[0]:
+                LOG.warning("waiting for a worker with %s in the Ray cluster that is free", need)
+            self.job: Job = _raised(ray.get(planning))
         if prod(self.job.shape) * self.job.shard > SHARD_LIMIT:
             raise UsageError(
                 f"shard: expected at most {SHARD_LIMIT // prod(self.job.shape)} images of this size with `ray`, found "
                 f"{self.job.shard}"
             )
         self._need = Need(self.job.threads, 0) if self.job.backend == "onnxruntime-cpu" else need
-        self._request = replace(request.continuing(self.job), threads=self.job.threads)
+        self._request = request.continuing(self.job)
 
     def shards(self, missing: Sequence[int], done: Callable[[int], None]) -> Iterator[tuple[int, list[File]]]:
         """Yield the shards as they are complete; see `Workers`.
@@ -114,21 +119,20 @@ class RayWorkers:
             batch_size=1,
             # A worker has one shard at a time, so that no other one is lost with it.
             compute=data.ActorPoolStrategy(
-                size=min(len(missing), self._need.workers(_nodes(self._ray))), max_tasks_in_flight_per_actor=1
+                # With no place for a worker now, `_Watch` waits for a node.
+                size=max(1, min(len(missing), self._need.workers(_nodes(self._ray)))),
+                max_tasks_in_flight_per_actor=1,
             ),
             num_cpus=self._need.cpus,
             num_gpus=self._need.gpus,
         )
-        try:
+        with _errors_of(self._ray):
             for row in _watched(rows.iter_rows, watch):
                 files: list[File] = _raised(pickle.loads(row["content"]))
                 done(len(self.job.images(row["shard"])))
                 yield row["shard"], files
-            watch.look()
-        except self._ray.exceptions.RayError as error:
-            raise DeviceError(
-                f"Ray: expected workers that sample, found an error of Ray ({_first_line(error)}): {GONE}"
-            ) from error
+            with contextlib.suppress(DeviceError):  # all shards are complete
+                watch.look()
 
 
 class _Ledger:
@@ -205,7 +209,7 @@ class _Watch:
             if times > TRIES:
                 raise DeviceError(
                     f"Ray: shard {shard}: expected a worker that completes it, found {TRIES} that ended: give workers "
-                    f"more memory, or lower `batch` or `shard`; the complete shards stay"
+                    f"more memory, or lower `batch` or `shard` in another `output`; the complete shards stay"
                 )
         self._again = again
 
@@ -214,15 +218,18 @@ class _Watch:
 def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
     """Connect to a Ray cluster, and plan the job there.
 
-    address: address of the cluster; "" for one on this machine, which ends with the block and
-    answers to this machine alone.
+    address: address of the cluster; "" for the one that this process is connected to, or else one
+    on this machine, which ends with the block and answers to this machine alone.
 
-    Raises MissingExtraError without the extra ray, and DeviceError if no cluster answers.
+    Raises MissingExtraError without the extra ray, UsageError for an address in a process that is
+    connected, and DeviceError if no cluster answers.
     """
     keep_ray_private(not address)
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread that ends late starts a cluster of its own
     ray = require("ray")
     if ray.is_initialized():
+        if address:
+            raise UsageError(f"cluster {address}: expected no address, since this process is connected to Ray: give ''")
         yield RayWorkers(ray, request)
         return
     with contextlib.ExitStack() as opened:
@@ -239,10 +246,12 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
             with starting_ray():
                 ray.init(**settings)
         except Exception as error:  # of Ray, some have no class of their own
-            where = f"at {address}" if address else "on this machine"
+            where, remedy = "on this machine", "free memory or processes, or sample without `ray`"
+            if address:
+                where = f"at {address}"
+                remedy = "start one with ray start, on this machine too, or leave the address out"
             raise DeviceError(
-                f"Ray: expected a cluster {where}, found none that answers ({_first_line(error)}): "
-                f"start one with ray start, or leave the address out"
+                f"Ray: expected a cluster {where}, found none that answers ({_first_line(error)}): {remedy}"
             ) from error
         yield RayWorkers(ray, request)
 
@@ -270,11 +279,25 @@ def _planned(request: Request) -> Job | Exception:
     return found
 
 
+@contextmanager
+def _errors_of(ray: Any) -> Iterator[None]:
+    """Raise DeviceError in place of errors of Ray."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise DeviceError(
+            f"Ray: expected workers that sample, found an error of Ray ({_first_line(error)}): {GONE}"
+        ) from error
+
+
 def _caught(make: Callable[[], Any]) -> Any:
-    """Return what a function returns, or the error that it raises, if users meet such errors."""
+    """Return what a function returns, or the error that it raises.
+
+    An error that a worker raised would be Ray's, and its own type and words lost.
+    """
     try:
         return make()
-    except (SgError, OSError) as error:
+    except Exception as error:
         return error
 
 

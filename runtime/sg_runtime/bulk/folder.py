@@ -15,7 +15,7 @@ from typing import IO, TypeVar
 from sg_runtime.bulk.formats import IMAGES, METADATA, NPZ, PARTS, File, names_of, write_metadata, write_npz
 from sg_runtime.bulk.job import Job
 from sg_runtime.errors import JobError, UsageError
-from sg_runtime.files import replacing, sha256_of
+from sg_runtime.files import replacing, sha256_of, to_disk
 from sg_runtime.manifest import FileFacts
 from sg_runtime.manifest.base import Strict
 
@@ -45,6 +45,10 @@ class Records(Strict):
             raise UsageError(f"shards: expected numbers, found {wrong[0]!r}")
 
 
+REMEDIES = {Job: "give another `output`", Records: "delete this file, and all shards are sampled again"}
+"""What helps if a file of this kind is damaged."""
+
+
 class JobFolder:
     """A folder that this process alone works in. `opened` makes it."""
 
@@ -58,7 +62,7 @@ class JobFolder:
         """Take the job up, or go on with it, and check what is complete.
 
         A shard that differs from its record is sampled again, with a warning. Raises UsageError if
-        the job began with other options.
+        the job began with other options, and JobError for records of another job.
         """
         if self.job is None:
             _write(job, self.path / JOB)
@@ -67,6 +71,10 @@ class JobFolder:
             raise UsageError(
                 f"{self.path}: expected the options that its job began with, found {', '.join(differences)}: give the "
                 f"same options, or another `output`"
+            )
+        if foreign := [shard for shard in self.records.shards if int(shard) >= job.shards]:
+            raise JobError(
+                f"{self.path / RECORDS}: expected shards below {job.shards}, found {foreign[0]}: {REMEDIES[Records]}"
             )
         for folder in (self.path, self.path / IMAGES, self.path / PARTS):
             for left in folder.glob(LEFTOVERS):
@@ -123,8 +131,8 @@ class JobFolder:
             write_metadata(job, self.path / METADATA)
         elif job.format == "npz":
             if self.records.result is None:
-                write_npz(job, self.path / NPZ, map(self._part, range(job.shards)))
                 result = self.path / NPZ
+                write_npz(job, result, map(self._part, range(job.shards)))
                 self.records = Records(result=FileFacts(result.stat().st_size, sha256_of(result)))
                 self._save()
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
@@ -221,9 +229,8 @@ def _read(kind: type[R], path: Path) -> R:
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
             reason = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
-        remedy = "delete this file, and all shards are sampled again" if kind is Records else "give another `output`"
         raise JobError(
-            f"{path}: expected a record of a sampling job, found a damaged one ({reason}): {remedy}"
+            f"{path}: expected a record of a sampling job, found a damaged one ({reason}): {REMEDIES[kind]}"
         ) from None
 
 
@@ -233,3 +240,4 @@ def _write(record: Job | Records, path: Path) -> None:
 
     with replacing(path) as temporary:
         temporary.write_bytes(TypeAdapter(type(record)).dump_json(record, indent=1) + b"\n")
+        to_disk(temporary)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sg_runtime.bulk.job import Format, Job
-from sg_runtime.files import replacing
+from sg_runtime.files import replacing, to_disk
 from sg_runtime.images import png_bytes
 
 Pixels = NDArray[np.uint8]
@@ -123,15 +123,17 @@ def write_npz(job: Job, path: Path, parts: Iterable[bytes]) -> None:
     Equal images give equal bytes. The form is that of the evaluation suite of ADM
     (openai/guided-diffusion, `evaluations/evaluator.py`).
     """
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with _member(archive, "arr_0.npy") as stream:
-            _write_header(stream, (job.count, *job.shape))
-            for part in parts:
-                stream.write(np.load(io.BytesIO(part)).data)
-        if job.classes:
-            labels = np.array([job.condition(image) for image in range(job.count)], np.int64)
-            with _member(archive, "arr_1.npy") as stream:
-                np.lib.format.write_array(stream, labels, version=(1, 0))
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with _member(archive, "arr_0.npy") as stream:
+                _write_header(stream, (job.count, *job.shape))
+                for part in parts:
+                    stream.write(np.load(io.BytesIO(part)).data)
+            if job.classes:
+                labels = np.array([job.condition(image) for image in range(job.count)], np.int64)
+                with _member(archive, "arr_1.npy") as stream:
+                    np.lib.format.write_array(stream, labels, version=(1, 0))
+        to_disk(temporary)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -15,7 +15,7 @@ from sg_runtime.host import usable_cores
 from sg_runtime.manifest import MANIFEST_FILE, GuidancePlan, Labels, SamplerName
 from sg_runtime.manifest.base import Strict, check_counts, choice, whole_number
 from sg_runtime.pipeline import Pipeline
-from sg_runtime.requests import checked_seeds
+from sg_runtime.requests import checked_prompts, checked_seeds
 from sg_runtime.run.encode import PromptEncoder
 from sg_runtime.run.opened import Keep
 from sg_runtime.sampling import SAMPLERS, Churn
@@ -34,7 +34,8 @@ class Request:
 
     bundle: path of the bundle.
     count: number of images.
-    classes: classes by index or name, which the images take in turn; by default all.
+    classes: classes by index or name, which the images take in turn; by default all. One that is
+        named twice counts once.
     prompts: prompts of a model with text, which the images take in turn.
     negative: prompt of the weak branch; by default no prompt.
     seed: seed of the first image; it increases by one per image.
@@ -226,15 +227,17 @@ def plan(request: Request, pipe: Pipeline, bundle: str) -> Job:
         if request.prompts or negative is not None:
             raise UsageError("prompts: expected none: the model is conditioned on classes: give `classes`")
         labels = manifest.model.conditions
-        classes = tuple(class_index(labels, name) for name in request.classes or range(labels.count))
+        classes = tuple(dict.fromkeys(class_index(labels, name) for name in request.classes or range(labels.count)))
     else:
         if request.classes:
             raise UsageError("classes: expected none: the model is conditioned on text: give `prompt_file`")
         if not request.prompts:
             raise UsageError("prompts: expected some, since the model is conditioned on text: give `prompt_file`")
-        prompts = tuple(request.prompts)
-        PromptEncoder(pipe.bundle).clean(prompts)
+        prompts = tuple(checked_prompts("prompts", request.prompts))
         negative = "" if negative is None and guidance.row.null_weak else negative
+        encoder = PromptEncoder(pipe.bundle)
+        encoder.clean(prompts)
+        encoder.clean(checked_prompts("negative", negative or "", empty=True))
     if request.churn is not None and manifest.model.prediction != "edm":
         raise UsageError(f"churn: expected an edm model, found a model of {manifest.model.prediction}")
     sampling = manifest.sampling

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sg_runtime.bulk.folder import opened
 from sg_runtime.bulk.formats import FORMS, File, files_of
 from sg_runtime.bulk.job import Job, Request, plan
+from sg_runtime.errors import DeviceMemoryError
 from sg_runtime.pipeline import Pipeline
 
 ENCODERS = 4
@@ -133,8 +134,11 @@ def run_job(
             progress(before + sampled, images)
 
         progress(before, images)
-        for shard, files in workers.shards(folder.missing, done):
-            folder.write(shard, files)
+        try:
+            for shard, files in workers.shards(folder.missing, done):
+                folder.write(shard, files)
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(f"{error}. A job keeps its batch: give another `output`, too") from error
         seconds = time.monotonic() - began
         folder.finish()
         return Done(images, images - before, seconds)

@@ -1,6 +1,5 @@
 """`sg-export sample`."""
 
-import contextlib
 import io
 import itertools
 import json
@@ -10,15 +9,14 @@ import shutil
 import signal
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from job_folders import content
+from job_folders import content, running, wait_for
 from PIL import Image
 
 from sg_runtime.bulk import Request
@@ -121,6 +119,7 @@ def test_sample_options_reach_the_request(
         (["--classes", "5"], "class 5: expected 0 to 4"),
         (["--classes", "0-5"], "class 5: expected 0 to 4"),
         (["--classes", "3-1"], "'3-1': expected a range FIRST-LAST, found one that falls"),
+        (["--classes", "0-9999999"], "class '0-9999999': expected one of the model's class names, found no match"),
         (["--classes", "cat"], "class 'cat': expected one of the model's class names, found no match"),
         (["--classes", "1,,2"], "class '': expected one of the model's class names"),
         (["--negative", "fog"], "prompts: expected none: the model is conditioned on classes: give --classes"),
@@ -244,25 +243,7 @@ def test_sample_on_a_full_disk_ends_with_1(
         )
 
 
-@contextlib.contextmanager
-def running(start: Callable[..., Any], *arguments: object) -> Iterator[Any]:
-    """Start a command, and kill it at the end if it still runs."""
-    with start(*arguments) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Wait until a condition holds. Fails after some time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
-LONG = ("--count", 40, "--shard", 4, "--batch", 2, "--steps", 100, "--threads", 1, "--format", "webdataset")
+LONG = ("--count", 40, "--shard", 4, "--batch", 2, "--steps", 800, "--threads", 1, "--format", "webdataset")
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +298,7 @@ def test_sample_of_two_jobs_in_one_folder_refuses_the_second(
     start: Callable[..., Any], refused: Callable[..., str], picture_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with running(start, "sample", picture_bundle, *LONG, "-o", out) as process:
+    with running(start, "sample", picture_bundle, *LONG, "--count", 100000, "-o", out) as process:
         wait_for(lambda: (out / "job.json").exists())
         message = refused(2, "sample", picture_bundle, *LONG, "-o", out)
     assert message.startswith(f"{out}: expected no other process at work there, found process {process.pid} on ")

@@ -4,24 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from job_folders import LOOPBACK, alive, content, descendants, listening, name_of, processor_seconds
+from job_folders import LOOPBACK, alive, content, descendants, listening, name_of, processor_seconds, running, wait_for
 
 from sg_export.cli import main
 
 pytestmark = pytest.mark.slow
 
-LONG = ("--count", 24, "--shard", 2, "--batch", 2, "--steps", 1500, "--threads", 1, "--format", "webdataset")
-LIMIT = 240
-"""Seconds that a test waits for something."""
-
+LONG = ("--count", 40, "--shard", 2, "--batch", 2, "--steps", 1500, "--threads", 1, "--format", "webdataset")
 CLUSTER = Path(__file__).parents[2] / "sg_runtime/fixtures/ray_cluster.py"
 
 
@@ -35,22 +30,18 @@ def long_job(picture_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return content(folder)
 
 
-@contextmanager
-def running(start: Callable[..., Any], *arguments: object) -> Iterator[Any]:
-    """Start a command, and kill it at the end if it still runs."""
-    with start(*arguments) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def workers_at_work(ancestor: int) -> list[int]:
+    """Wait until each of two workers is in the middle of a shard, and return their numbers."""
+    workers: list[int] = []
 
+    def found() -> bool:
+        workers[:] = [one for one in descendants(ancestor) if "MapWorker" in name_of(one)]
+        return len(workers) == 2
 
-def wait_for(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds. Fails after some time."""
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
+    wait_for(found)
+    before = [processor_seconds(worker) for worker in workers]
+    wait_for(lambda: all(processor_seconds(one) > used + 0.1 for one, used in zip(workers, before, strict=True)))
+    return workers
 
 
 def test_sample_by_ray_on_this_machine_survives_its_workers_and_leaves_no_process(
@@ -62,11 +53,7 @@ def test_sample_by_ray_on_this_machine_survives_its_workers_and_leaves_no_proces
         wait_for(lambda: len(list(out.glob("*.tar"))) >= 2)
         started = descendants(process.pid)
         assert listening(started) == listening(started) & LOOPBACK != set()
-        workers = [one for one in started if "MapWorker" in name_of(one)]
-        assert workers
-        before = {worker: processor_seconds(worker) for worker in workers}
-        wait_for(lambda: any(processor_seconds(worker) - before[worker] > 0.1 for worker in workers))  # in a shard
-        for worker in workers:
+        for worker in workers_at_work(process.pid):
             os.kill(worker, signal.SIGKILL)
         lines = process.stderr.read().splitlines()
     assert process.returncode == 0, lines
@@ -121,6 +108,7 @@ def test_sample_on_two_nodes_of_which_one_is_killed_loses_and_doubles_nothing(
             address = cluster.stdout.readline().strip()
             with running(start, "sample", picture_bundle, *LONG, "-o", out, "--ray", address) as process:
                 wait_for(lambda: len(list(out.glob("*.tar"))) >= 3)
+                workers_at_work(cluster.pid)
                 cluster.stdin.write("kill\n")
                 cluster.stdin.flush()
                 assert cluster.stdout.readline() == "killed\n"
@@ -147,7 +135,7 @@ def test_sample_at_an_address_without_a_cluster_ends_with_6(
     result = process("sample", picture_bundle, *LONG, "-o", "out", "--ray", address)
     assert result.returncode == 6, result.stderr
     assert message in result.stderr.splitlines()[-1]
-    assert result.stderr.endswith("start one with ray start, or leave the address out\n")
+    assert result.stderr.endswith("start one with ray start, on this machine too, or leave the address out\n")
     assert not (tmp_path / "out").exists()
 
 

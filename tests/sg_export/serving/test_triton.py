@@ -61,6 +61,21 @@ def test_model_config_of_a_model_of_classes_is_what_triton_reads(pixels: Path) -
     assert config.parameters["precision"].string_value == "fp32"
 
 
+def test_model_config_of_a_text_model_is_what_triton_reads(full_bundle: Path) -> None:
+    config = parsed(model_config("text", Bundle.open(full_bundle), Settings()))
+    inputs = [(one.name, type_name(one), list(one.dims), one.optional) for one in config.input]
+    assert inputs == [
+        ("prompt", "TYPE_STRING", [1], False),
+        ("negative", "TYPE_STRING", [1], True),
+        ("seed", "TYPE_UINT64", [1], False),
+    ]
+    (image,) = config.output
+    assert list(image.dims) == [*Bundle.open(full_bundle).manifest.model.size, 3]
+    (warmup,) = config.model_warmup
+    assert sorted(warmup.inputs) == ["prompt", "seed"]
+    assert warmup.inputs["prompt"].input_data_file == "prompt"
+
+
 @pytest.mark.parametrize(
     ("device", "kind", "gpus"), [("auto", "KIND_CPU", []), ("cuda", "KIND_GPU", []), ("cuda:1", "KIND_GPU", [1])]
 )
@@ -213,14 +228,15 @@ def test_code_of_an_error_is_triton_s(error: Exception, code: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Return a server of two models: one of the bundle, and one whose bundle was removed.
+def server(pixels: Path, full_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Return a server of three models: one of classes, one with text, and one without its bundle.
 
-    The second is not loaded. The window is long enough for requests of a busy machine to meet.
+    The first is loaded. The window is long enough for requests of a busy machine to meet.
     """
     repository = tmp_path_factory.mktemp("triton") / "models"
     settings = Settings(window=2.0, threads=1, max_steps=20)
     write_repository(pixels, repository, settings)
+    write_repository(full_bundle, repository, Settings(window=0.0, threads=1), name="text", link=True)
     shutil.rmtree(write_repository(pixels, repository, settings, name="broken") / "1/bundle")
     options = ("--model-control-mode=explicit", "--load-model=pixels")
     with running(repository, tmp_path_factory.mktemp("server"), *options) as found:
@@ -245,10 +261,10 @@ def grpc(server: TritonServer) -> Iterator[Any]:
 
 def inputs_of(module: Any, **columns: Any) -> list[Any]:
     """Return the inputs of a request of a client library."""
-    types = {"class": "INT64", "class_name": "BYTES", "seed": "UINT64"}
+    types = {"class": "INT64", "seed": "UINT64"}
     made = []
     for name, values in columns.items():
-        made.append(module.InferInput(name, list(values.shape), types[name]))
+        made.append(module.InferInput(name, list(values.shape), types.get(name, "BYTES")))
         made[-1].set_data_from_numpy(values)
     return made
 
@@ -288,6 +304,24 @@ def test_images_by_grpc_are_those_of_the_pipeline(grpc: Any, pipe: Pipeline) -> 
     given = {"steps": 2, "guidance": "sg", "scale": "3:1"}
     found = grpc.infer("pixels", made, parameters=given, client_timeout=WAIT).as_numpy("image")
     assert np.array_equal(found, pipe(["B"], [2**64 - 1], steps=2, scale=(3.0, 1.0)))
+
+
+@pytest.mark.slow
+@needs_server
+def test_images_of_prompts_are_those_of_the_pipeline(http: Any, full_bundle: Path) -> None:
+    """The model is loaded, which asks it for an image of the warm-up prompt."""
+    from tritonclient import http as module
+
+    http.load_model("text")
+    texts = {"prompt": column(b"a tram on a beach", dtype=object), "negative": column(b"dull", dtype=object)}
+    pipe = Pipeline.load(full_bundle, "cpu", threads=1)
+    for given in ({"prompt": texts["prompt"]}, texts):
+        made = inputs_of(module, **given, seed=column(4, dtype=np.uint64))
+        found = http.infer("text", made, parameters={"steps": 2, "scale": 2.0}).as_numpy("image")
+        negative = "dull" if "negative" in given else None
+        expected = pipe(prompts="a tram on a beach", negative=negative, seeds=[4], steps=2, scale=2.0)
+        assert np.array_equal(found, expected)
+    http.unload_model("text")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,14 @@ def test_record_that_is_damaged_ends_with_6_and_its_remedy(
         (tmp_path / name).unlink()
         assert run_job(request_of(), tmp_path).sampled == 10
         assert content(tmp_path) == before
+
+
+def test_records_of_a_job_of_more_shards_end_with_6(request_of: Make, tmp_path: Path) -> None:
+    run_job(request_of(count=20), tmp_path / "more")
+    run_job(request_of(), tmp_path / "out")
+    shutil.copy(tmp_path / "more" / RECORDS, tmp_path / "out")
+    with pytest.raises(JobError, match="expected shards below 3, found 3: delete this file, and all shards are"):
+        run_job(request_of(), tmp_path / "out")
 
 
 def test_shard_that_is_altered_before_the_npz_is_written_ends_with_6(request_of: Make, tmp_path: Path) -> None:

@@ -110,6 +110,30 @@ def test_plan_of_a_wrong_request_is_refused(changes: dict[str, Any], message: st
         planned(request_of(**changes))
 
 
+def test_plan_takes_a_class_that_is_named_twice_once(request_of: Make) -> None:
+    assert planned(request_of(classes=(3, 0, 3, 1, 0))).classes == (3, 0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ()}, "prompts: expected some, since the model is conditioned on text"),
+        ({"prompts": ("a cat", " ")}, "prompts: expected words, found ' '"),
+        ({"negative": " "}, "negative: expected words, found ' '"),
+        ({"classes": (1,)}, "classes: expected none: the model is conditioned on text"),
+    ],
+    ids=str,
+)
+def test_plan_of_a_wrong_request_for_text_is_refused(
+    changes: dict[str, Any], message: str, request_of: Make, full_bundle: Path
+) -> None:
+    text = {"bundle": full_bundle, "batch": 1, "prompts": ("a cat",)}
+    assert planned(request_of(**text)).negative == ""
+    with pytest.raises(UsageError, match=message):
+        planned(request_of(**{**text, **changes}))
+
+
 def test_plan_for_latents_without_decoder_is_refused(request_of: Make, tiny_bundle: Path) -> None:
     with pytest.raises(UsageError, match="expected a bundle that gives images, found one that samples latents"):
         planned(request_of(bundle=tiny_bundle))

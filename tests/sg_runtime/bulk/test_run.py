@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sg_runtime.bulk import FORMATS, Done, Request, run_job
-from sg_runtime.errors import NonFiniteError, UsageError
+from sg_runtime.errors import DeviceMemoryError, NonFiniteError, UsageError
 from sg_runtime.manifest import MANIFEST_FILE
 from sg_runtime.pipeline import Pipeline
 
@@ -247,6 +247,17 @@ def test_samples_that_are_not_finite_end_the_job_and_leave_complete_shards(
             run_job(request_of(), tmp_path)
     assert len(list((tmp_path / "images").iterdir())) == 4
     assert run_job(request_of(), tmp_path).sampled == 6
+
+
+def test_job_whose_batch_does_not_fit_asks_for_another_folder(
+    request_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise DeviceMemoryError("a run of 3 images does not fit")
+
+    monkeypatch.setattr(Pipeline, "sample", full)
+    with pytest.raises(DeviceMemoryError, match=r"does not fit\. A job keeps its batch: give another `output`, too"):
+        run_job(request_of(), tmp_path)
 
 
 def test_job_can_run_in_a_thread(request_of: Make, tmp_path: Path) -> None:

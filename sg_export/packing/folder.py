@@ -41,7 +41,7 @@ def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     own = own_files(target)
     if not empty and not own:
         raise UsageError(f"{output}: exists and is not a bundle, so `force` does not replace it: give another `output`")
-    if own and (foreign := _foreign(target, own | {VERIFY_FILE})):
+    if own and (foreign := foreign_files(target, own | {VERIFY_FILE})):
         names = ", ".join(foreign[:LISTED]) + (f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else "")
         raise UsageError(
             f"{output}: expected only files of the bundle, found {names}: `force` would delete them: move them, or "
@@ -82,7 +82,7 @@ def own_paths(bundles: Iterable[Path]) -> list[Path]:
     return [bundle / name for bundle in bundles for name in own_files(bundle)]
 
 
-def _foreign(folder: Path, own: set[str]) -> list[str]:
+def foreign_files(folder: Path, own: set[str]) -> list[str]:
     """Return the files in `folder` that are not `own`. A subfolder with none of them is one."""
     found = []
     for path in sorted(folder.iterdir()):
@@ -90,7 +90,7 @@ def _foreign(folder: Path, own: set[str]) -> list[str]:
         if not within:
             found.append(path.name)
         elif path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{name}" for name in _foreign(path, within)]
+            found += [f"{path.name}/{name}" for name in foreign_files(path, within)]
     return found
 
 
@@ -185,8 +185,11 @@ def _explained(error: Exception, output: Path, target: Path, temporary: Path) ->
     Libraries that write by themselves lose the system's reason (NumPy's "problem writing element",
     ONNX Runtime's exceptions), and no write error has a path. So the disks tell which is full.
     """
-    path, number = (error.filename, error.errno) if isinstance(error, OSError) else (None, None)
-    if isinstance(path, str) and not any(Path(path).absolute().is_relative_to(own) for own in (temporary, target)):
+    number = error.errno if isinstance(error, OSError) else None
+    # A copy names two files, and its error does not say which of them is at fault.
+    named = [getattr(error, name, None) for name in ("filename", "filename2")]
+    paths = [Path(name).absolute() for name in named if isinstance(name, str)]
+    if paths and not any(path.is_relative_to(own) for path in paths for own in (temporary, target)):
         return error
     full = number in FULL or os.strerror(errno.ENOSPC) in str(error)
     if full or (number is None and not isinstance(error, SgError)):

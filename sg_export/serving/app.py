@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -117,7 +118,7 @@ class _Server:
             unexpected: BaseException | None = None
             try:
                 response = await endpoint(request, fields)
-            except GoneError:
+            except (GoneError, ClientDisconnect):
                 response = Response(status_code=CLOSED_REQUEST)
             except (ApiError, SgError) as error:
                 problem = error if isinstance(error, ApiError) else api_error(error)
@@ -128,7 +129,9 @@ class _Server:
                 )
             if problem is not None:
                 response = problem.response()
-                fields |= {"code": problem.code, "message": str(problem)}
+                fields |= {"code": problem.code, "param": problem.param}
+                if problem.status >= 500:  # others quote the request
+                    fields["message"] = str(problem)
             response.headers["X-Request-Id"] = fields["id"]
             if request.method == "POST":
                 self.metrics.requests.labels(fields.get("model", ""), response.status_code).inc()

@@ -7,28 +7,24 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sg_export.serving.engine import DEFAULT_BATCH, LocalEngine, Reply, check_servable
+from sg_export.serving.engine import LocalEngine, Reply, batch_of, check_servable
 from sg_export.serving.logs import log
 from sg_runtime.bundle import Bundle
 from sg_runtime.errors import BundleError, DeadlineError, DeviceError, QueueFullError, RefusedError, SgError, UsageError
 from sg_runtime.extras import require
-from sg_runtime.files import sha256_of
-from sg_runtime.manifest import MANIFEST_FILE
-from sg_runtime.ray_host import keep_ray_private, starting_ray
+from sg_runtime.manifest import Manifest
+from sg_runtime.ray_host import Need, connect, keep_ray_private, nodes_of
 from sg_runtime.service import Request, Service, ServiceSettings, Statistics
 
 TRIES = 4
 """Number of replicas that a request is given to, if each of them dies with it."""
 
-GRACE_SECONDS = 30.0
-"""Seconds after the deadline of a request for which its last run may take."""
-
 CHECK_SECONDS = 2.0
-"""Seconds between two checks of a replica by Ray Serve."""
+"""Seconds between two checks of a replica by Ray Serve, and those that a replica has to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,8 @@ class ReplicaSettings:
     service: settings of the service in each replica.
     replicas: least and largest number of replicas of a bundle. Between them, Ray Serve starts and
         stops replicas as requests come.
-    device, backend, batch, threads: see `Pipeline.load`.
+    device, backend, threads: see `Pipeline.load`.
+    batch: number of images of a run; None for the largest that the bundle was built for, or 4.
     gpus: GPUs that Ray reserves for a replica, perhaps a fraction; None for one if Ray finds any
         and the device is not "cpu".
     """
@@ -73,24 +70,21 @@ class ReplicaSettings:
 class Replica:
     """A service over one bundle, as an actor of Ray Serve. Errors of requests are results."""
 
-    def __init__(self, path: str, fingerprint: str, settings: ReplicaSettings) -> None:
+    def __init__(self, path: str, manifest: Manifest, settings: ReplicaSettings) -> None:
         """Open the bundle and run it once.
 
-        Raises BundleError if it is not the one of the server.
+        manifest: the one that the server has read. It holds the hashes of all files. Raises
+        BundleError if that of the bundle is another one.
         """
         from sg_runtime.pipeline import Pipeline
 
-        found = sha256_of(Path(path) / MANIFEST_FILE)
-        if found != fingerprint:
-            raise BundleError(
-                f"{path}: expected the bundle that the server started with (manifest {fingerprint[:12]}…), found "
-                f"another one ({found[:12]}…): start the server again"
-            )
         pipe = Pipeline.load(
             path, settings.device, backend=settings.backend, batch=settings.batch, threads=settings.threads
         )
-        if settings.batch is None and pipe.bundle.manifest.batch is None and pipe.backend.batches is None:
-            pipe.batch = DEFAULT_BATCH
+        if pipe.bundle.manifest != manifest:
+            raise BundleError(
+                f"{path}: expected the bundle that the server started with, found another one: start the server again"
+            )
         on_cpu = pipe.backend.name == "onnxruntime-cpu"
         pipe.warmup(pipe.batch if settings.service.pad else 1, steps=1 if on_cpu else None)
         self._service = Service(pipe, settings.service)
@@ -151,14 +145,16 @@ class RayEngine:
             left = max(end - time.monotonic(), 0.001)
             response = self._handle.generate.remote(request, left)
             try:
-                found = await asyncio.wait_for(response, left + GRACE_SECONDS)
+                # A replica must take it in time. How long its runs take is another matter.
+                await asyncio.wait_for(response._to_object_ref(), left)
+                found = await response
             except asyncio.CancelledError:
                 response.cancel()
                 raise
             except (asyncio.TimeoutError, TimeoutError):
                 response.cancel()
                 raise DeadlineError(
-                    f"{self.name}: expected an answer within {timeout + GRACE_SECONDS:g} s, found none: try again later"
+                    f"{self.name}: expected a replica within {timeout:g} s, found none: try again later"
                 ) from None
             except BackPressureError as error:
                 raise QueueFullError(f"{self.name}: expected room in the queue, found none ({error})") from None
@@ -177,27 +173,28 @@ class RayEngine:
         raise DeviceError(f"{self.name}: expected a replica that answers, found {TRIES} that ended: see Ray's logs")
 
     async def check(self) -> None:
-        """Raise SgError if no replica can serve requests."""
-        found = await self._each("check")
-        if not found:
+        """Raise SgError if the replica that is asked cannot serve requests, or if none answers."""
+        response = self._handle.check.remote()
+        try:
+            found = await asyncio.wait_for(response, CHECK_SECONDS)
+        except Exception:  # Ray has no common class for what goes wrong with replicas
+            response.cancel()
             raise RefusedError(
                 f"{self.name}: expected a replica that runs, found none: wait until Ray Serve starts one"
-            )
-        if all(found):
-            raise found[0]
+            ) from None
+        if found is not None:
+            raise found
 
     async def statistics(self) -> list[Statistics]:
-        """Return the statistics of every replica that answers."""
-        return await self._each("statistics")
-
-    async def _each(self, method: str) -> list[Any]:
-        """Return the results of a method of every replica. Replicas that die are left out."""
+        """Return the statistics of every replica; none if one does not answer."""
         try:
-            found = await self._handle.broadcast(method).results_async(timeout_s=CHECK_SECONDS, return_exceptions=True)
-        except Exception as error:  # Ray has no common class for what goes wrong with replicas
-            log(logging.DEBUG, "no replica answered", model=self.name, error=repr(error))
+            found = await self._handle.broadcast("statistics").results_async(
+                timeout_s=CHECK_SECONDS, return_exceptions=True
+            )
+        except Exception as error:
+            log(logging.DEBUG, "no statistics", model=self.name, error=repr(error))
             return []
-        return [result for result in found if not isinstance(result, BaseException) or isinstance(result, SgError)]
+        return [result for result in found if isinstance(result, Statistics)]
 
 
 def named(bundles: Sequence[Path]) -> dict[str, Bundle]:
@@ -225,23 +222,26 @@ def deployed(
     """Start Ray and an application for each bundle. Yield their engines, in order.
 
     cluster: address of a running cluster of Ray; by default Ray runs on this machine alone, and
-    ends with the block. Raises SgError if a bundle cannot be served.
+    ends with the block. Raises UsageError for a batch that a bundle was not built for, or if Ray
+    has no room for the replicas, and DeviceError if no cluster answers or no replica starts.
     """
+    batches = {name: batch_of(bundle, settings.batch) for name, bundle in bundles.items()}
     _keep_to_itself(cluster is None)
     require("ray")
     import ray
     from ray import serve
 
-    applications = {f"sg-export-{name}": bundle for name, bundle in bundles.items()}
+    applications = [f"sg-export-{name}" for name in bundles]
     try:
-        _start(len(bundles), settings, cluster)
+        _start(ray, len(bundles), settings, cluster)
+        need = _need(settings, ray.cluster_resources().get("GPU", 0.0))
+        _check_room(need, len(bundles) * settings.replicas[0], need.workers(nodes_of(ray)))
         serve.start(proxy_location="Disabled")
-        deployment = _deployment(settings, ray.cluster_resources().get("GPU", 0.0))
         engines = []
-        for (application, bundle), name in zip(applications.items(), bundles, strict=True):
-            fingerprint = sha256_of(bundle.root / MANIFEST_FILE)
-            handle = _running(application, deployment.bind(str(bundle.root), fingerprint, settings))
-            engines.append(RayEngine(name, bundle, handle))
+        for application, (name, bundle) in zip(applications, bundles.items(), strict=True):
+            own = replace(settings, batch=batches[name])
+            bound = _deployment(own, need).bind(str(bundle.root), bundle.manifest, own)
+            engines.append(RayEngine(name, bundle, _running(application, bound)))
         yield engines
     finally:
         if ray.is_initialized():
@@ -264,31 +264,36 @@ def _keep_to_itself(alone: bool) -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _start(bundles: int, settings: ReplicaSettings, cluster: str | None) -> None:
+def _start(ray: Any, bundles: int, settings: ReplicaSettings, cluster: str | None) -> None:
     """Connect to a cluster, or start Ray on this machine."""
-    import ray
-
     # Ray counts cores, but does not bind replicas to them: it may count more than there are.
     cores = max(os.cpu_count() or 1, bundles * settings.replicas[1] * settings.cpus + 1)
-    local = {
-        "address": "local",
-        "num_cpus": cores,
-        "include_dashboard": False,
-        "object_store_memory": 256 << 20,
-    }
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with starting_ray():
-        ray.init(**({"address": cluster} if cluster else local), logging_level="ERROR", log_to_driver=False)
+    connect(ray, cluster or "", num_cpus=cores, include_dashboard=False, object_store_memory=256 << 20)
 
 
-def _deployment(settings: ReplicaSettings, found: float) -> Any:
-    """Return the deployment of a bundle's replicas. found: number of GPUs that Ray has."""
-    from ray import serve
-
-    least, most = settings.replicas
+def _need(settings: ReplicaSettings, found: float) -> Need:
+    """Return what Ray reserves for a replica. found: number of GPUs that Ray has."""
     gpus = settings.gpus
     if gpus is None:
         gpus = 1.0 if found and settings.device != "cpu" else 0.0
+    return Need(settings.cpus, gpus)
+
+
+def _check_room(need: Need, wanted: int, room: int) -> None:
+    """Raise UsageError if Ray has no room for the replicas. It would wait for it without end."""
+    if room < wanted:
+        raise UsageError(
+            f"replicas: expected room in Ray for {wanted} with {need} each, found room for {room}: lower `replicas` or "
+            f"`gpus`, or serve fewer bundles"
+        )
+
+
+def _deployment(settings: ReplicaSettings, need: Need) -> Any:
+    """Return the deployment of the replicas of a bundle, whose batch the settings have."""
+    from ray import serve
+
+    least, most = settings.replicas
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
         scaling = {
@@ -296,7 +301,7 @@ def _deployment(settings: ReplicaSettings, found: float) -> Any:
                 "min_replicas": least,
                 "max_replicas": most,
                 # A replica has work if one batch runs and one waits.
-                "target_ongoing_requests": 2 * (settings.batch or DEFAULT_BATCH),
+                "target_ongoing_requests": 2 * (settings.batch or 1),
                 "upscale_delay_s": 5.0,
                 "downscale_delay_s": 120.0,
             }
@@ -311,7 +316,7 @@ def _deployment(settings: ReplicaSettings, found: float) -> Any:
         health_check_period_s=CHECK_SECONDS,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": need.cpus, "num_gpus": need.gpus},
         **scaling,
     )
 

@@ -66,6 +66,18 @@ def check_servable(bundle: Bundle) -> None:
         )
 
 
+def batch_of(bundle: Bundle, wanted: int | None) -> int:
+    """Return the number of images of a run. Raises UsageError if the bundle has no such batch."""
+    manifest = bundle.manifest
+    built = manifest.engine_batches() if manifest.engines else () if manifest.batch is None else (manifest.batch,)
+    if wanted is not None and built and wanted not in built:
+        raise UsageError(
+            f"batch: expected one of those that {bundle.path} was built for ({', '.join(map(str, built))}), found "
+            f"{wanted}"
+        )
+    return wanted or max(built, default=DEFAULT_BATCH)
+
+
 class LocalEngine:
     """An engine over a service in this process."""
 

@@ -39,6 +39,11 @@ def run(
     import uvicorn
 
     key = api_key()
+    if limits.images > settings.service.queue:
+        raise UsageError(
+            f"`images`: expected at most `queue` {settings.service.queue}, as a request of more would never be served, "
+            f"found {limits.images}: lower `images`, or give a larger `queue`"
+        )
     with listening(host, port) as bound, json_lines(), deployed(bundles, settings, cluster) as engines:
         app = make_app(engines, limits, key)
         config = uvicorn.Config(
@@ -75,7 +80,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UsageError(f"`host` {host}: expected an address of this machine, found none ({error})") from None
     with bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

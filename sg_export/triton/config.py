@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sg_export.serving.engine import DEFAULT_BATCH
+from sg_export.serving.engine import batch_of
 from sg_runtime import __version__
 from sg_runtime.backends import BACKENDS
 from sg_runtime.bundle import Bundle
@@ -117,18 +117,6 @@ def model_config(name: str, bundle: Bundle, settings: Settings) -> str:
     model = manifest.model
     head = f"{MARK} {__version__}: {model.family}, matmuls in {parameters['precision']}. Change it by sg-export triton."
     return "\n".join([head, *_lines(fields), ""])
-
-
-def batch_of(bundle: Bundle, wanted: int | None) -> int:
-    """Return the number of images of a run. Raises UsageError if the bundle has no such batch."""
-    manifest = bundle.manifest
-    built = manifest.engine_batches() if manifest.engines else () if manifest.batch is None else (manifest.batch,)
-    if wanted is not None and built and wanted not in built:
-        raise UsageError(
-            f"batch: expected one of those that {bundle.path} was built for ({', '.join(map(str, built))}), found "
-            f"{wanted}"
-        )
-    return wanted or max(built, default=DEFAULT_BATCH)
 
 
 def uses_gpu(manifest: Manifest, settings: Settings) -> bool:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from sg_export.packing.folder import check_place, new_folder
+from sg_export.packing.folder import check_place, foreign_files, new_folder, own_files
 from sg_export.serving.engine import check_servable
 from sg_export.triton.config import MARK, WARMUP_PROMPT, Settings, model_config
 from sg_runtime.bundle import Bundle
@@ -25,9 +25,6 @@ from sg_runtime.triton import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-
-OWN = {CONFIG_FILE, "warmup", VERSION, f"{VERSION}/model.py", f"{VERSION}/{BUNDLE_FOLDER}", f"{VERSION}/__pycache__"}
-"""Files and folders of a model that sg-export writes, and what Python leaves there."""
 
 
 def write_repository(
@@ -109,8 +106,11 @@ def check_model(model: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
             f"{model}: exists and is not a model of sg-export triton, so `force` does not replace it: give another "
             f"`output` or `name`"
         )
-    found = [path.relative_to(model).as_posix() for path in (*model.iterdir(), *(model / VERSION).glob("*"))]
-    if foreign := sorted({*found} - OWN):
+    bundle = model / VERSION / BUNDLE_FOLDER
+    own = {CONFIG_FILE, f"warmup/{WARMUP_PROMPT}", f"{VERSION}/model.py", f"{VERSION}/{BUNDLE_FOLDER}"}
+    own |= {path.relative_to(model).as_posix() for path in model.glob(f"{VERSION}/__pycache__/model.*.pyc")}
+    own |= {f"{VERSION}/{BUNDLE_FOLDER}/{name}" for name in own_files(bundle)}
+    if foreign := foreign_files(model, own):
         raise UsageError(
             f"{model}: expected only files of sg-export triton, found {', '.join(foreign[:8])}: `force` would delete "
             f"them: move them, or give another `output`"

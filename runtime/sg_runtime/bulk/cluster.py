@@ -5,14 +5,13 @@ import logging
 import os
 import pickle
 import queue
-import socket
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -22,7 +21,7 @@ from sg_runtime.bulk.run import ShardSampler
 from sg_runtime.errors import DeviceError, UsageError
 from sg_runtime.extras import require
 from sg_runtime.host import usable_cores
-from sg_runtime.ray_host import keep_ray_private, starting_ray
+from sg_runtime.ray_host import ANSWER, Need, connect, first_line, keep_ray_private, nodes_of
 
 LOG = logging.getLogger("sg_runtime")
 
@@ -36,31 +35,10 @@ TRIES = 8
 """Times that a shard is begun. One that is lost more often has a cause of its own, such as too
 little memory."""
 
-ANSWER = 30.0
-"""Seconds that a server of the cluster has to answer."""
-
 SHARD_LIMIT = 1 << 30
 """Most bytes of pixels of a shard. Ray carries it as one value of an Arrow table, below 2 GB."""
 
 GONE = "the complete shards stay: start the same command again when the cluster works"
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Cores and GPUs of a worker."""
-
-    cpus: int
-    gpus: int
-
-    def workers(self, nodes: Mapping[str, Mapping[str, Any]]) -> int:
-        """Return the number of workers that these nodes hold; see `_nodes`."""
-        return sum(
-            min(int(held.get(name, 0)) // wanted for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)) if wanted)
-            for held in nodes.values()
-        )
-
-    def __str__(self) -> str:
-        return f"{self.cpus} CPU{'s' * (self.cpus > 1)}" + f" and {self.gpus} GPU" * bool(self.gpus)
 
 
 class RayWorkers:
@@ -72,7 +50,7 @@ class RayWorkers:
         Raises UsageError if no node can hold a worker, and the errors of `plan`.
         """
         self._ray = ray
-        nodes = _nodes(ray)
+        nodes = nodes_of(ray)
         cores = max((int(held.get("CPU", 0)) for held in nodes.values()), default=0)
         threads = request.threads or max(1, cores)
         request = replace(request, bundle=request.bundle.absolute(), threads=threads)
@@ -120,7 +98,7 @@ class RayWorkers:
             # A worker has one shard at a time, so that no other one is lost with it.
             compute=data.ActorPoolStrategy(
                 # With no place for a worker now, `_Watch` waits for a node.
-                size=max(1, min(len(missing), self._need.workers(_nodes(self._ray)))),
+                size=max(1, min(len(missing), self._need.workers(nodes_of(self._ray)))),
                 max_tasks_in_flight_per_actor=1,
             ),
             num_cpus=self._need.cpus,
@@ -177,7 +155,7 @@ class _Watch:
 
     def __init__(self, ray: Any, need: Need, ledger: Any) -> None:
         self._ray, self._need, self._ledger = ray, need, ledger
-        self._known, self._again = _nodes(ray), dict[int, int]()
+        self._known, self._again = nodes_of(ray), dict[int, int]()
         self._looked = self._held = time.monotonic()
 
     def __call__(self) -> None:
@@ -191,7 +169,7 @@ class _Watch:
     def look(self) -> None:
         """Look now."""
         self._looked = now = time.monotonic()
-        nodes = _nodes(self._ray)
+        nodes = nodes_of(self._ray)
         for node in self._known.keys() - nodes.keys():
             LOG.warning("node %s of the Ray cluster was lost", node[:12])
         self._known = nodes
@@ -233,39 +211,16 @@ def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
         yield RayWorkers(ray, request)
         return
     with contextlib.ExitStack() as opened:
-        settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+        settings: dict[str, Any] = {}
         if not address:
             logs = opened.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
             cores = max(usable_cores(), request.threads or 1)
-            settings |= {"address": "local", "num_cpus": cores, "include_dashboard": False, "_temp_dir": logs}
+            settings = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": logs}
         opened.callback(ray.shutdown)
         # Else Ray prints on standard output which workers were lost. It has no public switch.
         ray._private.worker._worker_logs_enabled = False
-        try:
-            _try_address(address)
-            with starting_ray():
-                ray.init(**settings)
-        except Exception as error:  # of Ray, some have no class of their own
-            where, remedy = "on this machine", "free memory or processes, or sample without `ray`"
-            if address:
-                where = f"at {address}"
-                remedy = "start one with ray start, on this machine too, or leave the address out"
-            raise DeviceError(
-                f"Ray: expected a cluster {where}, found none that answers ({_first_line(error)}): {remedy}"
-            ) from error
+        connect(ray, address, **settings)
         yield RayWorkers(ray, request)
-
-
-def _try_address(address: str) -> None:
-    """Raise OSError if nothing answers at HOST:PORT. Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
-
-
-def _nodes(ray: Any) -> dict[str, Mapping[str, Any]]:
-    """Return the resources of each node that is alive, by its number."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _planned(request: Request) -> Job | Exception:
@@ -286,7 +241,7 @@ def _errors_of(ray: Any) -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         raise DeviceError(
-            f"Ray: expected workers that sample, found an error of Ray ({_first_line(error)}): {GONE}"
+            f"Ray: expected workers that sample, found an error of Ray ({first_line(error)}): {GONE}"
         ) from error
 
 
@@ -299,10 +254,6 @@ def _caught(make: Callable[[], Any]) -> Any:
         return make()
     except Exception as error:
         return error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _raised(found: Any) -> Any:

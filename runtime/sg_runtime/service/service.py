@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sg_runtime.bundle import Bundle
 from sg_runtime.conditions import Conditions, parse
 from sg_runtime.errors import (
     BundleError,
@@ -82,7 +83,8 @@ class Service:
     def __init__(self, pipe: Pipeline, settings: ServiceSettings | None = None) -> None:
         """Start the thread. Nobody else may use the pipeline.
 
-        Raises UsageError if the pipeline gives no images.
+        Raises UsageError if the pipeline gives no images, and BundleError if its bundle was
+        replaced since it was loaded.
         """
         if not pipe.gives_images:
             raise UsageError(
@@ -97,6 +99,10 @@ class Service:
         self._manifest_file = self._bundle.root / MANIFEST_FILE
         self.fingerprint = sha256_of(self._manifest_file)
         self._manifest_seen = state_of(self._manifest_file)
+        if self.manifest not in (view.manifest for view in Bundle.open(self._bundle.root).views):
+            raise BundleError(
+                f"{self._bundle.path}: expected the bundle that was loaded, found another one: load it again"
+            )
         self._lost: DeviceError | None = None
         self._queue = Queue(pipe.batch, self.settings.window, self.settings.queue)
         self._changed = threading.Condition()

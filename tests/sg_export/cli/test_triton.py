@@ -17,7 +17,7 @@ import pytest
 def test_triton_leaves_nothing_on_a_disk_that_takes_no_model(
     mount: str, code: int, message: str, mounted: Callable[..., Any], picture_bundle: Any
 ) -> None:
-    result = mounted(mount, "triton", picture_bundle, "-o", "disk/models")
+    result = mounted(mount, "triton", picture_bundle, "-o", "disk")
     assert (result.returncode, result.stdout) == (code, "left:\n"), result.stderr
-    assert result.stderr.startswith("Error: disk/models")
+    assert result.stderr.startswith("Error: disk/picture-bundle: ")
     assert result.stderr.endswith(f"{message}\n")

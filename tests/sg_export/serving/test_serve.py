@@ -6,7 +6,8 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import numpy as np
 import pytest
 from servers import WAIT, Server, listening, serving, starting, until
 
+from sg_export.serving.deployment import Replica, ReplicaSettings
+from sg_runtime.bundle import Bundle
+from sg_runtime.errors import BundleError
 from sg_runtime.pipeline import Pipeline
+from sg_runtime.service import ServiceSettings
 
 pytestmark = pytest.mark.slow
 
@@ -31,20 +36,27 @@ def copies(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 @pytest.fixture(scope="module")
 def server(copies: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Return a server of two bundles. The tests of this module use it in their order."""
-    with serving(tmp_path_factory.mktemp("server"), *copies, *FAST) as found:
+    """Return a server of two bundles."""
+    with serving(tmp_path_factory.mktemp("server"), *copies, *FAST, "--max-steps", 5000) as found:
         yield found
+
+
+def metrics(server: Server) -> dict[str, str]:
+    """Return the values of the metrics by name and labels."""
+    with server.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def test_two_bundles_are_served_side_by_side(server: Server, pipe: Pipeline, pictures: Callable[[Any], Any]) -> None:
     assert server.address.startswith("http://127.0.0.1:")
     with server.client() as client:
-        assert client.get("/ready").json() == {"status": "ok", "models": {"first": "ok", "second": "ok"}}
+        until(lambda: client.get("/ready").json() == {"status": "ok", "models": {"first": "ok", "second": "ok"}})
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["first", "second"]
         for model in ("first", "second"):
             body = client.post(PATH, json={"model": model, "prompt": "B", "n": 3, "seed": 5, "steps": 2}).json()
             assert np.array_equal(pictures(body), pipe(["B"] * 3, [5, 6, 7], steps=2)[..., 0])
-        assert 'sg_replicas{model="second"} 1.0' in client.get("/metrics").text
+        until(lambda: 'sg_replicas{model="second"} 1.0' in client.get("/metrics").text)
         wrong = client.post(PATH, json={"prompt": "A", "n": 10**9})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "n")
     assert server.replicas("first")
@@ -62,53 +74,60 @@ def test_ports_are_those_of_this_machine_alone_but_one_of_each_replica(server: S
 
 def test_clients_that_go_away_cancel_their_requests_in_the_replica(server: Server) -> None:
     """Four clients leave at once. A replica that went on would make all of their 64 images."""
-
-    def rows() -> dict[str, str]:
-        with server.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-
-    before = float(rows()['sg_replica_images{model="first"}'])
-    body = json.dumps({"model": "first", "prompt": "A", "n": 16, "steps": 250}).encode()
+    before = float(metrics(server)['sg_replica_images{model="first"}'])
+    body = json.dumps({"model": "first", "prompt": "A", "n": 16, "steps": 2000}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: it\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     port = int(server.address.rpartition(":")[2])
     clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
     for client in clients:
         client.sendall(head.encode() + body)
-    until(lambda: float(rows()['sg_queue_images{model="first"}']) > 32)  # all requests have reached the replica
+    until(
+        lambda: float(metrics(server)['sg_queue_images{model="first"}']) > 32
+    )  # all requests have reached the replica
     for client in clients:
         client.close()
-    until(lambda: rows().get('sg_requests_total{model="first",status="499"}') == "4.0")
-    until(lambda: rows()['sg_queue_images{model="first"}'] == "0.0")
-    assert float(rows()['sg_replica_images{model="first"}']) - before < 64
+    until(lambda: metrics(server).get('sg_requests_total{model="first",status="499"}') == "4.0")
+    until(lambda: metrics(server)['sg_queue_images{model="first"}'] == "0.0")
+    assert float(metrics(server)['sg_replica_images{model="first"}']) - before < 64
 
 
 def test_replica_that_is_killed_loses_no_request_and_no_image_is_wrong(
     server: Server, pipe: Pipeline, pictures: Callable[[Any], Any]
 ) -> None:
-    """Two clients ask in turn. The only replica of their bundle is killed meanwhile."""
-    requests = [{"model": "first", "class": k % 5, "seed": k, "n": 1 + k % 2, "steps": 3} for k in range(40)]
-    found: dict[int, Any] = {}
+    """The only replica of a bundle is killed within a long request. Two clients ask others."""
+    long = {"model": "first", "class": 4, "seed": 10**6, "n": 8, "steps": 1000}
+    asked: list[tuple[dict[str, Any], Any]] = []
+    done = threading.Event()
 
-    def ask(own: int) -> None:
+    def ask(requests: Iterable[dict[str, Any]]) -> None:
         with server.client() as client:
-            for index in range(own, len(requests), 2):
-                found[index] = client.post(PATH, json=requests[index])
+            for request in requests:
+                asked.append((request, client.post(PATH, json=request)))
+                if done.is_set():
+                    return
 
-    threads = [threading.Thread(target=ask, args=(own,)) for own in range(2)]
+    def short(own: int) -> Iterator[dict[str, Any]]:
+        for k in count(own, 2):
+            yield {"model": "first", "class": k % 5, "seed": k, "n": 1 + k % 2, "steps": 3}
+
+    threads = [threading.Thread(target=ask, args=(requests,)) for requests in (short(0), short(1), [long])]
     (killed,) = server.replicas("first")
     for thread in threads:
         thread.start()
-    until(lambda: len(found) >= 10)
+    until(lambda: float(metrics(server)['sg_queue_images{model="first"}']) > 4)  # of the long request
     os.kill(killed, signal.SIGKILL)
+    threads[-1].join(WAIT)
+    done.set()
     for thread in threads:
         thread.join(WAIT)
-    assert len(found) == len(requests)
-    for index, request in enumerate(requests):
-        assert found[index].status_code == 200, found[index].text
+    assert long in [request for request, _ in asked]
+    assert len(asked) > 2
+    for request, answer in asked:
+        assert answer.status_code == 200, answer.text
         seeds = range(request["seed"], request["seed"] + request["n"])
-        expected = pipe([request["class"]] * len(seeds), seeds, steps=3)[..., 0]
-        assert np.array_equal(pictures(found[index].json()), expected)
+        expected = pipe([request["class"]] * len(seeds), seeds, steps=request["steps"])[..., 0]
+        assert np.array_equal(pictures(answer.json()), expected)
+    assert "replica lost" in server.log.read_text()
     assert killed not in server.replicas("first")
     with server.client() as client:
         until(lambda: client.get("/ready").status_code == 200)
@@ -130,15 +149,10 @@ def test_bundle_that_is_swapped_is_told_and_the_other_is_served(
     assert kept.status_code == 200
 
 
-def test_replica_of_a_swapped_bundle_is_not_started_again(server: Server) -> None:
-    """The replica of the second bundle is killed after the test before has swapped the bundle."""
-    (killed,) = server.replicas("second")
-    os.kill(killed, signal.SIGKILL)
-    until(lambda: killed not in server.replicas("second"))
-    with server.client() as client:
-        ready = client.get("/ready")
-        assert ready.status_code == 503
-        assert client.post(PATH, json={"model": "first", "prompt": "A", "steps": 1}).status_code == 200
+def test_replica_of_another_bundle_than_the_server_s_is_refused(pixels: Path, tiny_bundle: Path) -> None:
+    settings = ReplicaSettings(ServiceSettings(), batch=2, threads=1)
+    with pytest.raises(BundleError, match="expected the bundle that the server started with, found another one: start"):
+        Replica(str(pixels), Bundle.open(tiny_bundle).manifest, settings)
 
 
 def test_port_that_is_taken_by_a_server_is_told(server: Server, pixels: Path, tmp_path: Path) -> None:
@@ -155,7 +169,6 @@ def test_end_by_a_signal_leaves_no_process_and_the_log_is_json(server: Server) -
     assert lines.pop() == "Error: ended by SIGTERM; nothing was left half-written"
     events = [json.loads(line) for line in lines]
     assert events[0]["event"] == "serving"
-    assert {"request", "replica lost"} <= {line["event"] for line in events}
 
 
 def test_server_with_a_key_starts_replicas_as_requests_come_and_ends_by_ctrl_c(pixels: Path, tmp_path: Path) -> None:
@@ -202,6 +215,9 @@ def test_port_that_is_taken_is_told_before_anything_starts(cli: Callable[..., An
         (("PIXELS", "--device", "cuda:1"), 2, "expected auto, cpu or cuda, since Ray chooses the GPU of a replica"),
         (("PIXELS", "--host", "192.0.2.77"), 2, "--host 192.0.2.77, --port 8000: cannot be bound"),
         (("PIXELS", "--host", "no such host"), 2, "--host no such host: expected an address of this machine"),
+        (("PIXELS", "--host", "a..b"), 2, "--host a..b: expected an address of this machine"),
+        (("PIXELS", "--batch", "3"), 2, "was built for (2), found 3"),
+        (("PIXELS", "--images", "9", "--queue", "8"), 2, "--images: expected at most --queue 8, as a request of more"),
         (("PIXELS", "--replicas", "3:2"), 2, "'3:2': expected a number of at least 1, or two as LEAST:MOST"),
         (("PIXELS", "--replicas", "0"), 2, "'0': expected a number of at least 1"),
         (("PIXELS", "--window", "90"), 2, "--window"),
@@ -213,6 +229,25 @@ def test_wrong_start_is_told(
     places = {"PIXELS": pixels, "TINY": tiny_bundle}
     result = cli("serve", *(places.get(argument, argument) for argument in arguments))
     assert (result.exit_code, message in result.output) == (code, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ("--gpus", "1"),
+            2,
+            "expected room in Ray for 1 with 1 CPU and 1 GPU each, found room for 0: lower",
+        ),
+        (("--cluster", "127.0.0.1:9"), 6, "Ray: expected a cluster at 127.0.0.1:9, found none that answers ("),
+    ],
+)
+def test_start_without_room_or_cluster_is_told(
+    pixels: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    with starting(tmp_path, pixels, *arguments) as process:
+        assert process.wait(WAIT) == code
+    assert message in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("key", ["", "two words", "kłucz"])

@@ -11,9 +11,8 @@ from unittest.mock import patch
 import pytest
 
 from sg_runtime.bulk import Request, cluster, run_job
-from sg_runtime.bulk.cluster import Need
 from sg_runtime.errors import DeviceError, UsageError
-from sg_runtime.ray_host import keep_ray_private, starting_ray
+from sg_runtime.ray_host import Need, connect, keep_ray_private
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +23,7 @@ def ray() -> Iterator[Any]:
     with patch.dict(os.environ):
         keep_ray_private(True)
         module = pytest.importorskip("ray", reason="needs the extra ray")
-        with starting_ray():
-            module.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        connect(module, "", num_cpus=1, include_dashboard=False)
         yield module
         module.shutdown()
 

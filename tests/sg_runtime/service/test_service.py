@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sg_export.checkpoint import Overrides
 from sg_runtime.errors import (
     BundleError,
     DeadlineError,
@@ -20,6 +21,7 @@ from sg_runtime.errors import (
     RefusedError,
     UsageError,
 )
+from sg_runtime.manifest import Route
 from sg_runtime.pipeline import Pipeline
 from sg_runtime.service import Request, Service, ServiceSettings, checked
 
@@ -147,8 +149,9 @@ def test_images_under_load_are_the_same_whatever_they_were_batched_with(
         thread.start()
     for thread in threads:
         thread.join(WAIT)
+    until(lambda: service.statistics().answered == len(requests))  # counted after the answer
     statistics = service.statistics()
-    assert len(found) == len(requests) == statistics.answered == statistics.requests
+    assert len(found) == len(requests) == statistics.requests
     assert statistics.images == sum(len(request.seeds) for request in requests)
     assert sum(size * count for size, count in statistics.runs.items()) == statistics.images
     assert len(statistics.runs) > 1, "runs of several sizes"
@@ -211,8 +214,9 @@ def test_cancelled_request_leaves_the_queue_and_no_run_has_it(
 def test_request_cancelled_during_its_run_discards_its_images(
     serve: Callable[..., Service], gate: threading.Semaphore
 ) -> None:
-    service = serve(window=0.05)
-    given_up, kept = service.submit(ask("A")), service.submit(ask("B"))
+    service = serve(window=0.0)
+    with service.together():
+        given_up, kept = service.submit(ask("A")), service.submit(ask("B"))
     until(lambda: service.statistics().queued == 0)
     assert given_up.cancel()
     gate.release()
@@ -234,8 +238,9 @@ def test_image_that_is_not_finite_fails_its_request_alone(
         return sample(conditions, seeds, **settings)
 
     monkeypatch.setattr(pipe, "sample", sometimes)
-    service = serve(window=0.1)
-    good, bad, other = (service.submit(ask("A", seed=seed)) for seed in (1, 13, 2))
+    service = serve(window=0.0)
+    with service.together():
+        good, bad, other = (service.submit(ask("A", seed=seed)) for seed in (1, 13, 2))
     with pytest.raises(NonFiniteError):
         bad.result(WAIT)
     assert np.array_equal(good.result(WAIT).images, pipe(["A"] * BATCH, [1] * BATCH, steps=1)[:1])
@@ -356,16 +361,39 @@ def test_without_padding_a_run_has_the_images_that_wait(
     assert sizes == [BATCH, 1]
 
 
+@pytest.mark.slow
 def test_prompts_share_a_run_and_a_prompt_without_words_fails_alone(
-    serve: Callable[..., Service], full_bundle: Path
+    serve: Callable[..., Service], build_once: Callable[..., Path], full_pipeline: Path
 ) -> None:
     pytest.importorskip("tokenizers")
-    text = Pipeline.load(full_bundle, "cpu", threads=1)
-    service = serve(text, window=0.05)
+    route = Overrides(route=Route(0, 1))
+    bundle = build_once("prx-full-of-two", full_pipeline, guidance="cfg", batch=2, scale=3.0, overrides=route)
+    text = Pipeline.load(bundle, "cpu", threads=1)
+    service = serve(text, window=0.0)
     settings: dict[str, Any] = {"steps": 1, "scale": 2.0}
-    good = service.submit(Request(("a tram on a beach",), (4,), negative="dull", **settings))
-    bad = service.submit(Request(("http://example.com",), (5,), **settings))
-    expected = text(prompts="a tram on a beach", negative="dull", seeds=[4], steps=1, scale=2.0)
-    assert np.array_equal(good.result(WAIT).images, expected)
-    with pytest.raises(UsageError):
+    good = Request(("a tram on a beach",), (4,), negative="dull", **settings)
+    other = Request(("a cat",), (6,), **settings)
+    expected = text(prompts=["a tram on a beach", "a cat"], negative=["dull", None], seeds=[4, 6], steps=1, scale=2.0)
+    with service.together():
+        answers = [service.submit(good), service.submit(other)]
+    assert [len(answer.result(WAIT).images) for answer in answers] == [1, 1]
+    assert service.statistics().runs == {2: 1}
+    assert np.array_equal(np.concatenate([answer.result(WAIT).images for answer in answers]), expected)
+    with service.together():
+        kept = service.submit(good)
+        bad = service.submit(Request(("http://example.com",), (5,), **settings))
+    assert np.array_equal(kept.result(WAIT).images, expected[:1])
+    with pytest.raises(UsageError, match="found none after cleaning"):
         bad.result(WAIT)
+    assert service.statistics().runs == {1: 1, 2: 1}
+
+
+def test_service_of_a_bundle_that_was_replaced_since_it_was_loaded_is_refused(
+    pixel_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(pixel_bundle, tmp_path / "bundle"))
+    loaded = Pipeline.load(copy, "cpu", batch=BATCH, threads=1)
+    shutil.rmtree(copy)
+    shutil.copytree(tiny_bundle, copy)
+    with pytest.raises(BundleError, match="expected the bundle that was loaded, found another one: load it again"):
+        Service(loaded)

@@ -298,9 +298,9 @@ def open_loop(
             continue
         futures[-1].add_done_callback(ended(index, arrived))
         futures = [future for future in futures if not future.done()]
-    lasted = time.monotonic() - began
     for future in futures:
         future.exception(2 * TIMEOUT)
+    lasted = time.monotonic() - began
     time.sleep(0.1)  # the last callbacks
     runs = Counter(service.statistics().runs)
     runs.subtract(before.runs)
@@ -371,9 +371,9 @@ async def http_loop(
             task = asyncio.ensure_future(ask(draw.randrange(DISTINCT)))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-        lasted = time.monotonic() - began
         if tasks:
             await asyncio.wait({*tasks}, timeout=4 * TIMEOUT)
+        lasted = time.monotonic() - began
     return tally.summary(lasted) | {"replica_killed": killed}
 
 

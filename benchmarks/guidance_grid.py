@@ -18,7 +18,7 @@ LABELS: Mapping[GuidanceMode, str] = {
     "cfg": "CFG",
     "sg": "SG",
     "cfg+sg": "CFG + SG",
-    "autoguidance": "AutoGuidance + SG",
+    "autoguidance": "AutoGuidance",
 }
 
 
@@ -46,7 +46,13 @@ class Setting:
         else:
             rates = "" if self.strong_sparsity == 0 else f" at γ {rates}"
         scale = "" if self.guidance == "none" else f", ω = {self.scale:g}"
-        return f"{LABELS[self.guidance]}{rates}{scale}"
+        return f"{self.label}{rates}{scale}"
+
+    @property
+    def label(self) -> str:
+        """Name of the kind of guidance."""
+        sparse = self.guidance == "autoguidance" and self.sparsity != self.strong_sparsity
+        return LABELS[self.guidance] + " + SG" * sparse
 
     def plan(self, pipe: Pipeline) -> GuidancePlan:
         """Return the guidance of a run on a bundle of this mode."""

@@ -31,7 +31,7 @@ from benchmarks.glyph_judge import (
     real_images,
 )
 from benchmarks.glyph_report import COLUMNS, Report, Row, sheet, to_json, to_markdown
-from benchmarks.guidance_grid import LABELS, Search, Setting, shown, step_gmac, timed
+from benchmarks.guidance_grid import Search, Setting, shown, step_gmac, timed
 from benchmarks.machine import machine
 from examples.glyphs import CLASS_NAMES, HELD_OUT_FONTS, TRAINING_FONTS
 from sg_runtime import Pipeline
@@ -308,9 +308,7 @@ def run(budget: Budget, work: Path, output: Path, keep: bool) -> None:
     )
     _write(results, to_json(report))
     _write(output / "quality_glyphs.md", to_markdown(report))
-    shown = {
-        LABELS[setting.guidance]: sampler.samples(setting, 2, budget.blocks[0])[0][: 4 * COLUMNS] for setting in chosen
-    }
+    shown = {setting.label: sampler.samples(setting, 2, budget.blocks[0])[0][: 4 * COLUMNS] for setting in chosen}
     save_png(sheet(shown), output / "quality_glyphs.png")
 
 

@@ -5,12 +5,16 @@
 A network that was trained on drawn scenes reads objects, places and background back from the
 pictures. First, a search on a small budget tries scales and sparsities. Its winners are then
 measured on the full budget, with captions and seeds that the search has not used. Each mode runs on
-a bundle that was built for it. The reader and all samples are kept in the work folder, so an
-interrupted run can be resumed.
+a bundle that was built for it.
+
+The full run takes hours. The reader and the figures of every set of samples are kept in the output
+folder, so a run that is interrupted goes on, also on another machine. The kept figures are those of
+the same weights, captions, seeds and reader only.
 """
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,24 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import sg_export
-from benchmarks.guidance_grid import Search, Setting, step_gmac, timed
+from benchmarks.guidance_grid import Search, Setting, step_gmac
 from benchmarks.machine import machine
-from benchmarks.scene_judge import (
-    CHECK_SEED,
-    Figures,
-    Judge,
-    Pictures,
-    cached_reader,
-    draw_captions,
-    real_pictures,
-    shows,
-)
-from benchmarks.scene_reader import read
+from benchmarks.scene_judge import Figures, Judge, Pictures, cached_reader, draw_captions, real_pictures
 from benchmarks.scene_report import Report, Row, to_json, to_markdown
+from examples.train_scenes import to_signed
+from sg_export.reference import place_of
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
+from sg_runtime.images import to_pixels
 from sg_runtime.manifest import GuidanceMode
 
 BATCH = 32
@@ -84,9 +82,9 @@ class Budget:
 FULL = Budget(
     steps=20,
     blocks=(1, 2, 3),
-    captions=50,
-    each=4,
-    searched=30,
+    captions=100,
+    each=2,
+    searched=32,
     searches=(
         Search("none", (1.0,), ((0.0, None), (0.5, None))),
         Search("cfg", (1.5, 2.0, 3.0, 4.5), ((0.0, None), (0.5, None))),
@@ -120,55 +118,63 @@ QUICK = Budget(
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Sampler that keeps its samples in `folder`, once per bundle, setting, captions and seeds."""
+    """Samples settings and measures the samples. The figures of each set are kept.
+
+    pipes: a pipeline of each mode. kept: JSON file of the figures. steps: Euler steps.
+    """
 
     pipes: Mapping[GuidanceMode, Pipeline]
-    folder: Path
+    kept: Path
     steps: int
 
-    def samples(self, setting: Setting, captions: Sequence[str], each: int, block: int) -> tuple[Pictures, float]:
+    def rows(
+        self, settings: Sequence[Setting], judge: Judge, each: int, blocks: Sequence[int]
+    ) -> tuple[tuple[Row, ...], float]:
+        """Return a row for each setting, with the seeds of each block, and the seconds of all.
+
+        All settings have their first block before any has its second, so that a machine that
+        becomes slower does not favour some.
+        """
+        sets = {(setting, block): self._set(setting, judge, each, block) for block in blocks for setting in settings}
+        rows = []
+        for setting in settings:
+            seconds, figures = zip(*(sets[setting, block] for block in blocks), strict=True)
+            cost = step_gmac(self.pipes[setting.guidance], setting, self.steps)
+            rows.append(Row(setting.name, asdict(setting), cost, seconds, figures))
+        return tuple(rows), sum(seconds for seconds, _ in sets.values()) * each * len(judge.captions)
+
+    def _set(self, setting: Setting, judge: Judge, each: int, block: int) -> tuple[float, Figures]:
+        """Return the seconds for a picture, and the figures of a set of samples."""
+        kept = json.loads(self.kept.read_bytes()) if self.kept.exists() else {}
+        if (key := self._key(setting, judge, each, block)) not in kept:
+            pictures, seconds = self._samples(setting, [str(caption) for _, caption in judge.captions], each, block)
+            figures = judge.figures(pictures, each)
+            show(setting.name, block, figures)
+            kept[key] = {"name": setting.name, "block": block, "seconds": seconds, "figures": asdict(figures)}
+            with replacing(self.kept) as temporary:
+                temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        return kept[key]["seconds"], Figures(**kept[key]["figures"])
+
+    def _samples(self, setting: Setting, captions: Sequence[str], each: int, block: int) -> tuple[Pictures, float]:
         """Return pictures (N, 64, 64, 3), `each` of every caption, and the seconds for one."""
-        path = self.folder / f"{self._key(setting, captions, each, block)}.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                return kept["pictures"], float(kept["seconds"])
-        pipe = self.pipes[setting.guidance]
+        pipe, plan = self.pipes[setting.guidance], setting.plan(self.pipes[setting.guidance])
         prompts = [caption for caption in captions for _ in range(each)]
         seeds = [(block << 32) + index for index in range(len(prompts))]
-        began, parts = time.perf_counter(), []
-        for at in range(0, len(prompts), BATCH):
-            part = slice(at, at + BATCH)
-            parts.append(
-                pipe(
-                    prompts=prompts[part],
-                    seeds=seeds[part],
-                    steps=self.steps,
-                    sampler="euler",
-                    guidance=setting.plan(pipe),
-                )
-            )
-        pictures, seconds = np.concatenate(parts), (time.perf_counter() - began) / len(prompts)
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, pictures=pictures, seconds=seconds)
-        return pictures, seconds
 
-    def _key(self, setting: Setting, captions: Sequence[str], each: int, block: int) -> str:
-        files = sorted(
-            (name, facts.sha256) for name, facts in self.pipes[setting.guidance].bundle.manifest.files.items()
-        )
-        made_by = f"{setting} {list(captions)} {each} {block} {self.steps} {BATCH} {files} {version('sg-export')}"
-        return f"{setting.guidance}-block{block}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
+        def run(part: slice, steps: int) -> Pictures:
+            return pipe(prompts=prompts[part], seeds=seeds[part], steps=steps, sampler="euler", guidance=plan)
 
-    def row(self, setting: Setting, judge: Judge, each: int, blocks: Sequence[int]) -> Row:
-        """Sample a setting with the seeds of each block and measure each set of samples."""
-        figures, seconds = [], []
-        for block in blocks:
-            pictures, took = self.samples(setting, [str(caption) for _, caption in judge.captions], each, block)
-            figures.append(judge.figures(pictures, each))
-            seconds.append(took)
-            show(setting.name, block, figures[-1])
-        cost = step_gmac(self.pipes[setting.guidance], setting, self.steps)
-        return Row(setting.name, asdict(setting), cost, tuple(seconds), tuple(figures))
+        run(slice(BATCH), 1)  # opens the graphs
+        began = time.perf_counter()
+        parts = [run(slice(at, at + BATCH), self.steps) for at in range(0, len(prompts), BATCH)]
+        return np.concatenate(parts), (time.perf_counter() - began) / len(prompts)
+
+    def _key(self, setting: Setting, judge: Judge, each: int, block: int) -> str:
+        """Return a hash of all that a set of samples and its figures depend on."""
+        files = {name: facts.sha256 for name, facts in self.pipes[setting.guidance].bundle.manifest.files.items()}
+        versions = [version(name) for name in ("sg-export", "onnxruntime")]
+        made_by = f"{setting} {judge.key} {each} {block} {self.steps} {BATCH} {sorted(files.items())} {versions}"
+        return hashlib.sha256(made_by.encode()).hexdigest()[:16]
 
 
 def show(name: str, block: int, figures: Figures) -> None:
@@ -180,26 +186,53 @@ def show(name: str, block: int, figures: Figures) -> None:
     )
 
 
-def real_row(judge: Judge, each: int, blocks: Sequence[int]) -> Row:
-    """Measure drawings in place of samples."""
-    sets = [judge.figures(real_pictures(judge.captions, each, 1000 + block), each) for block in blocks]
-    return Row("drawn scenes", None, None, (), tuple(sets))
+def drawn_rows(judge: Judge, each: int, blocks: Sequence[int], autoencoder: Any) -> tuple[Row, Row]:
+    """Measure drawings in place of samples: as they are, and encoded and decoded."""
+    drawn = [real_pictures(judge.captions, each, 1000 + block) for block in blocks]
+    sets = [[judge.figures(found, each) for found in (pictures, decoded(autoencoder, pictures))] for pictures in drawn]
+    names = ("drawn scenes", "drawn scenes, encoded and decoded")
+    first, second = (
+        Row(name, None, None, (), tuple(own)) for name, own in zip(names, zip(*sets, strict=True), strict=True)
+    )
+    return first, second
+
+
+def decoded(autoencoder: Any, pictures: Pictures) -> Pictures:
+    """Return pictures after the encoder and the decoder of an autoencoder of diffusers."""
+    with torch.inference_mode():
+        found = [
+            autoencoder.decode(autoencoder.encode(to_signed(pictures[at : at + 256])).latent_dist.mean).sample
+            for at in range(0, len(pictures), 256)
+        ]
+    return to_pixels(torch.cat(found).numpy())
+
+
+def kind_of(setting: Setting) -> tuple[object, ...]:
+    """Return the kind of guidance of a setting: its mode, and which branches are sparse.
+
+    SG has any sparsities.
+    """
+    if setting.guidance in ("sg", "cfg+sg"):
+        return (setting.guidance,)
+    if setting.guidance == "autoguidance":
+        return (setting.guidance, setting.sparsity == setting.strong_sparsity)
+    return (setting.guidance, setting.strong_sparsity)
 
 
 def winners(rows: Sequence[Row], grid: Sequence[Setting]) -> tuple[Setting, ...]:
-    """Return the settings of each mode with the best accuracy, and with the least Fréchet distance.
+    """Return the setting of each kind with the best accuracy.
 
-    Unguided settings are all returned.
+    Of the modes cfg and sg, also the one with the least Fréchet distance.
     """
+    figures = {setting: row.figures[0] for row, setting in zip(rows, grid, strict=True)}
     chosen: dict[Setting, None] = {}
-    for mode in dict.fromkeys(setting.guidance for setting in grid):
-        own = [(row.figures[0], setting) for row, setting in zip(rows, grid, strict=True) if setting.guidance == mode]
-        if mode == "none":
-            chosen |= dict.fromkeys(setting for _, setting in own)
-            continue
-        chosen[max(own, key=lambda pair: pair[0].all)[1]] = None
-        chosen[min(own, key=lambda pair: pair[0].frechet)[1]] = None
-    return tuple(chosen)
+    for kind in dict.fromkeys(map(kind_of, grid)):
+        own = [setting for setting in grid if kind_of(setting) == kind]
+        chosen[max(own, key=lambda setting: figures[setting].all)] = None
+    for mode in ("cfg", "sg"):
+        own = [setting for setting in grid if setting.guidance == mode]
+        chosen[min(own, key=lambda setting: figures[setting].frechet)] = None
+    return tuple(setting for setting in grid if setting in chosen)
 
 
 def compiled(search: Search, checkpoint: str, weak: str, output: Path) -> Path:
@@ -221,29 +254,22 @@ def compiled(search: Search, checkpoint: str, weak: str, output: Path) -> Path:
 
 def run(budget: Budget, checkpoint: str, weak: str, work: Path, output: Path) -> None:
     """Compile, search, measure, and write the result files to `output`."""
+    from diffusers import AutoencoderKL
+
     here = machine("numpy", "torch", "onnxruntime", "pillow", "diffusers")
-    seconds: dict[str, float] = {}
     output.mkdir(parents=True, exist_ok=True)
-    (work / "samples").mkdir(parents=True, exist_ok=True)
-    with timed("compilation", seconds):
-        pipes = {
-            search.guidance: Pipeline.load(compiled(search, checkpoint, weak, work / "bundles" / search.guidance))
-            for search in budget.searches
-        }
-    with timed("reader", seconds):
-        reader = cached_reader(work, budget.reader_steps)
-        reading = reader_facts(reader, budget.captions)
-    sampler = Sampler(pipes, work / "samples", budget.steps)
-    with timed("search", seconds):
-        scout = Judge.of(reader, draw_captions(budget.searched, CAPTION_SEEDS["search"]), budget.drawings)
-        searched = tuple(sampler.row(setting, scout, 1, [SEARCH_BLOCK]) for setting in budget.grid)
-        searched_real = real_row(scout, 1, [SEARCH_BLOCK])
-    with timed("measurement", seconds):
-        judge = Judge.of(reader, draw_captions(budget.captions, CAPTION_SEEDS["measurement"]), budget.drawings)
-        measured = tuple(
-            sampler.row(setting, judge, budget.each, budget.blocks) for setting in winners(searched, budget.grid)
-        )
-        real = real_row(judge, budget.each, budget.blocks)
+    work.mkdir(parents=True, exist_ok=True)
+    pipes = {
+        search.guidance: Pipeline.load(compiled(search, checkpoint, weak, work / search.guidance))
+        for search in budget.searches
+    }
+    reader = cached_reader(output, budget.reader_steps)
+    autoencoder = AutoencoderKL.from_pretrained(place_of(checkpoint), subfolder="vae").float().eval()
+    sampler = Sampler(pipes, output / "quality_scenes_sets.json", budget.steps)
+    scout = Judge.of(reader, draw_captions(budget.searched, CAPTION_SEEDS["search"]), budget.drawings)
+    searched, searching = sampler.rows(budget.grid, scout, 1, [SEARCH_BLOCK])
+    judge = Judge.of(reader, draw_captions(budget.captions, CAPTION_SEEDS["measurement"]), budget.drawings)
+    measured, measuring = sampler.rows(winners(searched, budget.grid), judge, budget.each, budget.blocks)
     manifest = pipes["autoguidance"].bundle.manifest
     report = Report(
         machine=here,
@@ -254,32 +280,19 @@ def run(budget: Budget, checkpoint: str, weak: str, work: Path, output: Path) ->
         },
         compiled_by=manifest.created_by,
         protocol=asdict(budget) | {"batch": BATCH, "pictures": len(judge.captions) * budget.each},
-        reading=reading,
-        measured=(*measured, real),
-        searched=(*searched, searched_real),
-        seconds=seconds,
+        measured=(*measured, *drawn_rows(judge, budget.each, budget.blocks, autoencoder)),
+        searched=(*searched, *drawn_rows(scout, 1, [SEARCH_BLOCK], autoencoder)),
+        hours=(searching + measuring) / 3600,
     )
     for name, text in (("json", to_json(report)), ("md", to_markdown(report))):
         with replacing(output / f"quality_scenes.{name}") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def reader_facts(reader: Any, captions: int) -> Mapping[str, float]:
-    """Return the reader's accuracy on fresh drawings, by category."""
-    drawn = draw_captions(4 * captions, CHECK_SEED)
-    readings, _ = read(reader, real_pictures(drawn, 1, CHECK_SEED))
-    right: dict[str, list[bool]] = {}
-    for reading, (name, caption) in zip(readings, drawn, strict=True):
-        right.setdefault(name, []).append(shows(reading, caption))
-    return {name: float(np.mean(shown)) for name, shown in right.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="output folder (default: benchmarks/results, or WORK with --quick)")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/quality_scenes"), help="folder of reader, bundles and samples"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/quality_scenes"), help="folder of the bundles")
     parser.add_argument("--checkpoint", default="scenes", help="folder of the model (default: the reference model)")
     parser.add_argument("--weak-checkpoint", default=WEAK_CHECKPOINT, help="file of the early transformer")
     parser.add_argument("--quick", action="store_true", help="use a tiny budget, only to check that all parts work")

@@ -17,13 +17,8 @@ from examples.scenes import DIRECTIONS, SIDE, Caption, Kind, draw, draw_caption
 from examples.train_scenes import POOL, draw_scenes
 
 READER_SEED = 101
-CHECK_SEED = 102
 REFERENCE_SEED = 103
-"""Seeds of drawings, one per purpose.
-
-READER_SEED draws what the reader is trained on, CHECK_SEED what its accuracy is measured on, and
-REFERENCE_SEED the scenes that samples are compared with.
-"""
+"""Seeds of drawings: those that the reader is trained on, those that samples are compared with."""
 
 MODEL_SEED = 0
 """Seed of the scenes that the reference model was trained on, the default of `train_scenes`."""
@@ -119,13 +114,14 @@ class Judge:
     """A reader, and the drawn scenes that sets of pictures are compared with.
 
     drawn: features of drawings of the captions. training: training scenes (M, 768) at a quarter of
-    the size.
+    the size. key: a hash of all that its figures depend on.
     """
 
     reader: Reader
     captions: Sequence[tuple[str, Caption]]
     drawn: Gaussian
     training: NDArray[np.float32]
+    key: str
 
     @classmethod
     def of(cls, reader: Reader, captions: Sequence[tuple[str, Caption]], drawings: int) -> "Judge":
@@ -136,7 +132,11 @@ class Judge:
         rng = np.random.default_rng(REFERENCE_SEED)
         pictures = np.stack([draw(caption, rng).pixels for _, caption in captions for _ in range(drawings)])
         training, _ = draw_scenes(POOL, (MODEL_SEED, 3, 0))  # the first that the model was trained on
-        return cls(reader, captions, Gaussian.of(read(reader, pictures)[1]), _shrunk(training))
+        digest = hashlib.sha256(f"{captions} {drawings}".encode() + pictures.tobytes() + training.tobytes())
+        for weight in reader.state_dict().values():
+            digest.update(weight.numpy().tobytes())
+        drawn = Gaussian.of(read(reader, pictures)[1])
+        return cls(reader, captions, drawn, _shrunk(training), digest.hexdigest())
 
     def figures(self, pictures: Pictures, each: int) -> Figures:
         """Measure pictures (N, 64, 64, 3).
@@ -183,9 +183,10 @@ def real_pictures(captions: Sequence[tuple[str, Caption]], each: int, seed: int)
 
 def cached_reader(folder: Path, steps: int) -> Reader:
     """Return the reader that is trained for `steps` steps; it is kept in `folder`."""
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (scene_reader, scenes))
-    key = hashlib.sha256(sources + f"{steps} {READER_SEED}".encode()).hexdigest()[:12]
-    path = folder / f"reader-{key}.pt"
+    sources = [Path(str(module.__file__)) for module in (scene_reader, scenes)]
+    content = b"".join(path.read_bytes() for path in (*sources, scenes.SHEET))
+    key = hashlib.sha256(content + f"{steps} {READER_SEED}".encode()).hexdigest()[:12]
+    path = folder / f"scene-reader-{key}.pt"
     if not path.exists():
         scene_reader.save(scene_reader.train(steps, READER_SEED), path)
     return scene_reader.load(path)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from examples.scenes import COLOURS, NAMES, SIDE, Placed, Scene, draw, draw_caption
+from examples.train_scenes import to_signed
 from sg_runtime.files import replacing
 
 CELL = 4
@@ -105,7 +106,7 @@ def train(steps: int, seed: int) -> Reader:
         rng = np.random.default_rng(seed)
         for step in range(steps):
             scenes = [draw(draw_caption(rng, unseen=bool(rng.random() < 0.2)), rng) for _ in range(BATCH)]
-            loss = _loss(model, _degraded(_pixels(np.stack([scene.pixels for scene in scenes]))), scenes)
+            loss = _loss(model, _degraded(to_signed(np.stack([scene.pixels for scene in scenes]))), scenes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -153,7 +154,7 @@ def read(model: Reader, pictures: NDArray[np.uint8]) -> tuple[list[Reading], NDA
     readings: list[Reading] = []
     features = []
     for start in range(0, len(pictures), 256):
-        logits, sides, colours, part = model(_pixels(pictures[start : start + 256]))
+        logits, sides, colours, part = model(to_signed(pictures[start : start + 256]))
         scores = logits.sigmoid()
         best, names = scores.max(dim=1)
         peaks = (best == F.max_pool2d(best, 3, stride=1, padding=1)) & (best > THRESHOLD)
@@ -184,9 +185,3 @@ def load(path: Path) -> Reader:
     model = Reader()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
-
-
-def _pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """Convert pictures: (B, 64, 64, 3) uint8 → (B, 3, 64, 64) float32 in [-1, 1]."""
-    signed = torch.from_numpy(pictures).float() / 127.5 - 1
-    return signed.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

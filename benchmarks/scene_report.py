@@ -29,18 +29,17 @@ class Row:
 class Report:
     """Results of a run.
 
-    reading: accuracy of the reader on fresh drawings, by category. measured: the settings that the
-    search chose. searched: all settings of the search. The last row of both is of drawn scenes.
+    measured: the settings that the search chose. searched: all settings of the search. The last
+    two rows of both are of drawn scenes. hours: time of all sampling.
     """
 
     machine: Mapping[str, Any]
     checkpoints: Mapping[str, Mapping[str, str]]
     compiled_by: str
     protocol: Mapping[str, Any]
-    reading: Mapping[str, float]
     measured: tuple[Row, ...]
     searched: tuple[Row, ...]
-    seconds: Mapping[str, float]
+    hours: float
 
 
 SUMMARY: Mapping[str, tuple[Callable[[Figures], float], int]] = {
@@ -69,9 +68,8 @@ def to_markdown(report: Report) -> str:
     """Return the tables and an explanation of them as Markdown."""
     machine, protocol = report.machine, report.protocol
     main, weak = (f"{source['name']}, SHA-256 `{source['sha256']}`" for source in report.checkpoints.values())
+    error = 50 / (protocol["searched"] * len(CATEGORIES)) ** 0.5
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    parts = ", ".join(f"{name} {value / 60:.0f} min" for name, value in report.seconds.items())
-    reading = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.reading.items())
     return f"""# How guidance changes the pictures of `scenes`
 
 Written by `python -m benchmarks.quality_scenes`. All figures are in `quality_scenes.json`.
@@ -83,12 +81,14 @@ Written by `python -m benchmarks.quality_scenes`. All figures are in `quality_sc
   setting has the same captions and seeds.
 * Names: strong/weak sparsity γ and scale ω.
 
-Figures are mean ± standard deviation over {len(protocol["blocks"])} sampling seeds of one trained model.
+Figures are mean ± standard deviation over {len(protocol["blocks"])} sampling seeds of one trained model. All have
+the same captions, so ± does not say how much other captions would change.
 
 {_summary(report.measured)}
 
-* **GMAC per step**: multiply-adds of the linear layers for one picture in one step. **Pictures/s**:
-  in batches of {protocol["batch"]}, with text encoder and decoder.
+* **GMAC per step**: multiply-adds of the linear layers for one picture in one step, without attention
+  and without what runs before the loop. **Pictures/s**: in batches of {protocol["batch"]}, with text encoder and
+  decoder.
 * **All**: share of pictures that show exactly what the caption says, the mean of the categories below.
   **Composition**: the mean of "two", "three" and "position"; **unseen pairs**: the same for pairs of
   objects that no training picture shows together.
@@ -101,17 +101,20 @@ By category, in %:
 
 {_categories(report.measured)}
 
-The reader was trained on drawn scenes alone. Its accuracy on fresh drawings: {reading}.
+The reader was trained on drawn scenes alone. "Drawn scenes" are fresh ones and show its own errors.
+Those that went through encoder and decoder show what the decoder costs any model of latents.
 
 ## The search
 
-The search draws {protocol["searched"]} pictures of each category, with captions and seeds of its own. Of each mode
-the settings with the best accuracy of all and with the smallest Fréchet distance are measured above;
-they are bold. With so few pictures every distance is larger than above.
+The search draws {protocol["searched"]} pictures of each category, with captions and seeds of its own. Of each
+kind of guidance, dense or sparse, the setting with the best accuracy of all is measured above, and of
+CFG and SG the one with the smallest Fréchet distance, too; they are bold. An accuracy of all has a
+standard error of up to {error:.1f} points here, so the best of many candidates need not be the best one.
+With so few pictures every distance is larger than above.
 
-{_summary(report.searched, {row.name for row in report.measured})}
+{_summary(report.searched, {row.name for row in report.measured if row.parameters is not None})}
 
-This run took {sum(report.seconds.values()) / 3600:.1f} hours ({parts}). Samples kept from an earlier run take no time.
+All pictures took {report.hours:.1f} hours to sample.
 """
 
 

@@ -106,7 +106,7 @@ WORDS = tuple(
 )
 """All words of the grammar."""
 
-_SHEET = Path(__file__).parent / "emoji.png"
+SHEET = Path(__file__).parent / "emoji.png"
 _CELL = 96
 _ANGLES = range(-20, 21, 5)
 
@@ -249,7 +249,7 @@ def _noun(name: str, size: Size | None) -> str:
 
 @cache
 def _cells() -> dict[str, Image.Image]:
-    with Image.open(_SHEET) as sheet:
+    with Image.open(SHEET) as sheet:
         sheet.load()
         return {name: sheet.crop((index * _CELL, 0, (index + 1) * _CELL, _CELL)) for index, name in enumerate(NAMES)}
 
@@ -275,7 +275,7 @@ def make_sheet(font: Path) -> None:
         glyph.thumbnail((_CELL - 12, _CELL - 12), Image.Resampling.LANCZOS)
         left, top = (_CELL - glyph.width) // 2, (_CELL - glyph.height) // 2
         sheet.paste(glyph, (index * _CELL + left, top))
-    sheet.save(_SHEET, optimize=True)
+    sheet.save(SHEET, optimize=True)
 
 
 if __name__ == "__main__":

@@ -371,16 +371,16 @@ def train(
     The state is saved every `SAVED` steps. A run with more steps than an earlier one goes on from
     where the earlier one's learning rate began to fall. Without a saved state it goes on from the
     weights of the pipeline in `initial`, and from `curve.json` if it is in `output`. Raises
-    SystemExit if the saved state has another seed or more steps.
+    SystemExit if it cannot go on from the saved states; see `saved_state`.
     """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = Model().to(device), make_tokenizer()
     average = deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.99))
-    cooling = round(steps * (1 - COOLDOWN))
+    cooling = cooling_of(steps)
     start, warm, curve = 0, 0, []
-    if (state := saved_state(output, steps, cooling, seed, device)) is not None:
+    if (state := saved_state(output, steps, seed, device)) is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -469,21 +469,31 @@ def save_state(state: dict[str, Any], path: Path) -> None:
         torch.save(state, temporary)
 
 
-def saved_state(output: Path, steps: int, cooling: int, seed: int, device: torch.device) -> dict[str, Any] | None:
-    """Return the newest state that a run of `steps` steps can go on from."""
+def saved_state(output: Path, steps: int, seed: int, device: torch.device) -> dict[str, Any] | None:
+    """Return the newest state that a run of `steps` steps can go on from, or None without a state.
+
+    Its learning rate has not begun to fall, neither in its own run nor in this one, unless its run
+    had as many steps. Raises SystemExit if there are states and none fits.
+    """
+    found = []
     for name in ("state.pt", "state-stable.pt"):
-        if not (output / name).exists():
-            continue
-        state: dict[str, Any] = torch.load(output / name, map_location=device, weights_only=True)
-        if state["seed"] != seed or (name == "state.pt" and state["step"] > steps):
-            raise SystemExit(
-                f"{output / name}: expected a state of seed {seed} with at most {steps} steps, found seed "
-                f"{state['seed']} and {state['step']} steps; give --seed {state['seed']} and at least {state['step']} "
-                f"--steps, or another --output"
-            )
-        if state["steps"] == steps or state["step"] <= cooling:
-            return state
+        if (output / name).exists():
+            state: dict[str, Any] = torch.load(output / name, map_location=device, weights_only=True)
+            same = state["steps"] == steps
+            if state["seed"] == seed and (same or state["step"] <= min(cooling_of(state["steps"]), cooling_of(steps))):
+                return state
+            found.append(f"seed {state['seed']}, {state['step']} of {state['steps']} steps")
+    if found:
+        raise SystemExit(
+            f"{output}: expected a state of seed {seed} before the learning rate of {steps} steps falls, found "
+            f"{' and '.join(found)}; give that seed and as many steps or more, or another --output"
+        )
     return None
+
+
+def cooling_of(steps: int) -> int:
+    """Return the step of a run of `steps` steps at which the learning rate begins to fall."""
+    return round(steps * (1 - COOLDOWN))
 
 
 def load_initial(model: Model, folder: Path) -> int:

@@ -52,7 +52,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 def make_short(patched: pytest.MonkeyPatch) -> None:
     """Give the training small sizes."""
-    sizes = {"POOL": 32, "BATCH": 4, "EARLY": 3, "SAVED": 1, "HELD_OUT_SCENES": 8, "AUTOENCODER_BATCH": 2}
+    sizes = {"POOL": 32, "BATCH": 4, "EARLY": 3, "SAVED": 1, "HELD_OUT_SCENES": 8, "AUTOENCODER_BATCH": 2, "WARMUP": 1}
     for name, value in sizes.items():
         patched.setattr(train_scenes, name, value)
 
@@ -90,7 +90,7 @@ def test_interrupted_run_gives_the_weights_of_a_whole_one(short: Path) -> None:
     for name in ("scenes", "scenes-early.safetensors"):
         resumed, whole = (read_checkpoint(folder / name).tensors for folder in (short, short / "whole"))
         for key in whole:
-            torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=1e-3, msg=key)
+            torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=2e-4, msg=key)
     curves = [json.loads((folder / "curve.json").read_bytes()) for folder in (short, short / "whole")]
     assert [point["step"] for point in curves[0]] == [1, 2, 3, 4]
     for one, other in zip(*curves, strict=True):
@@ -110,17 +110,16 @@ def test_results_are_checkpoints_of_one_shape(short: Path) -> None:
 
 @pytest.mark.slow
 def test_longer_run_goes_on_before_the_rate_fell(short: Path) -> None:
-    state = saved_state(short, 8, 6, 0, CPU)
-    assert state is not None
-    assert state["step"] == 4
-    state = saved_state(short, 4, 3, 0, CPU)
-    assert state is not None
-    assert state["step"] == 4
-    earlier = saved_state(short, 5, 3, 0, CPU)
-    assert earlier is not None
-    assert earlier["step"] == 3
-    with pytest.raises(SystemExit, match="expected a state of seed 1 with at most 8 steps, found seed 0 and 4"):
-        saved_state(short, 8, 6, 1, CPU)
+    found = {steps: saved_state(short, steps, 0, CPU) for steps in (4, 5, 8)}
+    assert {steps: state and state["step"] for steps, state in found.items()} == {4: 4, 5: 3, 8: 3}
+    assert saved_state(short / "nowhere", 4, 0, CPU) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "seed"), [(8, 1), (3, 0)])
+def test_run_that_no_state_fits_is_refused(short: Path, steps: int, seed: int) -> None:
+    with pytest.raises(SystemExit, match=r"found seed 0, 4 of 4 steps and seed 0, 3 of 4 steps; give that seed and"):
+        saved_state(short, steps, seed, CPU)
 
 
 @pytest.mark.slow

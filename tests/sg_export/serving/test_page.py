@@ -111,6 +111,23 @@ def test_class_scale_sparsity_and_seed_change_the_images(
         assert np.array_equal(image, pipe([2], [42], guidance=plans[mode])[..., 0]), mode
 
 
+def test_address_of_the_page_fills_its_fields(
+    tab: Tab,
+    address: Callable[[Any], str],
+    local: Callable[..., LocalEngine],
+    build_once: Callable[..., Path],
+    pixels: Path,
+    pictures: Callable[[Any], Any],
+) -> None:
+    bundle = build_once("pixels-levels", pixels.parent / "named-pixels.safetensors", sparsity=(0.5, 0.25), batch=2)
+    app = make_app([local(pixels, "pixels"), local(bundle, "levels")])
+    tab.open(f"{address(app)}?model=levels&class=C&seed=42&scale=2.3&sparsity=0.25&steps=3")
+    tab.until(f"{DONE} && document.querySelector('#sg img').alt === 'SG, class C, seed 42'")
+    pipe = Pipeline.load(bundle, "cpu", threads=1)
+    plan = pipe.guidance("sg", sparsity=0.25, scale=2.3)
+    assert np.array_equal(shown(tab, pictures)["sg"], pipe([2], [42], steps=3, guidance=plan)[..., 0])
+
+
 def test_page_asks_for_the_key_and_shows_images_of_a_typed_prompt(
     tab: Tab,
     address: Callable[[Any], str],

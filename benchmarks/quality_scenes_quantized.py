@@ -5,9 +5,8 @@
 INT8 and FP8 are compared with FP32 at equal captions and seeds. The settings are unguided, CFG and
 SG, those with the best accuracy in `quality_scenes.json`. Reader, captions and seeds are those of
 there, with one picture of each of half as many captions. Bundles are built as by `sg-export build
---precision`, with captions of their own for calibration, search and gates, since the model knows
-the words of its captions alone. The figures of each set of samples are kept in the results' folder,
-so an interrupted run goes on.
+--precision --prompts examples/scenes-prompts.txt`. The figures of each set of samples are kept in
+the results' folder, so an interrupted run goes on.
 """
 
 import argparse
@@ -17,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import sg_export
 from benchmarks.glyph_report import mean_and_deviation
 from benchmarks.guidance_grid import Setting
@@ -26,7 +23,6 @@ from benchmarks.machine import machine
 from benchmarks.quality_scenes import BATCH, CAPTION_SEEDS, FULL, QUICK, Sampler
 from benchmarks.scene_judge import CATEGORIES, Judge, cached_reader, draw_captions
 from benchmarks.scene_report import SUMMARY
-from examples.scenes import draw_caption
 from sg_export.options.quantize import QuantizeOptions
 from sg_runtime import Pipeline
 from sg_runtime.files import replacing
@@ -34,8 +30,8 @@ from sg_runtime.manifest import GuidanceMode, Manifest, QuantizedType
 
 MODES: tuple[GuidanceMode, ...] = ("none", "cfg", "sg")
 
-PROMPTS, PROMPT_SEED = 128, 203
-"""Number and seed of the captions for calibration, search and gates."""
+PROMPTS = Path(__file__).parents[1] / "examples/scenes-prompts.txt"
+"""Captions for calibration, search and gates: the model knows the words of its captions alone."""
 
 
 def settings_of(results: Mapping[str, Any]) -> tuple[Setting, ...]:
@@ -66,7 +62,7 @@ def layers_of(manifest: Manifest) -> dict[str, int]:
     return {"layers": len(layers), "in_eight_bits": sum(layer.quantized for layer in layers)}
 
 
-def build(setting: Setting, kind: QuantizedType | None, checkpoint: str, folder: Path, prompts: Path) -> Pipeline:
+def build(setting: Setting, kind: QuantizedType | None, checkpoint: str, folder: Path) -> Pipeline:
     """Build a bundle for one setting. kind: quantized type; None for FP32."""
     options = sg_export.CompileOptions(
         folder,
@@ -74,19 +70,11 @@ def build(setting: Setting, kind: QuantizedType | None, checkpoint: str, folder:
         scale=setting.scale,
         strong_sparsity=(setting.strong_sparsity,),  # type: ignore[arg-type]  # no schedule
         sparsity=() if setting.sparsity is None else (setting.sparsity,),  # type: ignore[arg-type]
-        quantize=None if kind is None else QuantizeOptions(kind, prompts=prompts),
+        quantize=None if kind is None else QuantizeOptions(kind, prompts=PROMPTS),
         batch=BATCH,
         force=True,
     )
     return Pipeline.load(sg_export.compile(checkpoint, options).path)
-
-
-def _prompts(folder: Path) -> Path:
-    """Write the prompts of calibration, search and gates. Returns their file."""
-    path = folder / "prompts.txt"
-    rng = np.random.default_rng(PROMPT_SEED)
-    path.write_text("".join(f"{draw_caption(rng)}\n" for _ in range(PROMPTS)), encoding="utf-8")
-    return path
 
 
 def main() -> None:
@@ -103,12 +91,12 @@ def main() -> None:
     results, folder = json.loads(options.results.read_bytes()), options.output.parent
     captions = draw_captions(max(1, budget.captions // 2), CAPTION_SEEDS["measurement"])
     judge = Judge.of(cached_reader(folder, budget.reader_steps), captions, budget.drawings)
-    prompts, rows = _prompts(options.work), []
+    rows = []
     for setting in settings_of(results):
         for kind in (None, *options.type):
             name = kind or "fp32"
             place = options.work / f"{setting.guidance}-{name}"
-            pipe = build(setting, kind, options.checkpoint, place, prompts)
+            pipe = build(setting, kind, options.checkpoint, place)
             check_source(pipe.bundle.manifest, results)
             sampler = Sampler({setting.guidance: pipe}, folder / f"{options.output.stem}_sets.json", budget.steps)
             (row,), _ = sampler.rows([setting], judge, 1, budget.blocks)

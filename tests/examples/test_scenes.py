@@ -1,11 +1,13 @@
 """The scenes data set: captions, drawings, and the pairs that training does not see."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 
+from examples import scenes
 from examples.scenes import (
     ANY_SIZE,
     COLOURS,
@@ -63,6 +65,12 @@ def test_captions_have_words_of_the_grammar_that_cleaning_keeps() -> None:
 )
 def test_caption_as_text(caption: Caption, text: str) -> None:
     assert str(caption) == text
+
+
+def test_prompts_for_quantization_are_captions() -> None:
+    rng = np.random.default_rng(203)
+    expected = [str(draw_caption(rng)) for _ in range(128)]
+    assert (Path(scenes.__file__).parent / "scenes-prompts.txt").read_text().splitlines() == expected
 
 
 def test_unseen_pairs_are_a_fifth_of_all_and_balanced() -> None:

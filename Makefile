@@ -1,4 +1,4 @@
-# make demo    a bundle of the reference model and a grid of its images, in demo/
+# make demo    a bundle of the reference model `scenes` and captioned pictures by each guidance, in demo/
 # make report  FP32, FP16 and INT8 of it side by side on a page, demo/report.html; make demo/report.png: as Chromium shows it
 # make wheel   a wheel of sg-export, in dist/: `pip install 'WHEEL[ort]'` installs it on a machine that serves
 # make check   the tests for every change: all but the slow ones
@@ -20,8 +20,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-BUNDLE := demo/glyphs-bundle
-GRID := demo/glyphs.png
+BUNDLE := demo/scenes-bundle
+PICTURES := demo/scenes.png
+# The strong branch is as sparse as in training.
+BUILD := $(BIN)/sg-export build scenes --strong-sparsity 0.5 --sparsity 0.9 --force
 
 .DELETE_ON_ERROR:
 .PHONY: help demo report wheel check test pages coverage lint check-gpu clean
@@ -29,8 +31,8 @@ GRID := demo/glyphs.png
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-demo: $(GRID)
-	@echo "One image of every class: $(CURDIR)/$(GRID)"
+demo: $(PICTURES)
+	@echo "Pictures of six prompts by each guidance: $(CURDIR)/$(PICTURES)"
 	@echo "The bundle they came from: $(CURDIR)/$(BUNDLE)"
 
 report: demo/report.html
@@ -67,26 +69,26 @@ clean:
 	rm -rf $(VENV) .triton demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(GRID): $(BUNDLE)/manifest.json
-	$(BIN)/sg-export generate $(BUNDLE) --count 62 --seed 0 --columns 16 --zoom 3 -o $@
+$(PICTURES): $(BUNDLE)/manifest.json examples/show_scenes.py
+	$(BIN)/python -m examples.show_scenes $(BUNDLE) -o $@
 
 $(BUNDLE)/manifest.json: $(SOURCES) | $(VENV)/installed-demo
 	mkdir -p demo
-	$(BIN)/sg-export build --sparsity 0.5 -o $(BUNDLE) --force
+	$(BUILD) -o $(BUNDLE)
 
-demo/report.html: $(BUNDLE)/manifest.json demo/glyphs-fp16/manifest.json demo/glyphs-int8/manifest.json
+demo/report.html: $(BUNDLE)/manifest.json demo/scenes-fp16/manifest.json demo/scenes-int8/manifest.json
 	$(BIN)/sg-export report $(dir $^) -o $@
 
 demo/report.png: demo/report.html
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1195 \
 	    --screenshot=$(CURDIR)/$@ file://$(CURDIR)/demo/report.html
 
-demo/glyphs-%/manifest.json: $(SOURCES) | $(VENV)/installed-demo
+demo/scenes-%/manifest.json: $(SOURCES) | $(VENV)/installed-demo
 	mkdir -p demo
-	$(BIN)/sg-export build --sparsity 0.5 --precision $* -o $(@D) --force
+	$(BUILD) --precision $* $(if $(filter int8,$*),--prompts examples/scenes-prompts.txt) -o $(@D)
 
 $(VENV)/installed-demo: $(VENV)/made pyproject.toml constraints.txt
-	$(PIP) -e '.[export,ort]'
+	$(PIP) -e '.[diffusers,export,ort,text]'
 	touch $@
 
 # Not with constraints.txt: the server needs NumPy 1. Without .triton the tests of a real tritonserver skip.

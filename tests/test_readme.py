@@ -4,6 +4,7 @@ The Python blocks are those of README.md and docs/features.md. Links are checked
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,19 +32,33 @@ def links(page: Path) -> list[str]:
     return [target for target in targets if not re.match(r"https?://", target)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "name", "shape"),
+    [("README.md", "scenes-bundle", (1, 64, 64, 3)), ("docs/features.md", "glyphs-bundle", (2, 16, 16, 1))],
+)
 def test_python_blocks_of_readme_and_features_run_in_order(
-    glyphs_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    name: str,
+    shape: tuple[int, ...],
+    build_once: Callable[..., Path],
+    glyphs_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "glyphs-bundle").symlink_to(glyphs_bundle)
+    """The README's bundle is built by its command."""
+    bundle = glyphs_bundle
+    if name == "scenes-bundle":
+        pytest.importorskip("diffusers", reason="needs the extra diffusers")
+        bundle = build_once("scenes-of-readme", "scenes", strong_sparsity=(0.5,), sparsity=(0.9,))
+    (tmp_path / name).symlink_to(bundle)
     monkeypatch.chdir(tmp_path)
-    shapes = {"README.md": (1, 16, 16, 1), "docs/features.md": (2, 16, 16, 1)}
-    for name, shape in shapes.items():
-        names: dict[str, object] = {}
-        programs = blocks(ROOT / name)
-        assert len(programs) == 2
-        for program in programs:
-            exec(compile(program, name, "exec"), names)
-        assert names["images"].shape == shape  # type: ignore[attr-defined]
+    names: dict[str, object] = {}
+    programs = blocks(ROOT / page)
+    assert len(programs) == 2
+    for program in programs:
+        exec(compile(program, page, "exec"), names)
+    assert names["images"].shape == shape  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

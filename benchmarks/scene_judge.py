@@ -18,7 +18,7 @@ from examples.train_scenes import POOL, draw_scenes
 
 READER_SEED = 101
 REFERENCE_SEED = 103
-"""Seeds of drawings: those that the reader is trained on, those that samples are compared with."""
+"""Seeds of the reader's training drawings, and of the drawings that samples are compared with."""
 
 MODEL_SEED = 0
 """Seed of the scenes that the reference model was trained on, the default of `train_scenes`."""

@@ -24,7 +24,7 @@ TRIES = 4
 """Number of replicas that a request is given to, if each of them dies with it."""
 
 CHECK_SECONDS = 2.0
-"""Seconds between two checks of a replica by Ray Serve, and those that a replica has to answer."""
+"""Seconds between two checks of a replica by Ray Serve, and the time limit of our own questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,9 @@ class Replica:
     def __init__(self, path: str, manifest: Manifest, settings: ReplicaSettings) -> None:
         """Open the bundle and run it once.
 
-        manifest: the one that the server has read. It holds the hashes of all files. Raises
-        BundleError if that of the bundle is another one.
+        manifest: the manifest that the server has read. It holds the hashes of all files.
+
+        Raises BundleError if the bundle has another manifest.
         """
         from sg_runtime.pipeline import Pipeline
 

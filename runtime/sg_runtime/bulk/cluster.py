@@ -196,8 +196,8 @@ class _Watch:
 def ray_workers(request: Request, address: str) -> Iterator[RayWorkers]:
     """Connect to a Ray cluster, and plan the job there.
 
-    address: address of the cluster; "" for the one that this process is connected to, or else one
-    on this machine, which ends with the block and answers to this machine alone.
+    address: address of the cluster. "" is the cluster that this process is connected to. If it has
+    none, "" starts one that ends with the block and answers to this machine alone.
 
     Raises MissingExtraError without the extra ray, UsageError for an address in a process that is
     connected, and DeviceError if no cluster answers.

@@ -235,9 +235,7 @@ def plan(request: Request, pipe: Pipeline, bundle: str) -> Job:
             raise UsageError("prompts: expected some, since the model is conditioned on text: give `prompt_file`")
         prompts = tuple(checked_prompts("prompts", request.prompts))
         negative = "" if negative is None and guidance.row.null_weak else negative
-        encoder = PromptEncoder(pipe.bundle)
-        encoder.clean(prompts)
-        encoder.clean(checked_prompts("negative", negative or "", empty=True))
+        PromptEncoder(pipe.bundle).clean([*prompts, *checked_prompts("negative", negative or "", empty=True)])
     if request.churn is not None and manifest.model.prediction != "edm":
         raise UsageError(f"churn: expected an edm model, found a model of {manifest.model.prediction}")
     sampling = manifest.sampling

@@ -51,6 +51,13 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def levels(build_once: Callable[..., Path], pixels: Path) -> Path:
+    """Return a bundle of the model of `pixels` for SG at two sparsities."""
+    checkpoint = pixels.parent / "named-pixels.safetensors"
+    return build_once("pixels-levels", checkpoint, sparsity=(0.5, 0.25), batch=2)
+
+
 def shown(tab: Tab, pictures: Callable[[Any], Any]) -> dict[str, Any]:
     """Return the images of the page by mode."""
     found = {}
@@ -77,16 +84,13 @@ def test_class_scale_sparsity_and_seed_change_the_images(
     tab: Tab,
     address: Callable[[Any], str],
     local: Callable[..., LocalEngine],
-    build_once: Callable[..., Path],
-    pixels: Path,
+    levels: Path,
     pictures: Callable[[Any], Any],
 ) -> None:
     """The keyboard picks class C, moves the scale by three tenths, and γ from 0.5 to 0.25."""
-    checkpoint = pixels.parent / "named-pixels.safetensors"
-    bundle = build_once("pixels-levels", checkpoint, sparsity=(0.5, 0.25), batch=2)
-    tab.open(address(make_app([local(bundle, "levels")])))
+    tab.open(address(make_app([local(levels, "levels")])))
     tab.until(DONE)
-    pipe = Pipeline.load(bundle, "cpu", threads=1)
+    pipe = Pipeline.load(levels, "cpu", threads=1)
     first = shown(tab, pictures)
     assert np.array_equal(first["sg"], pipe([0], [0])[..., 0])
     assert not np.array_equal(first["sg"], first["none"])
@@ -114,16 +118,15 @@ def test_class_scale_sparsity_and_seed_change_the_images(
 def test_address_of_the_page_fills_its_fields(
     tab: Tab,
     address: Callable[[Any], str],
+    engine: LocalEngine,
     local: Callable[..., LocalEngine],
-    build_once: Callable[..., Path],
-    pixels: Path,
+    levels: Path,
     pictures: Callable[[Any], Any],
 ) -> None:
-    bundle = build_once("pixels-levels", pixels.parent / "named-pixels.safetensors", sparsity=(0.5, 0.25), batch=2)
-    app = make_app([local(pixels, "pixels"), local(bundle, "levels")])
+    app = make_app([engine, local(levels, "levels")])
     tab.open(f"{address(app)}?model=levels&class=C&seed=42&scale=2.3&sparsity=0.25&steps=3")
     tab.until(f"{DONE} && document.querySelector('#sg img').alt === 'SG, class C, seed 42'")
-    pipe = Pipeline.load(bundle, "cpu", threads=1)
+    pipe = Pipeline.load(levels, "cpu", threads=1)
     plan = pipe.guidance("sg", sparsity=0.25, scale=2.3)
     assert np.array_equal(shown(tab, pictures)["sg"], pipe([2], [42], steps=3, guidance=plan)[..., 0])
 

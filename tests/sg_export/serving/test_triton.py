@@ -356,6 +356,7 @@ def test_requests_at_once_share_a_batch_and_a_wrong_one_fails_alone(http: Any, p
     while batches(http)[2] - before.get(2, 0) < 3:
         assert time.monotonic() < end
         time.sleep(0.05)
+    assert batches(http)[2] - before.get(2, 0) == 3
 
 
 @pytest.mark.slow
